@@ -1,0 +1,8 @@
+"""Merge large fine-tuned models by PCB-Merging on a Ray cluster: exact over the whole model, in bounded memory, resumable."""
+
+from pcb_ray.errors import RequestError, RunError
+from pcb_ray.merge import merge, merge_state_dicts, verify
+from pcb_ray.plan import plan
+from pcb_ray.recipe import Model, Recipe
+
+__all__ = ["Model", "Recipe", "RequestError", "RunError", "merge", "merge_state_dicts", "plan", "verify"]

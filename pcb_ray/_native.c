@@ -1,0 +1,225 @@
+/* The hot lines of pcb.py and of the counting in kernels.py, fused so that a block is walked through once while it lies in the cache.
+
+   Specification: pcb.py. Each function repeats its operations in its order, each rounded on its own (compile with -ffp-contract=off: a fused
+   multiply-add would round differently), so that both give the same bits; tests/test_kernels.py holds them together. Nothing here depends on
+   the width of the vector unit, so the clones below for newer processors also give the same bits.
+
+   Plain C, called through ctypes: no Python object is touched, and the interpreter lock is free meanwhile. */
+
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__gnu_linux__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+
+enum { STRIP = 512 }; /* elements: with a few tasks, the working set of a strip stays in the first-level cache */
+
+INLINE float as_float(int32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE int32_t as_bits(float x) { int32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+INLINE float clamp(float x, float low, float high) {
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+/* pcb.exp */
+INLINE float exp_(float x) {
+    x = x < -104.0f ? -104.0f : x;
+    /* Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer, as torch.round does, on any vector unit. */
+    float k = (x * 0x1.715476p+0f + 12582912.0f) - 12582912.0f;
+    float r = (x - k * 0x1.62e000p-1f) - k * 0x1.0bfbe8p-15f;
+    float q = 0x1.6a23d0p-10f;
+    q = q * r + 0x1.123a20p-7f;
+    q = q * r + 0x1.5558f2p-5f;
+    q = q * r + 0x1.555492p-3f;
+    q = q * r + 0x1.fffffcp-2f;
+    float result = ((r * r) * q + r) + 1.0f;
+    int32_t n = (int32_t)k, half = n >> 1;
+    return result * as_float((half + 127) << 23) * as_float((n - half + 127) << 23);
+}
+
+/* pcb.tanh_unit */
+INLINE float tanh_unit(float x) {
+    float s = x * x;
+    float q = -0x1.77dd4ep-12f;
+    q = q * s + 0x1.2da504p-9f;
+    q = q * s + -0x1.0460c8p-7f;
+    q = q * s + 0x1.600994p-6f;
+    q = q * s + -0x1.b96222p-5f;
+    q = q * s + 0x1.110be2p-3f;
+    q = q * s + -0x1.55553cp-2f;
+    return ((q * s) * x) + x;
+}
+
+/* pcb.tanh */
+INLINE float tanh_(float x) {
+    float size = fabsf(x);
+    float bounded = size > 10.0f ? 10.0f : size;
+    float tail = copysignf(1.0f - 2.0f / (exp_(bounded * 2.0f) + 1.0f), x);
+    float near = tanh_unit(clamp(x, -1.0f, 1.0f));
+    return size <= 1.0f ? near : tail;
+}
+
+INLINE float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f; }
+
+typedef struct {
+    int64_t n;         /* tasks */
+    int64_t stride;    /* elements from one row of an [n, B] array to the next */
+    int64_t pairwise;  /* 1: pairwise, 0: released */
+    const float *low, *high, *range; /* [n]; range = high - low, or infinity */
+    const float *t, *span;           /* [n]; span = max beta - t, or infinity; unused for beta */
+    float *scratch;                  /* [2 n, STRIP] */
+} Scores;
+
+/* beta of m <= STRIP elements from `at` on, into scratch rows n .. 2n-1. */
+INLINE void beta_strip(const Scores *s, const float *tau, int64_t at, int64_t m) {
+    const int64_t n = s->n;
+    const float tasks = (float)n;
+    float *u = s->scratch, *inter = s->scratch + n * STRIP;
+    if (s->pairwise) {
+        for (int64_t i = 0; i < n; i++) {
+            const float low = s->low[i], high = s->high[i], range = s->range[i];
+            const float *restrict x = tau + i * s->stride + at;
+            float *restrict ui = u + i * STRIP, *restrict acc = inter + i * STRIP;
+            for (int64_t b = 0; b < m; b++) {
+                ui[b] = sign(x[b]) * ((clamp(fabsf(x[b]), low, high) - low) / range);
+                acc[b] = 0.0f;
+            }
+        }
+        for (int64_t i = 0; i < n; i++) {
+            const float *restrict ui = u + i * STRIP;
+            float *restrict acc_i = inter + i * STRIP;
+            for (int64_t b = 0; b < m; b++) acc_i[b] += tanh_unit(ui[b] * ui[b]);
+            for (int64_t j = i + 1; j < n; j++) {
+                const float *restrict uj = u + j * STRIP;
+                float *restrict acc_j = inter + j * STRIP;
+                for (int64_t b = 0; b < m; b++) {
+                    float pair = tanh_unit(ui[b] * uj[b]);
+                    acc_i[b] += pair;
+                    acc_j[b] += pair;
+                }
+            }
+        }
+        for (int64_t i = 0; i < n; i++) {
+            const float *restrict ui = u + i * STRIP;
+            float *restrict acc = inter + i * STRIP;
+            for (int64_t b = 0; b < m; b++) acc[b] = acc[b] * exp_((ui[b] * ui[b] - 1.0f) * tasks);
+        }
+    } else {
+        float *restrict total = u;
+        for (int64_t b = 0; b < m; b++) total[b] = tau[at + b];
+        for (int64_t i = 1; i < n; i++) {
+            const float *restrict x = tau + i * s->stride + at;
+            for (int64_t b = 0; b < m; b++) total[b] += x[b];
+        }
+        for (int64_t i = 0; i < n; i++) {
+            const float low = s->low[i], high = s->high[i], range = s->range[i];
+            const float *restrict x = tau + i * s->stride + at;
+            float *restrict acc = inter + i * STRIP;
+            int32_t largest = 0; /* as bits: an integer maximum vectorises, one of floats does not */
+            for (int64_t b = 0; b < m; b++) {
+                acc[b] = x[b] * total[b];
+                int32_t size = as_bits(acc[b]) & 0x7fffffff;
+                largest = size > largest ? size : largest;
+            }
+            if (largest <= as_bits(1.0f)) /* nearly always: task vectors are small */
+                for (int64_t b = 0; b < m; b++) acc[b] = tanh_unit(acc[b]);
+            else
+                for (int64_t b = 0; b < m; b++) acc[b] = tanh_(acc[b]);
+            for (int64_t b = 0; b < m; b++) {
+                float z = (clamp(fabsf(x[b]), low, high) - low) / range;
+                acc[b] = acc[b] * exp_((z * z - 1.0f) * tasks);
+            }
+        }
+    }
+}
+
+/* pcb.beta_released and pcb.beta_pairwise: tau [n, B] -> beta [n, B] (same row stride). */
+EXPORT CLONES void pcb_beta(const Scores *s, const float *tau, int64_t B, float *beta) {
+    for (int64_t at = 0; at < B; at += STRIP) {
+        const int64_t m = B - at < STRIP ? B - at : STRIP;
+        beta_strip(s, tau, at, m);
+        for (int64_t i = 0; i < s->n; i++) memcpy(beta + i * s->stride + at, s->scratch + (s->n + i) * STRIP, (size_t)m * 4);
+    }
+}
+
+/* pcb.scale_of and pcb.combine after pcb_beta: theta [B], tau [n, B] -> merged [B]. */
+EXPORT CLONES void pcb_merge(const Scores *s, const float *theta, const float *tau, int64_t B, const float *lambdas, float lambda, float floor_, float *merged) {
+    float total[STRIP], sum[STRIP];
+    for (int64_t at = 0; at < B; at += STRIP) {
+        const int64_t m = B - at < STRIP ? B - at : STRIP;
+        beta_strip(s, tau, at, m);
+        for (int64_t i = 0; i < s->n; i++) {
+            const float low = s->low[i], high = s->high[i], t = s->t[i], span = s->span[i], weight = lambdas[i];
+            const float *restrict x = tau + i * s->stride + at, *restrict beta = s->scratch + (s->n + i) * STRIP;
+            if (i == 0)
+                for (int64_t b = 0; b < m; b++) {
+                    float scale = ((beta[b] < t ? t : beta[b]) - t) / span;
+                    total[b] = scale;
+                    sum[b] = (scale * weight) * (sign(x[b]) * clamp(fabsf(x[b]), low, high));
+                }
+            else
+                for (int64_t b = 0; b < m; b++) {
+                    float scale = ((beta[b] < t ? t : beta[b]) - t) / span;
+                    total[b] += scale;
+                    sum[b] += (scale * weight) * (sign(x[b]) * clamp(fabsf(x[b]), low, high));
+                }
+        }
+        const float *restrict base = theta + at;
+        float *restrict out = merged + at;
+        for (int64_t b = 0; b < m; b++) {
+            float value = (sum[b] * lambda) / (total[b] < floor_ ? floor_ : total[b]) + base[b];
+            out[b] = total[b] > 0.0f ? value : base[b];
+        }
+    }
+}
+
+/* x - theta in float32, x bfloat16. */
+EXPORT CLONES void pcb_tau_bfloat16(const uint16_t *restrict x, const float *restrict theta, int64_t B, float *restrict tau) {
+    for (int64_t b = 0; b < B; b++) tau[b] = as_float((int32_t)((uint32_t)x[b] << 16)) - theta[b];
+}
+
+/* How many keys lie where: counts[0..3] += (key < lo, key <= lo, key < hi, key <= hi), counts[4] = max(counts[4], key); the keys strictly between
+   lo and hi go to `inside` (room for B), and their number is returned. Keys order float32 values as integers (kernels.keys);
+   magnitude: of |x|. */
+EXPORT CLONES int64_t pcb_count(const float *restrict x, int64_t B, int64_t magnitude, int32_t lo, int32_t hi, int64_t *counts, int32_t *inside) {
+    int64_t found = 0;
+    int32_t largest = INT32_MIN;
+    int32_t keys[STRIP];
+    for (int64_t at = 0; at < B; at += STRIP) {
+        const int32_t m = (int32_t)(B - at < STRIP ? B - at : STRIP);
+        int32_t below_lo = 0, upto_lo = 0, below_hi = 0, upto_hi = 0;
+        for (int32_t b = 0; b < m; b++) {
+            int32_t bits = as_bits(x[at + b]), size = bits & 0x7fffffff;
+            int32_t key = magnitude || bits >= 0 ? size : -size;
+            keys[b] = key;
+            below_lo += key < lo;
+            upto_lo += key <= lo;
+            below_hi += key < hi;
+            upto_hi += key <= hi;
+            largest = key > largest ? key : largest;
+        }
+        counts[0] += below_lo;
+        counts[1] += upto_lo;
+        counts[2] += below_hi;
+        counts[3] += upto_hi;
+        if (below_hi > upto_lo)
+            for (int32_t b = 0; b < m; b++) {
+                inside[found] = keys[b];
+                found += (keys[b] > lo) & (keys[b] < hi);
+            }
+    }
+    if (largest > counts[4]) counts[4] = largest;
+    return found;
+}
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Native kernels of pcb_ray, called through ctypes.", -1, NULL, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

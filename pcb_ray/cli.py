@@ -1,0 +1,237 @@
+"""The command line: `pcb-ray plan | merge | verify`. Exit code 0 done, 1 failed, 2 the request or an input was wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pcb_ray.errors import RequestError, RunError
+from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
+from pcb_ray.progress import readable_bytes
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
+
+RECIPE_HELP = """\
+A recipe is a YAML file:
+
+  merge_method: pcb            # pcb | ties | task_arithmetic | linear
+  base_model: models/base      # a directory, a .safetensors file, or a Hub id (org/name@revision)
+  models:
+    - model: models/math
+      parameters: {weight: 1.0}
+    - model: models/code
+  parameters:
+    density: 0.1               # the fraction of all parameters that is kept
+    lambda: 1.0                # scales the merged task vector
+    variant: pairwise          # pairwise | released | paper
+  dtype: bfloat16              # of the output; by default the base's
+"""
+
+MERGE_HELP = """\
+Without --address a local Ray is started for the merge; inside a Ray job the job's cluster is used:
+
+  pcb-ray merge recipe.yaml merged
+  ray job submit --address http://head:8265 --working-dir . -- pcb-ray merge recipe.yaml /shared/merged
+
+The output appears under its name only when whole. After a crash or Ctrl-C, the same command with --resume goes on where it stopped.
+The bytes are the same whatever --workers, --memory and --device are.
+"""
+
+
+def size(text: str) -> int:
+    """'2GB' -> 2000000000; units kB MB GB TB (powers of 1000) and KiB MiB GiB TiB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].upper() not in UNITS or not (value := int(float(match[1]) * UNITS[match[2].upper()])):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB, 2GB or 1.5GiB")
+    return value
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="pcb-ray",
+        description="Merge fine-tuned models of one base by PCB-Merging on Ray: thresholds exact over the whole model,\n"
+        "bounded memory, the same bytes on any number of workers, resumable.",
+        epilog=RECIPE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="plan | merge | verify")
+
+    def command(name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    plan = command("plan", "Tell what a merge will do, from headers alone, in seconds; nothing is written.", RECIPE_HELP)
+    plan.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    merge = command("merge", "Merge the models of RECIPE into the directory OUT.", MERGE_HELP + "\n" + RECIPE_HELP)
+    merge.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
+    merge.add_argument("out", metavar="OUT", type=Path, help="the directory to make; transformers loads it")
+    merge.add_argument("--workers", type=count, metavar="N", help="workers (default: one per core or GPU of the cluster)")
+    merge.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute (default: auto, a GPU where there is one)",
+    )
+    merge.add_argument("--address", help="a Ray cluster to join, such as ray-head:6379 (default: start a local one)")
+    merge.add_argument("--resume", action="store_true", help="go on with an unfinished merge to OUT; only what is missing is done")
+    merge.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT if it exists (when the new one is whole), and forget an unfinished merge to it",
+    )
+
+    for one in plan, merge:
+        one.add_argument(
+            "--max-shard-size",
+            type=size,
+            default=DEFAULT_SHARD_BYTES,
+            metavar="SIZE",
+            help="largest file of the output (default: 5GB)",
+        )
+        one.add_argument(
+            "--memory", type=size, metavar="SIZE", help="bound on a worker's anonymous memory, torch included, such as 2GB"
+        )
+
+    verify = command("verify", "Check a merged directory: all digests, and a sample of chunks recomputed from the inputs.", "")
+    verify.add_argument("out", metavar="OUT", type=Path, help="a directory that pcb-ray merge wrote")
+    verify.add_argument("--sample", type=count, default=8, metavar="N", help="chunks to recompute (default: 8)")
+    for one in plan, merge, verify:
+        one.add_argument("-v", "--verbose", action="store_true", help="explain what is done")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("pcb_ray").setLevel(logging.INFO if options.verbose else logging.WARNING)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return {"plan": _plan, "merge": _merge, "verify": _verify}[options.command](options)
+    except RequestError as error:
+        print(f"pcb-ray: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"pcb-ray: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"pcb-ray: {error.filename or ''}: {error.strerror or error}; what was finished is kept: --resume goes on",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "pcb-ray: interrupted; nothing appears under the output's name, and --resume goes on where it stopped", file=sys.stderr
+        )
+        return 130
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pcb_ray.plan import plan
+    from pcb_ray.recipe import Recipe
+
+    made = plan(Recipe.from_file(options.recipe), max_shard_bytes=options.max_shard_size)
+    block = choose_block(made, "cpu", options.memory)
+    memory = {"worker_bytes": worker_bytes(made, block), "block_elements": block}
+    free = shutil.disk_usage(Path.cwd()).free
+    if options.json:
+        print(json.dumps(made.summary() | memory | {"disk_free_here": free}, indent=2))
+    else:
+        print(describe(made, memory["worker_bytes"], free))
+    return 0
+
+
+def describe(plan: Plan, worker: int, free: int) -> str:
+    """The plan for people."""
+    facts = plan.summary()
+    lines = [f"{plan.method}: {plan.N} models, D = {plan.D:,} merged elements in {len(plan.tensors)} tensors", "", "inputs"]
+    for k, one in enumerate(facts["inputs"]):
+        role = "base" if k == 0 and plan.recipe.base_model is not None else "layout" if k == 0 else f"model {k}"
+        commit = f" at {one['commit'][:12]}" if one["commit"] else ""
+        lines.append(
+            f"  {role:8} {one['source']}{commit}: {one['files']} file{'s' * (one['files'] != 1)}, {readable_bytes(one['bytes'])}"
+        )
+    if facts["densities"]:
+        kept = {f"{r:g}" for r in facts["densities"]}
+        lines.append(f"density    {', '.join(sorted(kept))}: a fraction of D, thresholds over the whole model")
+    copied = [f"{number} {why}" for why, number in facts["tensors_copied"].items()]
+    if copied:
+        lines.append(f"copied     {', '.join(copied)} (from the base, as they are)")
+        lines += [f"  {c['name']}: {c['why']}, {readable_bytes(c['bytes'])}" for c in facts["copied"][:20]]
+        lines += [f"  ... and {len(facts['copied']) - 20} more"] * (len(facts["copied"]) > 20)
+    lines += [f"tied       {name} = {original}" for name, original in plan.tied]
+    lines += [f"left out   {name}: excluded, and not in the base" for name in plan.dropped]
+    lines += [
+        f"reads      {readable_bytes(facts['bytes_read'])}: {plan.sweeps} sweep{'s' * (plan.sweeps != 1)} of {readable_bytes(plan.sweep_bytes)} in the usual case",
+        f"writes     {readable_bytes(plan.written_bytes)} in {len(plan.files)} file{'s' * (len(plan.files) != 1)}; {readable_bytes(free)} are free here",
+        f"memory     at most {readable_bytes(worker)} per worker (the driver takes less)",
+        *(f"note: {note}" for note in plan.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from pcb_ray.merge import merge
+
+    receipt = merge(
+        options.recipe,
+        options.out,
+        workers=options.workers,
+        device=options.device,
+        address=options.address,
+        max_shard_bytes=options.max_shard_size,
+        memory=options.memory,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    print(
+        f"{options.out}: {receipt['N']} models merged in {receipt['elapsed_s']:.1f} s by {receipt['workers']} workers; "
+        f"read {readable_bytes(receipt['bytes_read'])} in {receipt['full_sweeps']} full sweeps, wrote {readable_bytes(receipt['bytes_written'])}; "
+        f"a worker took at most {readable_bytes(receipt['peak_worker_bytes'])}"
+    )
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from pcb_ray.merge import verify
+
+    problems = verify(options.out, sample=options.sample)
+    for problem in problems:
+        print(f"pcb-ray: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{options.out}: all digests match, and a sample of {options.sample} chunks is what the inputs give")
+    return 1 if problems else 0

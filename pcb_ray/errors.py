@@ -1,0 +1,33 @@
+"""The two ways in which a run ends badly, told apart because they have different exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+SHOWN_PROBLEMS = 20
+
+
+class RequestError(ValueError):
+    """The request or an input is wrong: nothing was written, and the user can mend it (exit code 2).
+
+    `problems` holds everything that was found wrong, one entry each, in the order of discovery; the message
+    shows the first 20 and counts the rest.
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        assert self.problems, "a RequestError says what is wrong"
+        super().__init__(*self.problems)
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[tuple[str, ...]]]:
+        return RequestError, (self.problems,)  # the default would pass the problems one by one
+
+    def __str__(self) -> str:
+        lines = list(self.problems[:SHOWN_PROBLEMS])
+        if hidden := len(self.problems) - len(lines):
+            lines.append(f"... and {hidden} more of the same kind")
+        return lines[0] if len(lines) == 1 else "\n".join(f"- {line}" for line in lines)
+
+
+class RunError(RuntimeError):
+    """The request was right but the run could not be finished (exit code 1): a full disk, a lost cluster."""

@@ -1,0 +1,185 @@
+"""The arithmetic of a block behind one interface: in torch on any device, or in C on CPUs (`_native.c`), the same bits from both.
+
+A kernel is chosen per owner by what its machine offers. Since both round alike, a cluster may mix them; receipts name what was used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pcb_ray import pcb
+from pcb_ray.answers import Thresholds
+from pcb_ray.selection import Bracket
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STRIP = 512  # of _native.c
+
+
+def keys(x: Tensor, magnitude: bool) -> Tensor:
+    """Integers that sort like x (or |x|); -0 and +0 are one key."""
+    bits = x.view(torch.int32 if x.dtype == torch.float32 else torch.int64)
+    size = bits & (0x7FFFFFFF if x.dtype == torch.float32 else 0x7FFFFFFFFFFFFFFF)
+    return size if magnitude else torch.where(bits >= 0, size, -size)
+
+
+class TorchKernel:
+    """The specification: pcb.py on whole blocks, on any device."""
+
+    name = "torch"
+
+    def __init__(self, method: str, n: int, D: int, device: torch.device) -> None:
+        self.method, self.n, self.D, self.device = method, n, D, device
+
+    @property
+    def key_bits(self) -> int:
+        """Bits of the keys of beta."""
+        return 64 if self.method == "pcb-paper" else 32
+
+    def tau(self, raw: Tensor, theta_B: Tensor, out_B: Tensor) -> None:
+        """out = float32(raw) - theta."""
+        torch.sub(raw.float(), theta_B, out=out_B)
+
+    def beta(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
+        """Scores [N, B]: float32, for `paper` float64 and times D^2."""
+        if self.method == "pcb-paper":
+            return pcb.beta_paper(tau_NB, thresholds, self.D)
+        return (pcb.beta_pairwise if self.method == "pcb-pairwise" else pcb.beta_released)(tau_NB, thresholds)
+
+    def count(
+        self, x_B: Tensor, magnitude: bool, brackets: Sequence[Bracket]
+    ) -> tuple[int, list[tuple[tuple[int, int, int, int], NDArray[Any]]]]:
+        """The largest key, and for each bracket the counts (< lo, <= lo, < hi, <= hi) and the keys strictly between."""
+        k_B = keys(x_B, magnitude)
+        result = []
+        for bracket in brackets:
+            below_hi_B, above_lo_B = k_B < bracket.hi, k_B > bracket.lo
+            counts = ((k_B < bracket.lo).sum(), len(k_B) - above_lo_B.sum(), below_hi_B.sum(), (k_B <= bracket.hi).sum())
+            below_lo, upto_lo, below_hi, upto_hi = torch.stack([torch.as_tensor(c, device=k_B.device) for c in counts]).tolist()
+            inside = k_B[above_lo_B & below_hi_B] if below_hi > upto_lo else k_B[:0]
+            result.append(((below_lo, upto_lo, below_hi, upto_hi), inside.cpu().numpy()))
+        return int(k_B.max()), result
+
+    def merge(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
+        """The merged block, float32 [B]. For `linear`, tau holds the models themselves."""
+        if self.method == "linear":
+            return pcb.linear(tau_NB, lambdas)
+        if self.method == "task_arithmetic":
+            return pcb.task_arithmetic(theta_B, tau_NB, lambdas, lambda_)
+        if self.method == "ties":
+            return pcb.ties(theta_B, tau_NB, thresholds, lambdas, lambda_)
+        beta_NB = self.beta(tau_NB, thresholds)
+        if self.method == "pcb-paper":
+            return pcb.combine(theta_B, tau_NB, pcb.scale_of_paper(beta_NB, thresholds), lambdas, lambda_, floor=0.0)
+        _, tauc_NB = pcb.clip(tau_NB, thresholds)
+        return pcb.combine(theta_B, tauc_NB, pcb.scale_of(beta_NB, thresholds), lambdas, lambda_, floor=pcb.DENOMINATOR_FLOOR)
+
+
+class _Scores(ctypes.Structure):
+    """struct Scores of _native.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("n", "stride", "pairwise")] + [
+        (name, ctypes.c_void_p) for name in ("low", "high", "range", "t", "span", "scratch")
+    ]
+
+
+class NativeKernel(TorchKernel):
+    """The same on CPUs in C, for float32 blocks that lie row by row in memory; what C does not have is left to torch."""
+
+    name = "native"
+
+    def __init__(self, method: str, n: int, D: int, device: torch.device) -> None:
+        super().__init__(method, n, D, device)
+        self._library = _load_native()
+        self._scratch = torch.empty(2 * n * STRIP)
+        self._inside: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        self._scores_of: tuple[Thresholds | None, list[Tensor]] = (None, [])
+
+    @property
+    def _fused(self) -> bool:
+        return self.method in ("pcb-released", "pcb-pairwise")
+
+    def _scores(self, tau_NB: Tensor, thresholds: Thresholds) -> _Scores:
+        if self._scores_of[0] is not thresholds:
+            low, high = torch.tensor(thresholds.low), torch.tensor(thresholds.high)
+            zeros = (0.0,) * self.n
+            t = torch.tensor(thresholds.t or zeros)
+            span = torch.tensor(pcb.spans(thresholds) if thresholds.t else zeros)
+            self._scores_of = thresholds, [low, high, torch.where(high > low, high - low, math.inf), t, span, self._scratch]
+        pointers = [x.data_ptr() for x in self._scores_of[1]]
+        return _Scores(self.n, tau_NB.stride(0), int(self.method == "pcb-pairwise"), *pointers)
+
+    def tau(self, raw: Tensor, theta_B: Tensor, out_B: Tensor) -> None:
+        if raw.dtype == torch.bfloat16:
+            self._library.pcb_tau_bfloat16(raw.data_ptr(), theta_B.data_ptr(), len(raw), out_B.data_ptr())
+        else:
+            super().tau(raw, theta_B, out_B)
+
+    def beta(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
+        if not self._fused:
+            return super().beta(tau_NB, thresholds)
+        beta_NB = torch.empty_strided(tau_NB.shape, tau_NB.stride())
+        self._library.pcb_beta(
+            ctypes.byref(self._scores(tau_NB, thresholds)), tau_NB.data_ptr(), tau_NB.shape[1], beta_NB.data_ptr()
+        )
+        return beta_NB
+
+    def count(
+        self, x_B: Tensor, magnitude: bool, brackets: Sequence[Bracket]
+    ) -> tuple[int, list[tuple[tuple[int, int, int, int], NDArray[Any]]]]:
+        if x_B.dtype != torch.float32:
+            return super().count(x_B, magnitude, brackets)
+        if len(self._inside) < len(x_B):
+            self._inside = np.empty(len(x_B), dtype=np.int32)
+        result, largest = [], 0
+        for bracket in brackets:
+            counts = (ctypes.c_int64 * 5)(0, 0, 0, 0, -(1 << 31))
+            found = self._library.pcb_count(
+                x_B.data_ptr(), len(x_B), magnitude, bracket.lo, bracket.hi, counts, self._inside.ctypes.data
+            )
+            result.append(((counts[0], counts[1], counts[2], counts[3]), self._inside[:found].copy()))
+            largest = counts[4]
+        return largest, result
+
+    def merge(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
+        if not self._fused:
+            return super().merge(theta_B, tau_NB, thresholds, lambdas, lambda_)
+        merged_B, weights_N = torch.empty_like(theta_B), torch.tensor(lambdas, dtype=torch.float32)
+        self._library.pcb_merge(
+            *(ctypes.byref(self._scores(tau_NB, thresholds)), theta_B.data_ptr(), tau_NB.data_ptr(), tau_NB.shape[1]),
+            *(weights_N.data_ptr(), lambda_, pcb.DENOMINATOR_FLOOR, merged_B.data_ptr()),
+        )
+        return merged_B
+
+
+def _load_native() -> Any:
+    spec = importlib.util.find_spec("pcb_ray._native")
+    assert spec is not None
+    assert spec.origin is not None
+    library = ctypes.CDLL(spec.origin)
+    pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    library.pcb_tau_bfloat16.argtypes = [pointer, pointer, integer, pointer]
+    library.pcb_beta.argtypes = [pointer, pointer, integer, pointer]
+    library.pcb_merge.argtypes = [pointer, pointer, pointer, integer, pointer, real, real, pointer]
+    library.pcb_count.argtypes = [pointer, integer, integer, ctypes.c_int32, ctypes.c_int32, pointer, pointer]
+    library.pcb_count.restype = integer
+    for name in ("pcb_tau_bfloat16", "pcb_beta", "pcb_merge"):
+        getattr(library, name).restype = None
+    return library
+
+
+def choose_kernel(method: str, n: int, D: int, device: torch.device) -> TorchKernel:
+    """The fastest kernel for this device: native on a CPU where it was built, torch otherwise or if PCB_RAY_KERNEL=torch."""
+    wanted = os.environ.get("PCB_RAY_KERNEL", "native")
+    if device.type == "cpu" and wanted != "torch" and importlib.util.find_spec("pcb_ray._native") is not None:
+        return NativeKernel(method, n, D, device)
+    return TorchKernel(method, n, D, device)

@@ -1,0 +1,546 @@
+"""The sweeps in order, and the receipt: `merge`, `merge_state_dicts` and `verify`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from pcb_ray import output, runtime
+from pcb_ray import plan as planning
+from pcb_ray.answers import BETA, LARGEST_KEY, MAGNITUDE, Thresholds, value_of_key
+from pcb_ray.checkpoint import Checkpoint, Tensor, open_checkpoint, read_header
+from pcb_ray.errors import RequestError
+from pcb_ray.output import RECEIPT, RECIPE, State
+from pcb_ray.plan import DEFAULT_SHARD_BYTES, SAMPLE_RUN, Plan
+from pcb_ray.progress import Progress, readable_bytes
+from pcb_ray.recipe import Model, Recipe
+from pcb_ray.runtime import Owners
+from pcb_ray.selection import TALLY_ENTRIES, Bracket
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("pcb_ray")
+
+# The arithmetic of pcb.py: receipts name it, and a resumed or verified merge must have been made with the same one.
+ARITHMETIC = "ieee-1"
+
+
+# --- the sweeps -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sweep:
+    """One pass over the inputs, as the receipt tells of it."""
+
+    name: str
+    elapsed_s: float
+    bytes: int
+
+
+class Run:
+    """One merge under way: asks the owners sweep by sweep, and remembers what is worth a receipt."""
+
+    def __init__(self, plan: Plan, owners: Owners, *, quiet: bool) -> None:
+        self.plan, self.owners, self.quiet = plan, owners, quiet
+        self.sweeps: list[Sweep] = []
+        self.input_digests: dict[int, tuple[bytes, ...]] = {}
+        self.warnings: list[str] = []
+
+    def sweep(
+        self, name: str, question: str, *args: Any, chunks: Sequence[int] | None = None, share: float = 1.0
+    ) -> Iterator[tuple[Sequence[int], Any]]:
+        """Ask about all chunks with a progress bar; `share` of each chunk's bytes is read."""
+        plan = self.plan
+        todo = list(range(plan.chunks)) if chunks is None else list(chunks)
+        per_element = plan.sweep_bytes / plan.D
+        start, done = time.monotonic(), 0
+        with Progress(name, round(share * per_element * self._elements(todo)), quiet=self.quiet) as progress:
+            for batch, answer in self.owners.ask(question, todo, *args):
+                count = round(share * per_element * self._elements(batch))
+                done += count
+                progress.advance(count)
+                yield batch, answer
+        self.sweeps.append(Sweep(name, time.monotonic() - start, done))
+
+    def total(self, name: str, question: str, *args: Any) -> Any:
+        """The answers of all chunks merged into one."""
+        answers = (answer for _, answer in self.sweep(name, question, *args))
+        total = next(answers)
+        for answer in answers:
+            total.merge(answer)
+        return total
+
+    def _elements(self, chunks: Sequence[int]) -> int:
+        size, last = self.plan.chunk_elements, self.plan.chunks - 1
+        return sum(size if chunk < last else self.plan.D - last * size for chunk in chunks)
+
+
+def thresholds_of(run: Run) -> Thresholds:
+    """The analysis: everything that the method must know of the whole model before a block can be merged."""
+    plan, D = run.plan, run.plan.D
+    result = Thresholds()
+    if plan.method in planning.CLIP:
+        c = planning.CLIP[plan.method]
+        ranks = [int(D * c), int(D * (1 - c) - 1)]
+        values, _ = order_statistics(run, MAGNITUDE, result, [ranks] * plan.N)
+        result = result.replace(low=tuple(v[0] for v in values), high=tuple(v[1] for v in values))
+    elif plan.method == "ties":
+        values, _ = order_statistics(run, MAGNITUDE, result, [[max(D - int(D * r) - 1, 0)] for r in plan.densities])
+        return result.replace(low=tuple(v[0] for v in values))
+    elif plan.method == "pcb-paper":
+        extrema = run.total("pair products", "extrema")
+        run.input_digests = extrema.digests
+        result = result.replace(pair_min=tuple(extrema.low), pair_max=tuple(extrema.high))
+        chunk_sums = run.total("softmax sums", "sums", result).of_chunk
+        sums = [math.fsum(values) for values in zip(*chunk_sums.values(), strict=True)]  # fsum is exact: no order shows
+        result = result.replace(intra_sum=tuple(sums[: plan.N]), pair_sum=tuple(sums[plan.N :]))
+    else:
+        return result
+    values, largest = order_statistics(run, BETA, result, [[min(int(D * (1 - r)), D - 1)] for r in plan.densities])
+    result = result.replace(t=tuple(v[0] for v in values), beta_max=tuple(largest))
+    run.warnings += warnings_of(plan, result)
+    return result
+
+
+def order_statistics(
+    run: Run, quantity: str, thresholds: Thresholds, ranks: Sequence[Sequence[int]]
+) -> tuple[list[list[float]], list[float]]:
+    """For each task the values of these ranks of |tau| or beta over the whole model, exactly, and the largest value."""
+    plan, magnitude = run.plan, quantity == MAGNITUDE
+    bits = 64 if plan.method == "pcb-paper" and not magnitude else 32
+    largest_key = LARGEST_KEY[bits]
+    smallest_key = 0 if magnitude else -largest_key
+    open_ranks = {(i, rank): Bracket(smallest_key, largest_key) for i, of_task in enumerate(ranks) for rank in of_task}
+    if plan.D > TALLY_ENTRIES:
+        samples: Any = None
+        for _, answer in run.sweep(f"sample of {quantity}", "sample", quantity, thresholds, share=SAMPLE_RUN / plan.sample_stride):
+            if samples is None:
+                samples = answer
+            else:
+                for mine, theirs in zip(samples, answer, strict=True):
+                    mine.merge(theirs)
+        open_ranks = {(i, rank): samples[i].bracket(rank, plan.D, smallest_key, largest_key) for i, rank in open_ranks}
+    found: dict[tuple[int, int], int] = {}
+    largest: list[float] = []
+    while open_ranks:
+        asked = [sorted({b for (i, _), b in open_ranks.items() if i == task}, key=lambda b: (b.lo, b.hi)) for task in range(plan.N)]
+        first_sweep = not run.input_digests
+        counted = run.total(f"ranks of {quantity}", "count", quantity, thresholds, asked, first_sweep)
+        if first_sweep:
+            run.input_digests = counted.digests
+        if not largest:
+            largest = [value_of_key(key, bits) for key in counted.largest]
+        for (i, rank), bracket in list(open_ranks.items()):
+            answer = counted.tallies[i][asked[i].index(bracket)].select(rank, smallest_key, largest_key)
+            if isinstance(answer, Bracket):
+                log.info(
+                    "%s of model %d: rank %d not yet decided between %d and %d; one more sweep",
+                    quantity,
+                    i,
+                    rank,
+                    answer.lo,
+                    answer.hi,
+                )
+                open_ranks[i, rank] = answer
+            else:
+                found[i, rank] = answer
+                del open_ranks[i, rank]
+    return [[value_of_key(found[i, rank], bits) for rank in of_task] for i, of_task in enumerate(ranks)], largest
+
+
+def warnings_of(plan: Plan, thresholds: Thresholds) -> list[str]:
+    """What the thresholds say about inputs that were hardly meant."""
+    result = []
+    for i in range(plan.N):
+        name, t = plan.recipe.models[i].source, thresholds.t[i]
+        if plan.method in planning.CLIP and thresholds.high[i] == 0.0:
+            result.append(
+                f"{name}: at most one parameter in a hundred differs from the base (after clipping nothing does); it contributes nothing"
+            )
+        elif plan.method in planning.CLIP and thresholds.low[i] == thresholds.high[i]:
+            result.append(
+                f"{name}: all its clipped differences to the base have one size, {thresholds.low[i]}; it contributes nothing"
+            )
+        elif plan.method in planning.CLIP and thresholds.beta_max[i] == t:
+            result.append(f"{name}: its drop threshold is its largest score, {t}; it contributes nothing: raise its density")
+        elif plan.method == "pcb-paper" and thresholds.pair_max[_diagonal(i, plan.N)] == 0.0:
+            result.append(f"{name}: equals the base; it counts as a task and contributes nothing")
+        elif t <= 0.0:
+            result.append(
+                f"{name}: its drop threshold is {t}: density {plan.densities[i]} also keeps parameters that conflict or were not touched; lower it"
+            )
+    return result
+
+
+def _diagonal(i: int, n: int) -> int:
+    """Where pair (i, i) lies among the pairs i <= j of n tasks."""
+    return i * n - i * (i - 1) // 2
+
+
+# --- merge ----------------------------------------------------------------------------------------------------------------------
+
+
+def merge(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    device: str = "auto",
+    address: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    memory: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Merge the recipe's models into the directory `out` on Ray, and return the receipt (also in `out`/pcb_receipt.json).
+
+    The output's bytes are a function of the inputs and the recipe: neither `workers`, `memory` (bytes of anonymous memory per worker), `device`
+    nor a lost worker shows in them. `out` appears only when whole. A run that was killed goes on with `resume=True`.
+
+    Raises RequestError if the request or an input is wrong (before anything is written), RunError if the run can't be finished.
+    """
+    start = time.monotonic()
+    recipe = read_recipe(recipe)
+    out = Path(out)
+    if not out.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise RequestError(
+            f"{out}: inside a Ray job a relative output is written to the job's temporary folder and lost; give an absolute path on storage that lasts"
+        )
+    plan = planning.plan(recipe, max_shard_bytes=max_shard_bytes)
+    if any(i.commit is not None for i in plan.inputs):
+        plan = planning.plan(recipe, max_shard_bytes=max_shard_bytes, download=True)
+    output.check_out(out, plan, overwrite=overwrite, resume=resume)
+    base, tokenizer = _companions(recipe)
+    files = output.side_files(recipe, plan, base, tokenizer)
+    if memory is not None:
+        planning.choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
+    for note in plan.notes:
+        log.warning("note: %s", note)
+
+    with contextlib.ExitStack() as stack:
+        state = stack.enter_context(contextlib.closing(State(out, plan, resume=resume, arithmetic=ARITHMETIC)))
+        stack.enter_context(runtime.cluster(address))
+        device = runtime.choose_device(device)
+        block = planning.choose_block(plan, device, memory)
+        worker_bytes = planning.worker_bytes(plan, block)
+        workers = runtime.choose_workers(workers, device, worker_bytes, plan.chunks)
+        log.info(
+            "%d workers on %s, at most %s each; blocks of %d elements, %d chunks",
+            workers,
+            device,
+            readable_bytes(worker_bytes),
+            block,
+            plan.chunks,
+        )
+        owners = runtime.RayOwners(
+            plan, str(state.staging), workers=workers, device=device, worker_bytes=worker_bytes, block_elements=block
+        )
+        stack.callback(owners.close)
+        run = Run(plan, owners, quiet=quiet)
+        written = _execute(run, state)
+        receipt = {
+            "versions": versions(),
+            "arithmetic": ARITHMETIC,
+            "kernels": sorted({s["kernel"] + " on " + s["device"].split(":")[0] for s in owners.stats.values()}),
+            "method": plan.method,
+            "N": plan.N,
+            "D": plan.D,
+            "thresholds": state.found["thresholds"],
+            "warnings": run.warnings,
+            "sweeps": state.found["sweeps"],
+            "full_sweeps": sum(s["bytes"] >= plan.sweep_bytes for s in state.found["sweeps"]),
+            "bytes_read": sum(s["bytes_read"] for s in owners.stats.values()),
+            "bytes_written": plan.written_bytes,
+            "workers": workers,
+            "workers_lost": owners.deaths,
+            "peak_worker_bytes": max(s["peak_bytes"] for s in owners.stats.values()),
+            "announced_worker_bytes": worker_bytes,
+            "chunk_elements": plan.chunk_elements,
+            "max_shard_bytes": max_shard_bytes,
+            "folder": str(recipe.folder.resolve()),
+            "inputs": _receipt_of_inputs(plan, state.found["inputs"]),
+            "outputs": [
+                {"name": f.name, "bytes": f.size, "header_sha256": hashlib.sha256(f.header).hexdigest()} for f in plan.files
+            ],
+            "output_digest": written,
+            "resumed": resume,
+            "elapsed_s": round(time.monotonic() - start, 3),
+        }
+        files[output.CARD] = output.model_card(plan, receipt)
+        receipt["files_sha256"] = output.write_side_files(state.staging, files)
+        (state.staging / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+        state.commit()
+    for warning in run.warnings:
+        log.warning("warning: %s", warning)
+    return receipt
+
+
+def read_recipe(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:
+    """A recipe from a file, from the dictionary that such a file holds, or as it is."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.from_dict(recipe, Path.cwd()) if isinstance(recipe, Mapping) else Recipe.from_file(Path(recipe))
+
+
+def _companions(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
+    """The checkpoints that config and tokenizer are taken from."""
+    base = open_checkpoint(recipe.base_model or recipe.models[0].source, recipe.folder, download=True)
+    if recipe.tokenizer_source in ("base", recipe.base_model):
+        return base, base
+    return base, open_checkpoint(recipe.tokenizer_source, recipe.folder, download=True)
+
+
+def _execute(run: Run, state: State) -> str:
+    """Analyse and write what is not yet done; the digest of the whole output."""
+    plan = run.plan
+    single = plan.sweeps == 1
+    if "thresholds" not in state.found:
+        if plan.twins:
+            _, problems = next(run.owners.ask("differing_twins", [0]))
+            if problems:
+                raise RequestError(problems)
+        thresholds = thresholds_of(run)
+        state.found |= {"thresholds": thresholds.to_json(), "warnings": run.warnings}
+        if not single:
+            state.found |= {"inputs": _fold_inputs(plan, run.input_digests), "sweeps": [asdict(s) for s in run.sweeps]}
+        state.save()
+    thresholds = Thresholds.from_json(state.found["thresholds"])
+    run.warnings = state.found["warnings"]
+
+    state.make_files(plan)
+    missing = _unwritten(run, state)
+    analysis = len(run.sweeps)
+    for _, answer in run.sweep("write", "write", thresholds, single, chunks=missing):
+        state.wrote({str(chunk): _journal_entry(*digests) for chunk, digests in answer.items()})
+    pieces = [p for p in plan.copy_pieces() if _piece_name(p) not in state.journal]
+    for batch, digests in run.owners.ask("copy", pieces):
+        state.wrote({_piece_name(p): d.hex() for p, d in zip(batch, digests, strict=True)})
+    entries = [state.journal[str(chunk)].split() for chunk in range(plan.chunks)]
+    state.found["sweeps"] = [*state.found.get("sweeps", []), *(asdict(s) for s in run.sweeps[analysis:])]
+    if single:
+        state.found["inputs"] = _fold_inputs(
+            plan, {chunk: tuple(bytes.fromhex(d) for d in entry[1:]) for chunk, entry in enumerate(entries)}
+        )
+    return _fold([entry[0] for entry in entries] + [state.journal[_piece_name(p)] for p in plan.copy_pieces()])
+
+
+def _journal_entry(written: bytes, inputs: Sequence[bytes]) -> str:
+    return " ".join(d.hex() for d in (written, *inputs))
+
+
+def _piece_name(piece: tuple[int, int, int]) -> str:
+    return f"copy {piece[0]} {piece[1]}"
+
+
+def _unwritten(run: Run, state: State) -> list[int]:
+    """The chunks still to write. What the journal of an earlier run names is believed only if the files hold just those bytes."""
+    plan = run.plan
+    claimed = [chunk for chunk in range(plan.chunks) if str(chunk) in state.journal]
+    good: set[int] = set()
+    if claimed:
+        log.info("%d of %d chunks were written before; checking them", len(claimed), plan.chunks)
+        for _, digests in run.owners.ask("written_digests", claimed):
+            good.update(chunk for chunk, digest in digests.items() if state.journal[str(chunk)].split()[0] == digest.hex())
+    pieces = [p for p in plan.copy_pieces() if _piece_name(p) in state.journal]
+    for batch, found in run.owners.ask("copy", pieces, False):
+        for piece, digest in zip(batch, found, strict=True):
+            if state.journal[_piece_name(piece)] != digest.hex():
+                del state.journal[_piece_name(piece)]
+    return [chunk for chunk in range(plan.chunks) if chunk not in good]
+
+
+def _fold(digests: Sequence[str]) -> str:
+    """One digest of many, in the order of the plan."""
+    return str(xxhash.xxh3_128(b"".join(bytes.fromhex(d) for d in digests)).hexdigest())
+
+
+def _fold_inputs(plan: Plan, of_chunk: Mapping[int, Sequence[bytes]]) -> list[str]:
+    return [_fold([of_chunk[chunk][source].hex() for chunk in range(plan.chunks)]) for source in range(plan.N + 1)]
+
+
+def _receipt_of_inputs(plan: Plan, digests: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"source": one.source, "commit": one.commit, "digest": digest, "files": [f._asdict() for f in one.files]}
+        for one, digest in zip(plan.inputs, digests, strict=True)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """What made an output: for the receipt."""
+    names = {"pcb_ray": "pcb-ray", "torch": "torch", "ray": "ray", "numpy": "numpy"}
+    return {key: importlib.metadata.version(name) for key, name in names.items()} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+# --- verify ---------------------------------------------------------------------------------------------------------------------
+
+
+def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False) -> list[str]:
+    """Check a merged directory against its receipt: every file's digest, and `sample` chunks recomputed from the inputs.
+
+    Returns what is wrong, nothing if all is well. Raises RequestError if OUT or its inputs can't be read at all.
+    """
+    out = Path(out)
+    try:
+        receipt = json.loads((out / RECEIPT).read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{out / RECEIPT}: can't be read ({error}); verify takes a directory that pcb-ray merge wrote") from None
+    if receipt["arithmetic"] != ARITHMETIC:
+        raise RequestError(
+            f"{out}: was merged with arithmetic {receipt['arithmetic']}, this is {ARITHMETIC}; verify it with pcb_ray {receipt['versions']['pcb_ray']}"
+        )
+    problems = []
+    for name, sha256 in receipt["files_sha256"].items():
+        found = hashlib.sha256((out / name).read_bytes()).hexdigest() if (out / name).is_file() else "missing"
+        if found != sha256:
+            problems.append(f"{out / name}: sha256 {found}, the receipt says {sha256}")
+    for file in receipt["outputs"]:
+        path = out / file["name"]
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            problems.append(
+                f"{path}: {path.stat().st_size if path.is_file() else 'missing'}, the receipt says {file['bytes']} bytes"
+            )
+        elif hashlib.sha256(read_header(path)[2]).hexdigest() != file["header_sha256"]:
+            problems.append(f"{path}: its header is not the one that was written")
+    if problems:
+        return problems
+    recipe = Recipe.from_yaml((out / RECIPE).read_text(), Path(receipt["folder"]))
+    plan = planning.plan(recipe, max_shard_bytes=receipt["max_shard_bytes"], download=True)
+    for then, now in zip(receipt["inputs"], plan.inputs, strict=True):
+        before, after = ([(f["path"], f["size"], f["header_sha256"]) for f in then["files"]], [tuple(f) for f in now.files])
+        if before != after:
+            problems.append(f"{now.source}: its files are not those that were merged: {before} then, {after} now")
+    if problems:
+        return problems
+    owners = runtime.LocalOwners(plan, str(out))
+    run = Run(plan, owners, quiet=quiet)
+    digests: dict[int, str] = {}
+    for _, answer in run.sweep("read the output", "written_digests", share=plan.written_bytes / plan.sweep_bytes):
+        digests.update((chunk, digest.hex()) for chunk, digest in answer.items())
+    pieces = plan.copy_pieces()
+    copied = [d.hex() for _, part in owners.ask("copy", pieces, False) for d in part]
+    if _fold([digests[chunk] for chunk in range(plan.chunks)] + copied) != receipt["output_digest"]:
+        problems.append(
+            f"{out}: the tensors' digest is not the receipt's {receipt['output_digest']}: the data were changed after the merge"
+        )
+    chosen = sorted({round(k * (plan.chunks - 1) / max(1, sample - 1)) for k in range(sample)})
+    thresholds = Thresholds.from_json(receipt["thresholds"])
+    for _, answer in run.sweep("recompute a sample", "merged_digests", thresholds, chunks=chosen):
+        for chunk, digest in answer.items():
+            if digest.hex() != digests[chunk]:
+                first = next(plan.segments(chunk * plan.chunk_elements, chunk * plan.chunk_elements + 1))
+                problems.append(
+                    f"{out}: chunk {chunk} (from {plan.tensors[first.tensor].name} on) differs from what its inputs give"
+                )
+    return problems
+
+
+# --- models in memory -----------------------------------------------------------------------------------------------------------
+
+
+def merge_state_dicts(
+    base: Mapping[str, torch.Tensor],
+    models: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    method: str = "pcb",
+    mask_ratio: float | Sequence[float] = 0.1,
+    variant: str = "pairwise",
+    weights: Sequence[float] | None = None,
+    lambda_: float = 1.0,
+    dtype: str | None = None,
+    exclude: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
+    """Merge models that are in memory: no Ray, no files, the same bytes as `merge` of the same models on disk.
+
+    `base` and `models` map names to CPU tensors; tensors of the base that share storage count once and share it in the result. mask_ratio is one
+    number or one per model; `weights` are the lambda_i (1 by default). Returns a new state dict in the base's dtypes, or in `dtype`.
+    """
+    import torch
+
+    ratios = [mask_ratio] * len(models) if isinstance(mask_ratio, int | float) else list(mask_ratio)
+    weights = [1.0] * len(models) if weights is None else list(weights)
+    problems = [
+        f"{name}: {len(given)} given for {len(models)} models; give one each"
+        for name, given in (("mask_ratio", ratios), ("weights", weights))
+        if len(given) != len(models)
+    ]
+    if problems:
+        raise RequestError(problems)
+    recipe = Recipe(
+        models=tuple(Model(f"models[{i}]", weight=((None, weights[i]),), density=ratios[i]) for i in range(len(models))),
+        base_model="base",
+        merge_method=method,
+        density=ratios[0] if ratios else 0.1,
+        lambda_=lambda_,
+        variant=variant,
+        dtype=dtype,
+        exclude=tuple(exclude),
+    )
+    memory: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+    named = [("base", base), *((f"models[{i}]", m) for i, m in enumerate(models))]
+    checkpoints = [_in_memory(name, state_dict, memory) for name, state_dict in named]
+    plan = planning.plan_of(recipe, checkpoints, max_shard_bytes=1 << 62)
+    (file,) = plan.files
+    memory[file.name] = np.empty(file.size, dtype=np.uint8)
+    owners = runtime.LocalOwners(plan, memory=memory)
+    run = Run(plan, owners, quiet=True)
+    thresholds = thresholds_of(run)
+    for _ in run.sweep("write", "write", thresholds, False):
+        pass
+    for _ in owners.ask("copy", plan.copy_pieces()):
+        pass
+    for warning in run.warnings:
+        log.warning("warning: %s", warning)
+    written: dict[str, torch.Tensor] = {}
+    flat, kinds = torch.from_numpy(memory[file.name]), _torch_dtypes()
+    for name, slot in output.slots_of(plan).items():
+        kind, shape = kinds[slot.dtype], base[name].shape
+        written[name] = flat[slot.start : slot.start + shape.numel() * kind.itemsize].clone().view(kind).view(shape)
+    tied = dict(plan.tied)
+    return {name: written[tied.get(name, name)] for name in base}
+
+
+def _torch_dtypes() -> dict[str, torch.dtype]:
+    from safetensors.torch import _TYPES
+
+    return {name: kind for name, kind in _TYPES.items() if kind is not None}
+
+
+def _in_memory(
+    source: str, state_dict: Mapping[str, torch.Tensor], memory: dict[str, np.ndarray[Any, np.dtype[np.uint8]]]
+) -> Checkpoint:
+    """A state dict as a checkpoint whose files are arrays in `memory`."""
+    import torch
+
+    names = {kind: name for name, kind in _torch_dtypes().items()}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state_dict.items():
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        file = f"memory:{source}/{name}"
+        memory[file] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        tensors[name] = Tensor(name, names[tensor.dtype], tuple(tensor.shape), file, 0)
+    return Checkpoint(source=source, folder=None, tensors=tensors, aliases=aliases, files=(), config=None, commit=None)

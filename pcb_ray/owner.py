@@ -1,0 +1,458 @@
+"""Owner: holds one shard and answers questions about it, sweep by sweep. A plain class; `runtime` makes it a Ray actor.
+
+An answer is a function of the plan and the question alone, so a lost owner can be replaced and asked again, and it does not
+matter who answers. Memory is bounded by the block: an owner reads one block of the base and of every model, works on it, and forgets it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pcb_ray import pcb
+from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sums, Thresholds
+from pcb_ray.checkpoint import DTYPE_BYTES
+from pcb_ray.errors import RequestError, RunError
+from pcb_ray.kernels import DTYPES, choose_kernel, keys
+from pcb_ray.plan import MIN_BLOCK, SAMPLE_RUN, Plan, Segment, choose_block
+from pcb_ray.selection import SAMPLE_GROUPS, Bracket, Sample, Tally
+
+# Float sums are taken over fixed runs of this many elements and then exactly over the runs, so that no block size can show in them.
+SUM_RUN = 1 << 12
+
+
+class Bytes:
+    """Reads and writes byte ranges of files, each opened once; files named in `memory` are arrays in memory instead."""
+
+    def __init__(self, memory: dict[str, NDArray[np.uint8]] | None = None) -> None:
+        self.memory = memory or {}
+        self._readers: dict[str, int] = {}
+        self._writers: dict[str, int] = {}
+        self.bytes_read = 0
+
+    def read(self, file: str, start: int, out: memoryview) -> None:
+        self.bytes_read += len(out)
+        if file in self.memory:
+            out[:] = self.memory[file].data[start : start + len(out)]
+            return
+        if file not in self._readers:
+            self._readers[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        got = 0
+        while got < len(out):
+            count = os.preadv(self._readers[file], [out[got:]], start + got)
+            if count == 0:
+                raise RunError(
+                    f"{file}: ends at byte {start + got}, but its header promises data up to byte {start + len(out)}; it was changed during the merge"
+                )
+            got += count
+
+    def write(self, file: str, start: int, data: memoryview) -> None:
+        if file in self.memory:
+            self.memory[file].data[start : start + len(data)] = data
+            return
+        if file not in self._writers:
+            self._writers[file] = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+        put = 0
+        while put < len(data):
+            put += os.pwrite(self._writers[file], data[put:], start + put)
+
+    def close(self) -> None:
+        for fd in (*self._readers.values(), *self._writers.values()):
+            os.close(fd)
+        self._readers, self._writers = {}, {}
+
+
+class Owner:
+    def __init__(
+        self,
+        plan: Plan,
+        out_dir: str = "",
+        *,
+        device: str = "cpu",
+        block_elements: int | None = None,
+        memory: dict[str, NDArray[np.uint8]] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.out_dir = out_dir
+        self.device = torch.device(device)
+        self.kernel = choose_kernel(plan.method, plan.N, plan.D, self.device)
+        self.block_elements = block_elements or choose_block(plan, self.device.type, None)
+        assert self.block_elements % MIN_BLOCK == 0, self.block_elements
+        self.bytes = Bytes(memory)
+        self._check_files()
+        widest = max(DTYPE_BYTES[t.dtype] for tensor in plan.tensors for t in tensor.sources if t is not None)
+        # One buffer serves all sources of a CPU block, since each is used up before the next is read.
+        self._raw = torch.empty(self.block_elements * widest, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self._theta = torch.zeros(self.block_elements, device=self.device)
+        self._tau = torch.empty(plan.N, self.block_elements, device=self.device)
+        self.peak_bytes = 0
+
+    # --- questions ----------------------------------------------------------------------------------------------------------------
+
+    def sample(self, chunks: Sequence[int], quantity: str, thresholds: Thresholds) -> list[Sample]:
+        """For each task, where the keys of |tau| or beta lie in the sample runs that start in these chunks."""
+        bits = 32 if quantity == MAGNITUDE else self.kernel.key_bits
+        samples = [Sample(SAMPLE_SHIFT[bits]) for _ in range(self.plan.N)]
+        for group, segments in self._sample_blocks(chunks):
+            _, tau_NB = self._load(segments)
+            x_NB = tau_NB if quantity == MAGNITUDE else self.kernel.beta(tau_NB, thresholds)
+            for sample, x_B in zip(samples, x_NB, strict=True):
+                sample.add(group, keys(x_B, quantity == MAGNITUDE).cpu().numpy())
+        return samples
+
+    def count(
+        self, chunks: Sequence[int], quantity: str, thresholds: Thresholds, brackets: Sequence[Sequence[Bracket]], first_sweep: bool
+    ) -> Counted:
+        """Counts of |tau| or beta against each task's brackets. The first sweep over the inputs also checks and digests them."""
+        result = Counted([[Tally(b) for b in of_task] for of_task in brackets], [-(1 << 63)] * self.plan.N, {})
+        for chunk in chunks:
+            digests = self._digests() if first_sweep else None
+            for segments in self._blocks(chunk):
+                _, tau_NB = self._load(segments, digests)
+                x_NB = tau_NB if quantity == MAGNITUDE else self.kernel.beta(tau_NB, thresholds)
+                for i, x_B in enumerate(x_NB):
+                    largest, counted = self.kernel.count(x_B, quantity == MAGNITUDE, brackets[i])
+                    result.largest[i] = max(result.largest[i], largest)
+                    for tally, (counts, inside) in zip(result.tallies[i], counted, strict=True):
+                        tally.add(*counts, inside)
+                    if quantity == MAGNITUDE and largest >= LARGEST_KEY[32]:  # an infinity or a NaN
+                        self._refuse_non_finite(segments)
+            if digests is not None:
+                result.digests[chunk] = tuple(d.digest() for d in digests)
+        self._note_memory()
+        return result
+
+    def extrema(self, chunks: Sequence[int]) -> Extrema:
+        """The smallest and largest tau_i tau_j of each pair, exact in float64. A first sweep: it checks and digests the inputs."""
+        pairs = pcb.pairs(self.plan.N)
+        result = Extrema([math.inf] * len(pairs), [-math.inf] * len(pairs), {})
+        for chunk in chunks:
+            digests = self._digests()
+            for segments in self._blocks(chunk):
+                _, tau_NB = self._load(segments, digests)
+                if not bool(torch.isfinite(tau_NB).all()):
+                    self._refuse_non_finite(segments)
+                for p, (i, j) in enumerate(pairs):
+                    low, high = torch.aminmax(tau_NB[i].double() * tau_NB[j].double())
+                    result.low[p] = min(result.low[p], low.item())
+                    result.high[p] = max(result.high[p], high.item())
+            result.digests[chunk] = tuple(d.digest() for d in digests)
+        self._note_memory()
+        return result
+
+    def sums(self, chunks: Sequence[int], thresholds: Thresholds) -> Sums:
+        """The sums of `paper`'s softmax numerators chunk by chunk, float64, the same for any block size."""
+        result = Sums({})
+        for chunk in chunks:
+            runs: list[list[float]] = [[] for _ in range(self.plan.N * (self.plan.N + 3) // 2)]
+            for segments in self._blocks(chunk):
+                _, tau_NB = self._load(segments)
+                for total, x_B in zip(runs, torch.cat(pcb.paper_exponentials(tau_NB, thresholds)), strict=True):
+                    total += _sums_of_runs(x_B)
+            result.of_chunk[chunk] = [math.fsum(run) for run in runs]
+        self._note_memory()
+        return result
+
+    def write(
+        self, chunks: Sequence[int], thresholds: Thresholds, digest_inputs: bool
+    ) -> dict[int, tuple[Digest, tuple[Digest, ...]]]:
+        """Merge these chunks into the output files; for each the digest of what was written (and, for methods of one sweep, of its inputs)."""
+        result = {}
+        for chunk in chunks:
+            written = xxhash.xxh3_128()
+            digests = self._digests() if digest_inputs else None
+            for segments, part in self._merged(chunk, thresholds, digests):
+                for segment, data in zip(segments, part, strict=True):
+                    slot = self.plan.tensors[segment.tensor].slot
+                    self.bytes.write(self._out_file(slot.file), slot.start + segment.start * DTYPE_BYTES[slot.dtype], data)
+                    written.update(data)
+            result[chunk] = (written.digest(), tuple(d.digest() for d in digests or ()))
+        self._note_memory()
+        return result
+
+    def merged_digests(self, chunks: Sequence[int], thresholds: Thresholds) -> dict[int, Digest]:
+        """What `write` would digest for these chunks, recomputed from the inputs without writing."""
+        result = {}
+        for chunk in chunks:
+            digest = xxhash.xxh3_128()
+            for _, part in self._merged(chunk, thresholds, None):
+                for data in part:
+                    digest.update(data)
+            result[chunk] = digest.digest()
+        return result
+
+    def written_digests(self, chunks: Sequence[int]) -> dict[int, Digest]:
+        """The digests of what the output files hold for these chunks."""
+        result = {}
+        for chunk in chunks:
+            digest = xxhash.xxh3_128()
+            for segments in self._blocks(chunk):
+                for segment in segments:
+                    slot = self.plan.tensors[segment.tensor].slot
+                    itemsize = DTYPE_BYTES[slot.dtype]
+                    data = memoryview(bytearray((segment.stop - segment.start) * itemsize))
+                    self.bytes.read(self._out_file(slot.file), slot.start + segment.start * itemsize, data)
+                    digest.update(data)
+            result[chunk] = digest.digest()
+        return result
+
+    def copy(self, pieces: Sequence[tuple[int, int, int]], write: bool = True) -> list[Digest]:
+        """Copy byte ranges of copied tensors from the base (or, with write=False, only read what the output holds); their digests."""
+        result = []
+        for index, start, stop in pieces:
+            copied = self.plan.copies[index]
+            digest = xxhash.xxh3_128()
+            for at in range(start, stop, 1 << 20):
+                data = memoryview(bytearray(min(1 << 20, stop - at)))
+                if write:
+                    self.bytes.read(copied.source.file, copied.source.start + at, data)
+                    self.bytes.write(self._out_file(copied.slot.file), copied.slot.start + at, data)
+                else:
+                    self.bytes.read(self._out_file(copied.slot.file), copied.slot.start + at, data)
+                digest.update(data)
+            result.append(digest.digest())
+        return result
+
+    def differing_twins(self) -> list[str]:
+        """Stored copies of tied tensors that differ from their originals."""
+        problems = []
+        for index, copied, original in self.plan.twins:
+            at, size = 0, min(copied.nbytes, original.nbytes)
+            same = copied.dtype == original.dtype and copied.nbytes == original.nbytes
+            while same and at < size:
+                parts = [memoryview(bytearray(min(1 << 20, size - at))) for _ in range(2)]
+                for tensor, part in zip((copied, original), parts, strict=True):
+                    self.bytes.read(tensor.file, tensor.start + at, part)
+                same = parts[0] == parts[1]
+                at += len(parts[0])
+            if not same:
+                problems.append(
+                    f"{self.plan.inputs[index].source}: config.json ties {copied.name} to {original.name}, but the stored copies differ; "
+                    'set "tie_word_embeddings": false in its config if they are meant to differ, or remove the copy that is wrong'
+                )
+        return problems
+
+    def state(self) -> dict[str, Any]:
+        """What the receipt tells of an owner."""
+        self._note_memory()
+        return {
+            "kernel": self.kernel.name,
+            "device": str(self.device),
+            "bytes_read": self.bytes.bytes_read,
+            "peak_bytes": self.peak_bytes,
+            "pid": os.getpid(),
+        }
+
+    # --- blocks -------------------------------------------------------------------------------------------------------------------
+
+    def _blocks(self, chunk: int) -> Iterator[list[Segment]]:
+        first = chunk * self.plan.chunk_elements
+        stop = min(first + self.plan.chunk_elements, self.plan.D)
+        for at in range(first, stop, self.block_elements):
+            yield list(self.plan.segments(at, min(at + self.block_elements, stop)))
+
+    def _sample_blocks(self, chunks: Sequence[int]) -> Iterator[tuple[int, list[Segment]]]:
+        """The sample runs of these chunks, gathered to blocks of one group each. Their places depend on the plan alone."""
+        stride = self.plan.sample_stride
+        gathered: list[list[Segment]] = [[] for _ in range(SAMPLE_GROUPS)]
+        for chunk in chunks:
+            first = chunk * self.plan.chunk_elements
+            stop = min(first + self.plan.chunk_elements, self.plan.D)
+            for run in range(-(-first // stride), -(-stop // stride)):
+                # A hashed place within the stride: equal steps would hit the same columns of every row.
+                at = run * stride + (run * 0x9E3779B97F4A7C15 % (1 << 64) >> 40) % (stride - SAMPLE_RUN + 1)
+                group = gathered[run % SAMPLE_GROUPS]
+                group += self.plan.segments(min(at, self.plan.D), min(at + SAMPLE_RUN, self.plan.D))
+                if sum(s.stop - s.start for s in group) > self.block_elements - SAMPLE_RUN:
+                    yield run % SAMPLE_GROUPS, group
+                    gathered[run % SAMPLE_GROUPS] = []
+        yield from ((g, segments) for g, segments in enumerate(gathered) if segments)
+
+    def _digests(self) -> list[Any]:
+        """One running digest per source; the bytes of a chunk count in the order of its elements."""
+        return [xxhash.xxh3_128() for _ in range(self.plan.N + 1)]
+
+    def _load(self, segments: Sequence[Segment], digests: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
+        """theta [B] and tau [N, B] of a block, float32; for `linear` 0 and the models themselves."""
+        size = sum(s.stop - s.start for s in segments)
+        theta_B, tau_NB = self._theta[:size], self._tau[:, :size]
+        for source in range(self.plan.N + 1):
+            at = 0
+            for raw in self._read(segments, source, digests[source] if digests else None):
+                part = slice(at, at + len(raw))
+                if source == 0:
+                    theta_B[part] = raw
+                else:
+                    self.kernel.tau(raw, theta_B[part], tau_NB[source - 1, part])
+                at += len(raw)
+        return theta_B, tau_NB
+
+    def _read(self, segments: Sequence[Segment], source: int, digest: Any) -> Iterator[Tensor]:
+        """The typed elements of these segments in one source; neighbours in the file are read at once."""
+        at = 0
+        while at < len(segments):
+            tensor = self.plan.tensors[segments[at].tensor].sources[source]
+            if tensor is None:
+                return
+            itemsize = DTYPE_BYTES[tensor.dtype]
+            start = tensor.start + segments[at].start * itemsize
+            stop = tensor.start + segments[at].stop * itemsize
+            at += 1
+            while at < len(segments):
+                following = self.plan.tensors[segments[at].tensor].sources[source]
+                assert following is not None
+                if (
+                    following.file != tensor.file
+                    or following.dtype != tensor.dtype
+                    or following.start + segments[at].start * itemsize != stop
+                ):
+                    break
+                stop = following.start + segments[at].stop * itemsize
+                at += 1
+            host = self._raw[: stop - start]
+            view = host.numpy().data
+            self.bytes.read(tensor.file, start, view)
+            if digest is not None:
+                digest.update(view)
+            # To a GPU the copy is synchronous, so that the buffer is free again.
+            yield (host if self.device.type == "cpu" else host.to(self.device)).view(DTYPES[tensor.dtype])
+
+    def _merged(
+        self, chunk: int, thresholds: Thresholds, digests: Sequence[Any] | None
+    ) -> Iterator[tuple[list[Segment], list[memoryview]]]:
+        """The blocks of a chunk with the output bytes of each of their segments."""
+        for segments in self._blocks(chunk):
+            theta_B, tau_NB = self._load(segments, digests)
+            parts, at = [], 0
+            for tensors in _runs_of_equal_lambdas(self.plan, segments):
+                size = sum(s.stop - s.start for s in tensors)
+                part = slice(at, at + size)
+                lambdas = self.plan.tensors[tensors[0].tensor].lambdas
+                merged_B = self.kernel.merge(theta_B[part], tau_NB[:, part], thresholds, lambdas, self.plan.recipe.lambda_)
+                at += size
+                inner = 0
+                for segment in tensors:
+                    length = segment.stop - segment.start
+                    dtype = DTYPES[self.plan.tensors[segment.tensor].slot.dtype]
+                    rounded = merged_B[inner : inner + length].to(dtype)
+                    if not bool(torch.isfinite(rounded).all()):
+                        self._refuse_overflow(segments, segment, rounded)
+                    parts.append(rounded.cpu().contiguous().view(torch.uint8).numpy().data)
+                    inner += length
+            yield segments, parts
+
+    def _out_file(self, index: int) -> str:
+        name = self.plan.files[index].name
+        return name if name in self.bytes.memory else os.path.join(self.out_dir, name)
+
+    # --- complaints ---------------------------------------------------------------------------------------------------------------
+
+    def _refuse_non_finite(self, segments: Sequence[Segment]) -> None:
+        problems = []
+        for source in range(self.plan.N + 1):
+            for segment in segments:
+                tensor = self.plan.tensors[segment.tensor].sources[source]
+                if tensor is None:
+                    continue
+                for raw in self._read([segment], source, None):
+                    bad = torch.nonzero(~torch.isfinite(raw.float()))
+                    if len(bad):
+                        at = int(bad[0])
+                        index = np.unravel_index(segment.start + at, tensor.shape) if tensor.shape else ()
+                        where = f"index {[int(k) for k in index]}"
+                        problems.append(
+                            f"{self._source(source)}: tensor {tensor.name} holds {raw[at].item()} at {where} ({tensor.dtype}); "
+                            "a merge needs finite numbers: repair the checkpoint, or keep the base's tensor with `exclude`"
+                        )
+        if not problems:
+            problems.append(
+                f"{self.plan.tensors[segments[0].tensor].name}: a difference to the base overflows float32; exclude the tensor"
+            )
+        raise RequestError(problems)
+
+    def _refuse_overflow(self, block: Sequence[Segment], segment: Segment, rounded: Tensor) -> None:
+        if self.plan.sweeps == 1:
+            # No earlier sweep has looked at the inputs: blame them first.
+            _, tau_NB = self._load(block)
+            if not bool(torch.isfinite(tau_NB).all()):
+                self._refuse_non_finite(block)
+        tensor = self.plan.tensors[segment.tensor]
+        at = segment.start + int(torch.nonzero(~torch.isfinite(rounded))[0])
+        shape = next(t.shape for t in tensor.sources if t is not None)
+        index = [int(k) for k in np.unravel_index(at, shape)] if shape else []
+        raise RequestError(
+            f"the output: tensor {tensor.name} overflows {tensor.slot.dtype} at index {index}; "
+            "ask for a wider `dtype` (bfloat16 or float32), or for smaller weights or lambda"
+        )
+
+    def _source(self, source: int) -> str:
+        return self.plan.inputs[source].source
+
+    def _check_files(self) -> None:
+        """Every machine that owns a shard must see the same inputs and the same output folder."""
+        node, problems = socket.gethostname(), []
+        for one in self.plan.inputs:
+            for file in one.files:
+                if file.path in self.bytes.memory:
+                    continue
+                try:
+                    size = os.stat(file.path).st_size
+                except OSError as error:
+                    problems.append(
+                        f"{file.path}: node {node} can't read it ({error.strerror}); put the models on a file system that all nodes share"
+                    )
+                    continue
+                if size != file.size:
+                    problems.append(
+                        f"{file.path}: {size} bytes on node {node}, {file.size} bytes in the plan; all nodes must see the same files"
+                    )
+        if self.out_dir and not os.path.isdir(self.out_dir):
+            problems.append(
+                f"{self.out_dir}: node {node} doesn't see the folder of the output; choose one on a file system that all nodes share"
+            )
+        if problems:
+            raise RequestError(problems)
+
+    def _note_memory(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that the kernel can't take back: private and shared anonymous pages. 0 where /proc is missing."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return sum(1024 * int(kib) for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, flags=re.MULTILINE))
+
+
+def _runs_of_equal_lambdas(plan: Plan, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    run: list[Segment] = []
+    for segment in segments:
+        if run and plan.tensors[segment.tensor].lambdas != plan.tensors[run[0].tensor].lambdas:
+            yield run
+            run = []
+        run.append(segment)
+    if run:
+        yield run
+
+
+def _sums_of_runs(x_B: Tensor) -> list[float]:
+    """Sums of x over runs of SUM_RUN elements, each folded in halves: one order of additions, on any device."""
+    padded = torch.nn.functional.pad(x_B, (0, -len(x_B) % SUM_RUN)).view(-1, SUM_RUN)
+    width = SUM_RUN
+    while width > 1:
+        width //= 2
+        padded = padded[:, :width] + padded[:, width : 2 * width]
+    return [float(x) for x in padded[:, 0].tolist()]

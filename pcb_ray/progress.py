@@ -1,0 +1,65 @@
+"""One bar per sweep in a terminal, a few lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+LOG_STEP = 0.25  # a log gets a line each time this share more is done ...
+LOG_PAUSE_S = 30.0  # ... or this time has passed
+
+
+def readable_bytes(count: float) -> str:
+    """1234567 -> '1.23 MB' (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count < 100 else f"{count:.0f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+class Progress:
+    """Progress of one sweep over `total` bytes, on standard error."""
+
+    def __init__(self, name: str, total: int, *, quiet: bool = False) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self.quiet = quiet
+        self._terminal = sys.stderr.isatty() and not quiet
+        self._start = self._last_line = time.monotonic()
+        self._shown = 0.0
+        self._bar: tqdm[None] | None = None
+        if self._terminal:
+            self._bar = tqdm(total=total, desc=name, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.2, smoothing=0.1)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif not self.quiet:
+            now, share = time.monotonic(), self.done / max(self.total, 1)
+            if share < 1.0 and (share - self._shown >= LOG_STEP or now - self._last_line >= LOG_PAUSE_S):
+                rate = self.done / max(now - self._start, 1e-9)
+                left = (self.total - self.done) / max(rate, 1e-9)
+                self._line(
+                    f"{share:4.0%} {readable_bytes(self.done)} of {readable_bytes(self.total)}, {readable_bytes(rate)}/s, {left:.0f} s left"
+                )
+                self._shown, self._last_line = share, now
+
+    def _line(self, text: str) -> None:
+        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        elapsed_s = time.monotonic() - self._start
+        if self._bar is not None:
+            self._bar.close()
+        elif not self.quiet and kind is None:
+            self._line(
+                f"done, {readable_bytes(self.done)} in {elapsed_s:.1f} s, {readable_bytes(self.done / max(elapsed_s, 1e-9))}/s"
+            )

@@ -1,0 +1,268 @@
+"""All of Ray for merging: starting or joining a cluster, placing owners, asking them, replacing the dead.
+
+`ask` sends one question about many items (chunks) to all owners and yields answers as they come, in no order: answers are such that order does
+not matter. Each owner works through its own shard, a contiguous run of items; one that is done takes batches from the end of the longest
+shard left, and the items of a dead owner are asked again. `LocalOwners` does the same without Ray in this process.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcb_ray.errors import RequestError, RunError
+from pcb_ray.plan import Plan
+
+log = logging.getLogger("pcb_ray")
+
+BATCHES_PER_OWNER = 12  # an owner's shard is asked for in about so many batches: progress, and work for those who finish early
+MAX_BATCH = 64
+IN_FLIGHT = 2  # batches an owner has at hand, so that it need not wait for the driver
+PLACEMENT_TIMEOUT_S = 120.0
+MAX_DEATHS_OF_BATCH = 3
+LOCAL_OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray accepts; answers are small
+
+
+class Owners(Protocol):
+    """Whoever answers questions about chunks."""
+
+    stats: dict[int, dict[str, Any]]
+    deaths: int
+
+    def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]: ...
+
+
+class LocalOwners:
+    """One owner in this process: for models in memory and for `verify`."""
+
+    deaths = 0
+
+    def __init__(
+        self,
+        plan: Plan,
+        out_dir: str = "",
+        *,
+        memory: dict[str, NDArray[np.uint8]] | None = None,
+        device: str = "cpu",
+        block_elements: int | None = None,
+    ) -> None:
+        from pcb_ray.owner import Owner
+
+        self.owner = Owner(plan, out_dir, memory=memory, device=device, block_elements=block_elements)
+        self.stats: dict[int, dict[str, Any]] = {}
+
+    def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
+        for at in range(0, len(items), 4):
+            batch = items[at : at + 4]
+            yield batch, getattr(self.owner, question)(batch, *args)
+            self.stats[0] = self.owner.state()
+
+
+class _Actor:
+    """An owner as Ray runs it. Its owner is made by `start` and not by the constructor, since what a constructor raises is lost."""
+
+    def start(self, plan: Plan, out_dir: str, options: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        from pcb_ray.owner import Owner
+
+        torch.set_num_threads(1)  # one owner per core
+        self.owner = Owner(plan, out_dir, **options)
+        return self.owner.state()
+
+    def ask(self, question: str, items: Sequence[Any], *args: Any) -> tuple[Any, dict[str, Any]]:
+        return getattr(self.owner, question)(items, *args), self.owner.state()
+
+
+@contextlib.contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Join the cluster at this address, or the one this job runs in, or start a local one; leave it (or end it) afterwards."""
+    import ray
+
+    if ray.is_initialized():  # the caller's own: used, and left as it is
+        yield
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one with `ray start --head`, or leave --address out for a local one"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[dict[str, float]]:
+    """CPUs, GPUs and memory of the cluster's living nodes."""
+    import ray
+
+    return [
+        {"CPU": n["Resources"].get("CPU", 0.0), "GPU": n["Resources"].get("GPU", 0.0), "memory": n["Resources"].get("memory", 0.0)}
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
+
+
+def choose_device(device: str) -> str:
+    """cpu or cuda; `auto` is cuda where the cluster has a GPU."""
+    gpus = sum(n["GPU"] for n in nodes())
+    if device == "cuda" and gpus < 1:
+        raise RequestError(
+            "--device cuda: the cluster has no GPU; use --device cpu (the bytes are the same), or join a cluster with GPUs by --address"
+        )
+    return ("cuda" if gpus >= 1 else "cpu") if device == "auto" else device
+
+
+def choose_workers(workers: int | None, device: str, worker_bytes: int, chunks: int) -> int:
+    """The wished number of workers, else one per core (GPU) of the cluster as memory allows; never more than the cluster can place."""
+    unit = "GPU" if device == "cuda" else "CPU"
+    fits = [min(int(n[unit]), int(n["memory"] // worker_bytes)) for n in nodes()]
+    cores = int(sum(n[unit] for n in nodes()))
+    if sum(fits) == 0:
+        raise RequestError(
+            f"no node has room for a worker of {worker_bytes / 1e9:.2f} GB and one {unit}: the nodes have {nodes()}; lower --memory or use larger nodes"
+        )
+    if workers is None:
+        return min(sum(fits), chunks)
+    if workers > sum(fits):
+        raise RequestError(
+            f"--workers {workers}: the cluster has {cores} {unit}s and memory for {sum(fits)} workers of {worker_bytes / 1e9:.2f} GB; ask for at most {sum(fits)}, or lower --memory"
+        )
+    return workers
+
+
+class RayOwners:
+    """Owners as Ray actors, spread over the nodes."""
+
+    def __init__(self, plan: Plan, out_dir: str, *, workers: int, device: str, worker_bytes: int, block_elements: int) -> None:
+        import ray
+
+        self.stats: dict[int, dict[str, Any]] = {}
+        self.deaths = 0
+        resources = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": 1}
+        self._actor = ray.remote(_Actor).options(scheduling_strategy="SPREAD", memory=worker_bytes, max_restarts=0, **resources)
+        self._arguments = (ray.put(plan), out_dir, {"device": device, "block_elements": block_elements})
+        self._owners: dict[int, Any] = {}  # by number; a replacement has a new one
+        self._starting: dict[Any, int] = {}  # reference to the end of `start` -> number
+        self._born = 0
+        for _ in range(workers):
+            self._place()
+
+    def close(self) -> None:
+        """Let the actors go; a local cluster ends with the driver, another one goes on."""
+        import ray
+
+        for actor in self._owners.values():
+            ray.kill(actor)
+        self._owners, self._starting = {}, {}
+
+    def _place(self) -> None:
+        number, self._born = self._born, self._born + 1
+        self._owners[number] = self._actor.remote()
+        self._starting[self._owners[number].start.remote(*self._arguments)] = number
+
+    def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
+        """Answers with the items they are about. Raises what an owner raised, or RunError if items keep killing owners."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        shards = _Shards(items, [n for n in self._owners])
+        shared = [ray.put(a) for a in args]
+        asked: dict[Any, tuple[int, Sequence[Any]]] = {}
+        failures: collections.Counter[Any] = collections.Counter()
+        last_sign = time.monotonic()
+        while shards.left or asked:
+            ready = [n for n in self._owners if n not in self._starting.values()]
+            for number in ready:
+                while sum(owner == number for owner, _ in asked.values()) < IN_FLIGHT and (batch := shards.take(number)):
+                    asked[self._owners[number].ask.remote(question, batch, *shared)] = (number, batch)
+            done, _ = ray.wait([*asked, *self._starting], num_returns=1, timeout=5.0)
+            if not done:
+                if not asked and time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
+                    raise RunError(
+                        f"no worker could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: the cluster has {nodes()}; other jobs may hold its cores or memory. Free some, then --resume"
+                    )
+                continue
+            last_sign = time.monotonic()
+            reference = done[0]
+            number, batch = asked.pop(reference, (None, ()))
+            if number is None:
+                number = self._starting.pop(reference)
+            try:
+                answer = ray.get(reference, timeout=60.0)
+            except RayActorError as error:
+                for item in batch:
+                    failures[item] += 1
+                shards.give_back(number, batch)
+                if number in self._owners:  # the first of its answers to fail
+                    self.deaths += 1
+                    log.warning("worker %d died (%s); its part is done again by another", number, str(error).splitlines()[0][:200])
+                    with contextlib.suppress(RayActorError, ValueError):
+                        ray.kill(self._owners.pop(number))
+                    self._owners.pop(number, None)
+                    self._starting = {r: n for r, n in self._starting.items() if n != number}
+                    if any(count >= MAX_DEATHS_OF_BATCH for count in failures.values()) or self.deaths > 3 * self._born:
+                        raise RunError(
+                            f"{self.deaths} workers died, {MAX_DEATHS_OF_BATCH} of them on the same part of the model; last: {str(error).splitlines()[0][:300]}. "
+                            "If they ran out of memory, lower --workers; finished work is kept: --resume goes on"
+                        ) from error
+                    self._place()
+                continue
+            except RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, Exception) else error
+                raise _as_run_error(cause) from None
+            if batch:
+                answer, self.stats[number] = answer
+                yield batch, answer
+
+
+class _Shards:
+    """Who has which items still to do."""
+
+    def __init__(self, items: Sequence[Any], owners: Sequence[int]) -> None:
+        size = max(1, min(MAX_BATCH, len(items) // max(1, len(owners) * BATCHES_PER_OWNER)))
+        cuts = [len(items) * k // len(owners) for k in range(len(owners) + 1)]
+        self._of = {
+            owner: collections.deque(items[at : min(at + size, stop)] for at in range(start, stop, size))
+            for owner, start, stop in zip(owners, cuts, cuts[1:], strict=True)
+        }
+
+    @property
+    def left(self) -> bool:
+        return any(self._of.values())
+
+    def take(self, owner: int) -> Sequence[Any] | None:
+        """The next batch of this owner's shard, or the last one of the longest shard."""
+        if self._of.get(owner):
+            return self._of[owner].popleft()
+        longest = max(self._of.values(), key=len)
+        return longest.pop() if longest else None
+
+    def give_back(self, owner: int, batch: Sequence[Any]) -> None:
+        if batch:
+            self._of.setdefault(owner, collections.deque()).appendleft(batch)
+
+
+def _as_run_error(error: Exception) -> Exception:
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return RunError(
+            f"{where}{error.strerror or error}; finished work is kept: free space or mend the disk, then --resume goes on"
+        )
+    return error

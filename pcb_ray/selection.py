@@ -1,0 +1,172 @@
+"""Exact order statistics of an array that nobody holds whole, from counts that add up.
+
+The element of rank k (0-based, ascending) of D values is found without sorting or moving them:
+
+1. Values become integer *keys* that sort alike (`kernels.keys`; -0 and +0 share one key).
+2. A deterministic sample proposes a `Bracket` [lo, hi] that should hold the wanted key (`Sample.bracket`).
+3. One sweep counts, against the bracket, how many keys lie below lo, at lo, below hi and at hi, and collects the few strictly between as
+   (key, count): a `Tally`. Tallies of disjoint parts add up to the same total in any order and any grouping.
+4. `Tally.select` proves the answer by counting - or, when the sample misled, returns a narrower bracket for another sweep.
+
+Ties are counted, never collected: an endpoint has its own counters, and equal keys between the endpoints share one entry. A tally
+that would outgrow its bound drops low bits of its keys (`shift`) and leaves the rest to another sweep; so memory is bounded for any data,
+and the answer is exact for any data.
+
+Only numpy: the driver of a merge holds no tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Keys = NDArray[np.int64]
+
+# Entries of a tally; beyond it keys lose precision. With the buffer of collected keys, the memory of one tally.
+TALLY_ENTRIES = 1 << 19
+TALLY_BYTES = TALLY_ENTRIES * 2 * 16
+# Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the model.
+SAMPLE_GROUPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Bracket:
+    """The wanted key is believed to lie in lo..hi, both included."""
+
+    lo: int
+    hi: int
+
+
+def _add_up(keys: Keys, counts: Keys) -> tuple[Keys, Keys]:
+    """Sorted distinct keys with their summed counts."""
+    order = np.argsort(keys, kind="stable")
+    keys, counts = keys[order], counts[order]
+    first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else np.zeros(0, dtype=np.int64)
+    return keys[first], np.add.reduceat(counts, first) if len(first) else counts
+
+
+class Tally:
+    """Counts of keys against a bracket: below lo, up to lo, below hi, up to hi, and (key, count) strictly between."""
+
+    def __init__(self, bracket: Bracket, max_entries: int = TALLY_ENTRIES) -> None:
+        self.bracket = bracket
+        self.max_entries = max_entries
+        self.below_lo = self.upto_lo = self.below_hi = self.upto_hi = 0
+        self.shift = 0  # low bits dropped from the keys between
+        self.keys: Keys = np.zeros(0, dtype=np.int64)
+        self.counts: Keys = np.zeros(0, dtype=np.int64)
+        self._pending: list[NDArray[np.signedinteger]] = []
+        self._pending_size = 0
+
+    def add(self, below_lo: int, upto_lo: int, below_hi: int, upto_hi: int, inside: NDArray[np.signedinteger]) -> None:
+        """Count one part of the data; `inside` are its keys strictly between lo and hi (kept, not copied)."""
+        self.below_lo += below_lo
+        self.upto_lo += upto_lo
+        self.below_hi += below_hi
+        self.upto_hi += upto_hi
+        if len(inside):
+            self._pending.append(inside)
+            self._pending_size += len(inside)
+            if self._pending_size > self.max_entries:
+                self._compact()
+
+    def merge(self, other: Tally) -> None:
+        """Add the counts of another part of the data, taken against the same bracket."""
+        assert self.bracket == other.bracket, (self.bracket, other.bracket)
+        other._compact()
+        self.below_lo += other.below_lo
+        self.upto_lo += other.upto_lo
+        self.below_hi += other.below_hi
+        self.upto_hi += other.upto_hi
+        self._compact()
+        shift = max(self.shift, other.shift)
+        self._put(
+            np.concatenate((self.keys >> (shift - self.shift), other.keys >> (shift - other.shift))),
+            np.concatenate((self.counts, other.counts)),
+            shift,
+        )
+
+    def _put(self, keys: Keys, counts: Keys, shift: int) -> None:
+        keys, counts = _add_up(keys, counts)
+        while len(keys) > self.max_entries:
+            shift += 1
+            keys, counts = _add_up(keys >> 1, counts)
+        self.keys, self.counts, self.shift = keys, counts, shift
+
+    def _compact(self) -> None:
+        if self._pending:
+            keys, counts = np.unique(np.concatenate(self._pending), return_counts=True)
+            self._pending, self._pending_size = [], 0
+            keys = keys.astype(np.int64) >> self.shift
+            self._put(np.concatenate((self.keys, keys)), np.concatenate((self.counts, counts.astype(np.int64))), self.shift)
+
+    def __getstate__(self) -> dict[str, object]:
+        self._compact()
+        return self.__dict__
+
+    def select(self, rank: int, smallest: int, largest: int) -> int | Bracket:
+        """The key of this 0-based rank, proved by the counts; or, if they don't decide it, a bracket in which it does lie.
+
+        `smallest` and `largest` bound all keys of the data type."""
+        self._compact()
+        lo, hi = self.bracket.lo, self.bracket.hi
+        if rank < self.below_lo:
+            return Bracket(smallest, lo - 1)
+        if rank < self.upto_lo:
+            return lo
+        if rank < self.below_hi:
+            upto = self.upto_lo + np.cumsum(self.counts)
+            key = int(self.keys[np.searchsorted(upto, rank, side="right")])
+            if self.shift == 0:
+                return key
+            return Bracket(max(key << self.shift, lo + 1), min(((key + 1) << self.shift) - 1, hi - 1))
+        if rank < self.upto_hi:
+            return hi
+        return Bracket(hi + 1, largest)
+
+
+class Sample:
+    """Where the keys of a sample lie: for each group of sample runs, how many keys fall in each bin of 2^shift keys."""
+
+    def __init__(self, shift: int) -> None:
+        self.shift = shift
+        self.bins: list[tuple[Keys, Keys]] = [(np.zeros(0, dtype=np.int64),) * 2 for _ in range(SAMPLE_GROUPS)]
+
+    def add(self, group: int, keys: NDArray[np.signedinteger]) -> None:
+        """Count the keys of a sample run that belongs to this group."""
+        bins, counts = np.unique(keys.astype(np.int64) >> self.shift, return_counts=True)
+        self._add(group, bins, counts.astype(np.int64))
+
+    def merge(self, other: Sample) -> None:
+        assert self.shift == other.shift
+        for group, (bins, counts) in enumerate(other.bins):
+            self._add(group, bins, counts)
+
+    def _add(self, group: int, bins: Keys, counts: Keys) -> None:
+        old_bins, old_counts = self.bins[group]
+        self.bins[group] = _add_up(np.concatenate((old_bins, bins)), np.concatenate((old_counts, counts)))
+
+    def bracket(self, rank: int, D: int, smallest: int, largest: int) -> Bracket:
+        """A bracket for the key of this rank among all D, wide enough that missing it is rare; any answer is safe."""
+        bins, counts = _add_up(*(np.concatenate(part) for part in zip(*self.bins, strict=True)))
+        total = int(counts.sum())
+        if total == 0:
+            return Bracket(smallest, largest)
+        upto = np.cumsum(counts)
+        q = (rank + 0.5) / D
+        centre = bins[min(int(np.searchsorted(upto, q * total, side="left")), len(bins) - 1)]
+        # Two reasons for a wrong rank: chance within the sample, and runs that differ from the model's average. The second is
+        # estimated from how the groups disagree about the share of keys below the centre.
+        below = [counts_g[bins_g < centre].sum() / counts_g.sum() for bins_g, counts_g in self.bins if len(counts_g)]
+        spread = float(np.std(below, ddof=1)) / math.sqrt(len(below)) if len(below) > 1 else 0.1
+        margin = 6.0 * max(spread, math.sqrt(q * (1.0 - q) / total)) + 4.0 / total
+        # A wider bracket is free as long as its keys surely fit in a tally.
+        margin = max(margin, 0.125 * TALLY_ENTRIES / D)
+        first = bins[min(int(np.searchsorted(upto, (q - margin) * total, side="left")), len(bins) - 1)] if q > margin else None
+        last_at = int(np.searchsorted(upto, (q + margin) * total, side="left"))
+        lo = smallest if first is None else int(first) << self.shift
+        hi = largest if last_at >= len(bins) else ((int(bins[last_at]) + 1) << self.shift) - 1
+        return Bracket(max(lo, smallest), min(hi, largest))

@@ -1,0 +1,163 @@
+"""The part of the Hugging Face Hub that the real `huggingface_hub` client needs, on 127.0.0.1, with a record of use.
+
+Weight files are redirected to another host name (`localhost`), as the Hub does to its CDN; what arrives there is
+recorded too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+
+class Request(NamedTuple):
+    method: str
+    path: str
+    status: int
+    body_bytes: int  # sent, headers apart
+    authorization: str | None
+
+
+@dataclass
+class Model:
+    """A repository: commits by name of branch or tag, and the files of each commit."""
+
+    commits: dict[str, dict[str, bytes]]
+    revisions: dict[str, str]
+    token: str | None = None  # without it the model is as if it did not exist
+    gated: bool = False
+
+
+def commit_of(name: str) -> str:
+    return hashlib.sha1(name.encode()).hexdigest()
+
+
+@dataclass
+class HubServer:
+    """Serves `models` from `with` to the end of it; `failing` answers everything with that status."""
+
+    models: dict[str, Model]
+    failing: int | None = None
+    ranges: bool = True  # whether the CDN heeds Range
+    requests: list[Request] = field(default_factory=list)
+
+    def __enter__(self) -> HubServer:
+        hub = self
+
+        class Handler(_Handler):
+            server_hub = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def fetched(self) -> dict[str, int]:
+        """Body bytes that GET requests took, by file; redirects count where they lead."""
+        total: dict[str, int] = {}
+        for request in self.requests:
+            if request.method == "GET" and request.status < 300 and not request.path.startswith("/api/"):
+                name = re.sub(r"^(/cdn)?/[^/]+/[^/]+/resolve/[^/]+/", "", request.path)
+                total[name] = total.get(name, 0) + request.body_bytes
+        return total
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_hub: HubServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        hub = self.server_hub
+        path = unquote(urlsplit(self.path).path)
+        if hub.failing is not None:
+            return self._send(hub.failing, b"<html>sorry</html>", {"Content-Type": "text/html"})
+        cdn = path.startswith("/cdn/")
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
+        file = re.fullmatch(r"(?:/cdn)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = api or file
+        model = hub.models.get(match[1]) if match else None
+        given = self.headers.get("Authorization")
+        if given and given.startswith("Bearer bad"):
+            return self._fail(401, "", "Invalid credentials in Authorization header")
+        if match is None or model is None or (model.token and not cdn and given != f"Bearer {model.token}"):
+            return self._fail(401, "RepoNotFound", "Repository not found")
+        revision = (api[3] if api else file[2] if file else None) or "main"
+        commit = model.revisions.get(revision, revision)
+        if commit not in model.commits:
+            return self._fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        files = model.commits[commit]
+        if api:
+            if api[2] == "tree":
+                listing = [
+                    {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": name}
+                    for name, data in files.items()
+                ]
+                return self._send_json(listing)
+            siblings = [{"rfilename": name} for name in files]
+            return self._send_json({"id": match[1], "modelId": match[1], "sha": commit, "siblings": siblings})
+        assert file is not None
+        if model.gated:
+            return self._fail(403, "GatedRepo", "Access to this model is restricted")
+        if file[3] not in files:
+            return self._fail(404, "EntryNotFound", "Entry not found", commit)
+        data = files[file[3]]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        if file[3].endswith((".safetensors", ".bin")) and not cdn:
+            headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"'}
+            return self._send(302, b"", headers | {"Location": f"http://localhost:{hub.port}/cdn{path}"})
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted is None or not hub.ranges:
+            return self._send(200, data, headers)
+        start, stop = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data))
+        if start >= len(data):
+            return self._send(416, b"", headers | {"Content-Range": f"bytes */{len(data)}"})
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        return self._send(206, data[start:stop], headers)
+
+    def _fail(self, status: int, code: str, message: str, commit: str | None = None) -> None:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self._send(status, b"{}", headers | ({"X-Repo-Commit": commit} if commit else {}))
+
+    def _send_json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        sent = 0
+        try:
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                for start in range(0, len(body), 1 << 14):
+                    sent += self.wfile.write(body[start : start + (1 << 14)])
+        except OSError:  # the client had enough
+            self.close_connection = True
+        path = unquote(urlsplit(self.path).path)
+        self.server_hub.requests.append(Request(self.command, path, status, sent, self.headers.get("Authorization")))

@@ -1,0 +1,891 @@
+"""Claims about recipes: what is read, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pcb_ray.errors import RequestError
+from pcb_ray.recipe import DTYPES, METHODS, VARIANTS, Model, Recipe
+
+EXAMPLE = """\
+merge_method: pcb            # pcb | ties | task_arithmetic | linear
+base_model: models/base
+models:
+  - model: models/math
+    parameters: {weight: 1.0}
+  - model: models/code
+    parameters:
+      weight:
+        - {filter: self_attn, value: 1.2}
+        - {value: 0.9}
+parameters:
+  density: 0.2
+  lambda: 0.7
+  variant: released
+dtype: bfloat16
+exclude: ["*.inv_freq"]
+tokenizer_source: base
+"""
+
+
+def layout(**changes: Any) -> dict[str, Any]:
+    """A small valid recipe's mapping; a change to None removes the key."""
+    whole = {"base_model": "base", "models": ["a", "b"], "merge_method": "pcb", "parameters": {}} | changes
+    return {key: value for key, value in whole.items() if value is not None}
+
+
+def read(**changes: Any) -> Recipe:
+    return Recipe.from_dict(layout(**changes))
+
+
+def problems(text: str | dict[str, Any]) -> tuple[str, ...]:
+    with pytest.raises(RequestError) as caught:
+        Recipe.from_yaml(text, ".") if isinstance(text, str) else Recipe.from_dict(text)
+    for problem in caught.value.problems:
+        assert "\n" not in problem
+        assert "Fix: " in problem
+        assert len(problem) < 700
+    return caught.value.problems
+
+
+def the_problem(text: str | dict[str, Any]) -> str:
+    (problem,) = problems(text)
+    return problem
+
+
+# ------------------------------------------------------------------------------------------ what is read
+
+
+def test_the_example_of_the_design_is_read_as_it_says():
+    recipe = Recipe.from_yaml(EXAMPLE, "/somewhere")
+    assert recipe.merge_method == "pcb"
+    assert recipe.base_model == "models/base"
+    assert [model.source for model in recipe.models] == ["models/math", "models/code"]
+    assert (recipe.density, recipe.lambda_, recipe.variant) == (0.2, 0.7, "released")
+    assert (recipe.dtype, recipe.exclude, recipe.tokenizer_source) == ("bfloat16", ("*.inv_freq",), "base")
+    assert recipe.folder == Path("/somewhere")
+    assert recipe.notes == ()
+    assert recipe.weight(0, "model.layers.0.self_attn.q_proj.weight") == 1.0
+    assert recipe.weight(1, "model.layers.0.self_attn.q_proj.weight") == 1.2
+    assert recipe.weight(1, "model.layers.0.mlp.up_proj.weight") == 0.9
+
+
+def test_what_is_left_out_has_the_defaults_of_the_design():
+    recipe = Recipe.from_yaml("{base_model: b, models: [a]}", ".")
+    expected = ("pcb", 0.1, 1.0, "pairwise", None, (), "base", None)
+    assert expected == (
+        recipe.merge_method, recipe.density, recipe.lambda_, recipe.variant, recipe.dtype, recipe.exclude,
+        recipe.tokenizer_source, recipe.chat_template,
+    )  # fmt: skip
+    assert recipe.models == (Model("a", ((None, 1.0),), None),)
+    assert recipe.notes == ()
+
+
+def test_a_recipe_is_frozen_and_hashable():
+    recipe = read()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.density = 0.5  # type: ignore[misc]
+    assert len({recipe, read(), read(merge_method="ties")}) == 2
+
+
+def test_folder_and_notes_do_not_tell_recipes_apart():
+    assert Recipe.from_dict(layout(search={}), "/x") == Recipe.from_dict(layout(), "/y")
+
+
+@pytest.mark.parametrize("written", ["1e-3", "'0.001'", "0.001", "1.0e-3", "1E-3", "+1e-3", "' 1e-3 '"])
+def test_numbers_are_read_as_people_write_them(written: str):
+    text = f"{{base_model: b, models: [{{model: a, parameters: {{weight: {written}}}}}]}}"
+    assert Recipe.from_yaml(text, ".").weight(0, "x") == 0.001
+
+
+def test_negative_and_zero_weights_are_allowed():
+    weights = [{"model": "a", "parameters": {"weight": -1}}, {"model": "b", "parameters": {"weight": 0}}]
+    recipe = read(models=weights)
+    assert [recipe.weight(i, "t") for i in (0, 1)] == [-1.0, 0.0]
+
+
+@pytest.mark.parametrize("long_name", DTYPES)
+def test_a_dtype_may_be_written_in_its_usual_forms(long_name: str):
+    short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[long_name]
+    for written in (long_name, short, f"torch.{long_name}", DTYPES[long_name], short.upper()):
+        assert read(dtype=written).dtype == long_name
+
+
+def test_each_model_may_have_its_own_density():
+    recipe = read(models=["a", {"model": "b", "parameters": {"density": 0.5}}], parameters={"density": 0.3})
+    assert [recipe.density_of(i) for i in (0, 1)] == [0.3, 0.5]
+
+
+def test_the_recipes_weight_serves_models_and_names_that_have_none_of_their_own():
+    own = {"model": "b", "parameters": {"weight": [{"filter": "mlp", "value": 3}]}}
+    whole = {"model": "c", "parameters": {"weight": 4}}
+    rules = [{"filter": "mlp.up", "value": 7}, {"filter": "norm", "value": 5}, {"value": 2}]
+    recipe = read(models=["a", own, whole], parameters={"weight": rules})
+    assert [recipe.weight(0, name) for name in ("mlp.up", "norm", "x")] == [7, 5, 2]
+    assert [recipe.weight(1, name) for name in ("mlp.up", "norm", "x")] == [3, 5, 2]
+    assert [recipe.weight(2, name) for name in ("mlp.up", "norm", "x")] == [4, 4, 4]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["attn", "mlp", "norm", "q", "up"]), st.floats(-2, 2)), unique_by=lambda r: r[0]
+    ),
+    st.floats(-2, 2),
+    st.text("atnmlpqu.", max_size=12),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_first_rule_whose_filter_is_in_the_name_wins(rules: list[tuple[str, float]], rest: float, name: str):
+    recipe = Recipe(models=(Model("a", (*rules, ("*", rest))),), base_model="b")
+    matching = [value for part, value in rules if name.find(part) >= 0]
+    assert recipe.weight(0, name) == (matching[0] if matching else rest)
+
+
+def test_anchors_and_merge_keys_are_read_as_by_any_yaml_reader():
+    text = """
+base_model: b
+models:
+  - model: a
+    parameters: &p {weight: 2, density: 0.5}
+  - model: c
+    parameters: {<<: *p, weight: 3}
+  - {model: d, parameters: *p}
+  - {model: e, parameters: {<<: [{weight: 8}, *p]}}
+"""
+    recipe = Recipe.from_yaml(text, ".")
+    assert recipe == Recipe.from_dict(yaml.safe_load(text))
+    assert [recipe.weight(i, "t") for i in range(4)] == [2, 3, 2, 8]
+    assert [recipe.density_of(i) for i in range(4)] == [0.5] * 4
+
+
+@pytest.mark.parametrize("name", ["1e3", "2024-13-45", "2024-01-01", "0x_", "=", "a:b", "y", "-", "模型/a", "a b"])
+def test_names_that_look_like_something_else_stay_names(name: str):
+    recipe = Recipe.from_dict(layout(models=[name]))
+    assert recipe.models[0].source == name
+    assert Recipe.from_yaml(recipe.to_yaml(), ".") == recipe
+    if name in ("1e3", "2024-13-45", "2024-01-01", "0x_", "=", "a:b", "y"):
+        assert Recipe.from_yaml(f"base_model: b\nmodels:\n- model: {name}\n", ".").models[0].source == name
+
+
+def test_the_base_may_be_left_out_for_linear_only():
+    assert read(merge_method="linear", base_model=None).base_model is None
+    for method in METHODS[:3]:
+        assert "base_model" in the_problem(layout(merge_method=method, base_model=None))
+
+
+@pytest.mark.parametrize("spelling", ["base", "./base", "base/", "base/.", "/w/base"])
+def test_a_model_that_names_the_base_is_left_out_with_a_note(spelling: str):
+    recipe = Recipe.from_dict(layout(models=[spelling, "a"], tokenizer_source=spelling), "/w")
+    assert [model.source for model in recipe.models] == ["a"]
+    assert recipe.tokenizer_source == "base"
+    assert any("is the base model" in note for note in recipe.notes)
+
+
+def test_linear_keeps_a_listed_base_since_it_averages_what_is_listed():
+    recipe = read(merge_method="linear", models=["base", "a"])
+    assert [model.source for model in recipe.models] == ["base", "a"]
+    assert recipe.notes == ()
+
+
+def test_the_tokenizer_may_come_from_one_of_the_models():
+    assert read(tokenizer_source="./b/").tokenizer_source == "b"
+    assert read(tokenizer_source="base").tokenizer_source == "base"
+
+
+def test_a_chat_template_may_be_given_inline():
+    template = "{% for m in messages %}\n  {{ m.content }}\n\n{% endfor %} "
+    recipe = read(chat_template=template)
+    assert recipe.chat_template == template
+    assert Recipe.from_yaml(recipe.to_yaml(), ".") == recipe
+
+
+def test_a_recipe_made_in_python_is_brought_into_the_same_form_as_one_from_a_file():
+    made = Recipe(
+        models=[Model(Path("a"), 2), Model("b", [("mlp", "0.5")])],  # type: ignore[arg-type]
+        base_model="base",
+        dtype="bf16",
+        exclude="*.inv_freq",  # type: ignore[arg-type]
+    )
+    rules = [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]
+    models = [{"model": "a", "parameters": {"weight": 2}}, {"model": "b", "parameters": {"weight": rules}}]
+    assert made == read(models=models, dtype="bfloat16", exclude=["*.inv_freq"])
+
+
+def test_the_file_is_found_from_anywhere_and_its_folder_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "r.yaml").write_bytes(b"\xef\xbb\xbf" + EXAMPLE.encode())
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.from_file("deep/r.yaml")
+    assert recipe == Recipe.from_yaml(EXAMPLE, ".")
+    assert recipe.folder == tmp_path / "deep"
+
+
+def test_an_import_of_the_recipe_module_brings_no_heavy_library():
+    code = (
+        "import sys, pcb_ray.recipe; print([m for m in ('torch', 'ray', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------- notes
+
+
+def notes(**changes: Any) -> str:
+    return "\n".join(read(**changes).notes)
+
+
+def weighted(*values: object) -> list[dict[str, Any]]:
+    return [{"model": f"m{i}", "parameters": {"weight": value}} for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_weights_that_sum_to_about_one_are_noted(method: str):
+    assert "not normalised" in notes(merge_method=method, models=weighted(0.5, 0.5))
+    assert "not normalised" in notes(merge_method=method, models=weighted(0.33, 0.33, 0.33))
+
+
+def test_no_note_on_weights_that_cannot_be_meant_as_shares():
+    for values in ([1.0], [1, 1], [0.5, 0.4], [0.5, [{"filter": "a", "value": 0.5}, {"value": 0.5}]]):
+        assert notes(models=weighted(*values)) == ""
+    assert notes(merge_method="linear", models=weighted(0.5, 0.5)) == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "without_effect"),
+    [
+        ("pcb", set()),
+        ("ties", {"variant"}),
+        ("task_arithmetic", {"variant", "density"}),
+        ("linear", {"variant", "density", "lambda"}),
+    ],
+)
+def test_a_setting_without_effect_is_noted(method: str, without_effect: set[str]):
+    for parameters in (
+        {"density": 0.1, "lambda": 1.0, "variant": "pairwise"},
+        {"density": 0.5, "lambda": 2.0, "variant": "paper"},
+    ):
+        found = read(merge_method=method, parameters=parameters).notes
+        assert {note.split("`")[1] for note in found} == without_effect
+        assert len(found) == len(without_effect)
+    made = Recipe(models=(Model("a"),), base_model="b", merge_method=method, density=0.5, lambda_=2, variant="paper")
+    assert {note.split("`")[1] for note in made.notes} == without_effect
+
+
+def test_a_models_own_density_without_effect_is_noted():
+    assert "density" in notes(merge_method="linear", models=[{"model": "a", "parameters": {"density": 0.5}}])
+
+
+def test_settings_that_every_model_overrides_are_noted():
+    own = [{"model": "a", "parameters": {"weight": 2, "density": 0.3}}]
+    assert "`parameters.weight` has no effect" in notes(models=own, parameters={"weight": 5})
+    assert "`parameters.density` has no effect" in notes(models=own, parameters={"density": 0.5})
+    assert notes(models=[*own, "b"], parameters={"weight": 5, "density": 0.5}) == ""
+
+
+def test_tensors_that_no_filter_matches_get_weight_one_and_a_note():
+    recipe = read(models=weighted([{"filter": "mlp", "value": 3}]))
+    assert (recipe.weight(0, "mlp.up"), recipe.weight(0, "norm")) == (3.0, 1.0)
+    assert "weight 1.0" in "\n".join(recipe.notes)
+
+
+def test_what_mergekit_knows_and_has_no_effect_here_is_noted():
+    assert "int8_mask" in notes(parameters={"int8_mask": True})
+    assert "int8_mask" in notes(models=[{"model": "a", "parameters": {"int8_mask": True}}])
+    assert "search" in notes(search={"trials": 3})
+
+
+def test_out_dtype_decides_and_differing_dtypes_are_noted():
+    recipe = read(dtype="float32", out_dtype="bf16")
+    assert recipe.dtype == "bfloat16"
+    assert "float32 always" in "\n".join(recipe.notes)
+    assert read(dtype="bf16", out_dtype="bfloat16").notes == ()
+    assert read(out_dtype="fp16").dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "weights", "passes"),
+    [
+        ("pcb", False, (1, 2), True),
+        ("pcb", True, (1, 2), False),
+        ("task_arithmetic", False, (1, 2), True),
+        ("task_arithmetic", True, (1, 2), False),
+        ("linear", True, (1, 2), True),
+        ("linear", False, (1, 2), False),
+        ("ties", True, (1, 1), True),
+        ("ties", True, (1, 2), False),
+        ("ties", False, (1, 1), False),
+    ],
+)
+def test_normalize_passes_only_where_it_asks_for_what_is_done(method: str, value: bool, weights: Any, passes: bool):
+    asked = layout(merge_method=method, models=weighted(*weights), parameters={"normalize": value})
+    if passes:
+        assert "normalize" in "\n".join(Recipe.from_dict(asked).notes)
+    else:
+        assert "normalize" in the_problem(asked)
+
+
+# --------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.0001, "2", float("nan"), float("inf"), True, "much", [0.1, 0.2], {}])
+def test_a_density_outside_0_1_is_refused(density: object):
+    assert "density" in the_problem(layout(parameters={"density": density}))
+    assert "density" in the_problem(layout(models=[{"model": "a", "parameters": {"density": density}}]))
+    with pytest.raises(RequestError, match="density"):
+        Recipe(models=(Model("a"),), base_model="b", density=density)  # type: ignore[arg-type]
+
+
+def test_a_density_of_one_keeps_all():
+    assert read(parameters={"density": 1}).density == 1.0
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("-inf"), 1e39, 10**400, True, "x", "nan", "1_0", "1e999", "", {}, b"1", "٣"]
+)
+def test_a_number_that_is_not_a_finite_float32_is_refused(value: object):
+    assert "weight" in the_problem(layout(models=weighted(value)))
+    assert "lambda" in the_problem(layout(parameters={"lambda": value}))
+
+
+def test_no_models_are_refused():
+    for models in (None, [], ()):
+        assert the_problem(layout(models=models)).startswith("models")
+    with pytest.raises(RequestError, match="models"):
+        Recipe(models=(), base_model="b")
+
+
+def test_the_base_as_the_only_model_is_refused():
+    assert "only the base" in the_problem(layout(models=["./base"]))
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [("a", "./a"), ("a", "a/"), ("a", "/w/a"), ("x/y@r", "x/y@r"), ("s3://b/m", "s3://b/m/")]
+)
+def test_a_model_given_twice_is_refused_whatever_its_spelling(one: str, two: str):
+    with pytest.raises(RequestError, match="twice"):
+        Recipe.from_dict(layout(models=[one, two]), "/w")
+
+
+def test_models_that_only_look_alike_are_both_taken():
+    assert len(read(models=["a", "b/a", "A", "../a", "org/m@1", "org/m@2", "s3://x/a"]).models) == 7
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("merge_metod", "merge_method"),
+        ("basemodel", "base_model"),
+        ("Models", "models"),
+        ("tokeniser_source", "tokenizer_source"),
+        ("chattemplate", "chat_template"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_known_one(wrong: str, right: str):
+    assert f"`{right}`" in the_problem(layout() | {wrong: 1})
+
+
+def test_unknown_keys_are_found_in_every_section():
+    models = [{"modle": "x", "model": "a", "parameters": {"wieght": 1}}]
+    rules = [{"filtre": "x", "value": 1}]
+    found = problems(layout(models=models, parameters={"densty": 1, "weight": rules}))
+    for wrong, right in [("modle", "model"), ("wieght", "weight"), ("densty", "density"), ("filtre", "filter")]:
+        assert sum(wrong in problem and f"`{right}`" in problem for problem in found) == 1
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "fix"),
+    [
+        (layout(density=0.3), "top-level `parameters`"),
+        (layout(parameters={"dtype": "bf16"}), "top level"),
+        (layout(models=[{"model": "a", "weight": 1}]), "`parameters`"),
+        (layout(models=[{"model": "a", "parameters": {"lamda": 1}}]), "`lambda`"),
+        (layout(models=[{"model": "a", "parameters": {"variant": "paper"}}]), "top-level `parameters`"),
+        (layout(slices=[]), "unknown"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs(asked: dict[str, Any], fix: str):
+    assert fix in the_problem(asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fix"),
+    [
+        (layout(slices=[{"sources": []}]), "layers.0."),
+        (layout(modules={}), "`models`"),
+        (layout(tokenizer={"source": "union"}), "tokenizer_source"),
+        (layout(tokenizer_source="union"), "`base`"),
+        (layout(tokenizer_source="model:a"), "`models`"),
+        (layout(tokenizer_source="c"), "`models`"),
+        (layout(chat_template="auto"), "remove the line"),
+        (layout(chat_template="chatml"), "remove the line"),
+        (layout(parameters={"rescale": True}), "lambda"),
+        (layout(parameters={"t": 0.5}), "linear"),
+        (layout(parameters={"epsilon": 0.1}), "density"),
+        (layout(parameters={"select_topk": 0.1}), "density"),
+        (layout(models=weighted([0, 0.5, 1])), "layers.0."),
+        (layout(models=weighted([{"value": [0, 1]}])), "layers.0."),
+        (layout(models=weighted({"filter": "mlp", "value": 1})), '"- "'),
+        (layout(dtype="float64"), "float32"),
+        (layout(out_dtype="float64"), "float32"),
+        (layout(dtype="int8"), "bfloat16"),
+        (layout(base_model={"model": "x"}), "same line"),
+        (layout(models=[{"model": {"path": "x"}}]), "same line"),
+        (layout(merge_method="dare_ties"), "`ties` is the nearest"),
+        (layout(merge_method="slerp"), "`linear` is the nearest"),
+        (layout(merge_method="linaer"), "`linear`"),
+        (layout(parameters={"variant": "relased"}), "`released`"),
+    ],
+)
+def test_what_mergekit_has_and_we_do_not_is_refused_with_the_nearest_equivalent(asked: dict[str, Any], fix: str):
+    assert fix in the_problem(asked).partition("Fix: ")[2]
+
+
+def test_the_methods_and_variants_that_exist_are_all_accepted_and_listed():
+    for method in METHODS:
+        assert read(merge_method=method).merge_method == method
+    for variant in VARIANTS:
+        assert read(parameters={"variant": variant}).variant == variant
+    refusal = the_problem(layout(merge_method="zzz"))
+    assert all(method in refusal for method in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("rules", "at"),
+    [
+        ([{"value": 1}, {"filter": "a", "value": 2}], 1),
+        ([{"filter": "*", "value": 1}, {"value": 2}], 1),
+        ([{"filter": "attn", "value": 1}, {"filter": "self_attn", "value": 2}, {"value": 3}], 1),
+        ([{"filter": "a", "value": 1}, {"value": 1}, {"value": 3}], 2),
+    ],
+)
+def test_a_rule_that_no_name_can_reach_is_refused(rules: list[dict[str, Any]], at: int):
+    problem = the_problem(layout(models=weighted(rules)))
+    assert f"weight[{at}]" in problem
+    assert "never reached" in problem
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [[], [{"filter": "a"}], [{}], [{"filter": "*.mlp", "value": 1}], [{"filter": "", "value": 1}], [[1, 2]], [None]],
+)
+def test_a_rule_that_says_nothing_is_refused(rules: list[Any]):
+    assert "weight" in the_problem(layout(models=weighted(rules)))
+
+
+def test_linear_refuses_weights_whose_sum_is_zero():
+    def asked(*values: object) -> dict[str, Any]:
+        return layout(merge_method="linear", models=weighted(*values))
+
+    assert "sum to 0" in the_problem(asked(1, -1))
+    on_norms = [{"filter": "norm", "value": -1}, {"value": 1}]
+    assert "'norm'" in the_problem(asked(1, on_norms))
+    assert "no filter matches" in the_problem(asked(1, [{"filter": "norm", "value": 1}, {"value": -1}]))
+    Recipe.from_dict(asked(1, -0.5))
+    Recipe.from_dict(asked(1, -1) | {"merge_method": "task_arithmetic"})
+
+
+def test_everything_that_is_wrong_is_listed_at_once():
+    text = """
+merge_method: linaer
+base_model: base
+models:
+  - 3
+  - model: a
+    parameters: {weight: [0, 1], density: 0, lamda: 2}
+  - ./a
+density: 0.3
+slices: 1
+parameters: {densty: 0.1, variant: relased}
+dtype: float64
+tokenizer_source: union
+chat_template: auto
+dtype: x
+"""
+    found = problems(text)
+    for part in (
+        "'dtype' is given twice", "'density'", "'slices'", "'densty'", "models[0]", "'lamda'", "'linaer'",
+        "models[1].parameters.weight", "models[1].parameters.density", "./a", "'relased'", "'float64'", "'union'",
+        "'auto'",
+    ):  # fmt: skip
+        assert sum(part in problem for problem in found) == 1, part
+    assert len(found) == 14
+
+
+def test_all_that_is_wrong_in_a_recipe_made_in_python_is_listed_at_once():
+    with pytest.raises(RequestError) as caught:
+        Recipe(
+            models=(Model("", "x"), Model("a", density=7), "b"),  # type: ignore[arg-type]
+            merge_method="x",
+            density=True,
+            lambda_=float("nan"),
+            variant="y",
+            dtype="z",
+            exclude=(3,),  # type: ignore[arg-type]
+            tokenizer_source="q",
+            chat_template="w",
+        )
+    assert len(caught.value.problems) == 11  # the tokenizer's source may be the model without a name
+
+
+def test_problems_name_the_entry_as_it_stands_in_the_file():
+    found = problems(layout(models=[3, "base", {"model": "c", "parameters": {"weight": "x"}}]))
+    assert [problem.split(":")[0] for problem in found] == ["models[0]", "models[2].parameters.weight"]
+
+
+@pytest.mark.parametrize("source", ["", "  ", "a\0b", "a\nb", "x" * 5000, 3, None, True, ["a"], b"a", "\ud800"])
+def test_a_source_that_cannot_be_a_path_or_an_id_is_refused(source: object):
+    assert problems(layout(models=[{"model": source}]))
+    with pytest.raises(RequestError):
+        Recipe(models=(Model(source),), base_model="b")  # type: ignore[arg-type]
+
+
+def test_messages_show_neither_huge_values_nor_secrets():
+    recursive: list[Any] = []
+    recursive.append(recursive)
+    for value in ("x" * 100_000, recursive, {"a": recursive}, 10**5000, ["x" * 1000] * 1000, "\U0001f600" * 1000):
+        for key in ("merge_method", "tokenizer_source", "dtype", "chat_template", "models", "parameters"):
+            problems(layout() | {key: value})
+        problems(layout(parameters={"weight": value, "density": value, "lambda": value, "variant": value}))
+    token = "hf_" + "aB3" * 12
+    asked = layout(models=[f"s3://me:{token}@bucket/a", f"s3://me:{token}@bucket/a", token, token])
+    assert token not in "".join(problems(asked | {token[:2]: 1}))
+
+
+# ------------------------------------------------------------------------------------------- YAML and files
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column"),
+    [
+        ("a: [1", 2, 1),
+        ("base_model: b\nmodels:\n\t- a\n", 3, 1),
+        ("a: b: c", 1, 5),
+        ("a: 'x", 1, 6),
+        ("a: *x", 1, 4),
+        ("x: 1\na: &a [*a]", 2, 8),
+        ("models: [a]\nx: !!python/object/apply:os.system [ls]", 2, 4),
+        ("x: !!set {a}", 1, 4),
+        ("x: !!binary aGk=", 1, 4),
+        ("x: !!timestamp 2024-99-99", 1, 4),
+        ("x: !me 1", 1, 4),
+        ("x: 1\ny: a\0b", 2, 5),
+        ("a: \ud800", 1, 4),
+        ("a: 1\n---\nb: 2\n", 2, 1),
+        ("? [a]\n: 1", 1, 3),
+        ("[" * 100_000, 1, 33),
+        ("a: &a {<<: *a}", 1, 12),
+    ],
+)
+def test_bad_yaml_is_refused_with_its_line_and_column(text: str, line: int, column: int):
+    assert f"line {line}, column {column}:" in the_problem(text)
+
+
+def test_without_libyaml_the_same_is_read_and_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for seed in SEEDS:
+        assert Recipe.from_yaml(seed, ".") == Recipe.from_dict(yaml.safe_load(seed))
+    for text in (
+        "a: [1",
+        "a: \t- b",
+        "a: *x",
+        "a: &a [*a]",
+        "!!set {a}",
+        "[" * 10_000,
+        "a: 1\n---\nb",
+        "\ud800",
+        "? [a]\n: 1",
+    ):
+        assert problems(text)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing", "null", "hello", "3", "- a\n- b", "[]", "~"])
+def test_a_text_without_settings_is_refused(text: str):
+    assert the_problem(text).startswith("recipe: wanted")
+
+
+def test_a_key_given_twice_is_refused_at_its_second_place():
+    text = "base_model: b\nmodels: [a]\nparameters: {density: 0.1,\n  density: 0.2}\nbase_model: c\n"
+    found = problems(text)
+    assert ["line 4, column 12" in found[0], "'density'" in found[0]] == [True, True]
+    assert ["line 5, column 13" in found[1], "'base_model'" in found[1]] == [True, True]
+
+
+def bomb(first: str, wrap: str, levels: int) -> str:
+    """Levels of nine aliases each to the level before."""
+    above = (f"a{level}: &a{level} " + wrap % ", ".join([f"*a{level - 1}"] * 9) for level in range(1, levels))
+    return "\n".join([f"a0: &a0 {first}", *above])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb("[lol, lol]", "[%s]", 12),
+        bomb("{x: 1}", "{<<: [%s]}", 12),
+        "base_model: b\nmodels: &m [" + "a, " * 30_000 + "]\nx: [" + "*m, " * 9_000 + "]",
+        "models: [" + "a," * 400_000 + "]",
+        "models: [" + "{model: a}," * 2_000 + "]",
+        "x: " + "1" * 900_000,
+        "x: 1" + ":59" * 300_000,
+        "weight: " + "{" * 500_000,
+        "- " * 300_000,
+        "? " * 300_000,
+        "&a " * 200_000,
+        "\n".join(f"key{i}: 1" for i in range(24_000)),
+        "base_model: b\nmodels: [a]\nparameters:\n  weight: [" + "{filter: x, value: 1}," * 9_000 + "]",
+        "base_model: b\nmodels: [" + ", ".join(f"{{model: {i}, modle: x, z{i}: y}}" for i in range(990)) + "]",
+        "a: '" + "x" * (2 << 20),
+        "#" * (1 << 20),
+        '"' + "\\x41" * 200_000 + '": 1',
+    ],
+    ids=lambda text: text[:12],
+)
+def test_bombs_are_refused_within_a_second(text: str):
+    start_s = time.perf_counter()
+    assert problems(text)
+    assert time.perf_counter() - start_s < 1.0
+
+
+def test_a_recipe_at_its_limits_is_read_within_two_seconds():
+    rules = "[" + ", ".join(f"{{filter: layers.{i}., value: 0.5}}" for i in range(200)) + "]"
+    entries = ", ".join(f"{{model: m{i}, parameters: {{weight: *r}}}}" for i in range(40))
+    text = f"merge_method: linear\nparameters:\n  weight: &r {rules}\nmodels: [{entries}]\n"
+    start_s = time.perf_counter()
+    assert len(Recipe.from_yaml(text, ".").models) == 40
+    assert time.perf_counter() - start_s < 2.0
+
+
+def test_a_file_that_cannot_be_a_recipe_is_refused(tmp_path: Path):
+    def refusal(path: str | Path) -> str:
+        with pytest.raises(RequestError, match="Fix: ") as caught:
+            Recipe.from_file(path)
+        return str(caught.value)
+
+    assert "does not exist" in refusal(tmp_path / "none.yaml")
+    assert "does not exist" in refusal("a\0b")
+    assert "is a directory" in refusal(tmp_path)
+    assert "can't be read" in refusal(tmp_path / ("x" * 5000))
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refusal(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes("base_model: modèle".encode("latin-1"))
+    assert "not UTF-8" in refusal(tmp_path / "latin")
+    (tmp_path / "utf16").write_bytes(EXAMPLE.encode("utf-16"))
+    assert "not UTF-8" in refusal(tmp_path / "utf16")
+    with (tmp_path / "big").open("wb") as stream:
+        stream.truncate(1 << 40)
+    assert "at most" in refusal(tmp_path / "big")
+
+
+# ---------------------------------------------------------------------------------------------- round trip
+
+# Every character that a source may hold: no control characters, no surrogates.
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(str.strip)
+NUMBERS = st.floats(-1e30, 1e30, allow_nan=False)
+DENSITIES = st.floats(0, 1, exclude_min=True)
+PARTS = TEXTS.filter(lambda text: "*" not in text)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[tuple[str | None, float], ...]:
+    rules: list[tuple[str | None, float]] = []
+    for part in draw(st.lists(PARTS, max_size=3)):
+        if not any(str(other) in part for other, _ in rules):
+            rules.append((part, draw(NUMBERS)))
+    return (*rules, (None, draw(NUMBERS))) if not rules or draw(st.booleans()) else tuple(rules)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    sources = draw(st.lists(TEXTS, min_size=2, max_size=5, unique_by=lambda text: str(Path(text)).rstrip("/")))
+    own = st.builds(Model, st.just(""), weights(), st.none() | DENSITIES)
+    models = tuple(dataclasses.replace(draw(own), source=source) for source in sources[1:])
+    template = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t\r"), max_size=40)
+    return Recipe(
+        models=models,
+        base_model=sources[0],
+        merge_method=draw(st.sampled_from(METHODS[:3])),
+        density=draw(DENSITIES),
+        lambda_=draw(NUMBERS),
+        variant=draw(st.sampled_from(VARIANTS)),
+        dtype=draw(st.none() | st.sampled_from(list(DTYPES))),
+        exclude=tuple(draw(st.lists(TEXTS, max_size=3))),
+        tokenizer_source=draw(st.sampled_from(["base", *(source for source in sources[1:] if source != "union")])),
+        chat_template=draw(st.none() | template.map(lambda text: text + "{{ x }}" + text)),
+    )
+
+
+@given(recipes())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_a_recipe_written_and_read_again_is_equal(recipe: Recipe):
+    text = recipe.to_yaml()
+    again = Recipe.from_yaml(text, recipe.folder)
+    assert again == recipe
+    assert again.to_yaml() == text
+    assert Recipe.from_dict(yaml.safe_load(text), recipe.folder) == recipe  # any reader of YAML gets the same
+
+
+def test_the_written_recipe_spells_out_defaults_that_have_an_effect_and_no_others():
+    text = Recipe(models=(Model("a"),), base_model="b").to_yaml()
+    assert yaml.safe_load(text) == {
+        "merge_method": "pcb",
+        "base_model": "b",
+        "models": [{"model": "a", "parameters": {"weight": 1.0}}],
+        "parameters": {"density": 0.1, "lambda": 1.0, "variant": "pairwise"},
+        "exclude": [],
+        "tokenizer_source": "base",
+    }
+    linear = Recipe(models=(Model("a"),), merge_method="linear")
+    assert "parameters" not in yaml.safe_load(linear.to_yaml())
+    assert Recipe.from_yaml(linear.to_yaml(), ".").notes == ()
+
+
+def test_a_changed_setting_without_effect_is_still_written():
+    recipe = Recipe(models=(Model("a"),), base_model="b", merge_method="linear", density=0.5, lambda_=2.0)
+    again = Recipe.from_yaml(recipe.to_yaml(), ".")
+    assert again == recipe
+    assert again.notes == recipe.notes != ()
+
+
+# ---------------------------------------------------------------------------------------------------- fuzz
+
+SEEDS = [
+    EXAMPLE,
+    "merge_method: linear\nmodels:\n- a\n- {model: b, parameters: {weight: -0.5}}\nout_dtype: fp16\n",
+    "merge_method: task_arithmetic\nbase_model: org/base@main\nmodels:\n"
+    "- {model: &x s3://b/m, parameters: &p {density: .5}}\n- {model: c, parameters: {<<: *p, weight: 1e-3}}\n"
+    "parameters: {normalize: false, int8_mask: true}\nsearch: {n: 3}\n",
+    'base_model: "b"\nmodels:\n  - model: a\nchat_template: |\n  {% if x %}\n  {{ y }}\ntokenizer_source: ./a\n',
+]
+TOKENS = (
+    "{", "}", "[", "]", ":", ": ", "- ", "\n", "\n  ", "\t", "#", "&a ", "*a", "*p", "<<: ", "!!set ", "!", "|\n",
+    "'", '"', ">\n", "---\n", "...\n", "%YAML 1.1\n", "? ", ", ", "~", "null", "true", ".nan", ".inf", "1e400", "0x_",
+    "0b_", "1:59", "2024-99-99", "=", "\0", "\x85", "\u2028", "\ufeff", "\ud800", "\U0001f600", "\\", "\x1b",
+    "models", "model", "parameters", "weight", "filter", "value", "density", "lambda", "slices", "union", "base",
+    "1" * 200, "9" * 5000, "[" * 50,
+)  # fmt: skip
+VALUES = (
+    None, True, False, 0, 1, -1, 10**400, 2**70, 0.5, 1j, float("nan"), float("inf"), "", "a", "base", "union", "*",
+    "1e-3", "\0", "\ud800", "x" * 10_000, b"x", [], {}, [[]], [{}], [None], [0.1, 0.9], (1, 2), {1, 2}, {None: 1},
+    {1: 2}, object(), Path("p"), {"model": "a"}, {"value": 1}, [{"value": 1}], {"filter": "x"},
+    {"weight": [{"filter": "x", "value": "y"}]},
+)  # fmt: skip
+
+
+def mutated_text(random_: random.Random) -> str:
+    text = random_.choice(SEEDS)
+    for _ in range(random_.choice((1, 1, 2, 4))):
+        at = random_.randrange(len(text) + 1)
+        to = min(len(text), at + random_.choice((0, 1, 1, 2, 8, 40)))
+        kind = random_.randrange(5)
+        if kind == 0:
+            text = text[:at] + chr(random_.randrange(256)) + text[to:]
+        elif kind == 1:
+            text = text[:at] + text[to:]
+        elif kind == 2:
+            text = text[:at] + random_.choice(TOKENS) + text[to:]
+        elif kind == 3:
+            other = random_.choice(SEEDS)
+            start = random_.randrange(len(other))
+            text = text[:at] + other[start : start + random_.choice((1, 5, 20, 80))] + text[to:]
+        else:
+            text = text[:to] + text[at:to] * random_.choice((1, 3, 200)) + text[to:]
+    return text
+
+
+LAYOUTS = [yaml.safe_load(seed) for seed in SEEDS]
+
+
+def mutated_layout(random_: random.Random) -> Any:
+    """The parsed recipe with some of its values or keys exchanged."""
+    whole = copy.deepcopy(random_.choice(LAYOUTS))
+    for _ in range(random_.choice((1, 1, 2, 4))):
+        places: list[tuple[Any, Any]] = []
+        waiting = [whole]
+        for node in waiting:
+            inside = list(node.items()) if isinstance(node, dict) else list(enumerate(node))
+            places += [(node, key) for key, _ in inside]
+            waiting += [value for _, value in inside if isinstance(value, (dict, list)) and len(waiting) < 200]
+        if not places:
+            break
+        node, key = random_.choice(places)
+        kind = random_.randrange(4)
+        if kind == 0 and isinstance(node, dict):
+            node[random_.choice([*TOKENS, None, 3, True])] = node.pop(key)
+        elif kind == 1:
+            other_node, other_key = random_.choice(places)
+            node[key] = other_node[other_key]  # also makes a value hold itself
+        else:
+            value = random_.choice(VALUES)
+            node[key] = value.copy() if isinstance(value, (dict, list)) else value
+    return whole
+
+
+def read_or_refused(make: Callable[[], Recipe]) -> Recipe | None:
+    """The recipe, or None if it was refused by an error of ours; either comes within a second."""
+    recipe, refused = None, ("",)
+    start_s = time.perf_counter()
+    try:
+        recipe = make()
+    except RequestError as error:
+        refused = error.problems
+    assert time.perf_counter() - start_s < 1.0
+    assert all(len(problem) < 1000 and "\n" not in problem for problem in refused)
+    if recipe is not None:
+        assert Recipe.from_yaml(recipe.to_yaml(), recipe.folder) == recipe
+    return recipe
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_is_mutated_is_read_when_it_is_whole(seed: str):
+    assert read_or_refused(lambda: Recipe.from_yaml(seed, "."))
+
+
+def test_mutated_texts_are_read_right_or_refused():
+    random_ = random.Random(20240)
+    read_count = 0
+    for _ in range(7_000):
+        text = mutated_text(random_)
+        recipe = read_or_refused(lambda text=text: Recipe.from_yaml(text, "."))
+        if recipe is None:
+            continue
+        read_count += 1
+        if not any(odd in text for odd in ("0x_", "0b_", "2024")):  # PyYAML fails on these or makes dates of them
+            oracle = yaml.load(text, Loader=yaml.CSafeLoader)  # the same parser, PyYAML's own constructor
+            assert recipe == Recipe.from_dict(oracle)
+    assert 500 < read_count < 6_000  # the mutations are neither harmless nor all deadly
+
+
+def test_mutated_values_are_read_right_or_refused():
+    random_ = random.Random(20241)
+    read_count = 0
+    for _ in range(5_000):
+        whole = mutated_layout(random_)
+        read_count += read_or_refused(lambda whole=whole: Recipe.from_dict(whole, ".")) is not None
+    assert 300 < read_count < 4_500
+
+
+def test_mutated_bytes_of_a_file_are_read_right_or_refused(tmp_path: Path):
+    random_ = random.Random(20242)
+    file = tmp_path / "r.yaml"
+    read_count = 0
+    for _ in range(1_500):
+        data = bytearray(random_.choice(SEEDS).encode())
+        for _ in range(random_.choice((1, 1, 2, 4))):
+            data[random_.randrange(len(data))] = random_.choice((random_.randrange(32, 127), random_.randrange(256)))
+        file.write_bytes(data)
+        read_count += read_or_refused(lambda: Recipe.from_file(file)) is not None
+    assert 50 < read_count < 1_400
