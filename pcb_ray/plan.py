@@ -147,8 +147,8 @@ class Plan:
 
     @property
     def sample_stride(self) -> int:
-        """One sample run lies in each stretch of so many elements."""
-        return max(SAMPLE_RUN, self.D // SAMPLE_RUNS // SAMPLE_RUN * SAMPLE_RUN)
+        """One sample run lies in each stretch of so many elements: at most a sixteenth of a small model is read for a sample."""
+        return max(16 * SAMPLE_RUN, self.D // SAMPLE_RUNS // SAMPLE_RUN * SAMPLE_RUN)
 
     @property
     def sweeps(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Never, Self
 
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ class Progress:
         self._terminal = sys.stderr.isatty() and not quiet
         self._start = self._last_line = time.monotonic()
         self._shown = 0.0
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Never] | None = None
         if self._terminal:
             self._bar = tqdm(total=total, desc=name, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.2, smoothing=0.1)
 

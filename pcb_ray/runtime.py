@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -85,14 +87,15 @@ class _Actor:
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
     """Join the cluster at this address, or the one this job runs in, or start a local one; leave it (or end it) afterwards."""
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local" and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # authentication on, and no warning about it; Ray reads it when imported
     import ray
 
     if ray.is_initialized():  # the caller's own: used, and left as it is
         yield
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
@@ -182,7 +185,7 @@ class RayOwners:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        shards = _Shards(items, [n for n in self._owners])
+        shards = _Shards(items, list(self._owners))
         shared = [ray.put(a) for a in args]
         asked: dict[Any, tuple[int, Sequence[Any]]] = {}
         failures: collections.Counter[Any] = collections.Counter()
@@ -201,9 +204,7 @@ class RayOwners:
                 continue
             last_sign = time.monotonic()
             reference = done[0]
-            number, batch = asked.pop(reference, (None, ()))
-            if number is None:
-                number = self._starting.pop(reference)
+            number, batch = asked.pop(reference) if reference in asked else (self._starting.pop(reference), ())
             try:
                 answer = ray.get(reference, timeout=60.0)
             except RayActorError as error:
@@ -240,7 +241,7 @@ class _Shards:
         cuts = [len(items) * k // len(owners) for k in range(len(owners) + 1)]
         self._of = {
             owner: collections.deque(items[at : min(at + size, stop)] for at in range(start, stop, size))
-            for owner, start, stop in zip(owners, cuts, cuts[1:], strict=True)
+            for owner, (start, stop) in zip(owners, itertools.pairwise(cuts), strict=True)
         }
 
     @property

@@ -137,8 +137,8 @@ class Sample:
 
     def add(self, group: int, keys: NDArray[np.signedinteger]) -> None:
         """Count the keys of a sample run that belongs to this group."""
-        bins, counts = np.unique(keys.astype(np.int64) >> self.shift, return_counts=True)
-        self._add(group, bins, counts.astype(np.int64))
+        bins, counts = np.unique(keys >> self.shift, return_counts=True)
+        self._add(group, bins.astype(np.int64), counts.astype(np.int64))
 
     def merge(self, other: Sample) -> None:
         assert self.shift == other.shift

@@ -32,6 +32,7 @@ class Model:
     revisions: dict[str, str]
     token: str | None = None  # without it the model is as if it did not exist
     gated: bool = False
+    failing: int | None = None  # the status of all answers about it
 
 
 def commit_of(name: str) -> str:
@@ -95,13 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub = self.server_hub
         path = unquote(urlsplit(self.path).path)
-        if hub.failing is not None:
-            return self._send(hub.failing, b"<html>sorry</html>", {"Content-Type": "text/html"})
         cdn = path.startswith("/cdn/")
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
         file = re.fullmatch(r"(?:/cdn)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or file
         model = hub.models.get(match[1]) if match else None
+        if status := hub.failing or (model and model.failing):
+            return self._send(status, b"<html>sorry</html>", {"Content-Type": "text/html"})
         given = self.headers.get("Authorization")
         if given and given.startswith("Bearer bad"):
             return self._fail(401, "", "Invalid credentials in Authorization header")

@@ -126,9 +126,7 @@ def write_shards(folder: Path, shards: dict[str, dict[str, torch.Tensor]], kind:
 # ------------------------------------------------------------------------------------------- reading what is right
 
 
-def test_a_safetensors_file_is_described_as_its_library_loads_it(
-    tmp_path: Path, family: dict[str, torch.Tensor]
-) -> None:
+def test_a_safetensors_file_is_described_as_its_library_loads_it(tmp_path: Path, family: dict[str, torch.Tensor]) -> None:
     path = tmp_path / "m.safetensors"
     save_file(family, path, metadata={"format": "pt"})
     checkpoint = open_checkpoint(str(path))
@@ -168,9 +166,7 @@ def test_what_save_pretrained_writes_is_read_bit_for_bit(tmp_path: Path, shard_s
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_bin_file_is_described_as_torch_loads_it(
-    tmp_path: Path, family: dict[str, torch.Tensor], protocol: int
-) -> None:
+def test_a_bin_file_is_described_as_torch_loads_it(tmp_path: Path, family: dict[str, torch.Tensor], protocol: int) -> None:
     path = tmp_path / "pytorch_model.bin"
     family["parameter"] = torch.nn.Parameter(torch.randn(4, 4))
     torch.save(family, path, pickle_protocol=protocol)
@@ -236,9 +232,7 @@ def test_the_hub_cache_of_links_to_blobs_is_read(tmp_path: Path) -> None:
     assert_holds(open_checkpoint(str(snapshot)), {"x": torch.ones(3)})
 
 
-def test_paths_are_taken_from_the_recipe_s_folder_and_win_over_hub_ids(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_taken_from_the_recipe_s_folder_and_win_over_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "org" / "name"
     folder.mkdir(parents=True)
     save_file({"x": torch.ones(3)}, folder / "model.safetensors")
@@ -342,9 +336,7 @@ def test_a_model_of_30_shards_and_140_gb_opens_in_a_fraction_of_a_second_and_lit
         (b"<!DOCTYPE html><html>404</html>", ["web page"]),
     ],
 )  # fmt: skip
-def test_a_wrong_safetensors_file_is_refused_with_what_was_found(
-    tmp_path: Path, content: bytes, parts: list[str]
-) -> None:
+def test_a_wrong_safetensors_file_is_refused_with_what_was_found(tmp_path: Path, content: bytes, parts: list[str]) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
     begin = time.perf_counter()
@@ -431,9 +423,7 @@ def test_a_wrong_index_is_refused(tmp_path: Path, index: bytes, parts: list[str]
         (["model-00001-of-00002.safetensors"], ["1 .safetensors files", "model.safetensors.index.json"]),
     ],
 )  # fmt: skip
-def test_a_folder_without_one_clear_set_of_weights_is_refused(
-    tmp_path: Path, files: list[str], parts: list[str]
-) -> None:
+def test_a_folder_without_one_clear_set_of_weights_is_refused(tmp_path: Path, files: list[str], parts: list[str]) -> None:
     for name in files:
         (tmp_path / name).write_text("{}")
     problem_of(tmp_path, str(tmp_path), *parts)
@@ -831,11 +821,8 @@ def test_two_thousand_mutated_indices_are_read_right_or_refused(tmp_path: Path) 
     right = json.loads(index.read_bytes())
     read = 0
     for round_ in range(2_000):
-        raw = json.dumps(right).encode()
-        if rng.random() < 0.5:
-            raw = json.dumps(mutate_json(rng, mutate_json(rng, right))).encode()
-        else:
-            raw = mutate_bytes(rng, raw, raw)
+        raw = json.dumps(mutate_json(rng, mutate_json(rng, right)) if round_ % 2 else right).encode()
+        raw = raw if round_ % 2 else mutate_bytes(rng, raw, raw)
         index.write_bytes(raw)
         try:
             checkpoint = open_checkpoint(str(tmp_path))
