@@ -29,9 +29,9 @@ INLINE float clamp(float x, float low, float high) {
     return x > high ? high : x;
 }
 
-/* pcb.exp */
-INLINE float exp_(float x) {
-    x = x < -104.0f ? -104.0f : x;
+/* pcb.exp; with `normal` for x >= -80 only, where the power of two needs no second factor (the bits are the same). */
+INLINE float exp_(float x, int normal) {
+    if (!normal) x = x < -104.0f ? -104.0f : x;
     /* Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer, as torch.round does, on any vector unit. */
     float k = (x * 0x1.715476p+0f + 12582912.0f) - 12582912.0f;
     float r = (x - k * 0x1.62e000p-1f) - k * 0x1.0bfbe8p-15f;
@@ -42,6 +42,7 @@ INLINE float exp_(float x) {
     q = q * r + 0x1.fffffcp-2f;
     float result = ((r * r) * q + r) + 1.0f;
     int32_t n = (int32_t)k, half = n >> 1;
+    if (normal) return result * as_float((n + 127) << 23);
     return result * as_float((half + 127) << 23) * as_float((n - half + 127) << 23);
 }
 
@@ -62,7 +63,7 @@ INLINE float tanh_unit(float x) {
 INLINE float tanh_(float x) {
     float size = fabsf(x);
     float bounded = size > 10.0f ? 10.0f : size;
-    float tail = copysignf(1.0f - 2.0f / (exp_(bounded * 2.0f) + 1.0f), x);
+    float tail = copysignf(1.0f - 2.0f / (exp_(bounded * 2.0f, 1) + 1.0f), x);
     float near = tanh_unit(clamp(x, -1.0f, 1.0f));
     return size <= 1.0f ? near : tail;
 }
@@ -79,7 +80,7 @@ typedef struct {
 } Scores;
 
 /* beta of m <= STRIP elements from `at` on, into scratch rows n .. 2n-1. */
-INLINE void beta_strip(const Scores *s, const float *tau, int64_t at, int64_t m) {
+INLINE void beta_strip_(const Scores *s, const float *tau, int64_t at, int64_t m, const int few) {
     const int64_t n = s->n;
     const float tasks = (float)n;
     float *u = s->scratch, *inter = s->scratch + n * STRIP;
@@ -110,7 +111,7 @@ INLINE void beta_strip(const Scores *s, const float *tau, int64_t at, int64_t m)
         for (int64_t i = 0; i < n; i++) {
             const float *restrict ui = u + i * STRIP;
             float *restrict acc = inter + i * STRIP;
-            for (int64_t b = 0; b < m; b++) acc[b] = acc[b] * exp_((ui[b] * ui[b] - 1.0f) * tasks);
+            for (int64_t b = 0; b < m; b++) acc[b] = acc[b] * exp_((ui[b] * ui[b] - 1.0f) * tasks, few);
         }
     } else {
         float *restrict total = u;
@@ -135,10 +136,17 @@ INLINE void beta_strip(const Scores *s, const float *tau, int64_t at, int64_t m)
                 for (int64_t b = 0; b < m; b++) acc[b] = tanh_(acc[b]);
             for (int64_t b = 0; b < m; b++) {
                 float z = (clamp(fabsf(x[b]), low, high) - low) / range;
-                acc[b] = acc[b] * exp_((z * z - 1.0f) * tasks);
+                acc[b] = acc[b] * exp_((z * z - 1.0f) * tasks, few);
             }
         }
     }
+}
+
+INLINE void beta_strip(const Scores *s, const float *tau, int64_t at, int64_t m) {
+    if (s->n <= 80)
+        beta_strip_(s, tau, at, m, 1);
+    else
+        beta_strip_(s, tau, at, m, 0);
 }
 
 /* pcb.beta_released and pcb.beta_pairwise: tau [n, B] -> beta [n, B] (same row stride). */
@@ -186,38 +194,69 @@ EXPORT CLONES void pcb_tau_bfloat16(const uint16_t *restrict x, const float *res
     for (int64_t b = 0; b < B; b++) tau[b] = as_float((int32_t)((uint32_t)x[b] << 16)) - theta[b];
 }
 
-/* How many keys lie where: counts[0..3] += (key < lo, key <= lo, key < hi, key <= hi), counts[4] = max(counts[4], key); the keys strictly between
-   lo and hi go to `inside` (room for B), and their number is returned. Keys order float32 values as integers (kernels.keys);
-   magnitude: of |x|. */
-EXPORT CLONES int64_t pcb_count(const float *restrict x, int64_t B, int64_t magnitude, int32_t lo, int32_t hi, int64_t *counts, int32_t *inside) {
-    int64_t found = 0;
+/* x rounded to bfloat16, nearest, ties to even; not 0 if any result is infinite or not a number. */
+EXPORT CLONES int64_t pcb_round_bfloat16(const float *restrict x, int64_t B, uint16_t *restrict out) {
+    uint32_t bad = 0;
+    for (int64_t b = 0; b < B; b++) {
+        uint32_t bits = (uint32_t)as_bits(x[b]);
+        uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        bad |= (uint32_t)((bits & 0x7f800000u) == 0x7f800000u) | (uint32_t)((rounded & 0x7f80u) == 0x7f80u);
+        out[b] = (uint16_t)rounded;
+    }
+    return (int64_t)bad;
+}
+
+typedef struct {
+    int64_t lo, hi;
+    int64_t below_lo, upto_lo, below_hi, upto_hi; /* counts of keys */
+    int32_t *inside;                              /* keys strictly between, room for B */
+    int64_t found;                                /* how many */
+} Bracket;
+
+INLINE int32_t key_of(float x, int magnitude) {
+    int32_t bits = as_bits(x), size = bits & 0x7fffffff;
+    return magnitude || bits >= 0 ? size : -size;
+}
+
+INLINE int32_t count_strip(const float *restrict x, int32_t m, int magnitude, Bracket *bracket) {
+    const int32_t lo = (int32_t)bracket->lo, hi = (int32_t)bracket->hi;
+    int32_t below_lo = 0, upto_lo = 0, below_hi = 0, upto_hi = 0, largest = INT32_MIN;
+    for (int32_t b = 0; b < m; b++) {
+        int32_t key = key_of(x[b], magnitude);
+        below_lo += key < lo;
+        upto_lo += key <= lo;
+        below_hi += key < hi;
+        upto_hi += key <= hi;
+        largest = key > largest ? key : largest;
+    }
+    bracket->below_lo += below_lo;
+    bracket->upto_lo += upto_lo;
+    bracket->below_hi += below_hi;
+    bracket->upto_hi += upto_hi;
+    if (below_hi > upto_lo) {
+        int32_t *inside = bracket->inside + bracket->found;
+        for (int32_t b = 0; b < m; b++) {
+            int32_t key = key_of(x[b], magnitude);
+            *inside = key; /* branchless: overwritten by the next key unless this one counts */
+            inside += (key > lo) & (key < hi);
+        }
+        bracket->found = inside - bracket->inside;
+    }
+    return largest;
+}
+
+/* Counts the keys of x (of |x|, if magnitude) against each bracket, and returns the largest key. Keys are integers that order float32 values
+   (kernels.keys). The counts are added to what the brackets hold. */
+EXPORT CLONES int64_t pcb_count(const float *x, int64_t B, int64_t magnitude, Bracket *brackets, int64_t count) {
     int32_t largest = INT32_MIN;
-    int32_t keys[STRIP];
     for (int64_t at = 0; at < B; at += STRIP) {
         const int32_t m = (int32_t)(B - at < STRIP ? B - at : STRIP);
-        int32_t below_lo = 0, upto_lo = 0, below_hi = 0, upto_hi = 0;
-        for (int32_t b = 0; b < m; b++) {
-            int32_t bits = as_bits(x[at + b]), size = bits & 0x7fffffff;
-            int32_t key = magnitude || bits >= 0 ? size : -size;
-            keys[b] = key;
-            below_lo += key < lo;
-            upto_lo += key <= lo;
-            below_hi += key < hi;
-            upto_hi += key <= hi;
-            largest = key > largest ? key : largest;
+        for (int64_t k = 0; k < count; k++) {
+            int32_t top = magnitude ? count_strip(x + at, m, 1, brackets + k) : count_strip(x + at, m, 0, brackets + k);
+            largest = top > largest ? top : largest;
         }
-        counts[0] += below_lo;
-        counts[1] += upto_lo;
-        counts[2] += below_hi;
-        counts[3] += upto_hi;
-        if (below_hi > upto_lo)
-            for (int32_t b = 0; b < m; b++) {
-                inside[found] = keys[b];
-                found += (keys[b] > lo) & (keys[b] < hi);
-            }
     }
-    if (largest > counts[4]) counts[4] = largest;
-    return found;
+    return largest;
 }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Native kernels of pcb_ray, called through ctypes.", -1, NULL, NULL, NULL, NULL, NULL};

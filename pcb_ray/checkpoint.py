@@ -48,7 +48,7 @@ _QUANTISED_DTYPES = frozenset({
 _COMPLEX_DTYPES = frozenset({"C32", "C64", "C128"})
 
 _MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library, for a header; an index has the same
-_MAX_PICKLE_BYTES = 16_000_000  # a tensor takes about 150 bytes: 100,000 of them in one file
+_MAX_PICKLE_BYTES = 8_000_000  # a tensor takes about 150 bytes: 50,000 of them in one file
 _MAX_PROBLEMS = 100  # of one file: a wrecked header would otherwise have one per tensor
 _MAX_INT = 2**63 - 1
 _MAX_DIMS = 64  # numpy's limit

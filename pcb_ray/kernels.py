@@ -50,7 +50,7 @@ class TorchKernel:
         torch.sub(raw.float(), theta_B, out=out_B)
 
     def beta(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
-        """Scores [N, B]: float32, for `paper` float64 and times D^2."""
+        """Scores [N, B], valid until the next call: float32, for `paper` float64 and times D^2."""
         if self.method == "pcb-paper":
             return pcb.beta_paper(tau_NB, thresholds, self.D)
         return (pcb.beta_pairwise if self.method == "pcb-pairwise" else pcb.beta_released)(tau_NB, thresholds)
@@ -70,7 +70,7 @@ class TorchKernel:
         return int(k_B.max()), result
 
     def merge(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
-        """The merged block, float32 [B]. For `linear`, tau holds the models themselves."""
+        """The merged block, float32 [B], valid until the next call. For `linear`, tau holds the models themselves."""
         if self.method == "linear":
             return pcb.linear(tau_NB, lambdas)
         if self.method == "task_arithmetic":
@@ -84,11 +84,27 @@ class TorchKernel:
         return pcb.combine(theta_B, tauc_NB, pcb.scale_of(beta_NB, thresholds), lambdas, lambda_, floor=pcb.DENOMINATOR_FLOOR)
 
 
+    def round(self, merged_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """The block in the output's dtype (nearest, ties to even), and whether all of it is finite."""
+        rounded_B = merged_B.to(dtype)
+        return rounded_B, bool(torch.isfinite(rounded_B).all())
+
+
 class _Scores(ctypes.Structure):
     """struct Scores of _native.c."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("n", "stride", "pairwise")] + [
         (name, ctypes.c_void_p) for name in ("low", "high", "range", "t", "span", "scratch")
+    ]
+
+
+class _Bracket(ctypes.Structure):
+    """struct Bracket of _native.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("lo", "hi", "below_lo", "upto_lo", "below_hi", "upto_hi")),
+        ("inside", ctypes.c_void_p),
+        ("found", ctypes.c_int64),
     ]
 
 
@@ -101,7 +117,10 @@ class NativeKernel(TorchKernel):
         super().__init__(method, n, D, device)
         self._library = _load_native()
         self._scratch = torch.empty(2 * n * STRIP)
-        self._inside: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        # Buffers that are made once: the system hands out and takes back memory of this size page by page.
+        self._inside: NDArray[np.int32] = np.empty((0, 0), dtype=np.int32)
+        self._beta = torch.empty(n, 0)
+        self._merged = torch.empty(0)
         self._scores_of: tuple[Thresholds | None, list[Tensor]] = (None, [])
 
     @property
@@ -120,14 +139,16 @@ class NativeKernel(TorchKernel):
 
     def tau(self, raw: Tensor, theta_B: Tensor, out_B: Tensor) -> None:
         if raw.dtype == torch.bfloat16:
-            self._library.pcb_tau_bfloat16(raw.data_ptr(), theta_B.data_ptr(), len(raw), out_B.data_ptr())
+            self._library.pcb_tau_bfloat16(raw.data_ptr(), theta_B.data_ptr(), raw.numel(), out_B.data_ptr())
         else:
             super().tau(raw, theta_B, out_B)
 
     def beta(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
         if not self._fused:
             return super().beta(tau_NB, thresholds)
-        beta_NB = torch.empty_strided(tau_NB.shape, tau_NB.stride())
+        if self._beta.shape[1] != tau_NB.stride(0):
+            self._beta = torch.empty(self.n, tau_NB.stride(0))
+        beta_NB = self._beta[:, : tau_NB.shape[1]]
         self._library.pcb_beta(
             ctypes.byref(self._scores(tau_NB, thresholds)), tau_NB.data_ptr(), tau_NB.shape[1], beta_NB.data_ptr()
         )
@@ -138,27 +159,36 @@ class NativeKernel(TorchKernel):
     ) -> tuple[int, list[tuple[tuple[int, int, int, int], NDArray[Any]]]]:
         if x_B.dtype != torch.float32:
             return super().count(x_B, magnitude, brackets)
-        if len(self._inside) < len(x_B):
-            self._inside = np.empty(len(x_B), dtype=np.int32)
-        result, largest = [], 0
-        for bracket in brackets:
-            counts = (ctypes.c_int64 * 5)(0, 0, 0, 0, -(1 << 31))
-            found = self._library.pcb_count(
-                x_B.data_ptr(), len(x_B), magnitude, bracket.lo, bracket.hi, counts, self._inside.ctypes.data
-            )
-            result.append(((counts[0], counts[1], counts[2], counts[3]), self._inside[:found].copy()))
-            largest = counts[4]
-        return largest, result
+        size = x_B.numel()
+        if self._inside.shape[0] < len(brackets) or self._inside.shape[1] <= size:
+            self._inside = np.empty((len(brackets), size + 1), dtype=np.int32)  # one more: see the branchless store in C
+        asked = (_Bracket * len(brackets))()
+        for one, bracket, inside in zip(asked, brackets, self._inside, strict=False):
+            one.lo, one.hi, one.inside = bracket.lo, bracket.hi, inside.ctypes.data
+        largest = self._library.pcb_count(x_B.data_ptr(), size, magnitude, asked, len(brackets))
+        return largest, [
+            ((one.below_lo, one.upto_lo, one.below_hi, one.upto_hi), inside[: one.found].copy())
+            for one, inside in zip(asked, self._inside, strict=False)
+        ]
 
     def merge(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
         if not self._fused:
             return super().merge(theta_B, tau_NB, thresholds, lambdas, lambda_)
-        merged_B, weights_N = torch.empty_like(theta_B), torch.tensor(lambdas, dtype=torch.float32)
+        if self._merged.numel() < theta_B.numel():
+            self._merged = torch.empty_like(theta_B)
+        merged_B, weights_N = self._merged[: theta_B.numel()], torch.tensor(lambdas, dtype=torch.float32)
         self._library.pcb_merge(
             *(ctypes.byref(self._scores(tau_NB, thresholds)), theta_B.data_ptr(), tau_NB.data_ptr(), tau_NB.shape[1]),
             *(weights_N.data_ptr(), lambda_, pcb.DENOMINATOR_FLOOR, merged_B.data_ptr()),
         )
         return merged_B
+
+
+    def round(self, merged_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        if dtype != torch.bfloat16:
+            return super().round(merged_B, dtype)
+        rounded_B = torch.empty_like(merged_B, dtype=dtype)
+        return rounded_B, not self._library.pcb_round_bfloat16(merged_B.data_ptr(), merged_B.numel(), rounded_B.data_ptr())
 
 
 def _load_native() -> Any:
@@ -170,8 +200,9 @@ def _load_native() -> Any:
     library.pcb_tau_bfloat16.argtypes = [pointer, pointer, integer, pointer]
     library.pcb_beta.argtypes = [pointer, pointer, integer, pointer]
     library.pcb_merge.argtypes = [pointer, pointer, pointer, integer, pointer, real, real, pointer]
-    library.pcb_count.argtypes = [pointer, integer, integer, ctypes.c_int32, ctypes.c_int32, pointer, pointer]
-    library.pcb_count.restype = integer
+    library.pcb_count.argtypes = [pointer, integer, integer, pointer, integer]
+    library.pcb_round_bfloat16.argtypes = [pointer, integer, pointer]
+    library.pcb_count.restype = library.pcb_round_bfloat16.restype = integer
     for name in ("pcb_tau_bfloat16", "pcb_beta", "pcb_merge"):
         getattr(library, name).restype = None
     return library

@@ -20,12 +20,13 @@ import numpy as np
 import xxhash
 
 from pcb_ray import output, runtime
-from pcb_ray import plan as planning
 from pcb_ray.answers import BETA, LARGEST_KEY, MAGNITUDE, Thresholds, value_of_key
 from pcb_ray.checkpoint import Checkpoint, Tensor, open_checkpoint, read_header
 from pcb_ray.errors import RequestError
 from pcb_ray.output import RECEIPT, RECIPE, State
-from pcb_ray.plan import DEFAULT_SHARD_BYTES, SAMPLE_RUN, Plan
+from pcb_ray.plan import CLIP, DEFAULT_SHARD_BYTES, SAMPLE_RUN, Plan, choose_block, plan_of
+from pcb_ray.plan import plan as make_plan
+from pcb_ray.plan import worker_bytes as announced_bytes
 from pcb_ray.progress import Progress, readable_bytes
 from pcb_ray.recipe import Model, Recipe
 from pcb_ray.runtime import Owners
@@ -94,8 +95,8 @@ def thresholds_of(run: Run) -> Thresholds:
     """The analysis: everything that the method must know of the whole model before a block can be merged."""
     plan, D = run.plan, run.plan.D
     result = Thresholds()
-    if plan.method in planning.CLIP:
-        c = planning.CLIP[plan.method]
+    if plan.method in CLIP:
+        c = CLIP[plan.method]
         ranks = [int(D * c), int(D * (1 - c) - 1)]
         values, _ = order_statistics(run, MAGNITUDE, result, [ranks] * plan.N)
         result = result.replace(low=tuple(v[0] for v in values), high=tuple(v[1] for v in values))
@@ -168,15 +169,15 @@ def warnings_of(plan: Plan, thresholds: Thresholds) -> list[str]:
     result = []
     for i in range(plan.N):
         name, t = plan.recipe.models[i].source, thresholds.t[i]
-        if plan.method in planning.CLIP and thresholds.high[i] == 0.0:
+        if plan.method in CLIP and thresholds.high[i] == 0.0:
             result.append(
                 f"{name}: at most one parameter in a hundred differs from the base (after clipping nothing does); it contributes nothing"
             )
-        elif plan.method in planning.CLIP and thresholds.low[i] == thresholds.high[i]:
+        elif plan.method in CLIP and thresholds.low[i] == thresholds.high[i]:
             result.append(
                 f"{name}: all its clipped differences to the base have one size, {thresholds.low[i]}; it contributes nothing"
             )
-        elif plan.method in planning.CLIP and thresholds.beta_max[i] == t:
+        elif plan.method in CLIP and thresholds.beta_max[i] == t:
             result.append(f"{name}: its drop threshold is its largest score, {t}; it contributes nothing: raise its density")
         elif plan.method == "pcb-paper" and thresholds.pair_max[_diagonal(i, plan.N)] == 0.0:
             result.append(f"{name}: equals the base; it counts as a task and contributes nothing")
@@ -222,14 +223,14 @@ def merge(
         raise RequestError(
             f"{out}: inside a Ray job a relative output is written to the job's temporary folder and lost; give an absolute path on storage that lasts"
         )
-    plan = planning.plan(recipe, max_shard_bytes=max_shard_bytes)
+    plan = make_plan(recipe, max_shard_bytes=max_shard_bytes)
     if any(i.commit is not None for i in plan.inputs):
-        plan = planning.plan(recipe, max_shard_bytes=max_shard_bytes, download=True)
+        plan = make_plan(recipe, max_shard_bytes=max_shard_bytes, download=True)
     output.check_out(out, plan, overwrite=overwrite, resume=resume)
     base, tokenizer = _companions(recipe)
     files = output.side_files(recipe, plan, base, tokenizer)
     if memory is not None:
-        planning.choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
+        choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
     for note in plan.notes:
         log.warning("note: %s", note)
 
@@ -237,8 +238,8 @@ def merge(
         state = stack.enter_context(contextlib.closing(State(out, plan, resume=resume, arithmetic=ARITHMETIC)))
         stack.enter_context(runtime.cluster(address))
         device = runtime.choose_device(device)
-        block = planning.choose_block(plan, device, memory)
-        worker_bytes = planning.worker_bytes(plan, block)
+        block = choose_block(plan, device, memory)
+        worker_bytes = announced_bytes(plan, block)
         workers = runtime.choose_workers(workers, device, worker_bytes, plan.chunks)
         log.info(
             "%d workers on %s, at most %s each; blocks of %d elements, %d chunks",
@@ -423,7 +424,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     if problems:
         return problems
     recipe = Recipe.from_yaml((out / RECIPE).read_text(), Path(receipt["folder"]))
-    plan = planning.plan(recipe, max_shard_bytes=receipt["max_shard_bytes"], download=True)
+    plan = make_plan(recipe, max_shard_bytes=receipt["max_shard_bytes"], download=True)
     for then, now in zip(receipt["inputs"], plan.inputs, strict=True):
         before, after = ([(f["path"], f["size"], f["header_sha256"]) for f in then["files"]], [tuple(f) for f in now.files])
         if before != after:
@@ -497,7 +498,7 @@ def merge_state_dicts(
     memory: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
     named = [("base", base), *((f"models[{i}]", m) for i, m in enumerate(models))]
     checkpoints = [_in_memory(name, state_dict, memory) for name, state_dict in named]
-    plan = planning.plan_of(recipe, checkpoints, max_shard_bytes=1 << 62)
+    plan = plan_of(recipe, checkpoints, max_shard_bytes=1 << 62)
     (file,) = plan.files
     memory[file.name] = np.empty(file.size, dtype=np.uint8)
     owners = runtime.LocalOwners(plan, memory=memory)

@@ -94,6 +94,8 @@ class Owner:
         widest = max(DTYPE_BYTES[t.dtype] for tensor in plan.tensors for t in tensor.sources if t is not None)
         # One buffer serves all sources of a CPU block, since each is used up before the next is read.
         self._raw = torch.empty(self.block_elements * widest, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self._raw_view = self._raw.numpy().data
+        self._typed = {name: self._raw[: len(self._raw) // 8 * 8].view(dtype) for name, dtype in DTYPES.items()}
         self._theta = torch.zeros(self.block_elements, device=self.device)
         self._tau = torch.empty(plan.N, self.block_elements, device=self.device)
         self.peak_bytes = 0
@@ -290,12 +292,12 @@ class Owner:
         for source in range(self.plan.N + 1):
             at = 0
             for raw in self._read(segments, source, digests[source] if digests else None):
-                part = slice(at, at + len(raw))
+                stop = at + raw.numel()
                 if source == 0:
-                    theta_B[part] = raw
+                    theta_B[at:stop] = raw
                 else:
-                    self.kernel.tau(raw, theta_B[part], tau_NB[source - 1, part])
-                at += len(raw)
+                    self.kernel.tau(raw, theta_B[at:stop], tau_NB[source - 1, at:stop])
+                at = stop
         return theta_B, tau_NB
 
     def _read(self, segments: Sequence[Segment], source: int, digest: Any) -> Iterator[Tensor]:
@@ -320,13 +322,12 @@ class Owner:
                     break
                 stop = following.start + segments[at].stop * itemsize
                 at += 1
-            host = self._raw[: stop - start]
-            view = host.numpy().data
+            view = self._raw_view[: stop - start]
             self.bytes.read(tensor.file, start, view)
             if digest is not None:
                 digest.update(view)
-            # To a GPU the copy is synchronous, so that the buffer is free again.
-            yield (host if self.device.type == "cpu" else host.to(self.device)).view(DTYPES[tensor.dtype])
+            # To a GPU the copy is synchronous, so that the buffer is free again; on a CPU there is none.
+            yield self._typed[tensor.dtype][: (stop - start) // itemsize].to(self.device)
 
     def _merged(
         self, chunk: int, thresholds: Thresholds, digests: Sequence[Any] | None
@@ -345,10 +346,10 @@ class Owner:
                 for segment in tensors:
                     length = segment.stop - segment.start
                     dtype = DTYPES[self.plan.tensors[segment.tensor].slot.dtype]
-                    rounded = merged_B[inner : inner + length].to(dtype)
-                    if not bool(torch.isfinite(rounded).all()):
+                    rounded, finite = self.kernel.round(merged_B[inner : inner + length], dtype)
+                    if not finite:
                         self._refuse_overflow(segments, segment, rounded)
-                    parts.append(rounded.cpu().contiguous().view(torch.uint8).numpy().data)
+                    parts.append(rounded.cpu().view(torch.uint8).numpy().data)
                     inner += length
             yield segments, parts
 

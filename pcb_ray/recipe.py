@@ -197,7 +197,7 @@ class Recipe:
         if len(data) > MAX_TEXT_BYTES:
             raise RequestError(_too_large(f"more than {MAX_TEXT_BYTES}"))
         try:
-            text = data.decode("utf-8-sig")
+            text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise RequestError(f"{name} is not UTF-8 text (byte {error.start}). Fix: save it as UTF-8.") from None
         return cls.from_yaml(text, file.parent)
@@ -290,9 +290,7 @@ class Recipe:
         """
         settings = {"density": self.density, "lambda": self.lambda_, "variant": self.variant}
         defaults = {"density": Recipe.density, "lambda": Recipe.lambda_, "variant": Recipe.variant}
-        parameters = {
-            key: value for key, value in settings.items() if self.merge_method in _EFFECT[key] or value != defaults[key]
-        }
+        parameters = {key: value for key, value in settings.items() if self.merge_method in _EFFECT[key] or value != defaults[key]}
         models = []
         for model in self.models:
             own: dict[str, object] = {"weight": _plain_weight(model.weight)}
@@ -415,9 +413,7 @@ def _text(raw: object, where: str, problems: list[str]) -> str:
     elif not raw.strip():
         problems.append(f"{where}: wanted text, found an empty text. Fix: fill it in or remove the line.")
     elif len(raw) > MAX_STRING:
-        problems.append(
-            f"{where}: wanted at most {MAX_STRING} characters, found {len(raw)}: {_shown(raw)}. Fix: shorten it."
-        )
+        problems.append(f"{where}: wanted at most {MAX_STRING} characters, found {len(raw)}: {_shown(raw)}. Fix: shorten it.")
     elif _UNSAFE.search(raw):
         problems.append(_wrong(where, "text without control characters", raw, "remove them"))
     else:
@@ -529,9 +525,7 @@ def _rules(raw: object, where: str, problems: list[str], notes: list[str] | None
             continue
         part = None if rule.get("filter", "*") == "*" else _text(rule["filter"], f"{at}.filter", problems)
         if part and "*" in part:
-            problems.append(
-                _wrong(f"{at}.filter", "a part of a tensor name", part, "remove the `*`: a part matches anywhere")
-            )
+            problems.append(_wrong(f"{at}.filter", "a part of a tensor name", part, "remove the `*`: a part matches anywhere"))
         elif part != "" and _shadowed(part, rules):
             problems.append(
                 f"{at}: never reached, since an earlier rule matches all its names (the first match wins). "
@@ -850,7 +844,7 @@ class _Document:
     def scalar(self, event: Any) -> object:
         """Plain text as YAML 1.1 reads it: null, booleans and numbers; quoted or long text stays text."""
         text = event.value
-        if not event.implicit[0] or len(text) > 100:
+        if len(text) > 100:  # no number of use, and Python refuses to convert the longest
             return text
         tag = self.resolver.resolve(yaml.ScalarNode, text, event.implicit)
         kind = tag.rpartition(":")[2]

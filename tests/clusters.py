@@ -1,0 +1,214 @@
+"""What the Ray tests share: one Ray for all of them, and runs of the command line that can be stopped and killed.
+
+A run is a real `python -m pcb_ray merge` in a process group of its own, followed by the lines that it prints. To hit a given sweep, a test waits
+for a line of that sweep and stops the driver (SIGSTOP) while it decides whom to kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+DEADLINE_S = 150.0  # for anything a test waits for: far more than it takes, so that only a hang meets it
+SIDE_FILES = ("pcb_receipt.json", "README.md")  # they tell of the run; every other byte is a function of inputs and recipe
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------------------
+
+
+def digests(out: Path) -> dict[str, str]:
+    """sha256 of all files of an output but those that tell of the run."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name not in SIDE_FILES
+    }
+
+
+def receipt_of(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "pcb_receipt.json").read_text()))
+
+
+def state_of(out: Path) -> Path:
+    """Where an unfinished merge to `out` is kept (DESIGN section 6)."""
+    return out.parent / f".{out.name}.pcb-ray"
+
+
+# --- Ray ------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def ray_address() -> str:
+    """One Ray of 4 CPUs for the whole test session, in this process; the address that other processes join it by.
+
+    Its owners compute with the torch kernel, so that runs on it and local ones (native, where built) must agree, and sweeps are slow enough to hit.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    import ray
+
+    os.environ["PCB_RAY_KERNEL"] = "torch"  # its raylet, and so every worker, inherits it
+    try:
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="ERROR"
+        )
+    finally:
+        del os.environ["PCB_RAY_KERNEL"]
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def free_ports(count: int) -> list[int]:
+    """Free ports of 127.0.0.1, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """`python -m pcb_ray` as a process group of its own. `lines` are what it printed to standard error so far."""
+
+    def __init__(self, *arguments: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+        self.lines: list[str] = []
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pcb_ray", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "RAY_AUTH_MODE": "token", **(env or {})},
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            for line in stream:
+                self._queue.put(line.rstrip("\n"))
+        self._queue.put(None)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for(self, *parts: str) -> str:
+        """The next line that holds one of these parts."""
+        deadline = time.monotonic() + DEADLINE_S
+        while (line := self._next(deadline)) is not None:
+            if any(part in line for part in parts):
+                return line
+        raise AssertionError(f"ended without printing {parts}:\n{self.text}")
+
+    def _next(self, deadline: float) -> str | None:
+        try:
+            line = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise AssertionError(f"nothing more was printed for too long:\n{self.text}") from None
+        if line is not None:
+            self.lines.append(line)
+        return line
+
+    def finish(self) -> int:
+        """Its exit code, once it has ended and all it printed is in `lines`."""
+        deadline = time.monotonic() + DEADLINE_S
+        while self._next(deadline) is not None:
+            pass
+        return self.process.wait(timeout=DEADLINE_S)
+
+    def send(self, number: int, *, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.pid, number)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The driver stands still meanwhile."""
+        self.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.send(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End what is left of it."""
+        for process in [*descendants(self.pid), self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.kill()
+        self.process.wait(timeout=DEADLINE_S)
+        self._reader.join(timeout=DEADLINE_S)
+
+
+@contextlib.contextmanager
+def running(*arguments: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Iterator[Run]:
+    """A run that doesn't outlive the block."""
+    run = Run(*arguments, env=env, cwd=cwd)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def pcb_ray(*arguments: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Run:
+    """A run that has ended."""
+    with running(*arguments, env=env, cwd=cwd) as run:
+        run.finish()
+        return run
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return [p for p in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def title(process: psutil.Process) -> str:
+    """How a process calls itself; Ray's workers tell what they run. Empty if it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def owners_under(pid: int) -> list[psutil.Process]:
+    """The owner processes that work below this process (a driver with its own Ray, or whoever started a cluster)."""
+    return [p for p in descendants(pid) if title(p).startswith("ray::_Actor")]
+
+
+def await_that(what: str, condition: Any, timeout_s: float = 60.0) -> None:
+    """Wait until `condition()`; fail with `what` if it takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain: {what}"
+        time.sleep(0.05)
+
+
+def gone(processes: Sequence[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)

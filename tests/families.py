@@ -1,0 +1,167 @@
+"""Small families of checkpoints, in memory and on disk: a base and models that were fine-tuned from it.
+
+Everything is seeded; the same arguments give the same family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pcb_ray import selection
+from pcb_ray.answers import Thresholds
+from pcb_ray.merge import Run, thresholds_of
+from pcb_ray.owner import Owner
+from pcb_ray.plan import Plan
+from pcb_ray.runtime import LocalOwners
+
+# `pcb_ray.merge` and `pcb_ray.plan` are functions too, and hide the modules of their names.
+merge, plan_module, owner_module = (importlib.import_module(f"pcb_ray.{name}") for name in ("merge", "plan", "owner"))
+
+StateDict = dict[str, Tensor]
+
+# A language model in miniature: 20,640 elements.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (256, 32),
+    "model.layers.0.self_attn.q_proj.weight": (32, 32),
+    "model.layers.0.self_attn.o_proj.weight": (32, 32),
+    "model.layers.0.mlp.up_proj.weight": (64, 32),
+    "model.layers.0.input_layernorm.weight": (32,),
+    "model.layers.1.self_attn.q_proj.weight": (32, 32),
+    "model.layers.1.self_attn.o_proj.weight": (32, 32),
+    "model.layers.1.mlp.up_proj.weight": (64, 32),
+    "model.layers.1.input_layernorm.weight": (32,),
+    "model.norm.weight": (32,),
+    "lm_head.weight": (96, 32),
+}
+CONFIG: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+
+
+def fine_tuned(
+    n: int = 3,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    scale: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    touched: float = 0.7,
+) -> tuple[StateDict, list[StateDict]]:
+    """A base and n models. The first dimensions are multiplied by `scale`; about the share `touched` of the elements differs
+    from the base, with a spread that grows along the model, as in real ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: Sequence[int], sigma: float) -> Tensor:
+        return torch.randn(*shape, generator=generator) * sigma
+
+    sizes = {name: (shape[0] * scale, *shape[1:]) if shape else () for name, shape in (shapes or SHAPES).items()}
+    base = {name: normal(shape, 0.05).to(dtype) for name, shape in sizes.items()}
+    models = []
+    for _ in range(n):
+        model = {}
+        for k, (name, theta) in enumerate(base.items()):
+            mask = torch.rand(theta.shape, generator=generator) < touched
+            model[name] = (theta.float() + mask * normal(theta.shape, 0.002 * (1 + k / len(base)))).to(dtype)
+        models.append(model)
+    return base, models
+
+
+def write(folder: Path, state: Mapping[str, Tensor], *, shards: int = 1, config: Mapping[str, Any] | None = CONFIG) -> Path:
+    """A checkpoint as transformers saves it, in so many files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    if shards == 1:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        weight_map = {}
+        for k in range(shards):
+            file = f"model-{k + 1:05d}-of-{shards:05d}.safetensors"
+            part = {name: tensor for at, (name, tensor) in enumerate(state.items()) if at * shards // len(state) == k}
+            save_file(part, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@dataclass
+class Family:
+    """A family on disk: folder/base, folder/model0, folder/model1, ..."""
+
+    folder: Path
+    base: StateDict
+    models: list[StateDict]
+    shards: int = 1
+    config: Mapping[str, Any] | None = field(default_factory=lambda: dict(CONFIG))
+
+    def __post_init__(self) -> None:
+        write(self.folder / "base", self.base, shards=self.shards, config=self.config)
+        for k, model in enumerate(self.models):
+            write(self.folder / f"model{k}", model, shards=self.shards, config=self.config)
+
+    def recipe(self, **changes: Any) -> dict[str, Any]:
+        """A recipe as YAML reads it, with absolute paths; `parameters` and all other keys can be changed."""
+        return {
+            "merge_method": "pcb",
+            "base_model": str(self.folder / "base"),
+            "models": [{"model": str(self.folder / f"model{k}")} for k in range(len(self.models))],
+            **changes,
+        }
+
+    def recipe_file(self, name: str = "recipe.yaml", **changes: Any) -> Path:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(self.recipe(**changes)))
+        return path
+
+
+MakeFamily = Callable[..., Family]
+
+
+class Local(NamedTuple):
+    files: dict[str, bytes]
+    run: Run
+    owner: Owner
+    thresholds: Thresholds
+
+
+def merge_locally(plan: Plan, out: Path, *, block_elements: int | None = None, chunks: Sequence[int] | None = None) -> Local:
+    """The merge of a plan into the folder `out` without Ray. `chunks` is the order in which the chunks are written."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file in plan.files:
+        with (out / file.name).open("wb") as stream:
+            stream.write(file.header)
+            stream.truncate(file.size)
+    owners = LocalOwners(plan, str(out), block_elements=block_elements)
+    run = Run(plan, owners, quiet=True)
+    thresholds = thresholds_of(run)
+    for _ in run.sweep("write", "write", thresholds, plan.sweeps == 1, chunks=chunks):
+        pass
+    for _ in owners.ask("copy", plan.copy_pieces()):
+        pass
+    owners.owner.bytes.close()
+    return Local({file.name: (out / file.name).read_bytes() for file in plan.files}, run, owners.owner, thresholds)
+
+
+@contextlib.contextmanager
+def small_engine(tally_entries: int = 64, chunk_elements: int = 64, sample_run: int = 16) -> Iterator[None]:
+    """Constants so small that little data is sampled, lies in several chunks, and overflows a tally into further sweeps."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (selection, merge):
+            patch.setattr(module, "TALLY_ENTRIES", tally_entries)
+        patch.setattr(selection.Tally.__init__, "__defaults__", (tally_entries,))
+        patch.setattr(plan_module, "MIN_CHUNK_ELEMENTS", chunk_elements)
+        for module in (plan_module, owner_module, merge):
+            patch.setattr(module, "SAMPLE_RUN", sample_run)
+        yield

@@ -1,0 +1,320 @@
+"""Whatever is killed, interrupted or filled up: the same bytes in the end, nothing under OUT before, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import families
+import pytest
+from clusters import Run, await_that, descendants, gone, owners_under, pcb_ray, ray_address, receipt_of, running, state_of, title
+from families import Family
+
+import pcb_ray as package
+from pcb_ray.plan import Plan, plan
+from pcb_ray.recipe import Recipe
+
+# Ray closes its own sockets and log files late.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+SWEEPS = ("sample of |tau|", "ranks of |tau|", "sample of beta", "ranks of beta", "write")
+INTERRUPTED = 130
+
+
+class Job(NamedTuple):
+    family: Family
+    recipe: Path
+    plan: Plan
+    expected: bytes  # of model.safetensors, made in one process without Ray
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A merge of 5.7 M elements in 87 chunks: every sweep takes a good part of a second. Two tensors are copied."""
+    folder = tmp_path_factory.mktemp("job")
+    family = Family(folder / "family", *families.fine_tuned(3, scale=280))
+    recipe = family.recipe_file(parameters={"density": 0.2}, exclude=["model.norm.weight", "model.layers.1.self_attn.o_proj.weight"])
+    made = plan(Recipe.from_file(recipe))
+    files, _ = families.merge_locally(made, folder / "local")
+    return Job(family, recipe, made, files["model.safetensors"])
+
+
+def assert_whole(out: Path, job: Job) -> None:
+    """OUT is just what an undisturbed merge makes, and its state is gone."""
+    assert (out / "model.safetensors").read_bytes() == job.expected
+    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "pcb_recipe.yaml", "pcb_receipt.json", "README.md"}
+    assert package.verify(out, sample=2, quiet=True) == []
+    assert not state_of(out).exists()
+
+
+def joined(*arguments: object) -> tuple[object, ...]:
+    """Arguments of a merge on the Ray that all tests share."""
+    return ("merge", *arguments, "--address", ray_address())
+
+
+def leftovers(run: Run) -> list[object]:
+    """All processes that this run started, on its own Ray or on the shared one."""
+    return [*descendants(run.pid), *owners_under(os.getpid())]
+
+
+# --- owners ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_owner_killed_in_each_sweep_changes_no_byte(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running(*joined(job.recipe, out, "--workers", 2)) as run:
+        for sweep in SWEEPS:
+            run.wait_for(f"{sweep}: ")
+            with run.stopped():
+                victim = next(p for p in owners_under(os.getpid()) if not title(p).startswith("ray::_Actor.start"))
+                victim.kill()
+        assert run.finish() == 0, run.text
+    for sweep in SWEEPS:  # each death was met in its sweep: between the first line of the sweep and its last
+        lines = [k for k, line in enumerate(run.lines) if line.startswith(f"{sweep}: ")]
+        assert any(re.match(r"worker \d+ died", line) for line in run.lines[lines[0] : lines[-1]]), (sweep, run.text)
+    receipt = receipt_of(out)
+    assert receipt["workers_lost"] == len(SWEEPS)
+    assert receipt["full_sweeps"] == 3
+    assert_whole(out, job)
+
+
+def test_a_model_that_keeps_killing_owners_ends_the_run_with_advice(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running(*joined(job.recipe, out, "--workers", 1)) as run:
+        deadline = time.monotonic() + 120
+        while run.process.poll() is None and time.monotonic() < deadline:
+            for owner in owners_under(os.getpid()):
+                if title(owner).startswith("ray::_Actor.ask"):
+                    owner.kill()
+            time.sleep(0.005)
+        assert run.finish() == 1, run.text
+    assert "Traceback" not in run.text
+    assert re.search(r"^pcb-ray: \d+ workers died, .*--workers.*--resume", run.text, flags=re.MULTILINE), run.text
+    assert not out.exists()
+
+
+# --- the driver -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_driver_killed_in_each_sweep_is_resumed_to_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for sweep in SWEEPS:
+        # The first one has a Ray of its own, which must go with it; the others are replaced by a run of another number of workers.
+        arguments = ("merge", job.recipe, out) if sweep == SWEEPS[0] else joined(job.recipe, out, "--resume", "--workers", SWEEPS.index(sweep))
+        with running(*arguments) as run:
+            run.wait_for(f"{sweep}: ")
+            processes = leftovers(run)
+            assert processes
+            run.send(signal.SIGKILL)
+            assert run.finish() == -signal.SIGKILL
+            assert f"{sweep}: done" not in run.text
+            await_that(f"processes end with their driver killed in {sweep}: {processes}", lambda p=processes: gone(p))
+        assert not out.exists()
+
+    # Analysis done, part of the output written: the rest is done, and nothing but the rest.
+    state = state_of(out)
+    thresholds = json.loads((state / "state.json").read_text())["found"]["thresholds"]
+    written = {k: v for line in (state / "journal.jsonl").read_text().splitlines() for k, v in json.loads(line).items()}
+    chunks = {int(name) for name in written if name.isdecimal()}
+    assert 0 < len(chunks) < job.plan.chunks
+    corrupt = max(chunks)
+    segment = next(job.plan.segments(corrupt * job.plan.chunk_elements, job.plan.D))
+    start = job.plan.tensors[segment.tensor].slot.start + 2 * segment.start
+    with (state / "out" / "model.safetensors").open("r+b") as file:
+        file.seek(start)
+        byte = file.read(1)[0]
+        file.seek(start)
+        file.write(bytes([byte ^ 1]))
+    with (state / "journal.jsonl").open("a") as journal:
+        journal.write('{"86": "00')  # the line that a crash cut off
+    run = pcb_ray(*joined(job.recipe, out, "--resume", "--workers", 3, "-v"))
+    assert run.process.returncode == 0, run.text
+    assert "ranks of" not in run.text
+    assert f"{len(chunks)} of {job.plan.chunks} chunks were written before" in run.text
+    receipt = receipt_of(out)
+    assert receipt["thresholds"] == thresholds
+    assert [s["name"] for s in receipt["sweeps"]] == list(SWEEPS)
+    todo = set(range(job.plan.chunks)) - chunks | {corrupt}
+    elements = sum(min(job.plan.chunk_elements, job.plan.D - c * job.plan.chunk_elements) for c in todo)
+    assert receipt["sweeps"][-1]["bytes"] == pytest.approx(job.plan.sweep_bytes * elements / job.plan.D, rel=1e-3)
+    assert_whole(out, job)
+
+
+def test_interrupts_leave_nothing_under_out_and_no_process(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def interrupted(run: Run) -> None:
+        processes = leftovers(run)
+        assert processes
+        run.send(signal.SIGINT, group=True) if run.lines and "ranks" in run.lines[-1] else run.send(signal.SIGTERM)
+        assert run.finish() == INTERRUPTED, run.text
+        assert "pcb-ray: interrupted" in run.lines[-1], run.text
+        assert "Traceback" not in run.text
+        assert not out.exists()
+        await_that(f"processes end with their driver: {processes}", lambda: gone(processes))
+
+    with running("merge", job.recipe, out, "--workers", 1) as run:
+        run.wait_for("ranks of beta: ")
+        interrupted(run)  # Ctrl-C
+    with running("merge", job.recipe, out, "--workers", 1, "--resume") as run:
+        run.wait_for("write: ")
+        interrupted(run)  # SIGTERM
+    run = pcb_ray(*joined(job.recipe, out, "--resume"))
+    assert run.process.returncode == 0, run.text
+    assert "ranks of" not in run.text
+    assert_whole(out, job)
+
+
+def test_an_interrupt_while_ray_starts_leaves_no_process(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running("merge", job.recipe, out) as run:
+        await_that("Ray starts", lambda: any("gcs_server" in title(p) for p in descendants(run.pid)))
+        processes = descendants(run.pid)
+        run.send(signal.SIGINT, group=True)
+        assert run.finish() == INTERRUPTED, run.text
+        assert "Traceback" not in run.text
+        assert not out.exists()
+        await_that(f"processes end with their driver: {processes}", lambda: gone(processes))
+
+
+# --- the disk -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small file system")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"can't mount a small file system: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_resume_finishes_it(job: Job, small_disk: Path) -> None:
+    out, filler = small_disk / "out", small_disk / "filler"
+    with running(*joined(job.recipe, out, "--workers", 2)) as run:
+        run.wait_for("write: ")
+        with run.stopped(), filler.open("wb") as file:
+            file.write(bytes(shutil.disk_usage(small_disk).free - (1 << 20)))
+        assert run.finish() == 1, run.text
+    assert "Traceback" not in run.text
+    assert re.search(r"^pcb-ray: .*No space left on device.*--resume", run.text, flags=re.MULTILINE), run.text
+    assert not out.exists()
+
+    full = pcb_ray(*joined(job.recipe, out, "--resume"))  # still full: told at once
+    assert full.process.returncode == 2, full.text
+    assert "free" in full.text
+
+    filler.unlink()
+    again = pcb_ray(*joined(job.recipe, out, "--resume", "--workers", 1))
+    assert again.process.returncode == 0, again.text
+    assert "ranks of" not in again.text
+    assert_whole(out, job)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------------
+
+
+def refused(*arguments: object) -> str:
+    """What the command line says to a wrong request; it takes seconds and exit code 2."""
+    start = time.monotonic()
+    run = pcb_ray("merge", *arguments)
+    assert run.process.returncode == 2, run.text
+    assert "Traceback" not in run.text
+    assert time.monotonic() - start < 20
+    return run.text
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path, Path]:
+    """A small family, its recipe, and the OUT of a merge of it that was killed."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    family = Family(folder / "family", *families.fine_tuned(2, scale=30))
+    recipe, out = family.recipe_file(parameters={"density": 0.2}), folder / "out"
+    with running(*joined(recipe, out, "--workers", 1)) as run:
+        run.wait_for("ranks of |tau|: ")
+        run.send(signal.SIGKILL)
+        run.finish()
+    assert state_of(out).is_dir()
+    return family, recipe, out
+
+
+def test_an_unfinished_merge_is_neither_forgotten_nor_continued_unasked(unfinished: tuple[Family, Path, Path]) -> None:
+    _, recipe, out = unfinished
+    before = {p: p.read_bytes() for p in state_of(out).rglob("*") if p.is_file()}
+    told = refused(recipe, out)
+    assert "--resume" in told
+    assert "--overwrite" in told
+    assert {p: p.read_bytes() for p in state_of(out).rglob("*") if p.is_file()} == before
+
+
+def test_resume_refuses_another_recipe(unfinished: tuple[Family, Path, Path]) -> None:
+    family, _, out = unfinished
+    told = refused(family.recipe_file("other.yaml", parameters={"density": 0.3}), out, "--resume")
+    assert "0.2" in told
+    assert "0.3" in told
+    assert "--overwrite" in told
+
+
+def test_resume_refuses_inputs_that_were_touched_or_changed(unfinished: tuple[Family, Path, Path]) -> None:
+    family, recipe, out = unfinished
+    path = family.folder / "model1" / "model.safetensors"
+    was, data = path.stat(), path.read_bytes()
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns + 1_000_000_000))
+    assert str(path) in refused(recipe, out, "--resume")
+
+    families.write(path.parent, {n: t.float() for n, t in family.models[1].items()})
+    told = refused(recipe, out, "--resume")
+    assert "--resume: this is not the merge that was begun" in told
+    assert str(len(data)) in told
+    assert str(path.stat().st_size) in told
+
+    path.write_bytes(data)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    run = pcb_ray(*joined(recipe, out, "--resume"))
+    assert run.process.returncode == 0, run.text
+    assert package.verify(out, quiet=True) == []
+
+
+def test_an_output_in_the_way_is_refused_within_seconds(job: Job, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "precious").write_text("kept")
+    assert "--overwrite" in refused(job.recipe, there)
+    assert (there / "precious").read_text() == "kept"
+    (tmp_path / "file").write_text("kept")
+    assert "is not a directory" in refused(job.recipe, tmp_path / "file", "--overwrite")
+    for out in (job.family.folder / "base", job.family.folder / "base" / "merged", job.family.folder):
+        assert "input" in refused(job.recipe, out, "--overwrite")
+    assert (job.family.folder / "base" / "model.safetensors").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_within_seconds(job: Job, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert "can't write" in refused(job.recipe, small_disk / "out")
+
+
+def test_two_merges_to_one_out_cannot_run_at_once(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running(*joined(job.recipe, out, "--workers", 2)) as run:
+        run.wait_for("sample of |tau|: ")
+        with run.stopped():
+            refused(job.recipe, out)
+            for option in ("--resume", "--overwrite"):
+                assert "another merge is writing it now" in refused(job.recipe, out, option)
+        assert run.finish() == 0, run.text
+    assert_whole(out, job)
