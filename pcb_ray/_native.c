@@ -24,6 +24,9 @@ enum { STRIP = 512 }; /* elements: with a few tasks, the working set of a strip 
 INLINE float as_float(int32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 INLINE int32_t as_bits(float x) { int32_t bits; memcpy(&bits, &x, 4); return bits; }
 
+INLINE double as_double(int64_t bits) { double x; memcpy(&x, &bits, 8); return x; }
+INLINE int64_t as_bits64(double x) { int64_t bits; memcpy(&bits, &x, 8); return bits; }
+
 INLINE float clamp(float x, float low, float high) {
     x = x < low ? low : x;
     return x > high ? high : x;
@@ -44,6 +47,24 @@ INLINE float exp_(float x, int normal) {
     int32_t n = (int32_t)k, half = n >> 1;
     if (normal) return result * as_float((n + 127) << 23);
     return result * as_float((half + 127) << 23) * as_float((n - half + 127) << 23);
+}
+
+/* pcb.exp in float64; -708 <= x <= 1, which the scores of up to 700 tasks are, needs no second factor. */
+INLINE double exp64(double x) {
+    double k = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
+    double r = (x - k * 0x1.62e42fefa0000p-1) - k * 0x1.cf79abc9e3b3ap-40;
+    double q = 0x1.1e3d06ff62840p-29;
+    q = q * r + 0x1.af6c1db77d1aap-26;
+    q = q * r + 0x1.27e5b493405efp-22;
+    q = q * r + 0x1.71ddf00282b2ap-19;
+    q = q * r + 0x1.a01a01364e078p-16;
+    q = q * r + 0x1.a01a01b38a16dp-13;
+    q = q * r + 0x1.6c16c16c305ddp-10;
+    q = q * r + 0x1.111111110ec3fp-7;
+    q = q * r + 0x1.5555555555503p-5;
+    q = q * r + 0x1.555555555555bp-3;
+    q = q * r + 0x1.0000000000000p-1;
+    return (((r * r) * q + r) + 1.0) * as_double(((int64_t)(int32_t)k + 1023) << 52);
 }
 
 /* pcb.tanh_unit */
@@ -189,6 +210,74 @@ EXPORT CLONES void pcb_merge(const Scores *s, const float *theta, const float *t
     }
 }
 
+/* min and max of tau_i tau_j for each pair i <= j, row by row: tau [n, B]; low and high are updated. */
+EXPORT CLONES void pcb_extrema(const float *tau, int64_t n, int64_t stride, int64_t B, double *low, double *high) {
+    for (int64_t i = 0, p = 0; i < n; i++)
+        for (int64_t j = i; j < n; j++, p++) {
+            const float *restrict x = tau + i * stride, *restrict y = tau + j * stride;
+            double least[16], most[16]; /* lanes: a running minimum of doubles alone would not vectorise */
+            for (int l = 0; l < 16; l++) least[l] = low[p], most[l] = high[p];
+            int64_t b = 0;
+            for (; b + 16 <= B; b += 16)
+                for (int l = 0; l < 16; l++) {
+                    double product = (double)x[b + l] * (double)y[b + l];
+                    least[l] = product < least[l] ? product : least[l];
+                    most[l] = product > most[l] ? product : most[l];
+                }
+            for (; b < B; b++) {
+                double product = (double)x[b] * (double)y[b];
+                least[0] = product < least[0] ? product : least[0];
+                most[0] = product > most[0] ? product : most[0];
+            }
+            for (int l = 0; l < 16; l++) {
+                low[p] = least[l] < low[p] ? least[l] : low[p];
+                high[p] = most[l] > high[p] ? most[l] : high[p];
+            }
+        }
+}
+
+/* pcb.paper_exponentials: tau [n, B] -> intra [n, B] and pair [n (n + 1) / 2, B], both with row stride `stride`. range: high - low, or infinity. */
+EXPORT CLONES void pcb_paper_exponentials(const float *tau, int64_t n, int64_t stride, int64_t B, const double *low, const double *range, double *intra, double *pair) {
+    const double tasks = (double)n;
+    for (int64_t i = 0, p = 0; i < n; i++)
+        for (int64_t j = i; j < n; j++, p++) {
+            const float *restrict x = tau + i * stride, *restrict y = tau + j * stride;
+            double *restrict e = pair + p * stride;
+            for (int64_t b = 0; b < B; b++) e[b] = exp64(((double)x[b] * (double)y[b] - low[p]) / range[p] - 1.0);
+            if (i == j) {
+                double *restrict own = intra + i * stride;
+                for (int64_t b = 0; b < B; b++) own[b] = exp64((((double)x[b] * (double)x[b] - low[p]) / range[p] - 1.0) * tasks);
+            }
+        }
+}
+
+/* pcb.beta_paper: tau [n, B] -> beta [n, B], with D / (softmax denominator) of each task and of each pair. */
+EXPORT CLONES void pcb_beta_paper(const float *tau, int64_t n, int64_t stride, int64_t B, const double *low, const double *range, const double *intra_factor, const double *pair_factor, double *beta) {
+    const double tasks = (double)n;
+    for (int64_t at = 0; at < B; at += STRIP) {
+        const int64_t m = B - at < STRIP ? B - at : STRIP;
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t b = 0; b < m; b++) beta[i * stride + at + b] = 0.0;
+        for (int64_t i = 0, p = 0; i < n; i++)
+            for (int64_t j = i; j < n; j++, p++) {
+                const float *restrict x = tau + i * stride + at, *restrict y = tau + j * stride + at;
+                double e[STRIP];
+                for (int64_t b = 0; b < m; b++) e[b] = exp64(((double)x[b] * (double)y[b] - low[p]) / range[p] - 1.0) * pair_factor[p];
+                for (int64_t b = 0; b < m; b++) beta[i * stride + at + b] += e[b];
+                if (j != i)
+                    for (int64_t b = 0; b < m; b++) beta[j * stride + at + b] += e[b];
+            }
+        for (int64_t i = 0, p = 0; i < n; p += n - i, i++) {
+            const float *restrict x = tau + i * stride + at;
+            double *restrict out = beta + i * stride + at;
+            for (int64_t b = 0; b < m; b++) {
+                double own = exp64((((double)x[b] * (double)x[b] - low[p]) / range[p] - 1.0) * tasks);
+                out[b] = out[b] * (own * intra_factor[i]);
+            }
+        }
+    }
+}
+
 /* x - theta in float32, x bfloat16. */
 EXPORT CLONES void pcb_tau_bfloat16(const uint16_t *restrict x, const float *restrict theta, int64_t B, float *restrict tau) {
     for (int64_t b = 0; b < B; b++) tau[b] = as_float((int32_t)((uint32_t)x[b] << 16)) - theta[b];
@@ -209,55 +298,63 @@ EXPORT CLONES int64_t pcb_round_bfloat16(const float *restrict x, int64_t B, uin
 typedef struct {
     int64_t lo, hi;
     int64_t below_lo, upto_lo, below_hi, upto_hi; /* counts of keys */
-    int32_t *inside;                              /* keys strictly between, room for B */
+    void *inside;                                 /* keys strictly between, room for B + 1 */
     int64_t found;                                /* how many */
 } Bracket;
 
-INLINE int32_t key_of(float x, int magnitude) {
+INLINE int32_t key32(float x, int magnitude) {
     int32_t bits = as_bits(x), size = bits & 0x7fffffff;
     return magnitude || bits >= 0 ? size : -size;
 }
 
-INLINE int32_t count_strip(const float *restrict x, int32_t m, int magnitude, Bracket *bracket) {
-    const int32_t lo = (int32_t)bracket->lo, hi = (int32_t)bracket->hi;
-    int32_t below_lo = 0, upto_lo = 0, below_hi = 0, upto_hi = 0, largest = INT32_MIN;
-    for (int32_t b = 0; b < m; b++) {
-        int32_t key = key_of(x[b], magnitude);
-        below_lo += key < lo;
-        upto_lo += key <= lo;
-        below_hi += key < hi;
-        upto_hi += key <= hi;
-        largest = key > largest ? key : largest;
-    }
-    bracket->below_lo += below_lo;
-    bracket->upto_lo += upto_lo;
-    bracket->below_hi += below_hi;
-    bracket->upto_hi += upto_hi;
-    if (below_hi > upto_lo) {
-        int32_t *inside = bracket->inside + bracket->found;
-        for (int32_t b = 0; b < m; b++) {
-            int32_t key = key_of(x[b], magnitude);
-            *inside = key; /* branchless: overwritten by the next key unless this one counts */
-            inside += (key > lo) & (key < hi);
-        }
-        bracket->found = inside - bracket->inside;
-    }
-    return largest;
+INLINE int64_t key64(double x, int magnitude) {
+    int64_t bits = as_bits64(x), size = bits & 0x7fffffffffffffff;
+    return magnitude || bits >= 0 ? size : -size;
 }
 
-/* Counts the keys of x (of |x|, if magnitude) against each bracket, and returns the largest key. Keys are integers that order float32 values
-   (kernels.keys). The counts are added to what the brackets hold. */
-EXPORT CLONES int64_t pcb_count(const float *x, int64_t B, int64_t magnitude, Bracket *brackets, int64_t count) {
-    int32_t largest = INT32_MIN;
-    for (int64_t at = 0; at < B; at += STRIP) {
-        const int32_t m = (int32_t)(B - at < STRIP ? B - at : STRIP);
-        for (int64_t k = 0; k < count; k++) {
-            int32_t top = magnitude ? count_strip(x + at, m, 1, brackets + k) : count_strip(x + at, m, 0, brackets + k);
-            largest = top > largest ? top : largest;
-        }
+/* Counts the keys of x (of |x|, if magnitude) against each bracket, and returns the largest key. Keys are integers that order float values
+   (kernels.keys): of 32 bits for float, of 64 for double. The counts are added to what the brackets hold. */
+#define DEFINE_COUNT(NAME, FLOAT, INT, KEY, SMALLEST)                                                        \
+    INLINE INT NAME##_strip(const FLOAT *restrict x, int32_t m, int magnitude, Bracket *bracket) {           \
+        const INT lo = (INT)bracket->lo, hi = (INT)bracket->hi;                                              \
+        INT below_lo = 0, upto_lo = 0, below_hi = 0, upto_hi = 0, largest = SMALLEST;                        \
+        for (int32_t b = 0; b < m; b++) {                                                                    \
+            INT key = KEY(x[b], magnitude);                                                                  \
+            below_lo += key < lo;                                                                            \
+            upto_lo += key <= lo;                                                                            \
+            below_hi += key < hi;                                                                            \
+            upto_hi += key <= hi;                                                                            \
+            largest = key > largest ? key : largest;                                                         \
+        }                                                                                                    \
+        bracket->below_lo += below_lo;                                                                       \
+        bracket->upto_lo += upto_lo;                                                                         \
+        bracket->below_hi += below_hi;                                                                       \
+        bracket->upto_hi += upto_hi;                                                                         \
+        if (below_hi > upto_lo) {                                                                            \
+            INT *inside = (INT *)bracket->inside + bracket->found;                                           \
+            for (int32_t b = 0; b < m; b++) {                                                                \
+                INT key = KEY(x[b], magnitude);                                                              \
+                *inside = key; /* branchless: overwritten by the next key unless this one counts */          \
+                inside += (key > lo) & (key < hi);                                                           \
+            }                                                                                                \
+            bracket->found = inside - (INT *)bracket->inside;                                                \
+        }                                                                                                    \
+        return largest;                                                                                      \
+    }                                                                                                        \
+    EXPORT CLONES int64_t NAME(const FLOAT *x, int64_t B, int64_t magnitude, Bracket *brackets, int64_t count) { \
+        INT largest = SMALLEST;                                                                              \
+        for (int64_t at = 0; at < B; at += STRIP) {                                                          \
+            const int32_t m = (int32_t)(B - at < STRIP ? B - at : STRIP);                                    \
+            for (int64_t k = 0; k < count; k++) {                                                            \
+                INT top = magnitude ? NAME##_strip(x + at, m, 1, brackets + k) : NAME##_strip(x + at, m, 0, brackets + k); \
+                largest = top > largest ? top : largest;                                                     \
+            }                                                                                                \
+        }                                                                                                    \
+        return largest;                                                                                      \
     }
-    return largest;
-}
+
+DEFINE_COUNT(pcb_count32, float, int32_t, key32, INT32_MIN)
+DEFINE_COUNT(pcb_count64, double, int64_t, key64, INT64_MIN)
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Native kernels of pcb_ray, called through ctypes.", -1, NULL, NULL, NULL, NULL, NULL};
 

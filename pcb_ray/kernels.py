@@ -23,6 +23,11 @@ from pcb_ray.selection import Bracket
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STRIP = 512  # of _native.c
+MAX_NATIVE_PAPER = 700  # tasks up to which exp64 of _native.c needs no care for subnormal numbers
+
+
+# The largest key, and for each bracket the counts (< lo, <= lo, < hi, <= hi) and the keys strictly between.
+Counts = tuple[int, list[tuple[tuple[int, int, int, int], NDArray[Any]]]]
 
 
 def keys(x: Tensor, magnitude: bool) -> Tensor:
@@ -55,9 +60,17 @@ class TorchKernel:
             return pcb.beta_paper(tau_NB, thresholds, self.D)
         return (pcb.beta_pairwise if self.method == "pcb-pairwise" else pcb.beta_released)(tau_NB, thresholds)
 
-    def count(
-        self, x_B: Tensor, magnitude: bool, brackets: Sequence[Bracket]
-    ) -> tuple[int, list[tuple[tuple[int, int, int, int], NDArray[Any]]]]:
+    def extrema(self, tau_NB: Tensor, low: list[float], high: list[float]) -> None:
+        """Widen low and high, one entry per pair i <= j, to hold all tau_i tau_j of this block."""
+        for p, (i, j) in enumerate(pcb.pairs(self.n)):
+            least, most = torch.aminmax(tau_NB[i].double() * tau_NB[j].double())
+            low[p], high[p] = min(low[p], least.item()), max(high[p], most.item())
+
+    def exponentials(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
+        """The softmax numerators of `paper`: N rows of intra, then one per pair; float64, valid until the next call."""
+        return torch.cat(pcb.paper_exponentials(tau_NB, thresholds))
+
+    def count(self, x_B: Tensor, magnitude: bool, brackets: Sequence[Bracket]) -> Counts:
         """The largest key, and for each bracket the counts (< lo, <= lo, < hi, <= hi) and the keys strictly between."""
         k_B = keys(x_B, magnitude)
         result = []
@@ -82,7 +95,6 @@ class TorchKernel:
             return pcb.combine(theta_B, tau_NB, pcb.scale_of_paper(beta_NB, thresholds), lambdas, lambda_, floor=0.0)
         _, tauc_NB = pcb.clip(tau_NB, thresholds)
         return pcb.combine(theta_B, tauc_NB, pcb.scale_of(beta_NB, thresholds), lambdas, lambda_, floor=pcb.DENOMINATOR_FLOOR)
-
 
     def round(self, merged_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """The block in the output's dtype (nearest, ties to even), and whether all of it is finite."""
@@ -118,9 +130,10 @@ class NativeKernel(TorchKernel):
         self._library = _load_native()
         self._scratch = torch.empty(2 * n * STRIP)
         # Buffers that are made once: the system hands out and takes back memory of this size page by page.
-        self._inside: NDArray[np.int32] = np.empty((0, 0), dtype=np.int32)
+        self._inside: list[NDArray[Any]] = [np.empty((0, 0)), np.empty((0, 0))]  # for keys of 32 and of 64 bits
         self._beta = torch.empty(n, 0)
         self._merged = torch.empty(0)
+        self._exponentials = torch.empty(0, 0)
         self._scores_of: tuple[Thresholds | None, list[Tensor]] = (None, [])
 
     @property
@@ -143,32 +156,61 @@ class NativeKernel(TorchKernel):
         else:
             super().tau(raw, theta_B, out_B)
 
-    def beta(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
-        if not self._fused:
-            return super().beta(tau_NB, thresholds)
-        if self._beta.shape[1] != tau_NB.stride(0):
-            self._beta = torch.empty(self.n, tau_NB.stride(0))
-        beta_NB = self._beta[:, : tau_NB.shape[1]]
-        self._library.pcb_beta(
-            ctypes.byref(self._scores(tau_NB, thresholds)), tau_NB.data_ptr(), tau_NB.shape[1], beta_NB.data_ptr()
+    def _paper_range(self, thresholds: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        low, high = np.array(thresholds.pair_min), np.array(thresholds.pair_max)
+        return low, np.where(high > low, high - low, np.inf)
+
+    def extrema(self, tau_NB: Tensor, low: list[float], high: list[float]) -> None:
+        least, most = np.array(low), np.array(high)
+        self._library.pcb_extrema(tau_NB.data_ptr(), self.n, tau_NB.stride(0), tau_NB.shape[1], least.ctypes.data, most.ctypes.data)
+        low[:], high[:] = least.tolist(), most.tolist()
+
+    def exponentials(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
+        if self.n > MAX_NATIVE_PAPER:
+            return super().exponentials(tau_NB, thresholds)
+        stride, rows = tau_NB.stride(0), self.n * (self.n + 3) // 2
+        if self._exponentials.shape != (rows, stride):
+            self._exponentials = torch.empty(rows, stride, dtype=torch.float64)
+        low, span = self._paper_range(thresholds)
+        self._library.pcb_paper_exponentials(
+            *(tau_NB.data_ptr(), self.n, stride, tau_NB.shape[1], low.ctypes.data, span.ctypes.data),
+            *(self._exponentials.data_ptr(), self._exponentials[self.n :].data_ptr()),
         )
+        return self._exponentials[:, : tau_NB.shape[1]]
+
+    def beta(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
+        paper = self.method == "pcb-paper"
+        if not self._fused and (not paper or self.n > MAX_NATIVE_PAPER):
+            return super().beta(tau_NB, thresholds)
+        stride, size = tau_NB.stride(0), tau_NB.shape[1]
+        if self._beta.shape[1] != stride:
+            self._beta = torch.empty(self.n, stride, dtype=torch.float64 if paper else torch.float32)
+        beta_NB = self._beta[:, :size]
+        if paper:
+            low, span = self._paper_range(thresholds)
+            intra, pair = (np.array([self.D / total for total in sums]) for sums in (thresholds.intra_sum, thresholds.pair_sum))
+            self._library.pcb_beta_paper(
+                *(tau_NB.data_ptr(), self.n, stride, size, low.ctypes.data, span.ctypes.data),
+                *(intra.ctypes.data, pair.ctypes.data, beta_NB.data_ptr()),
+            )
+        else:
+            self._library.pcb_beta(ctypes.byref(self._scores(tau_NB, thresholds)), tau_NB.data_ptr(), size, beta_NB.data_ptr())
         return beta_NB
 
-    def count(
-        self, x_B: Tensor, magnitude: bool, brackets: Sequence[Bracket]
-    ) -> tuple[int, list[tuple[tuple[int, int, int, int], NDArray[Any]]]]:
-        if x_B.dtype != torch.float32:
-            return super().count(x_B, magnitude, brackets)
-        size = x_B.numel()
-        if self._inside.shape[0] < len(brackets) or self._inside.shape[1] <= size:
-            self._inside = np.empty((len(brackets), size + 1), dtype=np.int32)  # one more: see the branchless store in C
+    def count(self, x_B: Tensor, magnitude: bool, brackets: Sequence[Bracket]) -> Counts:
+        size, wide = x_B.numel(), x_B.dtype == torch.float64
+        inside_of = self._inside[wide]
+        if inside_of.shape[0] < len(brackets) or inside_of.shape[1] <= size:
+            # One entry more than keys: the branchless store in C writes behind the last.
+            inside_of = self._inside[wide] = np.empty((len(brackets), size + 1), dtype=np.int64 if wide else np.int32)
         asked = (_Bracket * len(brackets))()
-        for one, bracket, inside in zip(asked, brackets, self._inside, strict=False):
+        for one, bracket, inside in zip(asked, brackets, inside_of, strict=False):
             one.lo, one.hi, one.inside = bracket.lo, bracket.hi, inside.ctypes.data
-        largest = self._library.pcb_count(x_B.data_ptr(), size, magnitude, asked, len(brackets))
+        count = self._library.pcb_count64 if wide else self._library.pcb_count32
+        largest = count(x_B.data_ptr(), size, magnitude, asked, len(brackets))
         return largest, [
             ((one.below_lo, one.upto_lo, one.below_hi, one.upto_hi), inside[: one.found].copy())
-            for one, inside in zip(asked, self._inside, strict=False)
+            for one, inside in zip(asked, inside_of, strict=False)
         ]
 
     def merge(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
@@ -183,7 +225,6 @@ class NativeKernel(TorchKernel):
         )
         return merged_B
 
-
     def round(self, merged_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         if dtype != torch.bfloat16:
             return super().round(merged_B, dtype)
@@ -197,14 +238,20 @@ def _load_native() -> Any:
     assert spec.origin is not None
     library = ctypes.CDLL(spec.origin)
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.pcb_tau_bfloat16.argtypes = [pointer, pointer, integer, pointer]
-    library.pcb_beta.argtypes = [pointer, pointer, integer, pointer]
-    library.pcb_merge.argtypes = [pointer, pointer, pointer, integer, pointer, real, real, pointer]
-    library.pcb_count.argtypes = [pointer, integer, integer, pointer, integer]
-    library.pcb_round_bfloat16.argtypes = [pointer, integer, pointer]
-    library.pcb_count.restype = library.pcb_round_bfloat16.restype = integer
-    for name in ("pcb_tau_bfloat16", "pcb_beta", "pcb_merge"):
-        getattr(library, name).restype = None
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "pcb_tau_bfloat16": (None, [pointer, pointer, integer, pointer]),
+        "pcb_round_bfloat16": (integer, [pointer, integer, pointer]),
+        "pcb_beta": (None, [pointer, pointer, integer, pointer]),
+        "pcb_merge": (None, [pointer, pointer, pointer, integer, pointer, real, real, pointer]),
+        "pcb_count32": (integer, [pointer, integer, integer, pointer, integer]),
+        "pcb_count64": (integer, [pointer, integer, integer, pointer, integer]),
+        "pcb_extrema": (None, [pointer, integer, integer, integer, pointer, pointer]),
+        "pcb_paper_exponentials": (None, [pointer, integer, integer, integer, pointer, pointer, pointer, pointer]),
+        "pcb_beta_paper": (None, [pointer, integer, integer, integer, pointer, pointer, pointer, pointer, pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
 
 

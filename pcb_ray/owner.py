@@ -20,7 +20,6 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pcb_ray import pcb
 from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sums, Thresholds
 from pcb_ray.checkpoint import DTYPE_BYTES
 from pcb_ray.errors import RequestError, RunError
@@ -137,18 +136,15 @@ class Owner:
 
     def extrema(self, chunks: Sequence[int]) -> Extrema:
         """The smallest and largest tau_i tau_j of each pair, exact in float64. A first sweep: it checks and digests the inputs."""
-        pairs = pcb.pairs(self.plan.N)
-        result = Extrema([math.inf] * len(pairs), [-math.inf] * len(pairs), {})
+        pairs = self.plan.N * (self.plan.N + 1) // 2
+        result = Extrema([math.inf] * pairs, [-math.inf] * pairs, {})
         for chunk in chunks:
             digests = self._digests()
             for segments in self._blocks(chunk):
                 _, tau_NB = self._load(segments, digests)
                 if not bool(torch.isfinite(tau_NB).all()):
                     self._refuse_non_finite(segments)
-                for p, (i, j) in enumerate(pairs):
-                    low, high = torch.aminmax(tau_NB[i].double() * tau_NB[j].double())
-                    result.low[p] = min(result.low[p], low.item())
-                    result.high[p] = max(result.high[p], high.item())
+                self.kernel.extrema(tau_NB, result.low, result.high)
             result.digests[chunk] = tuple(d.digest() for d in digests)
         self._note_memory()
         return result
@@ -160,7 +156,7 @@ class Owner:
             runs: list[list[float]] = [[] for _ in range(self.plan.N * (self.plan.N + 3) // 2)]
             for segments in self._blocks(chunk):
                 _, tau_NB = self._load(segments)
-                for total, x_B in zip(runs, torch.cat(pcb.paper_exponentials(tau_NB, thresholds)), strict=True):
+                for total, x_B in zip(runs, self.kernel.exponentials(tau_NB, thresholds), strict=True):
                     total += _sums_of_runs(x_B)
             result.of_chunk[chunk] = [math.fsum(run) for run in runs]
         self._note_memory()

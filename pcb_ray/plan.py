@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import fnmatch
+import glob
 import hashlib
 import json
 import re
@@ -278,13 +279,14 @@ def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_byte
     # Output: the tensors in the base's order, cut into files at the wanted size.
     keep = set(merged_names) | set(copied)
     dtypes = {name: base_tensors[name].dtype if name in copied else _output_dtype(recipe, base_tensors[name]) for name in keep}
+    copied |= {name: "empty" for name in merged_names if base_tensors[name].numel == 0}  # nothing to merge, but the output has it
     order = [name for name in base_tensors if name in keep]
     files, slots = _lay_out(order, base_tensors, dtypes, max_shard_bytes)
 
     tensors, first = [], 0
     for name in merged_names:
         base = base_tensors[name]
-        if base.numel == 0:
+        if name in copied:
             continue
         sources = tuple(None if linear and k == 0 else tensors_of[name] for k, (tensors_of, _, _) in enumerate(stored))
         lambdas = tuple(recipe.weight(i, name) for i in range(n))
@@ -325,13 +327,14 @@ def _untie(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str], l
     """The tensors that count, each tied one once; {name left out: name that stands for it}; stored copies that must equal their original."""
     tensors, tied, twins = dict(checkpoint.tensors), {}, []
     for name, original in checkpoint.aliases.items():
+        kept = tied.get(original, original)
         if ties_word_embeddings(checkpoint.config) is False:
             tensors[name] = dataclasses.replace(tensors[original], name=name)  # one storage, but the model expects both
-        elif name.endswith(EMBEDDINGS) and original.endswith(HEADS):  # the embedding is the name that loaders look for
-            tensors[name] = dataclasses.replace(tensors.pop(original), name=name)
-            tied[original] = name
+        elif name.endswith(EMBEDDINGS) and kept.endswith(HEADS):  # the embedding is the name that loaders look for
+            tensors[name] = dataclasses.replace(tensors.pop(kept), name=name)
+            tied = {other: name if first == kept else first for other, first in tied.items()} | {kept: name}
         else:
-            tied[name] = original
+            tied[name] = kept
     if ties_word_embeddings(checkpoint.config):
         for head in [name for name in tensors if name.endswith(HEADS)]:
             same = [
@@ -388,7 +391,7 @@ def _match(
             + "\n".join(f"  - {json.dumps(line)}" for line in lines)
         )
         raise RequestError(
-            [*problems[:19], *([f"... and {len(problems) - 19} more mismatches"] if len(problems) > 19 else []), fix]
+            [*problems[:18], *([f"... and {len(problems) - 18} more mismatches"] if len(problems) > 18 else []), fix]  # 20 are shown
         )
     unused = [
         pattern for pattern in recipe.exclude if not any(fnmatch.fnmatchcase(name, pattern) for other in tensors for name in other)
@@ -409,8 +412,9 @@ def _exclude_lines(wrong: set[str], names: set[str]) -> list[str]:
     """A few patterns that match these names and no others: layer numbers become `*` where that is safe."""
     lines = set()
     for name in wrong:
-        pattern = re.sub(r"\d+", "*", name)
-        lines.add(pattern if {n for n in names if fnmatch.fnmatchcase(n, pattern)} <= wrong else name)
+        literal = glob.escape(name)
+        pattern = re.sub(r"\d+", "*", literal)
+        lines.add(pattern if {n for n in names if fnmatch.fnmatchcase(n, pattern)} <= wrong else literal)
     return sorted(lines)
 
 

@@ -1,20 +1,20 @@
 """What the user wants, frozen and checked: a recipe in YAML that a mergekit user can read at once.
 
 Nothing on disk is asked but the recipe's own file. Everything that is wrong is collected and raised as one
-`RequestError`; what is right but may surprise a mergekit user becomes a note. Reading a recipe costs no more
-than its text is long: size, depth, aliases and tags are bounded before a value is made.
+`RequestError`; what is right but may surprise a mergekit user becomes a note.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import math
 import numbers
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,60 +29,36 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 Rule = tuple[str | None, float]
 """(filter, value): the value for tensors whose name contains the filter; None matches every name."""
 
-MAX_TEXT_BYTES = 1 << 20
-MAX_NODES = 50_000  # YAML nodes with aliases written out: what bounds the work of everything below
+# What bounds the time of reading, whatever is in the text.
+MAX_TEXT_BYTES = 1 << 17
+MAX_EVENTS = 30_000  # of the YAML parser
 MAX_DEPTH = 32
-MAX_MODELS = 1_000
-MAX_RULES = 256  # weight rules of one model
-MAX_STRING = 4_096
-MAX_TEMPLATE = 1 << 18
-
-_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "f32": "float32", "f16": "float16"}
-_LARGEST = 3.4028234663852886e38  # of float32, in which the merge is computed
-
-# Which methods a setting has an effect on.
-_EFFECT = {"density": ("pcb", "ties"), "lambda": ("pcb", "ties", "task_arithmetic"), "variant": ("pcb",)}
 
 _TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "exclude", "tokenizer_source",
     "chat_template", "search",
 )  # fmt: skip
-_MODEL_KEYS = ("model", "parameters")
-_MODEL_PARAMETERS = ("weight", "density", "int8_mask")
 _PARAMETERS = ("density", "lambda", "variant", "weight", "int8_mask", "normalize")
-_RULE_KEYS = ("filter", "value")
+_HOMES = {**dict.fromkeys(_PARAMETERS, "write it in `parameters`"), **dict.fromkeys(_TOP_KEYS, "write it at the top level")}
 
-# Where a key belongs that stands in the wrong place; the first that fits wins.
-_HOMES = (
-    (_TOP_KEYS, "at the top level"),
-    (_PARAMETERS, "in the top-level `parameters`"),
-    (_MODEL_KEYS, "in an entry of `models`"),
-)
-
+# What mergekit has and we have not, with the nearest that can be had here.
 _BY_NAME = "give `weight` rules by tensor name, such as {filter: layers.0., value: 0.5}"
-
-# Keys of mergekit that change results there, with the nearest that can be had here.
 _REFUSED_KEYS = {
     "slices": f"list whole models in `models`; {_BY_NAME}",
-    "modules": "merge one module at a time: a recipe with `models` for each",
+    "modules": "merge one module at a time, with a recipe for each",
     "tokenizer": "use `tokenizer_source: base` or name one of the models there",
-    "rescale": "remove it: kept values are never rescaled here; `parameters.lambda` scales the whole sum",
-    "gradients": _BY_NAME,
-    "layer_range": f"list whole models in `models`; {_BY_NAME}",
-    "sources": "list whole models in `models`",
-    "epsilon": "remove it: it belongs to `della`; `ties` and `pcb` need `density` alone",
-    "gamma": "remove it: it belongs to `breadcrumbs`; `ties` and `pcb` need `density` alone",
-    "t": "remove it: it belongs to `slerp`; give each model a `weight` with `merge_method: linear`",
-    "select_topk": "remove it: it belongs to `sce`; `parameters.density` is the fraction that is kept",
-    "consensus_method": "remove it: `ties` elects signs by their sum; `pcb` weighs agreement by itself",
-    "residual_weight": "remove it: it belongs to `slices`; give each model a `weight`",
+    "rescale": "remove it: kept values are not rescaled here; `parameters.lambda` scales the whole sum",
 }
-_NEAREST_METHODS = {  # of mergekit
-    "pcb": ("sce", "arcee_fusion"),
-    "ties": ("dare_ties", "della", "breadcrumbs_ties"),
-    "task_arithmetic": ("dare_linear", "della_linear", "breadcrumbs"),
-    "linear": ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "nearswap", "passthrough"),
+_INT8_MASK = "`int8_mask` has no effect: it saves memory in mergekit; memory is bounded here without it."
+_NORMALIZE = {
+    "linear": ("true", "remove it; for a sum of task vectors use `merge_method: task_arithmetic`"),
+    "ties": ("false", "remove it; the sum is divided by how many models agree, not by their weights, so let these average 1"),
 }
+_NEAREST_METHODS = {
+    "sce": "pcb", "dare_ties": "ties", "della": "ties", "breadcrumbs_ties": "ties", "dare_linear": "task_arithmetic",
+    "della_linear": "task_arithmetic", "breadcrumbs": "task_arithmetic", "slerp": "linear", "nuslerp": "linear",
+    "multislerp": "linear", "karcher": "linear", "model_stock": "linear", "nearswap": "linear",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,9 +70,6 @@ class Model:
     """lambda_i by tensor name; the first rule that matches wins. A Recipe ends it with a rule that matches all."""
     density: float | None = None
     """Its own mask ratio, else the recipe's."""
-
-
-_UNREAD = Model(source="")  # keeps the place of an entry that was already complained about
 
 
 @dataclass(frozen=True)
@@ -123,7 +96,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     """fnmatch patterns of tensor names that are taken from the base."""
     tokenizer_source: str = "base"
-    """`base`, or the source of one of the models exactly as it stands in `models`."""
+    """`base`, or one of the models."""
     chat_template: str | None = None
     """A Jinja template; None: the one among the tokenizer files is copied."""
     folder: Path = field(default=Path("."), compare=False)
@@ -137,147 +110,108 @@ class Recipe:
         folder = Path(self.folder)
         method = _choice(self.merge_method, "merge_method", METHODS, problems)
         base = None if self.base_model is None else _text(self.base_model, "base_model", problems)
-        if self.base_model is None and method != "linear" and not problems:
-            problems.append(
-                f"base_model: `{method}` needs the model that all others were fine-tuned from, found none. "
-                "Fix: add `base_model: PATH`."
-            )
-        models = _models(self.models, problems, notes)
-        models = _distinct(models, base if method != "linear" else None, folder, problems, notes)
-        exclude = [self.exclude] if isinstance(self.exclude, str) else self.exclude
-        if not isinstance(exclude, (list, tuple)):
-            problems.append(_wrong("exclude", "a list of name patterns", exclude, 'write it as ["*.inv_freq"]'))
-            exclude = ()
-        patterns = [_text(pattern, f"exclude[{i}]", problems) for i, pattern in enumerate(exclude)]
+        if base is None and method in METHODS[:3]:
+            problems.append(_wrong("base_model", "the model that all others come from", None, "add `base_model: PATH`"))
+        models = _models(self.models, base if method != "linear" else None, folder, problems, notes)
+        exclude = self.exclude if isinstance(self.exclude, (list, tuple)) else [self.exclude]
         checked = {
             "models": models,
             "base_model": base,
             "merge_method": method,
-            "density": _density(self.density, "parameters.density", problems),
+            "density": _number(self.density, "parameters.density", problems, is_fraction=True),
             "lambda_": _number(self.lambda_, "parameters.lambda", problems),
             "variant": _choice(self.variant, "parameters.variant", VARIANTS, problems),
-            "dtype": None if self.dtype is None else _dtype(self.dtype, "dtype", problems),
-            "exclude": tuple(dict.fromkeys(patterns)),
+            "dtype": None if self.dtype is None else _dtype(self.dtype, problems),
+            "exclude": tuple(_text(pattern, f"exclude[{i}]", problems) for i, pattern in enumerate(exclude)),
             "tokenizer_source": _tokenizer_source(self.tokenizer_source, models, base, folder, problems),
             "chat_template": None if self.chat_template is None else _template(self.chat_template, problems),
             "folder": folder,
         }
-        if method == "linear":
-            problems += _vanishing_sums(models)
+        plain = [model.weight[0][1] for model in models if len(model.weight) == 1]
+        total = math.fsum(plain) if len(plain) == len(models) else math.nan
+        if method == "linear" and models and total == 0:
+            fix = "change a weight, or use `merge_method: task_arithmetic`"
+            problems.append(f"models: the weights sum to 0, and `linear` divides by the sum. Fix: {fix}.")
         if problems:
             raise RequestError(problems)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        for key, differs in {
-            "density": self.density != Recipe.density or any(model.density is not None for model in models),
-            "lambda": self.lambda_ != Recipe.lambda_,
-            "variant": self.variant != Recipe.variant,
-        }.items():
-            if differs and method not in _EFFECT[key]:
-                notes.append(_no_effect(key, method))
-        notes += _weight_notes(method, models)
+        if method != "linear" and len(models) > 1 and 0.95 <= total <= 1.05:
+            notes.append(
+                f"the weights sum to {total:.3g}: `weight` is not normalised here, so each model counts for a part only. "
+                "Its default is 1 for each model; `lambda` scales the whole."
+            )
+        for key, methods, is_set in (
+            ("density", METHODS[:2], self.density != Recipe.density or any(model.density is not None for model in models)),
+            ("lambda", METHODS[:3], self.lambda_ != Recipe.lambda_),
+            ("variant", METHODS[:1], self.variant != Recipe.variant),
+        ):
+            if is_set and method not in methods:
+                notes.append(f"`{key}` has no effect with `merge_method: {method}`; it belongs to {', '.join(methods)}.")
         object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Recipe:
         """The recipe in the file; relative paths in it are resolved against its folder. Raises RequestError."""
-        name = f"recipe {_shown(str(path))}"
+        file = Path(path).absolute()
         try:
-            file = Path(path).absolute()
-            if file.is_dir():
-                raise RequestError(f"{name} is a directory. Fix: name the YAML file in it.")
-            if not file.exists():
-                raise RequestError(f"{name} does not exist. Fix: check the path.")
             if not file.is_file():  # a pipe would be waited for
-                raise RequestError(f"{name} is not a regular file. Fix: save it as a file first.")
+                raise RequestError(f"recipe {_shown(str(path))}: not a regular file, or not there. Fix: name the YAML file.")
             with file.open("rb") as stream:
                 data = stream.read(MAX_TEXT_BYTES + 1)
         except OSError as error:
-            raise RequestError(f"{name} can't be read: {error.strerror}. Fix: check its path and rights.") from None
-        if len(data) > MAX_TEXT_BYTES:
-            raise RequestError(_too_large(f"more than {MAX_TEXT_BYTES}"))
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{name} is not UTF-8 text (byte {error.start}). Fix: save it as UTF-8.") from None
-        return cls.from_yaml(text, file.parent)
+            raise RequestError(f"recipe {_shown(str(path))}: {error.strerror}. Fix: check its path and rights.") from None
+        return cls.from_yaml(data, file.parent)
 
     @classmethod
-    def from_yaml(cls, text: str, folder: str | os.PathLike[str] = ".") -> Recipe:
-        """The recipe in the text: one YAML document of at most 1 MiB, without tags. Raises RequestError."""
-        problems: list[str] = []
-        return cls._from_section(_read_yaml(text, problems), folder, problems)
+    def from_yaml(cls, text: str | bytes, folder: str | os.PathLike[str] = ".") -> Recipe:
+        """The recipe in the text: one YAML document of at most 128 KiB, without aliases and tags. Raises RequestError."""
+        return cls.from_dict(_read_yaml(text), folder)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], folder: str | os.PathLike[str] = ".") -> Recipe:
         """The recipe in a mapping of the YAML file's layout. Raises RequestError."""
-        return cls._from_section(mapping, folder, [])
-
-    @classmethod
-    def _from_section(cls, raw: object, folder: str | os.PathLike[str], problems: list[str]) -> Recipe:
-        # Here only the layout is looked at: keys, sections, and what they mean in mergekit. The values are
-        # handed on as they are, and the constructor checks them.
-        if not isinstance(raw, Mapping):
-            found = "nothing" if raw is None else _shown(raw)
-            raise RequestError(
-                [*problems, f"recipe: wanted `key: value` lines, found {found}. Fix: start with `merge_method: pcb`."]
-            )
+        # Here only keys and sections are looked at, and what they mean in mergekit: the constructor checks the values.
+        if not isinstance(mapping, Mapping):
+            raise RequestError(_wrong("recipe", "`key: value` lines", mapping, "start with `merge_method: pcb`"))
+        problems: list[str] = []
         notes: list[str] = []
-        top = _section(raw, "recipe", _TOP_KEYS, problems)
+        top = _section(mapping, "recipe", _TOP_KEYS, problems)
         parameters = _section(top.get("parameters", {}), "parameters", _PARAMETERS, problems)
         method = top.get("merge_method", cls.merge_method)
 
-        default = None
-        if "weight" in parameters:
-            default = _rules(parameters["weight"], "parameters.weight", problems, notes=None)
-        entries = top.get("models", [])
-        models: list[Model] = []
-        if not isinstance(entries, (list, tuple)):
-            models.append(_UNREAD)
-            problems.append(_wrong("models", "a list", entries, "start each model's line with `- model: PATH`"))
-        elif len(entries) > MAX_MODELS:
-            raise RequestError([*problems, _too_many_models(len(entries))])
-        else:
-            models += [_entry(entry, f"models[{i}]", default, problems, notes) for i, entry in enumerate(entries)]
-        if default and models and not any(rule in (model.weight or ()) for model in models for rule in default):
-            notes.append("`parameters.weight` has no effect: each model has its own weight.")
-        if models and "density" in parameters and all(model.density is not None for model in models):
-            notes.append("`parameters.density` has no effect: each model has its own density.")
+        default = _rules(parameters["weight"], "parameters.weight", problems) if "weight" in parameters else ()
+        models = top.get("models", ())
+        if isinstance(models, (list, tuple)):
+            models = tuple(_entry(entry, f"models[{i}]", default, problems, notes) for i, entry in enumerate(models))
+            if default and all(model.weight[-len(default) :] != default for model in models):
+                notes.append("`parameters.weight` has no effect: each model has its own.")
+            if "density" in parameters and all(model.density is not None for model in models):
+                notes.append("`parameters.density` has no effect: each model has its own.")
+        if "search" in top:
+            notes.append("`search` has no effect on a merge: it is for `pcb-ray search`.")
         if "int8_mask" in parameters:
             notes.append(_INT8_MASK)
-        if "normalize" in parameters and method in METHODS:
-            ones = all(value == 1 for model in models for _, value in _rules(model.weight, "", [], None))
-            notes.append(_normalize_note(parameters["normalize"], str(method), ones, problems))
-        if "search" in top:
-            notes.append("`search` has no effect on a merge: it is used by `pcb-ray search` only.")
-        dtype = top.get("dtype")
-        if "out_dtype" in top:
-            given, dtype = dtype, _dtype(top["out_dtype"], "out_dtype", problems)
-            if given is not None and _dtype(given, "dtype", problems) != dtype:
-                notes.append(
-                    f"`out_dtype: {dtype}` sets the output's dtype; `dtype: {_plain(given)}` has no effect, "
-                    "since the arithmetic is float32 always."
-                )
-        for key, methods in _EFFECT.items():
-            if key in parameters and method in METHODS and method not in methods:
-                notes.append(_no_effect(key, str(method)))
-
-        given_values = {
-            "base_model": top.get("base_model"),
-            "merge_method": method,
-            "density": parameters.get("density"),
+        if "normalize" in parameters and parameters["normalize"] == (method == "linear"):
+            notes.append(f"`normalize` has no effect: it asks for what `{method}` does anyway.")
+        elif "normalize" in parameters and method in METHODS:
+            wanted, fix = _NORMALIZE.get(method, ("false", "remove it, and scale the weights by hand"))
+            problems.append(_wrong("parameters.normalize", wanted, parameters["normalize"], fix))
+        if "dtype" in top and top.get("out_dtype", top["dtype"]) != top["dtype"]:
+            notes.append("`out_dtype` sets the output's dtype; `dtype` has no effect, since the arithmetic is float32 always.")
+        asked = {
+            **top,
+            **parameters,
+            "models": models,
             "lambda_": parameters.get("lambda"),
-            "variant": parameters.get("variant"),
-            "dtype": dtype,
-            "exclude": top.get("exclude"),
-            "tokenizer_source": top.get("tokenizer_source"),
-            "chat_template": top.get("chat_template"),
+            "dtype": top.get("out_dtype", top.get("dtype")),
+            "folder": Path(folder),
+            "notes": tuple(notes),
         }
-        values: dict[str, Any] = {name: value for name, value in given_values.items() if value is not None}
         try:
-            recipe = cls(models=tuple(models), folder=Path(folder), notes=tuple(notes), **values)
+            recipe = cls(**_present({f.name: asked.get(f.name) for f in dataclasses.fields(cls)}))
         except RequestError as error:
-            raise RequestError([*problems, *error.problems]) from None
+            problems += error.problems
         if problems:
             raise RequestError(problems)
         return recipe
@@ -285,36 +219,44 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe with its defaults spelled out; `from_yaml` of it in the same folder is equal to this one.
 
-        Sources stand as they were given, so relative ones are still relative to `folder`. A setting without an
-        effect is left out unless it was changed.
+        Sources stand as they were given, so relative ones are still relative to `folder`; see `resolved`.
         """
-        settings = {"density": self.density, "lambda": self.lambda_, "variant": self.variant}
-        defaults = {"density": Recipe.density, "lambda": Recipe.lambda_, "variant": Recipe.variant}
-        parameters = {key: value for key, value in settings.items() if self.merge_method in _EFFECT[key] or value != defaults[key]}
         models = []
         for model in self.models:
-            own: dict[str, object] = {"weight": _plain_weight(model.weight)}
-            if model.density is not None:
-                own["density"] = model.density
-            models.append({"model": model.source, "parameters": own})
+            rules = [{"value": value} if part is None else {"filter": part, "value": value} for part, value in model.weight]
+            own: dict[str, object] = {"weight": rules if len(rules) > 1 else model.weight[0][1], "density": model.density}
+            models.append({"model": model.source, "parameters": _present(own)})
         layout = {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
             "models": models,
-            "parameters": parameters or None,
+            "parameters": {"density": self.density, "lambda": self.lambda_, "variant": self.variant},
             "dtype": self.dtype,
             "exclude": list(self.exclude),
             "tokenizer_source": self.tokenizer_source,
             "chat_template": self.chat_template,
         }
-        present = {key: value for key, value in layout.items() if value is not None}
         # default_flow_style=None puts innermost lists and mappings on one line: `parameters: {weight: 1.0}`.
-        text: str = yaml.safe_dump(present, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        text: str = yaml.safe_dump(_present(layout), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
         return text
+
+    def resolved(self) -> Recipe:
+        """The same merge, asked for from anywhere: sources that exist as local paths are absolute, Hub ids stay."""
+
+        def absolute(source: str) -> str:
+            path = _path(source, self.folder)
+            return str(path) if os.path.exists(path) else source
+
+        return dataclasses.replace(
+            self,
+            base_model=None if self.base_model is None else absolute(self.base_model),
+            models=tuple(dataclasses.replace(model, source=absolute(model.source)) for model in self.models),
+            tokenizer_source="base" if self.tokenizer_source == "base" else absolute(self.tokenizer_source),
+        )
 
     def weight(self, model_index: int, tensor_name: str) -> float:
         """lambda_i of the model for the tensor: the value of the first rule that matches its name."""
-        return _first_match(self.models[model_index].weight, tensor_name)
+        return next(value for part, value in self.models[model_index].weight if part is None or part in tensor_name)
 
     def density_of(self, model_index: int) -> float:
         """The mask ratio of the model: its own, else the recipe's."""
@@ -322,353 +264,38 @@ class Recipe:
         return self.density if own is None else own
 
 
-# ---------------------------------------------------------------------------------------------- values
-# Each takes a raw value and its place, appends what is wrong to `problems`, and then returns a stand-in.
+def _path(source: str, folder: Path) -> Path:
+    """Where the source lies if it is a path; also one form for its spellings (`a`, `./a`, `a/`)."""
+    return folder.absolute() / os.path.expanduser(source)
 
-_NO_GRADIENTS = f"lists of numbers over the layers are not known; {_BY_NAME}"
-_INT8_MASK = "`int8_mask` has no effect: it saves memory in mergekit; memory is bounded here without it."
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_UNSAFE_IN_TEMPLATE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-_DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+
+# ---------------------------------------------------------------------------------------------- messages
+
 _SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}")
 
 
 def _shown(value: object) -> str:
-    """A value as a message may show it: at most some 60 characters, never what is inside it, never a secret."""
+    """A value as a message may show it: short, on one line, without a secret or what is inside it."""
     if isinstance(value, str):
-        text = repr(_SECRET.sub("***", value[:MAX_STRING]))
+        text = repr(_SECRET.sub("***", value))
         return text if len(text) <= 62 else text[:59] + "..."
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, bool) or value is None:
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 128):
-        return repr(value)
-    return "a huge integer" if isinstance(value, int) else f"a value of type {type(value).__name__[:40]}"
-
-
-def _plain(value: object) -> str:
-    return _shown(value).strip("'\"")
+    if value is None:
+        return "nothing"
+    if isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() <= 64):
+        return json.dumps(value)
+    return f"a value of type {type(value).__name__}"
 
 
 def _wrong(where: str, wanted: str, found: object, fix: str) -> str:
-    return f"{where}: wanted {wanted}, found {_shown(found)}. Fix: {_stop(fix)}"
+    return f"{where}: wanted {wanted}, found {_shown(found)}. Fix: {fix}."
 
 
-def _stop(fix: str) -> str:
-    return fix if fix.endswith("?") else fix + "."
-
-
-def _no_effect(key: str, method: str) -> str:
-    return f"`{key}` has no effect with `merge_method: {method}`; it belongs to {', '.join(_EFFECT[key])}."
-
-
-def _too_large(found: str) -> str:
-    return f"recipe: wanted at most {MAX_TEXT_BYTES} bytes, found {found}. Fix: is this the recipe, or a model file?"
-
-
-def _too_many_models(count: int) -> str:
-    return f"models: wanted at most {MAX_MODELS} models, found {count}. Fix: merge in several steps."
-
-
-def _number(raw: object, where: str, problems: list[str]) -> float:
-    if isinstance(raw, (list, tuple)):
-        problems.append(_wrong(where, "one number", raw, _NO_GRADIENTS))
-        return 1.0
-    value = math.nan
-    if isinstance(raw, numbers.Real) and not isinstance(raw, bool):
-        try:
-            value = float(raw)
-        except OverflowError:
-            value = math.inf
-    elif isinstance(raw, str) and len(raw) <= 100 and _DECIMAL.fullmatch(raw.strip()):
-        value = float(raw)  # YAML 1.1 reads 1e-3 as text, and people write it
-    if not abs(value) <= _LARGEST:
-        problems.append(_wrong(where, "a finite float32 number", raw, "write it as 0.5 or 1e-3"))
-        return 1.0
-    return value
-
-
-def _density(raw: object, where: str, problems: list[str]) -> float:
-    if isinstance(raw, (list, tuple)):
-        fix = "give one per model: its threshold spans all tensors, so it can't differ between layers"
-        problems.append(_wrong(where, "one number in (0, 1]", raw, fix))
-        return Recipe.density
-    value = _number(raw, where, problems)
-    if not 0 < value <= 1:
-        problems.append(_wrong(where, "a number in (0, 1]", raw, "give the fraction to keep, such as 0.1"))
-        return Recipe.density
-    return value
-
-
-def _text(raw: object, where: str, problems: list[str]) -> str:
-    if isinstance(raw, os.PathLike):
-        raw = os.fspath(raw)
-    if isinstance(raw, Mapping):
-        problems.append(_wrong(where, "text", raw, "write it on the same line: a path, a Hub id (org/name@revision)"))
-    elif not isinstance(raw, str):
-        problems.append(_wrong(where, "text", raw, "put it in quotes if it is meant as text"))
-    elif not raw.strip():
-        problems.append(f"{where}: wanted text, found an empty text. Fix: fill it in or remove the line.")
-    elif len(raw) > MAX_STRING:
-        problems.append(f"{where}: wanted at most {MAX_STRING} characters, found {len(raw)}: {_shown(raw)}. Fix: shorten it.")
-    elif _UNSAFE.search(raw):
-        problems.append(_wrong(where, "text without control characters", raw, "remove them"))
-    else:
-        return str(raw)
-    return ""
-
-
-def _choice(raw: object, where: str, known: Sequence[str], problems: list[str]) -> str:
-    if isinstance(raw, str) and raw in known:
-        return raw
-    nearest = next((ours for ours, theirs in _NEAREST_METHODS.items() if raw in theirs), None)
-    fix = f"`{nearest}` is the nearest" if nearest else _suggestion(raw, tuple(known))
-    problems.append(_wrong(where, " | ".join(known), raw, fix))
-    return known[0]
-
-
-def _dtype(raw: object, where: str, problems: list[str]) -> str | None:
-    name = raw[:64].lower().removeprefix("torch.") if isinstance(raw, str) else ""
-    name = _DTYPE_NAMES.get(name, name)
-    if name in DTYPES:
-        return name
-    fix = "`float32` is the widest" if name in ("float64", "double", "fp64") else _suggestion(name, tuple(DTYPES))
-    problems.append(_wrong(where, " | ".join(DTYPES), raw, fix))
-    return None
-
-
-def _template(raw: object, problems: list[str]) -> str | None:
-    fix = "remove the line to copy the template of `tokenizer_source`, or give the template itself"
-    if not isinstance(raw, str):
-        problems.append(_wrong("chat_template", "a Jinja template", raw, fix))
-    elif len(raw) > MAX_TEMPLATE:
-        problems.append(f"chat_template: wanted at most {MAX_TEMPLATE} characters, found {len(raw)}. Fix: {fix}.")
-    elif "{{" not in raw and "{%" not in raw:  # `auto` and template names of mergekit among them
-        problems.append(_wrong("chat_template", "a Jinja template", raw, fix))
-    elif _UNSAFE_IN_TEMPLATE.search(raw):
-        problems.append(_wrong("chat_template", "text without control characters", raw, "remove them"))
-    else:
-        return raw
-    return None
-
-
-def _identity(source: str, folder: Path) -> str:
-    """One text for the spellings of one path or id (`a`, `./a`, `a/`). Only the text is looked at."""
-    return source.rstrip("/") if "://" in source else str(folder / source)
-
-
-def _tokenizer_source(raw: object, models: Sequence[Model], base: str | None, folder: Path, problems: list[str]) -> str:
-    before = len(problems)
-    text = _text(raw, "tokenizer_source", problems)
-    if text == "base" or len(problems) > before:
-        return "base"
-    wanted = _identity(text, folder)
-    if base and wanted == _identity(base, folder):
-        return "base"
-    for model in models:
-        # A model that is called `base` can't be named here: the word has a meaning of its own.
-        if wanted == _identity(model.source, folder) and model.source != "base":
-            return model.source
-    if not all(model.source for model in models) and text != "union":
-        return "base"  # it may be one that could not be read
-    fix = "vocabularies are not joined here; write `base`" if text == "union" else "write `base`"
-    problems.append(_wrong("tokenizer_source", "base or one of `models`", raw, f"{fix}, or a model as in `models`"))
-    return "base"
-
-
-# --------------------------------------------------------------------------------------------- weights
-
-
-def _first_match(rules: Sequence[Rule], tensor_name: str) -> float:
-    for part, value in rules:
-        if part is None or part in tensor_name:
-            return value
-    return 1.0
-
-
-def _shadowed(part: str | None, earlier: Sequence[Rule]) -> bool:
-    """No name can reach this rule: each that it matches is matched by an earlier one."""
-    return any(other is None or (part is not None and other in part) for other, _ in earlier)
-
-
-def _rules(raw: object, where: str, problems: list[str], notes: list[str] | None) -> tuple[Rule, ...]:
-    """The weight's rules in one form. With `notes`, they are ended by a rule that matches all, and a note says so."""
-    fix = "write `weight: 1.0`, or a list of rules such as {filter: self_attn, value: 1.2}"
-    before = len(problems)
-    if isinstance(raw, Mapping):
-        problems.append(_wrong(where, "a number or a list of rules", raw, 'start the rule with "- "'))
-    elif not isinstance(raw, (list, tuple)):
-        return ((None, _number(raw, where, problems)),)
-    elif not raw:
-        problems.append(_wrong(where, "a number or a list of rules", raw, fix))
-    elif len(raw) > MAX_RULES:
-        problems.append(_wrong(where, f"at most {MAX_RULES} rules", raw, "use filters that match more names"))
-    elif all(isinstance(item, (int, float, str)) for item in raw):
-        problems.append(_wrong(where, "a number or a list of rules", raw, _NO_GRADIENTS))
-    if len(problems) > before:
-        return ((None, 1.0),)
-    assert isinstance(raw, (list, tuple))
-    rules: list[Rule] = []
-    for i, item in enumerate(raw):
-        at = f"{where}[{i}]"
-        if isinstance(item, tuple) and len(item) == 2:
-            item = {"filter": item[0], "value": item[1]}
-        if not isinstance(item, Mapping):
-            problems.append(_wrong(at, "a rule", item, "write it as {filter: self_attn, value: 1.2}"))
-            continue
-        rule = _section(item, at, _RULE_KEYS, problems)
-        if "value" not in rule:
-            problems.append(f"{at}: wanted a `value`, found none. Fix: write it as {{filter: self_attn, value: 1.2}}.")
-            continue
-        part = None if rule.get("filter", "*") == "*" else _text(rule["filter"], f"{at}.filter", problems)
-        if part and "*" in part:
-            problems.append(_wrong(f"{at}.filter", "a part of a tensor name", part, "remove the `*`: a part matches anywhere"))
-        elif part != "" and _shadowed(part, rules):
-            problems.append(
-                f"{at}: never reached, since an earlier rule matches all its names (the first match wins). "
-                "Fix: move it up or remove it."
-            )
-        rules.append((part, _number(rule["value"], f"{at}.value", problems)))
-    if len(problems) > before:
-        return ((None, 1.0),)
-    if notes is not None and rules[-1][0] is not None:
-        rules.append((None, 1.0))
-        notes.append(f"{where}: tensors that no filter matches get weight 1.0, the default.")
-    return tuple(rules)
-
-
-def _plain_weight(rules: Sequence[Rule]) -> float | list[dict[str, object]]:
-    if len(rules) == 1:
-        return rules[0][1]
-    return [{"value": value} if part is None else {"filter": part, "value": value} for part, value in rules]
-
-
-def _models(raw: object, problems: list[str], notes: list[str]) -> tuple[Model, ...]:
-    if not isinstance(raw, (list, tuple)):
-        problems.append(_wrong("models", "a tuple of Model", raw, "write models=(Model(...), Model(...))"))
-        return ()
-    if len(raw) > MAX_MODELS:
-        problems.append(_too_many_models(len(raw)))
-        return ()
-    if not raw:
-        problems.append("models: wanted at least one model, found none. Fix: list them, each as `- model: PATH`.")
-    models = []
-    for i, model in enumerate(raw):
-        where = f"models[{i}]"
-        if model is _UNREAD:
-            models.append(model)
-            continue
-        if not isinstance(model, Model):
-            problems.append(_wrong(where, "a Model", model, "write Model(source=PATH)"))
-            continue
-        source = _text(model.source, f"{where}.model", problems)
-        weight = _rules(model.weight, f"{where}.parameters.weight", problems, notes)
-        density = None
-        if model.density is not None:
-            density = _density(model.density, f"{where}.parameters.density", problems)
-        models.append(Model(source, weight, density))
-    return tuple(models)
-
-
-def _distinct(
-    models: tuple[Model, ...], base: str | None, folder: Path, problems: list[str], notes: list[str]
-) -> tuple[Model, ...]:
-    """The models without those that name the base; a model given twice is a problem."""
-    seen: dict[str, int] = {}
-    kept = []
-    base_identity = _identity(base, folder) if base else None
-    for i, model in enumerate(models):
-        identity = _identity(model.source, folder) if model.source else f"unreadable {i}"
-        if identity == base_identity:
-            notes.append(f"models[{i}] {_shown(model.source)} is the base model: it is left out and not counted.")
-            continue
-        if identity in seen:
-            problems.append(
-                f"models[{i}]: {_shown(model.source)} is given twice; it is models[{seen[identity]}] too. "
-                "Fix: remove one, or raise its weight."
-            )
-        seen.setdefault(identity, i)
-        kept.append(model)
-    if models and not kept:
-        problems.append(f"models: wanted a fine-tuned model, found only the base {_shown(base)}. Fix: list the others.")
-    return tuple(kept)
-
-
-def _vanishing_sums(models: Sequence[Model]) -> list[str]:
-    """`linear` divides by the sum of the weights; where the recipe alone shows that it is 0.
-
-    Asked for names that no filter matches and for each filter alone (200 at most): each tensor is checked again
-    when it is merged.
-    """
-    problems = []
-    filters = dict.fromkeys(part for model in models for part, _ in model.weight if part is not None)
-    for name in ("", *list(filters)[:200]):
-        if models and math.fsum(_first_match(model.weight, name) for model in models) == 0:
-            which = f" of tensors that match {_shown(name)}" if name else " where no filter matches" if filters else ""
-            problems.append(
-                f"models: the weights{which} sum to 0, and `linear` divides by the sum. "
-                "Fix: change a weight, or use `merge_method: task_arithmetic`."
-            )
-    return problems
-
-
-def _weight_notes(method: str, models: Sequence[Model]) -> list[str]:
-    plain = [model.weight[0][1] for model in models if len(model.weight) == 1]
-    total = math.fsum(plain)
-    if method == "linear" or len(models) < 2 or len(plain) < len(models) or not 0.95 <= total <= 1.05:
-        return []
-    return [
-        f"the weights sum to {total:.3g}: `weight` is not normalised here, so each model counts for a part only. "
-        "Its default is 1 for each model; `lambda` scales the whole."
-    ]
-
-
-def _normalize_note(raw: object, method: str, ones: bool, problems: list[str]) -> str:
-    """mergekit's `normalize` passes where it asks for what the method does here anyway."""
-    if raw not in (0, 1) or not isinstance(raw, (bool, int, float)):
-        problems.append(_wrong("parameters.normalize", "true or false", raw, "remove it"))
-        return ""
-    if method == "linear":
-        passes, fix = bool(raw), "`linear` divides by the sum of the weights; for a plain sum use `task_arithmetic`"
-    elif method == "ties":
-        # Ours divides by the number of agreeing models, mergekit's by the sum of their weights.
-        passes = bool(raw) and ones
-        fix = "`ties` divides by the number of agreeing models; remove it, and let the weights average 1"
-    else:
-        passes, fix = not raw, "scale the weights by hand, or use `merge_method: linear`"
-    if not passes:
-        wanted = f"what `{method}` does here"
-        problems.append(_wrong("parameters.normalize", wanted, bool(raw), fix))
-    return f"`normalize: {_shown(bool(raw))}` has no effect: it is what `{method}` does here."
+def _nearest(found: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(found, known, n=1) if isinstance(found, str) else []
+    return f"write `{near[0]}`" if near else f"use one of {', '.join(known)}"
 
 
 # ---------------------------------------------------------------------------------------------- layout
-
-
-@lru_cache(maxsize=1024)
-def _nearest(word: str, known: tuple[str, ...]) -> str | None:
-    return next(iter(difflib.get_close_matches(word.lower(), known, n=1)), None)
-
-
-def _suggestion(found: object, known: tuple[str, ...]) -> str:
-    near = _nearest(found, known) if isinstance(found, str) and len(found) <= 32 else None
-    return f"did you mean `{near}`?" if near else f"use one of {', '.join(known)}"
-
-
-def _place_of(key: object, known: tuple[str, ...]) -> str:
-    """The fix for a key that is not known where it stands: another spelling, or another place."""
-    for keys, home in _HOMES:
-        if key in keys:
-            return f"write it {home}"
-    here = _suggestion(key, known)
-    for keys, home in _HOMES if not here.endswith("?") else ():
-        there = _suggestion(key, keys)
-        if there.endswith("?"):
-            return f"{there} Write it {home}"
-    return here
 
 
 def _section(raw: object, where: str, known: tuple[str, ...], problems: list[str]) -> dict[str, Any]:
@@ -676,187 +303,191 @@ def _section(raw: object, where: str, known: tuple[str, ...], problems: list[str
     if not isinstance(raw, Mapping):
         problems.append(_wrong(where, "`key: value` lines", raw, f"give some of {', '.join(known)}"))
         return {}
-    strange = [key for key in raw if key not in known]
-    for key in strange[:20]:
-        fix = _REFUSED_KEYS[key] if key in _REFUSED_KEYS else _place_of(key, known)
-        problems.append(f"{where}: unknown key {_shown(key)}. Fix: {_stop(fix)}")
-    if len(strange) > 20:
-        problems.append(f"{where}: {len(strange) - 20} more unknown keys. Fix: use {', '.join(known)}.")
-    return {key: raw[key] for key in known if raw.get(key) is not None}
+    for key in raw:
+        if key not in known:
+            fix = _REFUSED_KEYS.get(key) or _HOMES.get(key) or _nearest(key, known)
+            problems.append(f"{where}: unknown key {_shown(key)}. Fix: {fix}.")
+    return _present({key: raw.get(key) for key in known})
 
 
-def _entry(entry: object, where: str, default: tuple[Rule, ...] | None, problems: list[str], notes: list[str]) -> Model:
-    """One entry of `models`, its values still unchecked; `_UNREAD` if it names no model."""
-    if isinstance(entry, (str, os.PathLike)):
-        entry = {"model": entry}
-    if not isinstance(entry, Mapping):
-        problems.append(_wrong(where, "a model", entry, "write it as `- model: PATH`"))
-        return _UNREAD
-    section = _section(entry, where, _MODEL_KEYS, problems)
-    own = _section(section.get("parameters", {}), f"{where}.parameters", _MODEL_PARAMETERS, problems)
+def _present(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def _entry(entry: object, where: str, default: tuple[Rule, ...], problems: list[str], notes: list[str]) -> Model:
+    """One entry of `models`; but for the layout of its weight it is still unchecked."""
+    section = _section(entry, where, ("model", "parameters"), problems) if isinstance(entry, Mapping) else {"model": entry}
+    own = _section(section.get("parameters", {}), f"{where}.parameters", ("weight", "density", "int8_mask"), problems)
     if "int8_mask" in own:
         notes.append(_INT8_MASK)
-    weight = own.get("weight")
-    if default is not None:
-        # As in mergekit: where no rule of the model matches, the recipe's own `weight` decides.
-        rules = () if weight is None else _rules(weight, f"{where}.parameters.weight", problems, notes=None)
-        weight = (*rules, *(rule for rule in default if not _shadowed(rule[0], rules)))
-    if "model" not in section:
-        problems.append(f"{where}: wanted a `model`, found none. Fix: write it as `- model: PATH`.")
-        return _UNREAD
-    return Model(section["model"], ((None, 1.0),) if weight is None else weight, own.get("density"))
+    weight = _rules(own["weight"], f"{where}.parameters.weight", problems) if "weight" in own else ()
+    if not _matches_all(weight):  # as in mergekit: where no rule of the model matches, the recipe's own `weight` decides
+        weight += default
+    return Model(section.get("model"), weight or Model.weight, own.get("density"))  # type: ignore[arg-type]
+
+
+def _matches_all(rules: tuple[Rule, ...]) -> bool:
+    return bool(rules) and rules[-1][0] is None
+
+
+# ---------------------------------------------------------------------------------------------- values
+# Each takes a raw value and its place, and returns it in one form, or anything after a complaint in `problems`.
+
+_LARGEST = 3.4028234663852886e38  # of float32, in which the merge is computed
+
+
+def _number(raw: object, where: str, problems: list[str], *, is_fraction: bool = False) -> float:
+    try:  # text too: YAML 1.1 reads 1e-3 as text, and people write it
+        value = float(raw) if isinstance(raw, (numbers.Real, str)) and not isinstance(raw, bool) else math.nan
+    except (ValueError, OverflowError):
+        value = math.nan
+    if not (0 < value <= 1 if is_fraction else abs(value) <= _LARGEST):
+        wanted = "a number in (0, 1]" if is_fraction else "a finite float32 number"
+        problems.append(_wrong(where, wanted, raw, "write one number such as 0.5 or 1e-3"))
+    return value
+
+
+def _text(raw: object, where: str, problems: list[str]) -> str:
+    text = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
+    if isinstance(text, str) and text.strip() and text.isprintable():
+        return text
+    fix = "remove what is not printable" if isinstance(text, str) else "write it on one line, in quotes if it looks like a number"
+    problems.append(_wrong(where, "text", raw, fix))
+    return ""
+
+
+def _choice(raw: object, where: str, known: Sequence[str], problems: list[str]) -> str:
+    if isinstance(raw, str) and raw in known:
+        return raw
+    near = _NEAREST_METHODS.get(raw) if isinstance(raw, str) else None
+    problems.append(_wrong(where, " | ".join(known), raw, f"`{near}` is the nearest" if near else _nearest(raw, known)))
+    return ""
+
+
+def _dtype(raw: object, problems: list[str]) -> str:
+    if isinstance(raw, str):
+        name = raw.lower().removeprefix("torch.")
+        raw = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(name, name)
+    return _choice(raw, "dtype", tuple(DTYPES), problems)
+
+
+def _template(raw: object, problems: list[str]) -> str:
+    if isinstance(raw, str) and "{" in raw and all(c.isprintable() or c.isspace() for c in raw):
+        return raw
+    fix = "remove the line to copy the template of `tokenizer_source`, or give the template itself"  # `auto` or a name
+    problems.append(_wrong("chat_template", "a Jinja template", raw, fix))
+    return ""
+
+
+def _tokenizer_source(raw: object, models: Sequence[Model], base: str | None, folder: Path, problems: list[str]) -> str:
+    text = raw if raw == "base" else _text(raw, "tokenizer_source", problems)
+    if not text or text == "base" or (base and _path(text, folder) == _path(base, folder)):
+        return "base"
+    if all(_path(text, folder) != _path(model.source, folder) for model in models):
+        fix = "write `base`, or a model as in `models`; vocabularies are not joined here"
+        problems.append(_wrong("tokenizer_source", "base or one of `models`", raw, fix))
+    return text
+
+
+def _rules(raw: object, where: str, problems: list[str]) -> tuple[Rule, ...]:
+    """A `weight` in one form: from a number, a rule, or a list of rules, each a mapping or a pair; () if it is wrong."""
+    items = raw if isinstance(raw, (list, tuple)) else [raw if isinstance(raw, Mapping) else (None, raw)]
+    if not items or not all(isinstance(item, Mapping) or (isinstance(item, tuple) and len(item) == 2) for item in items):
+        fix = f"lists of numbers over the layers are not known; {_BY_NAME}"
+        problems.append(_wrong(where, "a number or a list of rules", raw, fix))
+        return ()
+    before = len(problems)
+    rules: list[Rule] = []
+    for i, item in enumerate(items):
+        at = where if len(items) == 1 else f"{where}[{i}]"
+        if isinstance(item, Mapping):
+            rule = _section(item, at, ("filter", "value"), problems)
+            item, at = (rule.get("filter"), rule.get("value")), f"{at}.value"
+        part, value = item
+        if part == "*":  # as in mergekit
+            part = None
+        if part is not None and "*" in _text(part, f"{at}.filter", problems):
+            problems.append(_wrong(f"{at}.filter", "a part of a tensor name", part, "remove the `*`: a part matches anywhere"))
+        if rules and rules[-1][0] is None:
+            problems.append(f"{at}: never reached, since the rule before it matches every name. Fix: exchange them.")
+        rules.append((part, _number(value, at, problems)))
+    return tuple(rules) if len(problems) == before else ()
+
+
+def _models(raw: object, base: str | None, folder: Path, problems: list[str], notes: list[str]) -> tuple[Model, ...]:
+    """The models, checked, without those that name the base."""
+    if not isinstance(raw, (list, tuple)) or not raw:
+        problems.append(_wrong("models", "a list of models", raw or None, "list them, each as `- model: PATH`"))
+        return ()
+    seen: dict[Path, int] = {}
+    models = []
+    for i, model in enumerate(raw):
+        where = f"models[{i}]"
+        if not isinstance(model, Model):
+            model = Model(model)
+        source = _text(model.source, f"{where}.model", problems)
+        weight = _rules(model.weight, f"{where}.parameters.weight", problems)
+        if not _matches_all(weight):
+            weight += Model.weight
+            notes.append(f"{where}: tensors that no filter of its `weight` matches get 1.0, the default.")
+        density = model.density
+        if density is not None:
+            density = _number(density, f"{where}.parameters.density", problems, is_fraction=True)
+        path = _path(source, folder)
+        if source and base and path == _path(base, folder):
+            notes.append(f"{where} {_shown(source)} is the base model: it is left out and not counted.")
+            continue
+        if source and seen.setdefault(path, i) != i:
+            problems.append(f"{where}: {_shown(source)} is given twice; it is models[{seen[path]}] too. Fix: remove one.")
+        models.append(Model(source, weight, density))
+    if not models:
+        problems.append(f"models: wanted a fine-tuned model, found only the base {_shown(base)}. Fix: list the others.")
+    return tuple(models)
 
 
 # ------------------------------------------------------------------------------------------------ YAML
 
-_UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is not in every build
 
 
-def _read_yaml(text: str, problems: list[str]) -> object:
-    """The value of the only document in the text, as mergekit's loader would read it, but for dates (text here).
+class _Loader(_SafeLoader):  # type: ignore[misc]
+    """PyYAML's safe loader, but a key that is given twice is an error: by itself it takes the last."""
 
-    It is built from the parser's events. They do not nest, so that depth, aliases and tags are refused before
-    anything grows, and no constructor runs. Duplicate keys are appended to `problems`; the rest raises.
-    """
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise _yaml_error(f"key {_shown(key.value)} is given twice", key)
+            keys.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_error(problem: str, at: Any) -> yaml.YAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
+def _read_yaml(text: str | bytes) -> Any:
+    """The value of the only document in the text."""
     if len(text) > MAX_TEXT_BYTES:
-        raise RequestError(_too_large(str(len(text))))
-    if bad := _UNPRINTABLE.search(text):
-        before = text[: bad.start()]
-        line, column = before.count("\n"), len(before) - before.rfind("\n") - 1
-        raise RequestError(_at(line, column, f"character U+{ord(bad.group()):04X} is not allowed", "remove it"))
-    document = _Document(problems)
+        raise RequestError(f"recipe: wanted at most {MAX_TEXT_BYTES} bytes, found more. Fix: name the recipe, not a model file.")
     try:
-        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            document.take(event)
-    except yaml.YAMLError as error:
+        # The parser's events do not nest, so they can be looked at before anything grows: libyaml's loader would end the
+        # process on deep nesting, aliases can multiply, and on tags some constructors raise whatever they like.
+        depth = 0
+        for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or count > MAX_EVENTS:
+                raise _yaml_error("nested too deep, or too many values", event)
+            if isinstance(event, yaml.AliasEvent):
+                raise _yaml_error("aliases are not taken; write the value out", event)
+            if getattr(event, "tag", None) is not None:
+                raise _yaml_error("tags are not taken; remove it", event)
+        return yaml.load(text, Loader=_Loader)
+    # YAMLError: not YAML, or refused above. ValueError: a date or number that can't be (2024-99-99, 0x_, 5000 digits), or
+    # text that can't be encoded. OverflowError: a date or number out of range (1:59:59 and so on).
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
-        said = [getattr(error, "context", None), getattr(error, "problem", None)]
-        what = ": ".join(str(part)[:100] for part in said if part) or "it is not YAML"
-        line, column = (mark.line, mark.column) if mark else (0, 0)
-        raise RequestError(_at(line, column, what, "check indentation, colons, brackets and quotes there")) from None
-    return document.root
-
-
-def _at(line: int, column: int, what: str, fix: str) -> str:
-    return f"recipe, line {line + 1}, column {column + 1}: {what}. Fix: {fix}."
-
-
-@dataclass
-class _Open:
-    """A list or mapping whose end has not been seen."""
-
-    value: Any
-    anchor: str | None
-    nodes_before: int
-    key: str | None = None
-    merged: list[Any] = field(default_factory=list)
-
-
-class _Document:
-    """Events in, one value out: `root`."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.root: object = None
-        self.problems = problems
-        self.open: list[_Open] = []
-        self.anchors: dict[str, tuple[Any, int] | None] = {}  # value and nodes; None while it is open
-        self.nodes = 0
-        self.documents = 0
-        self.resolver: Any = yaml.resolver.Resolver()
-        self.constructor: Any = yaml.constructor.SafeConstructor()
-
-    def take(self, event: Any) -> None:
-        if isinstance(event, yaml.DocumentStartEvent):
-            self.documents += 1
-            if self.documents > 1:
-                raise _bad(event, "a second document starts", "keep one recipe in a file")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            self.close(event)
-        elif isinstance(event, yaml.NodeEvent):
-            self.node(event)
-
-    def node(self, event: Any) -> None:
-        parent = self.open[-1] if self.open else None
-        is_key = parent is not None and isinstance(parent.value, dict) and parent.key is None
-        value, nodes = None, 1
-        if isinstance(event, yaml.AliasEvent):
-            value, nodes = self.anchored(event)
-        elif event.tag is not None:
-            raise _bad(event, f"tag {_shown(event.tag)} is not allowed", "remove it; values need no tag")
-        elif isinstance(event, yaml.ScalarEvent):
-            value = event.value if is_key else self.scalar(event)  # a key is text, whatever it looks like: `on`, `1`
-            if event.anchor:
-                self.anchors[event.anchor] = (value, 1)
-        else:
-            value = {} if isinstance(event, yaml.MappingStartEvent) else []
-        self.nodes += nodes
-        if self.nodes > MAX_NODES:
-            raise _bad(event, f"more than {MAX_NODES} values, aliases written out", "shorten the recipe")
-        if is_key and not isinstance(value, str):
-            raise _bad(event, "a key must be plain text", "start the line with `key:`")
-        self.place(event, value)
-        if isinstance(event, yaml.CollectionStartEvent):
-            if len(self.open) == MAX_DEPTH:
-                raise _bad(event, f"nested more than {MAX_DEPTH} deep", "a recipe needs no such depth")
-            if event.anchor:
-                self.anchors[event.anchor] = None
-            self.open.append(_Open(value, event.anchor, self.nodes - 1))
-
-    def place(self, event: Any, value: Any) -> None:
-        if not self.open:
-            self.root = value
-            return
-        parent = self.open[-1]
-        if isinstance(parent.value, list):
-            parent.value.append(value)
-        elif parent.key is None:
-            parent.key = value
-        else:
-            if parent.key == "<<":
-                parent.merged.append(value)  # it may still be empty: its own events come next
-            elif parent.key in parent.value:
-                mark = event.start_mark
-                what = f"key {_shown(parent.key)} is given twice"
-                self.problems.append(_at(mark.line, mark.column, what, "remove one"))
-            else:
-                parent.value[parent.key] = value
-            parent.key = None
-
-    def close(self, event: Any) -> None:
-        done = self.open.pop()
-        for merged in done.merged:
-            for mapping in merged if isinstance(merged, list) else [merged]:
-                if not isinstance(mapping, dict):
-                    raise _bad(event, "`<<` takes a mapping or a list of them", "write `<<: *name`")
-                for key, value in mapping.items():
-                    done.value.setdefault(key, value)  # what is written out wins, then what comes first
-        if done.anchor:
-            self.anchors[done.anchor] = (done.value, self.nodes - done.nodes_before)
-
-    def anchored(self, event: Any) -> tuple[Any, int]:
-        if event.anchor not in self.anchors:
-            raise _bad(event, f"alias {_shown(event.anchor)} names no anchor above", "write the value itself")
-        found = self.anchors[event.anchor]
-        if found is None:
-            raise _bad(event, f"alias {_shown(event.anchor)} is inside what it names", "write the value itself")
-        return found
-
-    def scalar(self, event: Any) -> object:
-        """Plain text as YAML 1.1 reads it: null, booleans and numbers; quoted or long text stays text."""
-        text = event.value
-        if len(text) > 100:  # no number of use, and Python refuses to convert the longest
-            return text
-        tag = self.resolver.resolve(yaml.ScalarNode, text, event.implicit)
-        kind = tag.rpartition(":")[2]
-        if kind == "null":
-            return None
-        if kind not in ("bool", "int", "float"):
-            return text
-        try:
-            return getattr(self.constructor, f"construct_yaml_{kind}")(yaml.ScalarNode(tag, text))
-        except ValueError:  # `0x_` looks like a number and is none
-            return text
-
-
-def _bad(event: Any, what: str, fix: str) -> RequestError:
-    return RequestError(_at(event.start_mark.line, event.start_mark.column, what, fix))
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = str(getattr(error, "problem", None) or error).partition("\n")[0]
+        fix = "check indentation, colons and brackets, and put odd-looking text in quotes"
+        raise RequestError(f"recipe{where}: {what[:200]}. Fix: {fix}.") from None

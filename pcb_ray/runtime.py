@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,7 +44,7 @@ class Owners(Protocol):
 
 
 class LocalOwners:
-    """One owner in this process: for models in memory and for `verify`."""
+    """Owners in this process, a thread each: for models in memory and for `verify`. The kernels leave the interpreter lock free."""
 
     deaths = 0
 
@@ -53,19 +54,38 @@ class LocalOwners:
         out_dir: str = "",
         *,
         memory: dict[str, NDArray[np.uint8]] | None = None,
-        device: str = "cpu",
+        threads: int | None = None,
         block_elements: int | None = None,
     ) -> None:
         from pcb_ray.owner import Owner
 
-        self.owner = Owner(plan, out_dir, memory=memory, device=device, block_elements=block_elements)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._owners = [
+            Owner(plan, out_dir, memory=memory, block_elements=block_elements) for _ in range(min(threads or cores, plan.chunks))
+        ]
         self.stats: dict[int, dict[str, Any]] = {}
 
     def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        for at in range(0, len(items), 4):
-            batch = items[at : at + 4]
-            yield batch, getattr(self.owner, question)(batch, *args)
-            self.stats[0] = self.owner.state()
+        import torch
+
+        def answer(number: int, batch: Sequence[Any]) -> tuple[int, Sequence[Any], Any]:
+            return number, batch, getattr(self._owners[number], question)(batch, *args)
+
+        batches = iter([items[at : at + 4] for at in range(0, len(items), 4)])
+        before = torch.get_num_threads()
+        try:
+            # One torch thread each: a block is too small to be shared.
+            with ThreadPoolExecutor(len(self._owners), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                running = {pool.submit(answer, n, batch) for n, batch in zip(range(len(self._owners)), batches, strict=False)}
+                while running:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for number, batch, result in (future.result() for future in done):
+                        if (following := next(batches, None)) is not None:
+                            running.add(pool.submit(answer, number, following))
+                        self.stats[number] = self._owners[number].state()
+                        yield batch, result
+        finally:
+            torch.set_num_threads(before)
 
 
 class _Actor:

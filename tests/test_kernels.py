@@ -146,11 +146,11 @@ def test_a_cut_block_merges_to_the_bits_of_the_whole(kernel, method, data, block
     thresholds = data.draw(thresholds_for(tau_NB, method))
     one = kernel(method, len(tau_NB), 1, CPU)
     weights = [1.0, -0.5, 0.0, 2.0][: len(tau_NB)]
-    whole = one.merge(theta_B, tau_NB, thresholds, weights, 0.7)
+    whole = one.merge(theta_B, tau_NB, thresholds, weights, 0.7).clone()  # a kernel's answer is valid until the next call
     cut %= len(theta_B)
-    parts = [one.merge(theta_B[p], tau_NB[:, p], thresholds, weights, 0.7) for p in (slice(0, cut), slice(cut, None)) if len(theta_B[p])]
+    parts = [one.merge(theta_B[p], tau_NB[:, p], thresholds, weights, 0.7).clone() for p in (slice(0, cut), slice(cut, None)) if len(theta_B[p])]
     assert_same_bits(torch.cat(parts), whole)
-    beta_NB = one.beta(tau_NB, thresholds)
+    beta_NB = one.beta(tau_NB, thresholds).clone()
     assert_same_bits(one.beta(tau_NB[:, cut:], thresholds), beta_NB[:, cut:])
 
 
@@ -165,6 +165,30 @@ def test_native_task_vectors_have_the_bits_of_torch(block, dtype):
     TorchKernel("ties", 1, 1, CPU).tau(raw_B, theta_B, plain)
     assert_same_bits(native, plain)
     assert_same_bits(plain, (raw_B.double().float().double() - theta_B.double()).float())  # of exact operands, rounded once
+
+
+@needs_native
+@quick
+@given(seed=st.integers(0, 2**32), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), most=st.sampled_from([1.0, 6e4, 1e39]))
+def test_native_rounding_has_the_bits_of_torch_and_misses_nothing_that_is_not_finite(seed, dtype, most):
+    x_B = torch.from_numpy(np.random.default_rng(seed).integers(-(2**31), 2**31, size=1000).astype(np.int32)).view(torch.float32)
+    x_B = torch.where(x_B.abs() < most, x_B, 0.5)
+    x_B[::7] = x_B[::7].to(dtype).float() * (1 + 2.0**-9)  # ties
+    native, plain = (kind("linear", 1, 1, CPU).round(x_B, dtype) for kind in (NativeKernel, TorchKernel))
+    assert native[1] == plain[1] == bool(x_B.to(dtype).isfinite().all())
+    if plain[1]:
+        integers = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(native[0].view(integers), x_B.to(dtype).view(integers))
+
+
+@pytest.mark.parametrize("kernel", [TorchKernel, pytest.param(NativeKernel, marks=needs_native)])
+@pytest.mark.parametrize("pattern", [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F7FFFFF])
+def test_no_infinity_and_no_kind_of_nan_is_rounded_silently(kernel, pattern):
+    x_B = torch.zeros(9)
+    x_B.view(torch.int32)[4] = pattern - (1 << 32 if pattern >> 31 else 0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        _, finite = kernel("linear", 1, 1, CPU).round(x_B, dtype)
+        assert finite == (pattern == 0x7F7FFFFF and dtype == torch.float32)
 
 
 # --- counting -------------------------------------------------------------------------------------------------------------------

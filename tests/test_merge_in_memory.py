@@ -370,12 +370,12 @@ def test_an_output_that_overflows_its_dtype_is_named(name):
     base, models = families.fine_tuned(2, dtype=torch.float32)
     where = "model.layers.0.self_attn.o_proj.weight"
     for model in models:
-        model[where][2, 3] = 1e6
+        model[where][2, 3:] = 1e6
+        model[where][3:] = 1e6  # so many that clipping does not touch them
     with pytest.raises(RequestError) as told:
         run(base, models, name, dtype="float16")
     (problem,) = told.value.problems
-    if not name.startswith("pcb-pairwise"):  # which clips
-        assert f"tensor {where} overflows F16 at index [2, 3]" in problem
+    assert f"tensor {where} overflows F16 at index [2, 3]" in problem
     assert "bfloat16 or float32" in problem
 
 
@@ -383,7 +383,7 @@ def test_an_output_that_overflows_its_dtype_is_named(name):
 def test_a_difference_that_overflows_float32_is_named(name):
     base, models = families.fine_tuned(2, dtype=torch.float32)
     base["model.norm.weight"][1], models[1]["model.norm.weight"][1] = 3e38, -3e38
-    with pytest.raises(RequestError, match=r"model\.norm\.weight.*overflows"):
+    with pytest.raises(RequestError, match=r"models\[1\]: tensor model\.norm\.weight: .* overflows float32 at index \[1\]"):
         run(base, models, name)
 
 
@@ -394,13 +394,11 @@ def test_a_float64_value_beyond_float32_is_named():
         run(base, models, "pcb-pairwise")
 
 
-def test_task_vectors_whose_sum_overflows_end_in_a_message_or_a_merge_and_not_in_a_hang():
-    """released multiplies tau by the sum of all: 0 * infinity is no number."""
-    base = {"w": torch.zeros(100)}
-    models = [{"w": torch.full((100,), 3e38) * (torch.arange(100) % 2)} for _ in range(3)] + [{"w": torch.arange(100) % 3 * 1.0}]
-    try:
-        out = run(base, models, "pcb-released", mask_ratio=0.3)
-    except RequestError as error:
-        assert "w" in str(error)  # noqa: PT017
-    else:
-        assert out["w"].isfinite().all()
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("mask_ratio", [0.3, 0.9, 1.0])
+def test_scores_that_are_no_numbers_are_refused_and_do_not_hang(mask_ratio):
+    """released multiplies tau by the sum of all, and 0 * infinity is no number."""
+    base, odd = {"w": torch.zeros(100)}, torch.arange(100) % 2
+    models = [{"w": 3e38 * odd} for _ in range(3)] + [{"w": 1.0 - odd}]
+    with pytest.raises(RequestError, match=r"w: .* overflow float32"):
+        run(base, models, "pcb-released", mask_ratio=mask_ratio)
