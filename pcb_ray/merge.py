@@ -39,6 +39,7 @@ log = logging.getLogger("pcb_ray")
 
 # The arithmetic of pcb.py: receipts name it, and a resumed or verified merge must have been made with the same one.
 ARITHMETIC = "ieee-1"
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 # --- the sweeps -----------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,15 @@ def thresholds_of(run: Run) -> Thresholds:
     if plan.method in CLIP:
         c = CLIP[plan.method]
         ranks = [int(D * c), int(D * (1 - c) - 1)]
-        values, _ = order_statistics(run, MAGNITUDE, result, [ranks] * plan.N)
+        values, largest = order_statistics(run, MAGNITUDE, result, [ranks] * plan.N)
+        if plan.method == "pcb-released" and sum(largest) > FLOAT32_MAX:
+            # It multiplies by the sum of all tau; an infinite one times 0 is no number, and has no rank.
+            raise RequestError(
+                f"{plan.recipe.models[i].source}: differs from the base by up to {x:g}; the sum over all models may overflow float32: "
+                "exclude the tensor that holds such values, or use `variant: pairwise`"
+                for i, x in enumerate(largest)
+                if x > FLOAT32_MAX / (2 * plan.N)
+            )
         result = result.replace(low=tuple(v[0] for v in values), high=tuple(v[1] for v in values))
     elif plan.method == "ties":
         values, _ = order_statistics(run, MAGNITUDE, result, [[max(D - int(D * r) - 1, 0)] for r in plan.densities])

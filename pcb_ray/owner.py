@@ -373,8 +373,16 @@ class Owner:
                             "a merge needs finite numbers: repair the checkpoint, or keep the base's tensor with `exclude`"
                         )
         if not problems:
+            model, at = torch.nonzero(~torch.isfinite(self._load(segments)[1]))[0].tolist()
+            for segment in segments:
+                if at < segment.stop - segment.start:
+                    break
+                at -= segment.stop - segment.start
+            name, shape = self.plan.tensors[segment.tensor].name, next(t.shape for t in self.plan.tensors[segment.tensor].sources if t)
+            index = [int(k) for k in np.unravel_index(segment.start + at, shape)] if shape else []
             problems.append(
-                f"{self.plan.tensors[segments[0].tensor].name}: a difference to the base overflows float32; exclude the tensor"
+                f"{self._source(model + 1)}: tensor {name}: the difference to the base overflows float32 at index {index}; "
+                "repair the checkpoint, or keep the base's tensor with `exclude`"
             )
         raise RequestError(problems)
 

@@ -54,10 +54,10 @@ _NORMALIZE = {
     "linear": ("true", "remove it; for a sum of task vectors use `merge_method: task_arithmetic`"),
     "ties": ("false", "remove it; the sum is divided by how many models agree, not by their weights, so let these average 1"),
 }
-_NEAREST_METHODS = {
+_EQUIVALENTS = {
     "sce": "pcb", "dare_ties": "ties", "della": "ties", "breadcrumbs_ties": "ties", "dare_linear": "task_arithmetic",
     "della_linear": "task_arithmetic", "breadcrumbs": "task_arithmetic", "slerp": "linear", "nuslerp": "linear",
-    "multislerp": "linear", "karcher": "linear", "model_stock": "linear", "nearswap": "linear",
+    "multislerp": "linear", "karcher": "linear", "model_stock": "linear", "nearswap": "linear", "float64": "float32",
 }  # fmt: skip
 
 
@@ -359,7 +359,7 @@ def _text(raw: object, where: str, problems: list[str]) -> str:
 def _choice(raw: object, where: str, known: Sequence[str], problems: list[str]) -> str:
     if isinstance(raw, str) and raw in known:
         return raw
-    near = _NEAREST_METHODS.get(raw) if isinstance(raw, str) else None
+    near = _EQUIVALENTS.get(raw) if isinstance(raw, str) else None
     problems.append(_wrong(where, " | ".join(known), raw, f"`{near}` is the nearest" if near else _nearest(raw, known)))
     return ""
 
@@ -372,7 +372,7 @@ def _dtype(raw: object, problems: list[str]) -> str:
 
 
 def _template(raw: object, problems: list[str]) -> str:
-    if isinstance(raw, str) and "{" in raw and all(c.isprintable() or c.isspace() for c in raw):
+    if isinstance(raw, str) and "{" in raw and not re.search("[\ud800-\udfff]", raw):  # surrogates can't be written
         return raw
     fix = "remove the line to copy the template of `tokenizer_source`, or give the template itself"  # `auto` or a name
     problems.append(_wrong("chat_template", "a Jinja template", raw, fix))

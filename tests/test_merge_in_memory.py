@@ -400,5 +400,5 @@ def test_scores_that_are_no_numbers_are_refused_and_do_not_hang(mask_ratio):
     """released multiplies tau by the sum of all, and 0 * infinity is no number."""
     base, odd = {"w": torch.zeros(100)}, torch.arange(100) % 2
     models = [{"w": 3e38 * odd} for _ in range(3)] + [{"w": 1.0 - odd}]
-    with pytest.raises(RequestError, match=r"w: .* overflow float32"):
+    with pytest.raises(RequestError, match=r"models\[0\]: differs from the base by up to 3e\+38; the sum .* overflow float32"):
         run(base, models, "pcb-released", mask_ratio=mask_ratio)
