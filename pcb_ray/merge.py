@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +60,7 @@ class Run:
     def __init__(self, plan: Plan, owners: Owners, *, quiet: bool) -> None:
         self.plan, self.owners, self.quiet = plan, owners, quiet
         self.sweeps: list[Sweep] = []
-        self.input_digests: dict[int, tuple[bytes, ...]] = {}
-        self.warnings: list[str] = []
+        self.inputs: list[str] = []  # a digest of each input, once a sweep has seen them whole
 
     def sweep(
         self, name: str, question: str, *args: Any, chunks: Sequence[int] | None = None, share: float = 1.0
@@ -92,14 +91,16 @@ class Run:
         return sum(size if chunk < last else self.plan.D - last * size for chunk in chunks)
 
 
-def thresholds_of(run: Run) -> Thresholds:
-    """The analysis: everything that the method must know of the whole model before a block can be merged."""
+def thresholds_of(run: Run, known: Thresholds | None = None, keep: Callable[[Thresholds], None] = lambda _: None) -> Thresholds:
+    """The analysis: everything that the method must know of the whole model before a block can be merged.
+
+    What is `known` already is not found again; `keep` is called after each sweep that found something.
+    """
     plan, D = run.plan, run.plan.D
-    result = Thresholds()
-    if plan.method in CLIP:
+    result = known or Thresholds()
+    if plan.method in CLIP and not result.low:
         c = CLIP[plan.method]
-        ranks = [int(D * c), int(D * (1 - c) - 1)]
-        values, largest = order_statistics(run, MAGNITUDE, result, [ranks] * plan.N)
+        values, largest = order_statistics(run, MAGNITUDE, result, [[int(D * c), int(D * (1 - c) - 1)]] * plan.N)
         if plan.method == "pcb-released" and sum(largest) > FLOAT32_MAX:
             # It multiplies by the sum of all tau; an infinite one times 0 is no number, and has no rank.
             raise RequestError(
@@ -109,21 +110,25 @@ def thresholds_of(run: Run) -> Thresholds:
                 if x > FLOAT32_MAX / (2 * plan.N)
             )
         result = result.replace(low=tuple(v[0] for v in values), high=tuple(v[1] for v in values))
-    elif plan.method == "ties":
+        keep(result)
+    if plan.method == "ties" and not result.low:
         values, _ = order_statistics(run, MAGNITUDE, result, [[max(D - int(D * r) - 1, 0)] for r in plan.densities])
-        return result.replace(low=tuple(v[0] for v in values))
-    elif plan.method == "pcb-paper":
+        result = result.replace(low=tuple(v[0] for v in values))
+        keep(result)
+    if plan.method == "pcb-paper" and not result.pair_max:
         extrema = run.total("pair products", "extrema")
-        run.input_digests = extrema.digests
+        run.inputs = _fold_inputs(plan, extrema.digests)
         result = result.replace(pair_min=tuple(extrema.low), pair_max=tuple(extrema.high))
-        chunk_sums = run.total("softmax sums", "sums", result).of_chunk
-        sums = [math.fsum(values) for values in zip(*chunk_sums.values(), strict=True)]  # fsum is exact: no order shows
+        keep(result)
+    if plan.method == "pcb-paper" and not result.pair_sum:
+        of_chunk = run.total("softmax sums", "sums", result).of_chunk
+        sums = [math.fsum(values) for values in zip(*of_chunk.values(), strict=True)]  # fsum is exact: no order shows
         result = result.replace(intra_sum=tuple(sums[: plan.N]), pair_sum=tuple(sums[plan.N :]))
-    else:
-        return result
-    values, largest = order_statistics(run, BETA, result, [[min(int(D * (1 - r)), D - 1)] for r in plan.densities])
-    result = result.replace(t=tuple(v[0] for v in values), beta_max=tuple(largest))
-    run.warnings += warnings_of(plan, result)
+        keep(result)
+    if plan.method.startswith("pcb") and not result.t:
+        values, largest = order_statistics(run, BETA, result, [[min(int(D * (1 - r)), D - 1)] for r in plan.densities])
+        result = result.replace(t=tuple(v[0] for v in values), beta_max=tuple(largest))
+        keep(result)
     return result
 
 
@@ -149,10 +154,10 @@ def order_statistics(
     largest: list[float] = []
     while open_ranks:
         asked = [sorted({b for (i, _), b in open_ranks.items() if i == task}, key=lambda b: (b.lo, b.hi)) for task in range(plan.N)]
-        first_sweep = not run.input_digests
+        first_sweep = not run.inputs
         counted = run.total(f"ranks of {quantity}", "count", quantity, thresholds, asked, first_sweep)
         if first_sweep:
-            run.input_digests = counted.digests
+            run.inputs = _fold_inputs(plan, counted.digests)
         if not largest:
             largest = [value_of_key(key, bits) for key in counted.largest]
         for (i, rank), bracket in list(open_ranks.items()):
@@ -176,7 +181,7 @@ def order_statistics(
 def warnings_of(plan: Plan, thresholds: Thresholds) -> list[str]:
     """What the thresholds say about inputs that were hardly meant."""
     result = []
-    for i in range(plan.N):
+    for i in range(len(thresholds.t)):
         name, t = plan.recipe.models[i].source, thresholds.t[i]
         if plan.method in CLIP and thresholds.high[i] == 0.0:
             result.append(
@@ -244,7 +249,7 @@ def merge(
         log.warning("note: %s", note)
 
     with contextlib.ExitStack() as stack:
-        state = stack.enter_context(contextlib.closing(State(out, plan, resume=resume, arithmetic=ARITHMETIC)))
+        state = stack.enter_context(State(out, plan, resume=resume, arithmetic=ARITHMETIC))
         stack.enter_context(runtime.cluster(address))
         device = runtime.choose_device(device)
         block = choose_block(plan, device, memory)
@@ -263,7 +268,12 @@ def merge(
         )
         stack.callback(owners.close)
         run = Run(plan, owners, quiet=quiet)
-        written = _execute(run, state)
+        try:
+            thresholds, written = _execute(run, state)
+        except RequestError:
+            state.discard()  # with the input mended, it will be another merge
+            raise
+        warnings = warnings_of(plan, thresholds)
         receipt = {
             "versions": versions(),
             "arithmetic": ARITHMETIC,
@@ -271,10 +281,10 @@ def merge(
             "method": plan.method,
             "N": plan.N,
             "D": plan.D,
-            "thresholds": state.found["thresholds"],
-            "warnings": run.warnings,
-            "sweeps": state.found["sweeps"],
-            "full_sweeps": sum(s["bytes"] >= plan.sweep_bytes for s in state.found["sweeps"]),
+            "thresholds": thresholds.to_json(),
+            "warnings": warnings,
+            "sweeps": [asdict(s) for s in run.sweeps],
+            "full_sweeps": sum(s.bytes >= plan.sweep_bytes for s in run.sweeps),
             "bytes_read": sum(s["bytes_read"] for s in owners.stats.values()),
             "bytes_written": plan.written_bytes,
             "workers": workers,
@@ -284,7 +294,7 @@ def merge(
             "chunk_elements": plan.chunk_elements,
             "max_shard_bytes": max_shard_bytes,
             "folder": str(recipe.folder.resolve()),
-            "inputs": _receipt_of_inputs(plan, state.found["inputs"]),
+            "inputs": _receipt_of_inputs(plan, run.inputs),
             "outputs": [
                 {"name": f.name, "bytes": f.size, "header_sha256": hashlib.sha256(f.header).hexdigest()} for f in plan.files
             ],
@@ -296,7 +306,7 @@ def merge(
         receipt["files_sha256"] = output.write_side_files(state.staging, files)
         (state.staging / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
         state.commit()
-    for warning in run.warnings:
+    for warning in warnings:
         log.warning("warning: %s", warning)
     return receipt
 
@@ -316,38 +326,34 @@ def _companions(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
     return base, open_checkpoint(recipe.tokenizer_source, recipe.folder, download=True)
 
 
-def _execute(run: Run, state: State) -> str:
-    """Analyse and write what is not yet done; the digest of the whole output."""
-    plan = run.plan
-    single = plan.sweeps == 1
-    if "thresholds" not in state.found:
-        if plan.twins:
-            _, problems = next(run.owners.ask("differing_twins", [0]))
-            if problems:
-                raise RequestError(problems)
-        thresholds = thresholds_of(run)
-        state.found |= {"thresholds": thresholds.to_json(), "warnings": run.warnings}
-        if not single:
-            state.found |= {"inputs": _fold_inputs(plan, run.input_digests), "sweeps": [asdict(s) for s in run.sweeps]}
+def _execute(run: Run, state: State) -> tuple[Thresholds, str]:
+    """Analyse and write what is not yet done; the thresholds and the digest of the whole output."""
+    plan, found = run.plan, state.found
+    before = [Sweep(**sweep) for sweep in found.get("sweeps", [])]
+    run.inputs = found.get("inputs", [])
+
+    def keep(thresholds: Thresholds) -> None:
+        found.update(thresholds=thresholds.to_json(), inputs=run.inputs, sweeps=[asdict(s) for s in before + run.sweeps])
         state.save()
-    thresholds = Thresholds.from_json(state.found["thresholds"])
-    run.warnings = state.found["warnings"]
+
+    if not before:
+        problems = [p for _, answer in run.owners.ask("differing_twins", range(len(plan.twins))) for p in answer]
+        if problems:
+            raise RequestError(problems)
+    thresholds = thresholds_of(run, Thresholds.from_json(found.get("thresholds", {})), keep)
 
     state.make_files(plan)
-    missing = _unwritten(run, state)
-    analysis = len(run.sweeps)
-    for _, answer in run.sweep("write", "write", thresholds, single, chunks=missing):
+    single = plan.sweeps == 1
+    for _, answer in run.sweep("write", "write", thresholds, single, chunks=_unwritten(run, state)):
         state.wrote({str(chunk): _journal_entry(*digests) for chunk, digests in answer.items()})
     pieces = [p for p in plan.copy_pieces() if _piece_name(p) not in state.journal]
     for batch, digests in run.owners.ask("copy", pieces):
         state.wrote({_piece_name(p): d.hex() for p, d in zip(batch, digests, strict=True)})
+    run.sweeps = before + run.sweeps
     entries = [state.journal[str(chunk)].split() for chunk in range(plan.chunks)]
-    state.found["sweeps"] = [*state.found.get("sweeps", []), *(asdict(s) for s in run.sweeps[analysis:])]
     if single:
-        state.found["inputs"] = _fold_inputs(
-            plan, {chunk: tuple(bytes.fromhex(d) for d in entry[1:]) for chunk, entry in enumerate(entries)}
-        )
-    return _fold([entry[0] for entry in entries] + [state.journal[_piece_name(p)] for p in plan.copy_pieces()])
+        run.inputs = _fold_inputs(plan, {chunk: tuple(bytes.fromhex(d) for d in entry[1:]) for chunk, entry in enumerate(entries)})
+    return thresholds, _fold([entry[0] for entry in entries] + [state.journal[_piece_name(p)] for p in plan.copy_pieces()])
 
 
 def _journal_entry(written: bytes, inputs: Sequence[bytes]) -> str:
@@ -415,7 +421,8 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
         raise RequestError(f"{out / RECEIPT}: can't be read ({error}); verify takes a directory that pcb-ray merge wrote") from None
     if receipt["arithmetic"] != ARITHMETIC:
         raise RequestError(
-            f"{out}: was merged with arithmetic {receipt['arithmetic']}, this is {ARITHMETIC}; verify it with pcb_ray {receipt['versions']['pcb_ray']}"
+            f"{out}: was merged with arithmetic {receipt['arithmetic']}, this is {ARITHMETIC}; "
+            f"verify it with pcb_ray {receipt['versions']['pcb_ray']}"
         )
     problems = []
     for name, sha256 in receipt["files_sha256"].items():
@@ -517,7 +524,7 @@ def merge_state_dicts(
         pass
     for _ in owners.ask("copy", plan.copy_pieces()):
         pass
-    for warning in run.warnings:
+    for warning in warnings_of(plan, thresholds):
         log.warning("warning: %s", warning)
     written: dict[str, torch.Tensor] = {}
     flat, kinds = torch.from_numpy(memory[file.name]), _torch_dtypes()

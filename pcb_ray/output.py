@@ -14,7 +14,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from pcb_ray.checkpoint import Checkpoint, fsync_folder, write_atomically
 from pcb_ray.errors import RequestError, RunError
@@ -181,10 +182,26 @@ class State:
         fsync_folder(self.out.resolve().parent)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Forget this merge: there is nothing in it to go on with."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def close(self) -> None:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, RequestError) and not self.found:
+            # A wrong request that showed itself late: there is nothing to resume, and the next try is a merge of its own.
+            self._clear()
+            (self.folder / "lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+        self.close()
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:

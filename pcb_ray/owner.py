@@ -71,6 +71,9 @@ class Bytes:
             os.close(fd)
         self._readers, self._writers = {}, {}
 
+    def __del__(self) -> None:
+        self.close()  # owners in this process come and go
+
 
 class Owner:
     def __init__(
@@ -222,10 +225,10 @@ class Owner:
             result.append(digest.digest())
         return result
 
-    def differing_twins(self) -> list[str]:
-        """Stored copies of tied tensors that differ from their originals."""
+    def differing_twins(self, numbers: Sequence[int]) -> list[str]:
+        """Which of these stored copies of tied tensors differ from their originals."""
         problems = []
-        for index, copied, original in self.plan.twins:
+        for index, copied, original in (self.plan.twins[number] for number in numbers):
             at, size = 0, min(copied.nbytes, original.nbytes)
             same = copied.dtype == original.dtype and copied.nbytes == original.nbytes
             while same and at < size:
@@ -366,10 +369,9 @@ class Owner:
                     bad = torch.nonzero(~torch.isfinite(raw.float()))
                     if len(bad):
                         at = int(bad[0])
-                        index = np.unravel_index(segment.start + at, tensor.shape) if tensor.shape else ()
-                        where = f"index {[int(k) for k in index]}"
                         problems.append(
-                            f"{self._source(source)}: tensor {tensor.name} holds {raw[at].item()} at {where} ({tensor.dtype}); "
+                            f"{self._source(source)}: tensor {tensor.name} holds {raw[at].item()} at index "
+                            f"{self._index(segment, at)} ({tensor.dtype}); "
                             "a merge needs finite numbers: repair the checkpoint, or keep the base's tensor with `exclude`"
                         )
         if not problems:
@@ -378,10 +380,10 @@ class Owner:
                 if at < segment.stop - segment.start:
                     break
                 at -= segment.stop - segment.start
-            name, shape = self.plan.tensors[segment.tensor].name, next(t.shape for t in self.plan.tensors[segment.tensor].sources if t)
-            index = [int(k) for k in np.unravel_index(segment.start + at, shape)] if shape else []
+            name = self.plan.tensors[segment.tensor].name
             problems.append(
-                f"{self._source(model + 1)}: tensor {name}: the difference to the base overflows float32 at index {index}; "
+                f"{self._source(model + 1)}: tensor {name}: the difference to the base overflows float32 at index "
+                f"{self._index(segment, at)}; "
                 "repair the checkpoint, or keep the base's tensor with `exclude`"
             )
         raise RequestError(problems)
@@ -393,13 +395,16 @@ class Owner:
             if not bool(torch.isfinite(tau_NB).all()):
                 self._refuse_non_finite(block)
         tensor = self.plan.tensors[segment.tensor]
-        at = segment.start + int(torch.nonzero(~torch.isfinite(rounded))[0])
-        shape = next(t.shape for t in tensor.sources if t is not None)
-        index = [int(k) for k in np.unravel_index(at, shape)] if shape else []
+        index = self._index(segment, int(torch.nonzero(~torch.isfinite(rounded))[0]))
         raise RequestError(
             f"the output: tensor {tensor.name} overflows {tensor.slot.dtype} at index {index}; "
             "ask for a wider `dtype` (bfloat16 or float32), or for smaller weights or lambda"
         )
+
+    def _index(self, segment: Segment, at: int) -> list[int]:
+        """Where element `at` of a segment lies in its tensor."""
+        shape = next(t.shape for t in self.plan.tensors[segment.tensor].sources if t is not None)
+        return [int(k) for k in np.unravel_index(segment.start + at, shape)] if shape else []
 
     def _source(self, source: int) -> str:
         return self.plan.inputs[source].source

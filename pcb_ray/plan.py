@@ -325,7 +325,9 @@ def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:
 
 def _untie(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str], list[tuple[Tensor, Tensor]]]:
     """The tensors that count, each tied one once; {name left out: name that stands for it}; stored copies that must equal their original."""
-    tensors, tied, twins = dict(checkpoint.tensors), {}, []
+    tensors = dict(checkpoint.tensors)
+    tied: dict[str, str] = {}
+    twins: list[tuple[Tensor, Tensor]] = []
     for name, original in checkpoint.aliases.items():
         kept = tied.get(original, original)
         if ties_word_embeddings(checkpoint.config) is False:

@@ -404,9 +404,8 @@ def _rules(raw: object, where: str, problems: list[str]) -> tuple[Rule, ...]:
             rule = _section(item, at, ("filter", "value"), problems)
             item, at = (rule.get("filter"), rule.get("value")), f"{at}.value"
         part, value = item
-        if part == "*":  # as in mergekit
-            part = None
-        if part is not None and "*" in _text(part, f"{at}.filter", problems):
+        part = None if part in (None, "*") else _text(part, f"{at}.filter", problems)  # "*" as in mergekit
+        if part and "*" in part:
             problems.append(_wrong(f"{at}.filter", "a part of a tensor name", part, "remove the `*`: a part matches anywhere"))
         if rules and rules[-1][0] is None:
             problems.append(f"{at}: never reached, since the rule before it matches every name. Fix: exchange them.")
@@ -471,17 +470,15 @@ def _read_yaml(text: str | bytes) -> Any:
     if len(text) > MAX_TEXT_BYTES:
         raise RequestError(f"recipe: wanted at most {MAX_TEXT_BYTES} bytes, found more. Fix: name the recipe, not a model file.")
     try:
-        # The parser's events do not nest, so they can be looked at before anything grows: libyaml's loader would end the
-        # process on deep nesting, aliases can multiply, and on tags some constructors raise whatever they like.
+        # The parser's events do not nest, so they are looked at before anything grows: libyaml's loader ends the process
+        # (a full stack) on deep nesting, aliases multiply, and on a wrong tag constructors raise whatever they like.
         depth = 0
         for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH or count > MAX_EVENTS:
                 raise _yaml_error("nested too deep, or too many values", event)
-            if isinstance(event, yaml.AliasEvent):
-                raise _yaml_error("aliases are not taken; write the value out", event)
-            if getattr(event, "tag", None) is not None:
-                raise _yaml_error("tags are not taken; remove it", event)
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+                raise _yaml_error("aliases and tags are not taken; write the value out", event)
         return yaml.load(text, Loader=_Loader)
     # YAMLError: not YAML, or refused above. ValueError: a date or number that can't be (2024-99-99, 0x_, 5000 digits), or
     # text that can't be encoded. OverflowError: a date or number out of range (1:59:59 and so on).

@@ -12,7 +12,9 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -119,12 +121,15 @@ def cluster(address: str | None) -> Iterator[None]:
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(
             f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one with `ray start --head`, or leave --address out for a local one"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process without a word
     try:
         yield
     finally:
@@ -209,6 +214,7 @@ class RayOwners:
         shared = [ray.put(a) for a in args]
         asked: dict[Any, tuple[int, Sequence[Any]]] = {}
         failures: collections.Counter[Any] = collections.Counter()
+        fruitless = 0  # deaths since the last answer
         last_sign = time.monotonic()
         while shards.left or asked:
             ready = [n for n in self._owners if n not in self._starting.values()]
@@ -232,15 +238,16 @@ class RayOwners:
                     failures[item] += 1
                 shards.give_back(number, batch)
                 if number in self._owners:  # the first of its answers to fail
-                    self.deaths += 1
+                    self.deaths, fruitless = self.deaths + 1, fruitless + 1
                     log.warning("worker %d died (%s); its part is done again by another", number, str(error).splitlines()[0][:200])
                     with contextlib.suppress(RayActorError, ValueError):
                         ray.kill(self._owners.pop(number))
                     self._owners.pop(number, None)
                     self._starting = {r: n for r, n in self._starting.items() if n != number}
-                    if any(count >= MAX_DEATHS_OF_BATCH for count in failures.values()) or self.deaths > 3 * self._born:
+                    same_part = max(failures.values(), default=0)
+                    if same_part >= MAX_DEATHS_OF_BATCH or fruitless > 3 * (len(self._owners) + 1):
                         raise RunError(
-                            f"{self.deaths} workers died, {MAX_DEATHS_OF_BATCH} of them on the same part of the model; last: {str(error).splitlines()[0][:300]}. "
+                            f"{self.deaths} workers died, {same_part} of them on the same part of the model; last: {str(error).splitlines()[0][:300]}. "
                             "If they ran out of memory, lower --workers; finished work is kept: --resume goes on"
                         ) from error
                     self._place()
@@ -248,6 +255,7 @@ class RayOwners:
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, Exception) else error
                 raise _as_run_error(cause) from None
+            fruitless = 0
             if batch:
                 answer, self.stats[number] = answer
                 yield batch, answer

@@ -184,7 +184,7 @@ def pcb_ray(*arguments: Any, env: Mapping[str, str] | None = None, cwd: Path | N
 
 def descendants(pid: int) -> list[psutil.Process]:
     try:
-        return [p for p in psutil.Process(pid).children(recursive=True)]
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 
@@ -202,12 +202,17 @@ def owners_under(pid: int) -> list[psutil.Process]:
     return [p for p in descendants(pid) if title(p).startswith("ray::_Actor")]
 
 
+def working(owner: psutil.Process) -> bool:
+    """Whether it is answering a question just now."""
+    return title(owner).startswith("ray::_Actor.ask")
+
+
 def await_that(what: str, condition: Any, timeout_s: float = 60.0) -> None:
     """Wait until `condition()`; fail with `what` if it takes too long."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain: {what}"
-        time.sleep(0.05)
+        time.sleep(0.002)
 
 
 def await_end(processes: Sequence[psutil.Process], timeout_s: float = 30.0) -> None:

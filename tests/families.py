@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pcb_ray import selection
 from pcb_ray.answers import Thresholds
 from pcb_ray.merge import Run, thresholds_of
-from pcb_ray.owner import Owner
 from pcb_ray.plan import Plan
 from pcb_ray.runtime import LocalOwners
 
@@ -96,6 +95,11 @@ def write(folder: Path, state: Mapping[str, Tensor], *, shards: int = 1, config:
     return folder
 
 
+def load(folder: Path) -> StateDict:
+    """All tensors of a folder's `.safetensors` files, read by the safetensors library."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
 @dataclass
 class Family:
     """A family on disk: folder/base, folder/model0, folder/model1, ..."""
@@ -132,26 +136,31 @@ MakeFamily = Callable[..., Family]
 class Local(NamedTuple):
     files: dict[str, bytes]
     run: Run
-    owner: Owner
     thresholds: Thresholds
 
+    @property
+    def bytes_read(self) -> int:
+        """As the owners counted."""
+        return sum(stats["bytes_read"] for stats in self.run.owners.stats.values())
 
-def merge_locally(plan: Plan, out: Path, *, block_elements: int | None = None, chunks: Sequence[int] | None = None) -> Local:
+
+def merge_locally(
+    plan: Plan, out: Path, *, block_elements: int | None = None, threads: int | None = None, chunks: Sequence[int] | None = None
+) -> Local:
     """The merge of a plan into the folder `out` without Ray. `chunks` is the order in which the chunks are written."""
     out.mkdir(parents=True, exist_ok=True)
     for file in plan.files:
         with (out / file.name).open("wb") as stream:
             stream.write(file.header)
             stream.truncate(file.size)
-    owners = LocalOwners(plan, str(out), block_elements=block_elements)
+    owners = LocalOwners(plan, str(out), block_elements=block_elements, threads=threads)
     run = Run(plan, owners, quiet=True)
     thresholds = thresholds_of(run)
     for _ in run.sweep("write", "write", thresholds, plan.sweeps == 1, chunks=chunks):
         pass
     for _ in owners.ask("copy", plan.copy_pieces()):
         pass
-    owners.owner.bytes.close()
-    return Local({file.name: (out / file.name).read_bytes() for file in plan.files}, run, owners.owner, thresholds)
+    return Local({file.name: (out / file.name).read_bytes() for file in plan.files}, run, thresholds)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,20 @@ from typing import NamedTuple
 import families
 import psutil
 import pytest
-from clusters import Run, await_end, await_that, descendants, owners_under, pcb_ray, ray_address, receipt_of, running, state_of, title
+from clusters import (
+    Run,
+    await_end,
+    await_that,
+    descendants,
+    owners_under,
+    pcb_ray,
+    ray_address,
+    receipt_of,
+    running,
+    state_of,
+    title,
+    working,
+)
 from families import Family
 
 import pcb_ray as package
@@ -87,18 +100,29 @@ def test_an_owner_killed_in_each_sweep_changes_no_byte(job: Job, tmp_path: Path)
     assert_whole(out, job)
 
 
-def test_a_model_that_keeps_killing_owners_ends_the_run_with_advice(job: Job, tmp_path: Path) -> None:
+def test_a_part_of_the_model_that_keeps_killing_owners_ends_the_run_with_advice(job: Job, tmp_path: Path) -> None:
+    recipe, out = job.family.recipe_file("paper.yaml", parameters={"density": 0.2, "variant": "paper"}), tmp_path / "out"
+    with running(*joined(recipe, out, "--workers", 1)) as run:
+        for _ in range(3):
+            await_that("an owner is at work", lambda: any(working(p) for p in owners_under(os.getpid())))
+            owners_under(os.getpid())[0].kill()
+            run.wait_for("died")
+        assert run.finish() == 1, run.text
+    assert re.search(r"^pcb-ray: 3 workers died, 3 of them on the same part .*--workers.*--resume", run.text, flags=re.MULTILINE), run.text
+    assert "Traceback" not in run.text
+    assert not out.exists()
+
+
+def test_owners_that_all_die_at_their_start_end_the_run(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running(*joined(job.recipe, out, "--workers", 1)) as run:
-        deadline = time.monotonic() + 120
-        while run.process.poll() is None and time.monotonic() < deadline:
-            for owner in owners_under(os.getpid()):
-                if title(owner).startswith("ray::_Actor.ask"):
-                    owner.kill()
-            time.sleep(0.005)
+        for _ in range(4):
+            await_that("an owner starts", lambda: owners_under(os.getpid()))
+            owners_under(os.getpid())[0].kill()
+            run.wait_for("died")
         assert run.finish() == 1, run.text
+    assert re.search(r"^pcb-ray: 4 workers died", run.text, flags=re.MULTILINE), run.text
     assert "Traceback" not in run.text
-    assert re.search(r"^pcb-ray: \d+ workers died, .*--workers.*--resume", run.text, flags=re.MULTILINE), run.text
     assert not out.exists()
 
 
@@ -162,10 +186,10 @@ def test_a_driver_killed_in_each_sweep_is_resumed_to_the_same_bytes(job: Job, tm
 def test_interrupts_leave_nothing_under_out_and_no_process(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
-    def interrupted(run: Run) -> None:
+    def interrupt(run: Run, number: int, *, group: bool) -> None:
         processes = leftovers(run)
         assert processes
-        run.send(signal.SIGINT, group=True) if run.lines and "ranks" in run.lines[-1] else run.send(signal.SIGTERM)
+        run.send(number, group=group)
         assert run.finish() == INTERRUPTED, run.text
         assert "pcb-ray: interrupted" in run.lines[-1], run.text
         assert "Traceback" not in run.text
@@ -174,10 +198,10 @@ def test_interrupts_leave_nothing_under_out_and_no_process(job: Job, tmp_path: P
 
     with running("merge", job.recipe, out, "--workers", 1) as run:
         run.wait_for("ranks of beta: ")
-        interrupted(run)  # Ctrl-C
+        interrupt(run, signal.SIGINT, group=True)  # as Ctrl-C does
     with running("merge", job.recipe, out, "--workers", 1, "--resume") as run:
         run.wait_for("write: ")
-        interrupted(run)  # SIGTERM
+        interrupt(run, signal.SIGTERM, group=False)
     run = pcb_ray(*joined(job.recipe, out, "--resume"))
     assert run.process.returncode == 0, run.text
     assert "ranks of" not in run.text
@@ -299,6 +323,14 @@ def test_resume_refuses_inputs_that_were_touched_or_changed(unfinished: tuple[Fa
     run = pcb_ray(*joined(recipe, out, "--resume"))
     assert run.process.returncode == 0, run.text
     assert package.verify(out, quiet=True) == []
+
+
+def test_a_request_that_proves_wrong_only_on_the_cluster_leaves_no_state(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = pcb_ray(*joined(job.recipe, out, "--workers", 99))
+    assert run.process.returncode == 2, run.text
+    assert "--workers 99: the cluster has 4 CPUs" in run.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_in_the_way_is_refused_within_seconds(job: Job, tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_a_chat_template_may_be_given_inline():
 
 def test_a_recipe_made_in_python_is_brought_into_the_same_form_as_one_from_a_file():
     made = Recipe(
-        models=[Model(Path("a"), 2), Model("b", [("mlp", "0.5")])],  # type: ignore[arg-type]
+        models=[Model(Path("a"), 2), Model("b", [(Path("mlp"), "0.5")])],  # type: ignore[arg-type]
         base_model="base",
         dtype="bf16",
         exclude="*.inv_freq",  # type: ignore[arg-type]
@@ -611,18 +611,18 @@ def bomb(first: str, wrap: str, levels: int) -> str:
     ],
     ids=lambda text: text[:12],
 )
-def test_bombs_are_refused_within_a_second(text: str):
+def test_bombs_are_refused_within_seconds(text: str):
     start_s = time.perf_counter()
     assert problems(text)
-    assert time.perf_counter() - start_s < 1.0
+    assert time.perf_counter() - start_s < 3.0
 
 
-def test_a_large_recipe_is_read_within_a_second():
+def test_a_large_recipe_is_read_within_seconds():
     rules = "[" + ", ".join(f"{{filter: layers.{i}., value: 0.5}}" for i in range(200)) + "]"
     entries = ", ".join(f"{{model: m{i}, parameters: {{weight: {rules}}}}}" for i in range(16))
     start_s = time.perf_counter()
     assert len(Recipe.from_yaml(f"merge_method: linear\nmodels: [{entries}]\n", ".").models) == 16
-    assert time.perf_counter() - start_s < 1.0
+    assert time.perf_counter() - start_s < 3.0
 
 
 def test_a_file_that_cannot_be_a_recipe_is_refused(tmp_path: Path):
