@@ -182,9 +182,7 @@ def describe(plan: Plan, worker: int, free: int) -> str:
     for k, one in enumerate(facts["inputs"]):
         role = "base" if k == 0 and plan.recipe.base_model is not None else "layout" if k == 0 else f"model {k}"
         commit = f" at {one['commit'][:12]}" if one["commit"] else ""
-        lines.append(
-            f"  {role:8} {one['source']}{commit}: {one['files']} file{'s' * (one['files'] != 1)}, {readable_bytes(one['bytes'])}"
-        )
+        lines.append(f"  {role:8} {one['source']}{commit}: {_number(one['files'], 'file')}, {readable_bytes(one['bytes'])}")
     if facts["densities"]:
         kept = {f"{r:g}" for r in facts["densities"]}
         lines.append(f"density    {', '.join(sorted(kept))}: a fraction of D, thresholds over the whole model")
@@ -196,12 +194,18 @@ def describe(plan: Plan, worker: int, free: int) -> str:
     lines += [f"tied       {name} = {original}" for name, original in plan.tied]
     lines += [f"left out   {name}: excluded, and not in the base" for name in plan.dropped]
     lines += [
-        f"reads      {readable_bytes(facts['bytes_read'])}: {plan.sweeps} sweep{'s' * (plan.sweeps != 1)} of {readable_bytes(plan.sweep_bytes)} in the usual case",
-        f"writes     {readable_bytes(plan.written_bytes)} in {len(plan.files)} file{'s' * (len(plan.files) != 1)}; {readable_bytes(free)} are free here",
+        f"reads      {readable_bytes(facts['bytes_read'])}: {_number(plan.sweeps, 'sweep')} of "
+        f"{readable_bytes(plan.sweep_bytes)} in the usual case",
+        f"writes     {readable_bytes(plan.written_bytes)} in {_number(len(plan.files), 'file')}; "
+        f"{readable_bytes(free)} are free here",
         f"memory     at most {readable_bytes(worker)} per worker (the driver takes less)",
         *(f"note: {note}" for note in plan.notes),
     ]
     return "\n".join(lines)
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _merge(options: argparse.Namespace) -> int:

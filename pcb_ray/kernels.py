@@ -98,7 +98,7 @@ class TorchKernel:
 
     def round(self, merged_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """The block in the output's dtype (nearest, ties to even), and whether all of it is finite."""
-        rounded_B = merged_B.to(dtype)
+        rounded_B = merged_B.to(dtype, copy=True)  # a block may be merged in parts, and the next one takes the same buffer
         return rounded_B, bool(torch.isfinite(rounded_B).all())
 
 

@@ -42,7 +42,7 @@ ARITHMETIC = "ieee-1"
 FLOAT32_MAX = 3.4028234663852886e38
 
 
-# --- the sweeps -----------------------------------------------------------------------------------------------------------------
+# --- the sweeps -------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -207,7 +207,7 @@ def _diagonal(i: int, n: int) -> int:
     return i * n - i * (i - 1) // 2
 
 
-# --- merge ----------------------------------------------------------------------------------------------------------------------
+# --- merge ------------------------------------------------------------------------------------------------------------------------
 
 
 def merge(
@@ -235,7 +235,8 @@ def merge(
     out = Path(out)
     if not out.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise RequestError(
-            f"{out}: inside a Ray job a relative output is written to the job's temporary folder and lost; give an absolute path on storage that lasts"
+            f"{out}: inside a Ray job a relative output is written to the job's temporary folder and lost; "
+            "give an absolute path on storage that lasts"
         )
     plan = make_plan(recipe, max_shard_bytes=max_shard_bytes)
     if any(i.commit is not None for i in plan.inputs):
@@ -267,6 +268,8 @@ def merge(
             plan, str(state.staging), workers=workers, device=device, worker_bytes=worker_bytes, block_elements=block
         )
         stack.callback(owners.close)
+        owners.wait_until_ready()
+        startup_s = time.monotonic() - start
         run = Run(plan, owners, quiet=quiet)
         try:
             thresholds, written = _execute(run, state)
@@ -300,6 +303,7 @@ def merge(
             ],
             "output_digest": written,
             "resumed": resume,
+            "startup_s": round(startup_s, 3),
             "elapsed_s": round(time.monotonic() - start, 3),
         }
         files[output.CARD] = output.model_card(plan, receipt)
@@ -406,7 +410,7 @@ def versions() -> dict[str, str]:
     }
 
 
-# --- verify ---------------------------------------------------------------------------------------------------------------------
+# --- verify -----------------------------------------------------------------------------------------------------------------------
 
 
 def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False) -> list[str]:
@@ -470,7 +474,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     return problems
 
 
-# --- models in memory -----------------------------------------------------------------------------------------------------------
+# --- models in memory -------------------------------------------------------------------------------------------------------------
 
 
 def merge_state_dicts(

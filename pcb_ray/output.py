@@ -64,7 +64,8 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool) -> None:
         free = shutil.disk_usage(parent).free
         if free + there < plan.written_bytes:
             problems.append(
-                f"{out}: the merge needs {plan.written_bytes:,} bytes, {parent} has {free:,} free; free some, write elsewhere, or ask for a narrower `dtype`"
+                f"{out}: the merge needs {plan.written_bytes:,} bytes, {parent} has {free:,} free; "
+                "free some, write elsewhere, or ask for a narrower `dtype`"
             )
         if not resume and not overwrite and (state / "state.json").exists():
             problems.append(f"{state}: holds an unfinished merge to {out}; go on with --resume, or start afresh with --overwrite")
@@ -218,7 +219,7 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
         yield f"{where} was {str(old)[:80]!r}, now {str(new)[:80]!r}"
 
 
-# --- the files beside the tensors ------------------------------------------------------------------------------------------------
+# --- the files beside the tensors -------------------------------------------------------------------------------------------------
 
 
 def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoint) -> dict[str, bytes]:

@@ -28,7 +28,7 @@ from pcb_ray.answers import Thresholds
 DENOMINATOR_FLOOR = 1e-12
 
 
-# --- exp and tanh in IEEE operations -----------------------------------------------------------------------------------------------------------------
+# --- exp and tanh in IEEE operations ----------------------------------------------------------------------------------------------
 # Minimax polynomials of our own fit (Remez, relative error): exp(r) = 1 + r + r^2 q(r) on |r| <= ln(2)/2, within 0.05 (float32) and 0.001
 # (float64) of half an ulp before rounding; tanh(x) = x + x^3 q(x^2) on [0, 1], 0.08. All float32 constants are exact in float32.
 EXP32 = ("0x1.fffffcp-2", "0x1.555492p-3", "0x1.5558f2p-5", "0x1.123a20p-7", "0x1.6a23d0p-10")
@@ -206,7 +206,7 @@ def combine(theta_B: Tensor, tauc_NB: Tensor, scale_NB: Tensor, lambdas: Sequenc
     return torch.where(total_B > 0.0, merged_B, theta_B)
 
 
-# --- Baselines --------------------------------------------------------------------------------------------------------------------------------------
+# --- Baselines --------------------------------------------------------------------------------------------------------------------
 def linear(theta_NB: Tensor, lambdas: Sequence[float]) -> Tensor:
     """sum_i(lambda_i theta_i) / sum_i(lambda_i)."""
     total = torch.tensor(math.fsum(lambdas), dtype=theta_NB.dtype, device=theta_NB.device)

@@ -164,13 +164,15 @@ def choose_workers(workers: int | None, device: str, worker_bytes: int, chunks: 
     cores = int(sum(n[unit] for n in nodes()))
     if sum(fits) == 0:
         raise RequestError(
-            f"no node has room for a worker of {worker_bytes / 1e9:.2f} GB and one {unit}: the nodes have {nodes()}; lower --memory or use larger nodes"
+            f"no node has room for a worker of {worker_bytes / 1e9:.2f} GB and one {unit}: the nodes have {nodes()}; "
+            "lower --memory or use larger nodes"
         )
     if workers is None:
         return min(sum(fits), chunks)
     if workers > sum(fits):
         raise RequestError(
-            f"--workers {workers}: the cluster has {cores} {unit}s and memory for {sum(fits)} workers of {worker_bytes / 1e9:.2f} GB; ask for at most {sum(fits)}, or lower --memory"
+            f"--workers {workers}: the cluster has {cores} {unit}s and memory for {sum(fits)} workers of "
+            f"{worker_bytes / 1e9:.2f} GB; ask for at most {sum(fits)}, or lower --memory"
         )
     return workers
 
@@ -200,6 +202,12 @@ class RayOwners:
             ray.kill(actor)
         self._owners, self._starting = {}, {}
 
+    def wait_until_ready(self) -> None:
+        """Wait for all owners to have started, but not for ever: `ask` works with those there are."""
+        import ray
+
+        ray.wait(list(self._starting), num_returns=len(self._starting), timeout=PLACEMENT_TIMEOUT_S / 4)
+
     def _place(self) -> None:
         number, self._born = self._born, self._born + 1
         self._owners[number] = self._actor.remote()
@@ -225,7 +233,8 @@ class RayOwners:
             if not done:
                 if not asked and time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
                     raise RunError(
-                        f"no worker could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: the cluster has {nodes()}; other jobs may hold its cores or memory. Free some, then --resume"
+                        f"no worker could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: the cluster has {nodes()}; "
+                        "other jobs may hold its cores or memory. Free some, then --resume"
                     )
                 continue
             last_sign = time.monotonic()
@@ -247,7 +256,8 @@ class RayOwners:
                     same_part = max(failures.values(), default=0)
                     if same_part >= MAX_DEATHS_OF_BATCH or fruitless > 3 * (len(self._owners) + 1):
                         raise RunError(
-                            f"{self.deaths} workers died, {same_part} of them on the same part of the model; last: {str(error).splitlines()[0][:300]}. "
+                            f"{self.deaths} workers died, {same_part} of them on the same part of the model; "
+                            f"last: {str(error).splitlines()[0][:300]}. "
                             "If they ran out of memory, lower --workers; finished work is kept: --resume goes on"
                         ) from error
                     self._place()
