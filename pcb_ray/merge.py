@@ -296,7 +296,6 @@ def merge(
             "announced_worker_bytes": worker_bytes,
             "chunk_elements": plan.chunk_elements,
             "max_shard_bytes": max_shard_bytes,
-            "folder": str(recipe.folder.resolve()),
             "inputs": _receipt_of_inputs(plan, run.inputs),
             "outputs": [
                 {"name": f.name, "bytes": f.size, "header_sha256": hashlib.sha256(f.header).hexdigest()} for f in plan.files
@@ -443,7 +442,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
             problems.append(f"{path}: its header is not the one that was written")
     if problems:
         return problems
-    recipe = Recipe.from_yaml((out / RECIPE).read_text(), Path(receipt["folder"]))
+    recipe = Recipe.from_yaml((out / RECIPE).read_text(), out.parent)
     plan = make_plan(recipe, max_shard_bytes=receipt["max_shard_bytes"], download=True)
     for then, now in zip(receipt["inputs"], plan.inputs, strict=True):
         before, after = ([(f["path"], f["size"], f["header_sha256"]) for f in then["files"]], [tuple(f) for f in now.files])

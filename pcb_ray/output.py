@@ -247,7 +247,7 @@ def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoi
         files["model.safetensors.index.json"] = _as_json(
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         )
-    files[RECIPE] = recipe.to_yaml().encode()
+    files[RECIPE] = recipe.resolved().to_yaml().encode()
     return files
 
 

@@ -90,7 +90,7 @@ def tanh(x: Tensor) -> Tensor:
     return torch.where(size <= 1.0, tanh_unit(x.clamp(-1.0, 1.0)), tail.copysign_(x))
 
 
-# --- PCB-Merging --------------------------------------------------------------------------------------------------------------------------------------
+# --- PCB-Merging -------------------------------------------------------------------------------------------------------------------
 def column(values: Sequence[float], like: Tensor) -> Tensor:
     """One number per task as a tensor [N, 1] of the block's device and dtype."""
     # A tensor and not a Python number: a GPU divides by a number by multiplying with its reciprocal, which rounds differently.

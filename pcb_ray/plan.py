@@ -393,7 +393,11 @@ def _match(
             + "\n".join(f"  - {json.dumps(line)}" for line in lines)
         )
         raise RequestError(
-            [*problems[:18], *([f"... and {len(problems) - 18} more mismatches"] if len(problems) > 18 else []), fix]  # 20 are shown
+            [
+                *problems[:18],
+                *([f"... and {len(problems) - 18} more mismatches"] if len(problems) > 18 else []),
+                fix,
+            ]  # 20 are shown
         )
     unused = [
         pattern for pattern in recipe.exclude if not any(fnmatch.fnmatchcase(name, pattern) for other in tensors for name in other)

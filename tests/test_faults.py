@@ -100,13 +100,17 @@ def test_an_owner_killed_in_each_sweep_changes_no_byte(job: Job, tmp_path: Path)
     assert_whole(out, job)
 
 
-def test_a_part_of_the_model_that_keeps_killing_owners_ends_the_run_with_advice(job: Job, tmp_path: Path) -> None:
-    recipe, out = job.family.recipe_file("paper.yaml", parameters={"density": 0.2, "variant": "paper"}), tmp_path / "out"
+def test_a_part_of_the_model_that_keeps_killing_owners_ends_the_run_with_advice(tmp_path: Path) -> None:
+    # One chunk, and so one part, with so many pairs of models that an owner works on it for long enough to be caught.
+    family, out = Family(tmp_path / "family", *families.fine_tuned(16, scale=3)), tmp_path / "out"
+    recipe = family.recipe_file(parameters={"density": 0.2, "variant": "paper"})
     with running(*joined(recipe, out, "--workers", 1)) as run:
         for _ in range(3):
-            await_that("an owner is at work", lambda: any(working(p) for p in owners_under(os.getpid())))
-            owners_under(os.getpid())[0].kill()
-            run.wait_for("died")
+            await_that("an owner starts", lambda: owners_under(os.getpid()))
+            (owner,) = owners_under(os.getpid())
+            await_that("it is at work", lambda owner=owner: working(owner))
+            owner.kill()
+            run.wait_for("its part is done again")
         assert run.finish() == 1, run.text
     assert re.search(r"^pcb-ray: 3 workers died, 3 of them on the same part .*--workers.*--resume", run.text, flags=re.MULTILINE), run.text
     assert "Traceback" not in run.text
@@ -119,7 +123,7 @@ def test_owners_that_all_die_at_their_start_end_the_run(job: Job, tmp_path: Path
         for _ in range(4):
             await_that("an owner starts", lambda: owners_under(os.getpid()))
             owners_under(os.getpid())[0].kill()
-            run.wait_for("died")
+            run.wait_for("its part is done again")
         assert run.finish() == 1, run.text
     assert re.search(r"^pcb-ray: 4 workers died", run.text, flags=re.MULTILINE), run.text
     assert "Traceback" not in run.text
