@@ -33,7 +33,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DENSITY = 0.2  # ties and pcb keep this fraction of all elements
-LAMBDAS = [0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8]  # the same for every method
+LAMBDAS = [0.2, 0.3, 0.5, 0.7, 1.0, 1.4]  # the same for every method
 METHODS: dict[str, dict[str, object]] = {  # row of the table -> what its recipe says
     "linear": {"merge_method": "linear"},
     "task_arithmetic": {"merge_method": "task_arithmetic"},
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Train a small base and three experts, merge them in six ways, compare the results."
     )
-    parser.add_argument("--fresh", action="store_true", help="train the models again, even if they are there")
+    parser.add_argument("--fresh", action="store_true", help="train the models again, even if trained ones are there")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "quickstart-out", help="where everything is written")
     options = parser.parse_args()
     out = options.out.resolve()

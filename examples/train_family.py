@@ -27,9 +27,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT_T = 128
-BATCH = 4  # so small a model gains more from many steps than from large batches
-BASE_STEPS, BASE_LR = 900, 3e-3
-EXPERT_STEPS, EXPERT_LR = 150, 5e-4
+# So small a base gains more from many steps than from large batches; experts that are to be merged gain from less noise.
+BASE_STEPS, BASE_BATCH, BASE_LR = 900, 4, 3e-3
+EXPERT_STEPS, EXPERT_BATCH, EXPERT_LR = 120, 8, 1e-3
 TEST_WINDOWS, VALIDATION_WINDOWS = 96, 48  # per domain, CONTEXT_T tokens each
 TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10  # of a domain's files
 TRAIN_BYTES = 1_500_000  # per domain, at most
@@ -129,8 +129,8 @@ def held_out_loss(model: torch.nn.Module, split: Windows) -> dict[str, float]:
     return {domain: float(next_token_loss(model, tokens)) for domain, tokens in split.items()}
 
 
-def train(model: torch.nn.Module, streams: list[torch.Tensor], steps: int, peak_lr: float, title: str) -> None:
-    """AdamW with warm-up and a cosine to zero; each batch takes the same share from every stream."""
+def train(model: torch.nn.Module, streams: list[torch.Tensor], title: str, steps: int, batch_size: int, peak_lr: float) -> None:
+    """AdamW with warm-up and a cosine to zero; the streams take turns, so each gives the same share of all batches."""
     random = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     warm_up = max(steps // 20, 5)
@@ -140,7 +140,7 @@ def train(model: torch.nn.Module, streams: list[torch.Tensor], steps: int, peak_
     model.train()
     started_s = time.perf_counter()
     for step in range(1, steps + 1):
-        picks = [streams[i % len(streams)] for i in range((step - 1) * BATCH, step * BATCH)]
+        picks = [streams[i % len(streams)] for i in range((step - 1) * batch_size, step * batch_size)]
         starts = [int(torch.randint(len(stream) - CONTEXT_T, (), generator=random)) for stream in picks]
         batch = torch.stack([s[i : i + CONTEXT_T] for s, i in zip(picks, starts, strict=True)])
         loss = next_token_loss(model, batch)
@@ -170,12 +170,14 @@ def train_family(out: Path) -> None:
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     base = LlamaForCausalLM(LlamaConfig(**SHAPE, **special))
     print(f"  a Llama of {base.num_parameters() / 1e6:.1f} million parameters")
-    train(base, [s["train"] for s in streams.values()], BASE_STEPS, BASE_LR, "base")
+    train(base, [s["train"] for s in streams.values()], "base", BASE_STEPS, BASE_BATCH, BASE_LR)
     _save(base, tokenizer, out / "base")
     for domain, stream in streams.items():
         # From the saved file: an expert starts from the base that it is later compared with, rounding included.
         expert = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-        train(expert, [stream["train"]], EXPERT_STEPS, EXPERT_LR, f"expert {domain}")
+        # With free embeddings, each expert would mostly learn that the other domains' tokens are rare.
+        expert.get_input_embeddings().requires_grad_(False)
+        train(expert, [stream["train"]], f"expert {domain}", EXPERT_STEPS, EXPERT_BATCH, EXPERT_LR)
         _save(expert, tokenizer, out / domain)
     (out / "family.json").write_text(json.dumps(settings(), indent=2))
 

@@ -49,7 +49,9 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool) -> None:
     target = out.resolve()
     for one in plan.inputs:
         for file in one.files:
-            folder = Path(file.path).resolve().parent
+            folder = Path(file.path).resolve()
+            if Path(one.source).name != Path(file.path).name:  # a model that is one file claims no folder
+                folder = folder.parent
             if folder == target or folder in target.parents or target in folder.parents:
                 problems.append(
                     f"{out}: would lie inside or around the input {one.source} ({folder}); choose a folder apart from the inputs"
@@ -155,7 +157,7 @@ class State:
         """Note pieces of the output that were written, with their digests."""
         self.journal.update(entries)
         with (self.folder / "journal.jsonl").open("a") as journal:
-            journal.write(json.dumps(entries) + "\n")
+            journal.write(f"\n{json.dumps(entries)}\n")  # on a line of its own, also after one that was cut off
 
     def make_files(self, plan: Plan) -> None:
         """The output files at full size with their headers; what a resumed run wrote stays."""
@@ -196,12 +198,9 @@ class State:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, RequestError) and not self.found:
+        if isinstance(error, RequestError) and not self.found and not self.journal:
             # A wrong request that showed itself late: there is nothing to resume, and the next try is a merge of its own.
-            self._clear()
-            (self.folder / "lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+            self.discard()
         self.close()
 
 

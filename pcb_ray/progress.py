@@ -9,8 +9,9 @@ from typing import Never, Self
 
 from tqdm import tqdm
 
-LOG_STEP = 0.25  # a log gets a line each time this share more is done ...
-LOG_PAUSE_S = 30.0  # ... or this time has passed
+LOG_STEP = 0.25  # a log gets a line each time this share more is done,
+LOG_PAUSE_S = 30.0  # or this time has passed,
+LOG_MIN_S = 5.0  # but after the first never more often than this
 
 
 def readable_bytes(count: float) -> str:
@@ -29,7 +30,8 @@ class Progress:
         self.name, self.total, self.done = name, total, 0
         self.quiet = quiet
         self._terminal = sys.stderr.isatty() and not quiet
-        self._start = self._last_line = time.monotonic()
+        self._start = time.monotonic()
+        self._last_line = self._start - LOG_MIN_S
         self._shown = 0.0
         self._bar: tqdm[Never] | None = None
         if self._terminal:
@@ -41,7 +43,8 @@ class Progress:
             self._bar.update(count)
         elif not self.quiet:
             now, share = time.monotonic(), self.done / max(self.total, 1)
-            if share < 1.0 and (share - self._shown >= LOG_STEP or now - self._last_line >= LOG_PAUSE_S):
+            pause_s = now - self._last_line
+            if share < 1.0 and (pause_s >= LOG_PAUSE_S or (pause_s >= LOG_MIN_S and share - self._shown >= LOG_STEP)):
                 rate = self.done / max(now - self._start, 1e-9)
                 left = (self.total - self.done) / max(rate, 1e-9)
                 self._line(

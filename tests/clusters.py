@@ -1,7 +1,7 @@
 """What the Ray tests share: one Ray for all of them, and runs of the command line that can be stopped and killed.
 
-A run is a real `python -m pcb_ray merge` in a process group of its own, followed by the lines that it prints. To hit a given sweep, a test waits
-for a line of that sweep and stops the driver (SIGSTOP) while it decides whom to kill.
+A run is a real `python -m pcb_ray merge` in a process group and a terminal of its own, followed by what it prints. A sweep shows its bar when it
+begins; to hit it, a test waits for that bar and stops the driver (SIGSTOP) while it decides whom to kill.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import functools
 import hashlib
 import json
 import os
+import pty
 import queue
+import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +50,15 @@ def receipt_of(out: Path) -> dict[str, Any]:
 def state_of(out: Path) -> Path:
     """Where an unfinished merge to `out` is kept (DESIGN section 6)."""
     return out.parent / f".{out.name}.pcb-ray"
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of the byte at this place."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
 
 
 # --- Ray ------------------------------------------------------------------------------------------------------------------------
@@ -88,28 +100,41 @@ def free_ports(count: int) -> list[int]:
 
 
 class Run:
-    """`python -m pcb_ray` as a process group of its own. `lines` are what it printed to standard error so far."""
+    """`python -m pcb_ray` as a process group of its own. `lines` are what it printed so far; each state of a progress bar is a line."""
 
-    def __init__(self, *arguments: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(self, *arguments: Any, env: Mapping[str, str] | None = None) -> None:
         self.lines: list[str] = []
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pcb_ray", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=cwd,
-            env={**os.environ, "RAY_AUTH_MODE": "token", **(env or {})},
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 160))
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pcb_ray", *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=theirs,
+                stderr=theirs,
+                env={**os.environ, "RAY_AUTH_MODE": "token", **(env or {})},
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
+        self._reader = threading.Thread(target=self._read, args=(ours,), daemon=True)
         self._reader.start()
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as stream:
-            for line in stream:
-                self._queue.put(line.rstrip("\n"))
+    def _read(self, terminal: int) -> None:
+        rest = ""
+        try:
+            while data := os.read(terminal, 1 << 16):
+                *lines, rest = re.split(r"[\r\n]+", rest + data.decode(errors="replace"))
+                if rest.endswith("B/s]"):  # a whole bar: nothing ends it before the next one is shown
+                    lines, rest = [*lines, rest], ""
+                for line in filter(None, lines):
+                    self._queue.put(line)
+        except OSError:  # the last process that could write to the terminal is gone
+            pass
+        finally:
+            os.close(terminal)
+        self._queue.put(rest)
         self._queue.put(None)
 
     @property
@@ -166,18 +191,18 @@ class Run:
 
 
 @contextlib.contextmanager
-def running(*arguments: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Iterator[Run]:
+def running(*arguments: Any, env: Mapping[str, str] | None = None) -> Iterator[Run]:
     """A run that doesn't outlive the block."""
-    run = Run(*arguments, env=env, cwd=cwd)
+    run = Run(*arguments, env=env)
     try:
         yield run
     finally:
         run.close()
 
 
-def pcb_ray(*arguments: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Run:
+def pcb_ray(*arguments: Any, env: Mapping[str, str] | None = None) -> Run:
     """A run that has ended."""
-    with running(*arguments, env=env, cwd=cwd) as run:
+    with running(*arguments, env=env) as run:
         run.finish()
         return run
 

@@ -30,7 +30,7 @@ merge, plan_module, owner_module = (importlib.import_module(f"pcb_ray.{name}") f
 
 StateDict = dict[str, Tensor]
 
-# A language model in miniature: 20,640 elements.
+# A language model in miniature: 19,552 elements.
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (256, 32),
     "model.layers.0.self_attn.q_proj.weight": (32, 32),
@@ -61,7 +61,7 @@ def fine_tuned(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: Sequence[int], sigma: float) -> Tensor:
-        return torch.randn(*shape, generator=generator) * sigma
+        return torch.randn(tuple(shape), generator=generator) * sigma
 
     sizes = {name: (shape[0] * scale, *shape[1:]) if shape else () for name, shape in (shapes or SHAPES).items()}
     base = {name: normal(shape, 0.05).to(dtype) for name, shape in sizes.items()}

@@ -33,6 +33,7 @@ class Model:
     token: str | None = None  # without it the model is as if it did not exist
     gated: bool = False
     failing: int | None = None  # the status of all answers about it
+    ranges: bool = True  # whether the CDN heeds Range
 
 
 def commit_of(name: str) -> str:
@@ -45,7 +46,6 @@ class HubServer:
 
     models: dict[str, Model]
     failing: int | None = None
-    ranges: bool = True  # whether the CDN heeds Range
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> HubServer:
@@ -70,10 +70,13 @@ class HubServer:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def fetched(self) -> dict[str, int]:
-        """Body bytes that GET requests took, by file; redirects count where they lead."""
+    def about(self, repo: str) -> list[Request]:
+        return [request for request in self.requests if f"/{repo}/" in f"{request.path}/"]
+
+    def fetched(self, repo: str) -> dict[str, int]:
+        """Body bytes that GET requests took, by file of the model; redirects count where they lead."""
         total: dict[str, int] = {}
-        for request in self.requests:
+        for request in self.about(repo):
             if request.method == "GET" and request.status < 300 and not request.path.startswith("/api/"):
                 name = re.sub(r"^(/cdn)?/[^/]+/[^/]+/resolve/[^/]+/", "", request.path)
                 total[name] = total.get(name, 0) + request.body_bytes
@@ -133,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"'}
             return self._send(302, b"", headers | {"Location": f"http://localhost:{hub.port}/cdn{path}"})
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None or not hub.ranges:
+        if wanted is None or not model.ranges:
             return self._send(200, data, headers)
         start, stop = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data))
         if start >= len(data):

@@ -1,10 +1,12 @@
 """Models on the Hub, opened by the real client against a loopback imitation of the Hub (hub_server.py).
 
-Each opening runs in a process of its own: the client reads HF_ENDPOINT, HF_HOME and HF_TOKEN once, when imported.
+Openings run in a process of their own: the client reads HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE once, when imported. A
+start takes a second, so the tests share one process (`opened`) where nothing but the model differs.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -13,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,26 +26,37 @@ from pcb_ray.checkpoint import open_checkpoint
 
 TOKEN = "hf_thisIsSecret0123456789"
 OPEN = """
-import json, sys
+import json, os, sys, time
 from pathlib import Path
 from pcb_ray.checkpoint import open_checkpoint
 from pcb_ray.errors import RequestError
 results = []
-for source, download in json.loads(sys.argv[1]):
+for source, download, environment in json.loads(sys.argv[1]):
+    before = dict(os.environ)
+    os.environ.update(environment)
+    begin = time.perf_counter()
     try:
         found = open_checkpoint(source, Path(sys.argv[2]), download=download)
+        tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in found.tensors.values()]
+        result = {"tensors": tensors, "files": found.files, "commit": found.commit, "config": found.config,
+                  "folder": found.folder and str(found.folder), "source": found.source}
     except RequestError as error:
-        results.append({"problems": error.problems})
-        continue
-    tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in found.tensors.values()]
-    results.append({"tensors": tensors, "files": found.files, "commit": found.commit, "config": found.config,
-                    "folder": found.folder and str(found.folder), "source": found.source})
+        result = {"problems": error.problems}
+    results.append(result | {"elapsed_s": time.perf_counter() - begin})
+    os.environ.clear()
+    os.environ.update(before)
 print(json.dumps(results))
 """
 
 
-def open_all(tmp_path: Path, endpoint: str, *jobs: tuple[str, bool], **environment: str) -> list[dict[str, Any]]:
-    """Open (source, download) one after another in a process without any network but `endpoint`; nothing secret is said."""
+class Job(NamedTuple):
+    source: str
+    download: bool = False
+    environment: dict[str, str] = {}  # noqa: RUF012 - read only
+
+
+def open_all(tmp_path: Path, endpoint: str, *jobs: Job, **environment: str) -> list[dict[str, Any]]:
+    """Open models one after another in a process without any network but `endpoint`; nothing secret is said."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN, "NO_PROXY": "*"}
     settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -51,6 +64,7 @@ def open_all(tmp_path: Path, endpoint: str, *jobs: tuple[str, bool], **environme
     done = subprocess.run(command, env=kept | settings | environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Secret" not in done.stdout + done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
     return list(json.loads(done.stdout))
 
 
@@ -96,198 +110,221 @@ def one(files: dict[str, bytes], **settings: Any) -> Model:
     return Model({commit_of("c"): files}, {"main": commit_of("c")}, **settings)
 
 
-@pytest.fixture
+def bin_file(tensors: dict[str, torch.Tensor]) -> bytes:
+    torch.save(tensors, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+OLD, NEW = commit_of("old"), commit_of("new")
+BIG = sharded(2)
+MODELS = {
+    "org/big": Model({NEW: BIG}, {"main": NEW}),
+    "org/whole": Model({OLD: sharded(1), NEW: BIG}, {"main": NEW, "v1": OLD}),
+    "org/tagged": Model(
+        {commit: {"config.json": b'{"seed": %d}' % seed, "model.safetensors": save(tensors_for(seed, 1))}
+         for seed, commit in enumerate((OLD, NEW), start=1)},
+        {"main": NEW, "v1": OLD, "refs/pr/7": OLD},
+    ),
+    "org/old-format": one({"config.json": b"{}", "pytorch_model.bin": bin_file({"x": torch.ones(300)}), "tf_model.h5": b"x"}),
+    "org/many": one({"model.safetensors": save({f"layers.{i:04}.weight": torch.ones(4) for i in range(2000)})}),
+    "org/no-ranges": one({"model.safetensors": save({"x": torch.ones(16_000_000)})}, ranges=False),
+    "org/private": one({"model.safetensors": save({"x": torch.ones(3)})}, token=TOKEN),
+    "org/hidden": one({"model.safetensors": save({"x": torch.ones(3)})}, token=TOKEN),
+    "org/local": one({"model.safetensors": save({"x": torch.ones(3)})}),
+    "org/gated": one({"model.safetensors": save({"x": torch.ones(3)})}, gated=True),
+    "org/adapter": one({"adapter_config.json": b"{}", "adapter_model.safetensors": save({"x": torch.ones(3)})}),
+    "org/gptq": one({"config.json": b'{"quantization_config": {"quant_method": "gptq"}}', "model.safetensors": b""}),
+    "org/cut": one({"model.safetensors": save({"x": torch.ones(50_000)})[:-9]}),
+    "org/empty": one({"model.safetensors": b""}),
+    "org/escape": one({"model.safetensors.index.json": b'{"weight_map": {"x": "../../x.safetensors"}}'}),
+    "org/absent": one({"model.safetensors.index.json": b'{"weight_map": {"x": "x.safetensors"}}'}),
+    **{f"org/status-{status}": Model({}, {}, failing=status) for status in (200, 403, 429, 500)},
+}  # fmt: skip
+REFUSED = {
+    "org/nothing": "no such model on 127.0.0.1",
+    "org/tagged@v9": "no such revision",
+    "org/gated": "gated on 127.0.0.1",
+    "org/adapter": "LoRA adapter",
+    "org/gptq": "'gptq'",
+    "org/cut": "describes 200000 bytes of data, the file has 199991",
+    "org/empty": "0 bytes, too short",
+    "org/escape": "'../../x.safetensors'",
+    "org/absent": "names 'x.safetensors', which the model does not have",
+    "org/a--b": "not a valid Hub id",
+    "org/status-500": "HTTP 500",
+    "org/status-429": "HTTP 429",
+    "org/status-403": "refuses access (HTTP 403)",
+    "org/status-200": "does not answer as a Hub does",
+}
+OTHER_TOKENS = {"hf_otherSecret": "no such model on 127.0.0.1", "badSecret": "refuses access (HTTP 401)"}
+REVISIONS = {"v1": 1, "refs/pr/7": 1, OLD: 1, "main": 2, NEW: 2}
+
+
+@pytest.fixture(scope="module")
 def hub() -> Iterator[HubServer]:
-    old, new = commit_of("old"), commit_of("new")
-    big = Model({old: sharded(1), new: sharded(2)}, {"main": new, "v1": old, "refs/pr/7": old})
-    torch.save({"x": torch.ones(300)}, buffer := Path(f"/tmp/pcb_ray_hub_{os.getpid()}.bin"))
-    pickled = buffer.read_bytes()
-    buffer.unlink()
-    models = {
-        "org/big": big,
-        "org/old-format": one({"config.json": b"{}", "pytorch_model.bin": pickled, "tf_model.h5": b"x"}),
-        "org/many": one({"model.safetensors": save({f"layers.{i:04}.weight": torch.ones(4) for i in range(2000)})}),
-        "org/private": one({"model.safetensors": save({"x": torch.ones(3)})}, token=TOKEN),
-        "org/gated": one({"model.safetensors": save({"x": torch.ones(3)})}, gated=True),
-        "org/adapter": one({"adapter_config.json": b"{}", "adapter_model.safetensors": save({"x": torch.ones(3)})}),
-        "org/gptq": one({"config.json": b'{"quantization_config": {"quant_method": "gptq"}}', "model.safetensors": b""}),
-        "org/cut": one({"model.safetensors": save({"x": torch.ones(50_000)})[:-9]}),
-        "org/empty": one({"model.safetensors": b""}),
-        "org/escape": one({"model.safetensors.index.json": b'{"weight_map": {"x": "../../x.safetensors"}}'}),
-        "org/absent": one({"model.safetensors.index.json": b'{"weight_map": {"x": "x.safetensors"}}'}),
-    }
-    models |= {f"org/status-{status}": Model({}, {}, failing=status) for status in (200, 403, 429, 500)}
-    with HubServer(models) as server:
+    with HubServer(MODELS) as server:
         yield server
 
 
-def test_planning_fetches_headers_only_and_pins_the_commit(tmp_path: Path, hub: HubServer) -> None:
-    (result,) = open_all(tmp_path, hub.endpoint, ("org/big", False))
-    new = commit_of("new")
-    files = hub.models["org/big"].commits[new]
-    shards = sorted(name for name in files if name.endswith(".safetensors"))
-    assert hub.fetched().keys() == {"config.json", "model.safetensors.index.json", *shards}
-    assert all(hub.fetched()[shard] <= 1 << 16 < len(files[shard]) // 10 for shard in shards)
-    assert not (tmp_path / "hf" / "hub").exists()
-    assert (result["commit"], result["folder"], result["config"]) == (new, None, {"seed": 2})
-    resolved = [r.path for r in hub.requests if "/resolve/" in r.path]
-    assert all(f"/resolve/{new}/" in path for path in resolved)
+class Opened(NamedTuple):
+    root: Path
+    hub: HubServer
+    results: dict[str, dict[str, Any]]  # by source, and also "download" or a token
+
+    def problem(self, key: str) -> str:
+        return problem(self.results[key])
+
+
+@pytest.fixture(scope="module")
+def opened(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Many openings in one process; each test looks at its own model."""
+    root = tmp_path_factory.mktemp("opened")
+    (root / "org" / "local").mkdir(parents=True)
+    (root / "org" / "local" / "model.safetensors").write_bytes(save({"mine": torch.ones(2)}))
+    sources = ["org/big", "org/many", "org/no-ranges", "org/old-format", "org/private", *REFUSED]
+    jobs = {source: Job(source) for source in sources} | {"org/local": Job("org/local", True)}
+    jobs |= {"org/private download": Job("org/private", True), "org/whole download": Job("org/whole", True)}
+    for revision in REVISIONS:
+        jobs |= {f"{revision} {download}": Job(f"org/tagged@{revision}", download) for download in (False, True)}
+    for token in OTHER_TOKENS:
+        jobs |= {f"{token} {download}": Job("org/hidden", download, {"HF_TOKEN": token}) for download in (False, True)}
+    results = open_all(root, hub.endpoint, *jobs.values())
+    return Opened(root, hub, dict(zip(jobs, results, strict=True)))
+
+
+def test_planning_fetches_headers_only_and_pins_the_commit(tmp_path: Path, opened: Opened) -> None:
+    result, fetched = opened.results["org/big"], opened.hub.fetched("org/big")
+    shards = sorted(name for name in BIG if name.endswith(".safetensors"))
+    assert fetched.keys() == {"config.json", "model.safetensors.index.json", *shards}
+    assert all(fetched[shard] <= 1 << 16 < len(BIG[shard]) // 10 for shard in shards)
+    assert not list(opened.root.rglob("models--org--big"))
+    assert list(opened.root.rglob("models--org--whole"))
+    assert (result["commit"], result["folder"], result["config"]) == (NEW, None, {"seed": 2})
+    resolved = [r.path for r in opened.hub.about("org/big") if "/resolve/" in r.path]
+    assert all(f"/resolve/{NEW}/" in path for path in resolved)
     # the same as the files opened on disk
-    local = tmp_path / "local"
-    local.mkdir()
     for name in (*shards, "model.safetensors.index.json"):
-        (local / name).write_bytes(files[name])
-    place = f"hub://org/big@{new}"
-    expected = open_checkpoint(str(local))
+        (tmp_path / name).write_bytes(BIG[name])
+    place = f"hub://org/big@{NEW}"
+    expected = open_checkpoint(str(tmp_path))
     assert result["tensors"] == [
-        [t.name, t.dtype, list(t.shape), t.file.replace(str(local), place), t.start] for t in expected.tensors.values()
+        [t.name, t.dtype, list(t.shape), t.file.replace(str(tmp_path), place), t.start] for t in expected.tensors.values()
     ]
-    assert result["files"] == [[f.path.replace(str(local), place), f.size, f.header_sha256] for f in expected.files]
+    assert result["files"] == [[f.path.replace(str(tmp_path), place), f.size, f.header_sha256] for f in expected.files]
 
 
-def test_the_token_goes_to_the_hub_and_not_to_where_the_hub_redirects(tmp_path: Path, hub: HubServer) -> None:
-    results = open_all(tmp_path, hub.endpoint, ("org/private", False), ("org/private", True))
-    assert all(len(result["tensors"]) == 1 for result in results)
-    sent = {(r.path.startswith("/cdn/"), r.authorization) for r in hub.requests}
+def test_the_token_goes_to_the_hub_and_not_to_where_the_hub_redirects(opened: Opened) -> None:
+    assert all(len(opened.results[key]["tensors"]) == 1 for key in ("org/private", "org/private download"))
+    sent = {(r.path.startswith("/cdn/"), r.authorization) for r in opened.hub.about("org/private")}
     assert sent == {(False, f"Bearer {TOKEN}"), (True, None)}
 
 
-def test_a_header_longer_than_the_first_request_is_fetched_whole(tmp_path: Path, hub: HubServer) -> None:
-    (result,) = open_all(tmp_path, hub.endpoint, ("org/many", False))
-    content = hub.models["org/many"].commits[commit_of("c")]["model.safetensors"]
+def test_a_header_longer_than_the_first_request_is_fetched_whole(opened: Opened) -> None:
+    content = MODELS["org/many"].commits[commit_of("c")]["model.safetensors"]
     header_bytes = 8 + int.from_bytes(content[:8], "little")
-    assert len(result["tensors"]) == 2000
+    assert len(opened.results["org/many"]["tensors"]) == 2000
     assert header_bytes > 1 << 16
-    assert hub.fetched()["model.safetensors"] == (1 << 16) + header_bytes
+    assert opened.hub.fetched("org/many")["model.safetensors"] == (1 << 16) + header_bytes
 
 
-def test_a_server_that_ignores_ranges_is_left_after_the_header(tmp_path: Path, hub: HubServer) -> None:
-    hub.ranges = False
-    hub.models["org/big"] = one({"model.safetensors": save({"x": torch.ones(16_000_000)})})
-    (result,) = open_all(tmp_path, hub.endpoint, ("org/big", False))
-    assert result["tensors"][0][1:3] == ["F32", [16_000_000]]
+def test_a_server_that_ignores_ranges_is_left_after_the_header(opened: Opened) -> None:
+    assert opened.results["org/no-ranges"]["tensors"][0][1:3] == ["F32", [16_000_000]]
     deadline = time.monotonic() + 10
-    while not hub.fetched() and time.monotonic() < deadline:
+    while not opened.hub.fetched("org/no-ranges") and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert hub.fetched()["model.safetensors"] < 16_000_000
+    assert opened.hub.fetched("org/no-ranges")["model.safetensors"] < 16_000_000
 
 
-def test_a_download_takes_the_needed_files_only_and_serves_when_the_hub_is_gone(tmp_path: Path, hub: HubServer) -> None:
-    (result,) = open_all(tmp_path, hub.endpoint, ("org/big", True))
-    new = commit_of("new")
-    files = hub.models["org/big"].commits[new]
-    shards = sorted(name for name in files if name.endswith(".safetensors"))
+def test_a_download_takes_the_needed_files_only_and_serves_when_the_hub_is_gone(tmp_path: Path, opened: Opened) -> None:
+    result, hub = opened.results["org/whole download"], opened.hub
+    shards = sorted(name for name in BIG if name.endswith(".safetensors"))
     wanted = {*NEEDED, *shards, "model.safetensors.index.json"}
-    assert hub.fetched().keys() == wanted
+    assert hub.fetched("org/whole").keys() == wanted
     folder = Path(result["folder"])
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == wanted
-    assert all((folder / name).read_bytes() == files[name] for name in wanted)
-    assert (result["commit"], result["config"]) == (new, {"seed": 2})
+    assert all((folder / name).read_bytes() == BIG[name] for name in wanted)
+    assert (result["commit"], result["config"]) == (NEW, {"seed": 2})
     assert result["tensors"] == [
         [t.name, t.dtype, list(t.shape), t.file, t.start] for t in open_checkpoint(str(folder)).tensors.values()
     ]
     # down, failing, or told to stay offline: the cache serves, for the branch and for the commit
-    jobs = [("org/big", True), ("org/big", False), (f"org/big@{new}", True), ("org/big@v1", True)]
-    hub.failing = 503
-    for endpoint, offline in ((f"http://127.0.0.1:{free_port()}", "0"), (hub.endpoint, "0"), (hub.endpoint, "1")):
-        *served, other = open_all(tmp_path, endpoint, *jobs, HF_HUB_OFFLINE=offline)
-        assert [s["tensors"] for s in served] == [result["tensors"]] * 3
-        assert [s["commit"] for s in served] == [new] * 3
-        assert "org/big@v1" in problem(other)
-
-
-def test_a_revision_is_a_branch_a_tag_a_pull_request_or_a_commit(tmp_path: Path, hub: HubServer) -> None:
-    old, new = commit_of("old"), commit_of("new")
-    revisions = ["v1", "refs/pr/7", old, "main", new]
-    jobs = [(f"org/big@{revision}", download) for download in (False, True) for revision in revisions]
-    found = open_all(tmp_path, hub.endpoint, *jobs)
-    assert [result["commit"] for result in found] == [old, old, old, new, new] * 2
-    assert [result["config"]["seed"] for result in found] == [1, 1, 1, 2, 2] * 2
-
-
-def test_a_model_in_bin_files_alone_is_downloaded_also_for_a_plan(tmp_path: Path, hub: HubServer) -> None:
-    (result,) = open_all(tmp_path, hub.endpoint, ("org/old-format", False))
-    assert hub.fetched().keys() == {"config.json", "pytorch_model.bin"}
-    assert result["tensors"][0][:3] == ["x", "F32", [300]]
-    assert result["commit"] == commit_of("c")
-
-
-def test_a_folder_with_the_name_of_a_hub_model_is_opened_instead(tmp_path: Path, hub: HubServer) -> None:
-    (tmp_path / "org" / "big").mkdir(parents=True)
-    (tmp_path / "org" / "big" / "model.safetensors").write_bytes(save({"mine": torch.ones(2)}))
-    (result,) = open_all(tmp_path, hub.endpoint, ("org/big", True))
-    assert (result["tensors"][0][0], result["commit"]) == ("mine", None)
-    assert hub.requests == []
-
-
-def test_what_the_hub_refuses_or_holds_wrong_is_told_at_once_and_by_name(tmp_path: Path, hub: HubServer) -> None:
-    expected = {
-        "org/nothing": "no such model on 127.0.0.1",
-        "org/big@v9": "no such revision",
-        "org/gated": "gated on 127.0.0.1",
-        "org/adapter": "LoRA adapter",
-        "org/gptq": "'gptq'",
-        "org/cut": "describes 200000 bytes of data, the file has 199991",
-        "org/empty": "0 bytes, too short",
-        "org/escape": "'../../x.safetensors'",
-        "org/absent": "names 'x.safetensors', which the model does not have",
-        "org/a--b": "not a valid Hub id",
-        "org/status-500": "HTTP 500",
-        "org/status-429": "HTTP 429",
-        "org/status-403": "refuses access (HTTP 403)",
-        "org/status-200": "does not answer as a Hub does",
-    }
-    begin = time.perf_counter()
-    results = open_all(tmp_path, hub.endpoint, *[(source, False) for source in expected])
-    for (source, part), result in zip(expected.items(), results, strict=True):
-        assert part in problem(result), (source, result)
-        assert source in problem(result)
-    assert time.perf_counter() - begin < 8
-    assert sum(hub.fetched().values()) < 1 << 17
-    for token, part in (("hf_otherSecret", "no such model on 127.0.0.1"), ("badSecret", "refuses access (HTTP 401)")):
-        jobs = [("org/private", False), ("org/private", True)]
-        for result in open_all(tmp_path, hub.endpoint, *jobs, HF_TOKEN=token):
-            assert part in problem(result)
-            assert "HF_TOKEN" in problem(result)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.mark.parametrize(
-    ("environment", "part"),
-    [
-        ({"HF_ENDPOINT": "http://user:hunter2@127.0.0.1:9"}, "127.0.0.1:9 cannot be reached (ConnectError)"),
-        ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT"),
-        ({"HF_ENDPOINT": "http://[half"}, "HF_ENDPOINT"),
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
-        ({"HF_TOKEN": "hf_naïveSecret"}, "HF_TOKEN"),
-        ({"HF_TOKEN": "hf_two\nlinesSecret"}, ""),
-    ],
-)  # fmt: skip
-def test_an_unreachable_hub_is_told_within_seconds(tmp_path: Path, environment: dict[str, str], part: str) -> None:
-    begin = time.perf_counter()
-    jobs = [("org/name", False), ("org/name", True)]
-    results = open_all(tmp_path, f"http://127.0.0.1:{free_port()}", *jobs, **environment)
-    assert time.perf_counter() - begin < 8
-    for result in results:
-        assert part in problem(result)
-        assert "hunter2" not in problem(result)
-
-
-def test_an_incomplete_cache_is_told_with_the_reason_why_it_was_asked(tmp_path: Path, hub: HubServer) -> None:
-    (result,) = open_all(tmp_path, hub.endpoint, ("org/big", True))
-    (Path(result["folder"]) / "model-00002-of-00003.safetensors").unlink()
-    (again,) = open_all(tmp_path, f"http://127.0.0.1:{free_port()}", ("org/big", True))
+    jobs = [Job("org/whole", True), Job("org/whole"), Job(f"org/whole@{NEW}", True), Job("org/whole@v1", True)]
+    jobs += [Job("org/name"), Job("org/name", True)]
+    failing = HubServer(MODELS, failing=503)
+    with failing:
+        for endpoint, offline in ((nowhere(), "0"), (failing.endpoint, "0"), (hub.endpoint, "1")):
+            *served, other, unknown, unknown_too = open_all(opened.root, endpoint, *jobs, HF_HUB_OFFLINE=offline)
+            assert [s["tensors"] for s in served] == [result["tensors"]] * 3
+            assert [s["commit"] for s in served] == [NEW] * 3
+            assert "org/whole@v1" in problem(other)
+            for told in (unknown, unknown_too):
+                assert {"0": endpoint.removeprefix("http://").partition(":")[0], "1": "HF_HUB_OFFLINE"}[offline] in problem(told)
+                assert told["elapsed_s"] < 5
+    # and what is missing in the cache is told with the reason why it was asked
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    (again,) = open_all(opened.root, nowhere(), Job("org/whole", True))
     assert any("cannot be reached" in problem for problem in again["problems"])
     assert any("model-00002-of-00003.safetensors: no such file" in problem for problem in again["problems"])
 
 
+def test_a_revision_is_a_branch_a_tag_a_pull_request_or_a_commit(opened: Opened) -> None:
+    for revision, seed in REVISIONS.items():
+        for download in (False, True):
+            found = opened.results[f"{revision} {download}"]
+            assert (found["commit"], found["config"]["seed"]) == ({1: OLD, 2: NEW}[seed], seed)
+            assert found["tensors"][0][0] == f"layers.{seed}.0.weight"
+            assert (found["folder"] is not None) == download
+
+
+def test_a_model_in_bin_files_alone_is_downloaded_also_for_a_plan(opened: Opened) -> None:
+    result = opened.results["org/old-format"]
+    assert opened.hub.fetched("org/old-format").keys() == {"config.json", "pytorch_model.bin"}
+    assert result["tensors"][0][:3] == ["x", "F32", [300]]
+    assert result["commit"] == commit_of("c")
+
+
+def test_a_folder_with_the_name_of_a_hub_model_is_opened_instead(opened: Opened) -> None:
+    result = opened.results["org/local"]
+    assert (result["tensors"][0][0], result["commit"]) == ("mine", None)
+    assert opened.hub.about("org/local") == []
+
+
+def test_what_the_hub_refuses_or_holds_wrong_is_told_at_once_and_by_name(opened: Opened) -> None:
+    for source, part in REFUSED.items():
+        assert part in opened.problem(source), source
+        assert source in opened.problem(source)
+        assert opened.results[source]["elapsed_s"] < 2
+        assert sum(opened.hub.fetched(source).values()) < 1 << 17
+    for token, part in OTHER_TOKENS.items():
+        for download in (False, True):
+            assert part in opened.problem(f"{token} {download}")
+            assert "HF_TOKEN" in opened.problem(f"{token} {download}")
+
+
+def nowhere() -> str:
+    """An address at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_wrong_settings_of_the_client_are_told_by_name_within_seconds(tmp_path: Path) -> None:
+    user = nowhere().replace("//", "//user:hunter2@")
+    settings = [  # the wrong addresses come first: with them the library does not even load
+        ({"HF_ENDPOINT": "http://[half"}, "HF_ENDPOINT"),
+        ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT"),
+        ({"HF_ENDPOINT": user}, f"{user.partition('@')[2]} cannot be reached (ConnectError)"),
+        ({"HF_ENDPOINT": user, "HF_TOKEN": "hf_naïveSecret"}, "HF_TOKEN"),
+        ({"HF_ENDPOINT": user, "HF_TOKEN": "hf_two\nlinesSecret"}, "cannot be reached"),
+    ]
+    jobs = [Job("org/name", download, environment) for environment, _ in settings for download in (False, True)]
+    for job, result in zip(jobs, open_all(tmp_path, "nonsense", *jobs), strict=True):
+        assert dict((str(a), b) for a, b in settings)[str(job.environment)] in problem(result)
+        assert result["elapsed_s"] < 5
+
+
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, hub: HubServer) -> None:
     (tmp_path / "file").write_text("")
-    (result,) = open_all(tmp_path, hub.endpoint, ("org/big", True), HF_HOME=str(tmp_path / "file"))
+    (result,) = open_all(tmp_path, hub.endpoint, Job("org/tagged", True), HF_HOME=str(tmp_path / "file"))
     assert "cannot be stored in the Hub's cache" in problem(result)
     assert "HF_HOME" in problem(result)

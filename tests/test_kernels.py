@@ -156,6 +156,42 @@ def test_a_cut_block_merges_to_the_bits_of_the_whole(kernel, method, data, block
 
 @needs_native
 @quick
+@given(block=blocks(5), D=st.integers(1, 10**11))
+def test_native_paper_has_the_bits_of_torch(block, D):
+    """Its extrema, softmax numerators and scores in float64, also where a product is constant or overflows nothing but float32."""
+    _, tau_NB = block
+    n = len(tau_NB)
+    native, plain = (kind("pcb-paper", n, D, CPU) for kind in (NativeKernel, TorchKernel))
+    pairs = n * (n + 1) // 2
+    ends = {kernel.name: ([math.inf] * pairs, [-math.inf] * pairs) for kernel in (native, plain)}
+    for kernel in (native, plain):
+        kernel.extrema(tau_NB[:, :3], *ends[kernel.name])
+        kernel.extrema(tau_NB, *ends[kernel.name])
+    assert ends["native"] == ends["torch"]
+    exact = [[(a * b).item() for a, b in zip(tau_NB[i].double(), tau_NB[j].double(), strict=True)] for i, j in pcb.pairs(n)]
+    assert ends["torch"] == ([min(p) for p in exact], [max(p) for p in exact])
+    low, high = ends["native"]
+    thresholds = Thresholds(pair_min=tuple(low), pair_max=tuple(high))
+    e_native, e_torch = native.exponentials(tau_NB, thresholds), plain.exponentials(tau_NB, thresholds)
+    assert_same_bits(e_native, e_torch)
+    sums = e_torch.sum(dim=1).tolist()
+    thresholds = thresholds.replace(intra_sum=tuple(sums[:n]), pair_sum=tuple(sums[n:]))
+    assert_same_bits(native.beta(tau_NB, thresholds), plain.beta(tau_NB, thresholds))
+
+
+@needs_native
+@pytest.mark.parametrize("n", [80, 81, 90, 120])
+def test_native_scores_of_many_tasks_have_the_bits_of_torch(n):
+    """Where exp comes to the subnormal numbers, C takes another path."""
+    tau_NB = torch.randn(n, 37, generator=torch.Generator().manual_seed(n))
+    thresholds = Thresholds(low=(0.1,) * n, high=(2.0,) * n)
+    for method in FUSED:
+        native, plain = (kind(method, n, 10, CPU) for kind in (NativeKernel, TorchKernel))
+        assert_same_bits(native.beta(tau_NB, thresholds), plain.beta(tau_NB, thresholds))
+
+
+@needs_native
+@quick
 @given(block=blocks(1), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
 def test_native_task_vectors_have_the_bits_of_torch(block, dtype):
     theta_B, tau_NB = block

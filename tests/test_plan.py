@@ -214,7 +214,7 @@ def test_a_density_that_keeps_nothing_is_a_wrong_request(family):
     one = family(2)
     recipe = one.recipe()
     recipe["models"][1]["parameters"] = {"density": 1e-17}
-    with pytest.raises(RequestError, match=r"model1: density 1e-17 of 20640 merged elements keeps nothing"):
+    with pytest.raises(RequestError, match=r"model1: density 1e-17 of 19552 merged elements keeps nothing"):
         plan(Recipe.from_dict(recipe))
     recipe["models"][1]["parameters"] = {"density": 1e-9}
     assert plan(Recipe.from_dict(recipe)).densities == (0.1, 1e-9)

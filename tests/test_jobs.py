@@ -1,0 +1,137 @@
+"""`ray job submit` of a merge to a real head node, as cluster/README.md says it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import families
+import psutil
+import pytest
+from clusters import DEADLINE_S, await_end, await_that, descendants, free_ports, owners_under, receipt_of, title
+from families import Family
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}  # an activated environment
+
+
+class Head(NamedTuple):
+    process: subprocess.Popen[bytes]
+    url: str
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """`ray start --head` with a dashboard, on ports of its own."""
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=ENVIRONMENT, check=True, capture_output=True, timeout=DEADLINE_S)
+    gcs, dashboard, client, agent, agent_grpc, metrics, environments = free_ports(7)
+    folder = Path(tempfile.mkdtemp(prefix="pcb"))  # Ray's sockets lie in it, and their names may have 107 characters
+    command = [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus", "2", "--temp-dir", folder]
+    command += ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--object-store-memory", str(80 << 20)]
+    command += ["--port", gcs, "--dashboard-port", dashboard, "--ray-client-server-port", client, "--dashboard-agent-listen-port", agent]
+    command += ["--dashboard-agent-grpc-port", agent_grpc, "--metrics-export-port", metrics, "--runtime-env-agent-port", environments]
+    command += ["--min-worker-port", "0", "--max-worker-port", "0"]
+    log = folder / "start.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen([str(c) for c in command], env=ENVIRONMENT, stdout=stream, stderr=stream, start_new_session=True)
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        await_that(f"a head node starts ({log})", lambda: answers(url) or process.poll() is not None, timeout_s=90)
+        assert process.poll() is None, log.read_text()
+        yield Head(process, url)
+    finally:
+        processes = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)  # and it ends what it started, and nothing else
+        process.wait(timeout=DEADLINE_S)
+        await_end(processes)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code == 401  # it wants the token
+    except OSError:
+        return False
+    return True
+
+
+def submit(head: Head, folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    command = [BIN / "ray", "job", "submit", "--address", head.url, "--working-dir", folder, "--", "pcb-ray", *arguments]
+    return subprocess.Popen(
+        [str(c) for c in command], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def told(job: subprocess.Popen[str]) -> str:
+    try:
+        return job.communicate(timeout=DEADLINE_S)[0]
+    finally:
+        job.kill()
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family(tmp_path_factory.mktemp("job") / "family", *families.fine_tuned(3, scale=100))
+
+
+def job_folder(tmp_path: Path, family: Family) -> Path:
+    folder = tmp_path / "submitted"
+    folder.mkdir()
+    shutil.copy(family.recipe_file(parameters={"density": 0.2}), folder / "recipe.yaml")
+    return folder
+
+
+def test_a_job_merges_on_the_cluster_that_it_was_submitted_to(head: Head, family: Family, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = submit(head, job_folder(tmp_path, family), "merge", "recipe.yaml", out)
+    seen: dict[psutil.Process, int] = {}
+
+    def at_work() -> bool:
+        seen.update({p: p.ppid() for p in owners_under(head.process.pid)})
+        return len(seen) == 2 or job.poll() is not None
+
+    await_that("owners appear on the cluster", at_work)
+    servers = [p for p in descendants(head.process.pid) if "gcs_server" in title(p)]
+    text = told(job)
+    assert job.returncode == 0, text
+    assert "models merged" in text
+    assert len(servers) == 1, "the job started a Ray of its own"
+    raylets = {p.pid for p in descendants(head.process.pid) if p.name() == "raylet"}
+    assert len(seen) == 2
+    assert set(seen.values()) == raylets
+    assert receipt_of(out)["workers"] == 2
+    await_end(list(seen))
+
+    import pcb_ray
+    from pcb_ray.plan import plan
+    from pcb_ray.recipe import Recipe
+
+    local = families.merge_locally(plan(Recipe.from_dict(family.recipe(parameters={"density": 0.2}), tmp_path)), tmp_path / "local")
+    assert (out / "model.safetensors").read_bytes() == local.files["model.safetensors"]
+    assert pcb_ray.verify(out, quiet=True) == []
+
+
+def test_a_job_with_a_relative_output_is_refused(head: Head, family: Family, tmp_path: Path) -> None:
+    start = time.monotonic()
+    job = submit(head, job_folder(tmp_path, family), "merge", "recipe.yaml", "out")
+    text = told(job)
+    assert job.returncode == 1, text  # Ray tells of any failure so; the job's own exit code is in its message
+    assert "failed with exit code 2" in text
+    assert "give an absolute path" in text
+    assert "Traceback" not in text
+    assert time.monotonic() - start < 60
