@@ -30,7 +30,7 @@ stamp=.venv/.quickstart
 wanted=$(cat pyproject.toml cluster/constraints.txt pcb_ray/_native.c | cksum)
 if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
     echo "Installing pcb-ray and what it needs into .venv (some minutes the first time) ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c cluster/constraints.txt -e ".[examples]"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check -c cluster/constraints.txt -e ".[examples]"
     echo "$wanted" >"$stamp"
 fi
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pcb_ray.selection import Tally
+from pcb_ray.selection import Sample, Tally
 
 Digest = bytes
 
@@ -55,6 +55,17 @@ class Thresholds:
     @classmethod
     def from_json(cls, fields: dict[str, list[float]]) -> Thresholds:
         return cls(**{name: tuple(values) for name, values in fields.items()})
+
+
+@dataclasses.dataclass
+class Sampled:
+    """For each task where the keys of the sample lie."""
+
+    of_task: list[Sample]
+
+    def merge(self, other: Sampled) -> None:
+        for mine, theirs in zip(self.of_task, other.of_task, strict=True):
+            mine.merge(theirs)
 
 
 @dataclasses.dataclass

@@ -60,7 +60,7 @@ The bytes are the same whatever --workers, --memory and --device are.
 
 def size(text: str) -> int:
     """'2GB' -> 2000000000; units kB MB GB TB (powers of 1000) and KiB MiB GiB TiB."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].upper() not in UNITS or not (value := int(float(match[1]) * UNITS[match[2].upper()])):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB, 2GB or 1.5GiB")
     return value

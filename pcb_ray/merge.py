@@ -1,4 +1,4 @@
-"""The sweeps in order, and the receipt: `merge`, `merge_state_dicts` and `verify`."""
+"""The three things to do with a recipe or models: `merge`, `verify`, `merge_state_dicts`; and the receipt."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from pcb_ray import output, runtime
-from pcb_ray.answers import BETA, LARGEST_KEY, MAGNITUDE, Thresholds, value_of_key
+from pcb_ray.analysis import Run, Sweep, fold, fold_inputs, thresholds_of, warnings_of
+from pcb_ray.answers import Thresholds
 from pcb_ray.checkpoint import Checkpoint, Tensor, open_checkpoint, read_header
 from pcb_ray.errors import RequestError
 from pcb_ray.output import RECEIPT, RECIPE, State
-from pcb_ray.plan import CLIP, DEFAULT_SHARD_BYTES, SAMPLE_RUN, Plan, choose_block, plan_of
+from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, choose_block, plan_of
 from pcb_ray.plan import plan as make_plan
 from pcb_ray.plan import worker_bytes as announced_bytes
-from pcb_ray.progress import Progress, readable_bytes
+from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import Model, Recipe
-from pcb_ray.runtime import Owners
-from pcb_ray.selection import TALLY_ENTRIES, Bracket
 
 if TYPE_CHECKING:
     import torch
@@ -39,172 +36,6 @@ log = logging.getLogger("pcb_ray")
 
 # The arithmetic of pcb.py: receipts name it, and a resumed or verified merge must have been made with the same one.
 ARITHMETIC = "ieee-1"
-FLOAT32_MAX = 3.4028234663852886e38
-
-
-# --- the sweeps -------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sweep:
-    """One pass over the inputs, as the receipt tells of it."""
-
-    name: str
-    elapsed_s: float
-    bytes: int
-
-
-class Run:
-    """One merge under way: asks the owners sweep by sweep, and remembers what is worth a receipt."""
-
-    def __init__(self, plan: Plan, owners: Owners, *, quiet: bool) -> None:
-        self.plan, self.owners, self.quiet = plan, owners, quiet
-        self.sweeps: list[Sweep] = []
-        self.inputs: list[str] = []  # a digest of each input, once a sweep has seen them whole
-
-    def sweep(
-        self, name: str, question: str, *args: Any, chunks: Sequence[int] | None = None, share: float = 1.0
-    ) -> Iterator[tuple[Sequence[int], Any]]:
-        """Ask about all chunks with a progress bar; `share` of each chunk's bytes is read."""
-        plan = self.plan
-        todo = list(range(plan.chunks)) if chunks is None else list(chunks)
-        per_element = plan.sweep_bytes / plan.D
-        start, done = time.monotonic(), 0
-        with Progress(name, round(share * per_element * self._elements(todo)), quiet=self.quiet) as progress:
-            for batch, answer in self.owners.ask(question, todo, *args):
-                count = round(share * per_element * self._elements(batch))
-                done += count
-                progress.advance(count)
-                yield batch, answer
-        self.sweeps.append(Sweep(name, time.monotonic() - start, done))
-
-    def total(self, name: str, question: str, *args: Any) -> Any:
-        """The answers of all chunks merged into one."""
-        answers = (answer for _, answer in self.sweep(name, question, *args))
-        total = next(answers)
-        for answer in answers:
-            total.merge(answer)
-        return total
-
-    def _elements(self, chunks: Sequence[int]) -> int:
-        size, last = self.plan.chunk_elements, self.plan.chunks - 1
-        return sum(size if chunk < last else self.plan.D - last * size for chunk in chunks)
-
-
-def thresholds_of(run: Run, known: Thresholds | None = None, keep: Callable[[Thresholds], None] = lambda _: None) -> Thresholds:
-    """The analysis: everything that the method must know of the whole model before a block can be merged.
-
-    What is `known` already is not found again; `keep` is called after each sweep that found something.
-    """
-    plan, D = run.plan, run.plan.D
-    result = known or Thresholds()
-    if plan.method in CLIP and not result.low:
-        c = CLIP[plan.method]
-        values, largest = order_statistics(run, MAGNITUDE, result, [[int(D * c), int(D * (1 - c) - 1)]] * plan.N)
-        if plan.method == "pcb-released" and sum(largest) > FLOAT32_MAX:
-            # It multiplies by the sum of all tau; an infinite one times 0 is no number, and has no rank.
-            raise RequestError(
-                f"{plan.recipe.models[i].source}: differs from the base by up to {x:g}; the sum over all models may overflow float32: "
-                "exclude the tensor that holds such values, or use `variant: pairwise`"
-                for i, x in enumerate(largest)
-                if x > FLOAT32_MAX / (2 * plan.N)
-            )
-        result = result.replace(low=tuple(v[0] for v in values), high=tuple(v[1] for v in values))
-        keep(result)
-    if plan.method == "ties" and not result.low:
-        values, _ = order_statistics(run, MAGNITUDE, result, [[max(D - int(D * r) - 1, 0)] for r in plan.densities])
-        result = result.replace(low=tuple(v[0] for v in values))
-        keep(result)
-    if plan.method == "pcb-paper" and not result.pair_max:
-        extrema = run.total("pair products", "extrema")
-        run.inputs = _fold_inputs(plan, extrema.digests)
-        result = result.replace(pair_min=tuple(extrema.low), pair_max=tuple(extrema.high))
-        keep(result)
-    if plan.method == "pcb-paper" and not result.pair_sum:
-        of_chunk = run.total("softmax sums", "sums", result).of_chunk
-        sums = [math.fsum(values) for values in zip(*of_chunk.values(), strict=True)]  # fsum is exact: no order shows
-        result = result.replace(intra_sum=tuple(sums[: plan.N]), pair_sum=tuple(sums[plan.N :]))
-        keep(result)
-    if plan.method.startswith("pcb") and not result.t:
-        values, largest = order_statistics(run, BETA, result, [[min(int(D * (1 - r)), D - 1)] for r in plan.densities])
-        result = result.replace(t=tuple(v[0] for v in values), beta_max=tuple(largest))
-        keep(result)
-    return result
-
-
-def order_statistics(
-    run: Run, quantity: str, thresholds: Thresholds, ranks: Sequence[Sequence[int]]
-) -> tuple[list[list[float]], list[float]]:
-    """For each task the values of these ranks of |tau| or beta over the whole model, exactly, and the largest value."""
-    plan, magnitude = run.plan, quantity == MAGNITUDE
-    bits = 64 if plan.method == "pcb-paper" and not magnitude else 32
-    largest_key = LARGEST_KEY[bits]
-    smallest_key = 0 if magnitude else -largest_key
-    open_ranks = {(i, rank): Bracket(smallest_key, largest_key) for i, of_task in enumerate(ranks) for rank in of_task}
-    if plan.D > TALLY_ENTRIES:
-        samples: Any = None
-        for _, answer in run.sweep(f"sample of {quantity}", "sample", quantity, thresholds, share=SAMPLE_RUN / plan.sample_stride):
-            if samples is None:
-                samples = answer
-            else:
-                for mine, theirs in zip(samples, answer, strict=True):
-                    mine.merge(theirs)
-        open_ranks = {(i, rank): samples[i].bracket(rank, plan.D, smallest_key, largest_key) for i, rank in open_ranks}
-    found: dict[tuple[int, int], int] = {}
-    largest: list[float] = []
-    while open_ranks:
-        asked = [sorted({b for (i, _), b in open_ranks.items() if i == task}, key=lambda b: (b.lo, b.hi)) for task in range(plan.N)]
-        first_sweep = not run.inputs
-        counted = run.total(f"ranks of {quantity}", "count", quantity, thresholds, asked, first_sweep)
-        if first_sweep:
-            run.inputs = _fold_inputs(plan, counted.digests)
-        if not largest:
-            largest = [value_of_key(key, bits) for key in counted.largest]
-        for (i, rank), bracket in list(open_ranks.items()):
-            answer = counted.tallies[i][asked[i].index(bracket)].select(rank, smallest_key, largest_key)
-            if isinstance(answer, Bracket):
-                log.info(
-                    "%s of model %d: rank %d not yet decided between %d and %d; one more sweep",
-                    quantity,
-                    i,
-                    rank,
-                    answer.lo,
-                    answer.hi,
-                )
-                open_ranks[i, rank] = answer
-            else:
-                found[i, rank] = answer
-                del open_ranks[i, rank]
-    return [[value_of_key(found[i, rank], bits) for rank in of_task] for i, of_task in enumerate(ranks)], largest
-
-
-def warnings_of(plan: Plan, thresholds: Thresholds) -> list[str]:
-    """What the thresholds say about inputs that were hardly meant."""
-    result = []
-    for i in range(len(thresholds.t)):
-        name, t = plan.recipe.models[i].source, thresholds.t[i]
-        if plan.method in CLIP and thresholds.high[i] == 0.0:
-            result.append(
-                f"{name}: at most one parameter in a hundred differs from the base (after clipping nothing does); it contributes nothing"
-            )
-        elif plan.method in CLIP and thresholds.low[i] == thresholds.high[i]:
-            result.append(
-                f"{name}: all its clipped differences to the base have one size, {thresholds.low[i]}; it contributes nothing"
-            )
-        elif plan.method in CLIP and thresholds.beta_max[i] == t:
-            result.append(f"{name}: its drop threshold is its largest score, {t}; it contributes nothing: raise its density")
-        elif plan.method == "pcb-paper" and thresholds.pair_max[_diagonal(i, plan.N)] == 0.0:
-            result.append(f"{name}: equals the base; it counts as a task and contributes nothing")
-        elif t <= 0.0:
-            result.append(
-                f"{name}: its drop threshold is {t}: density {plan.densities[i]} also keeps parameters that conflict or were not touched; lower it"
-            )
-    return result
-
-
-def _diagonal(i: int, n: int) -> int:
-    """Where pair (i, i) lies among the pairs i <= j of n tasks."""
-    return i * n - i * (i - 1) // 2
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------------------
@@ -355,8 +186,8 @@ def _execute(run: Run, state: State) -> tuple[Thresholds, str]:
     run.sweeps = before + run.sweeps
     entries = [state.journal[str(chunk)].split() for chunk in range(plan.chunks)]
     if single:
-        run.inputs = _fold_inputs(plan, {chunk: tuple(bytes.fromhex(d) for d in entry[1:]) for chunk, entry in enumerate(entries)})
-    return thresholds, _fold([entry[0] for entry in entries] + [state.journal[_piece_name(p)] for p in plan.copy_pieces()])
+        run.inputs = fold_inputs(plan, {chunk: tuple(bytes.fromhex(d) for d in entry[1:]) for chunk, entry in enumerate(entries)})
+    return thresholds, fold([entry[0] for entry in entries] + [state.journal[_piece_name(p)] for p in plan.copy_pieces()])
 
 
 def _journal_entry(written: bytes, inputs: Sequence[bytes]) -> str:
@@ -382,15 +213,6 @@ def _unwritten(run: Run, state: State) -> list[int]:
             if state.journal[_piece_name(piece)] != digest.hex():
                 del state.journal[_piece_name(piece)]
     return [chunk for chunk in range(plan.chunks) if chunk not in good]
-
-
-def _fold(digests: Sequence[str]) -> str:
-    """One digest of many, in the order of the plan."""
-    return str(xxhash.xxh3_128(b"".join(bytes.fromhex(d) for d in digests)).hexdigest())
-
-
-def _fold_inputs(plan: Plan, of_chunk: Mapping[int, Sequence[bytes]]) -> list[str]:
-    return [_fold([of_chunk[chunk][source].hex() for chunk in range(plan.chunks)]) for source in range(plan.N + 1)]
 
 
 def _receipt_of_inputs(plan: Plan, digests: Sequence[str]) -> list[dict[str, Any]]:
@@ -422,6 +244,9 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
         receipt = json.loads((out / RECEIPT).read_text())
     except (OSError, ValueError) as error:
         raise RequestError(f"{out / RECEIPT}: can't be read ({error}); verify takes a directory that pcb-ray merge wrote") from None
+    needed = {"arithmetic", "versions", "files_sha256", "outputs", "inputs", "thresholds", "output_digest", "max_shard_bytes"}
+    if not isinstance(receipt, dict) or not needed <= receipt.keys():
+        raise RequestError(f"{out / RECEIPT}: is not a receipt; verify takes a directory that pcb-ray merge wrote")
     if receipt["arithmetic"] != ARITHMETIC:
         raise RequestError(
             f"{out}: was merged with arithmetic {receipt['arithmetic']}, this is {ARITHMETIC}; "
@@ -457,7 +282,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
         digests.update((chunk, digest.hex()) for chunk, digest in answer.items())
     pieces = plan.copy_pieces()
     copied = [d.hex() for _, part in owners.ask("copy", pieces, False) for d in part]
-    if _fold([digests[chunk] for chunk in range(plan.chunks)] + copied) != receipt["output_digest"]:
+    if fold([digests[chunk] for chunk in range(plan.chunks)] + copied) != receipt["output_digest"]:
         problems.append(
             f"{out}: the tensors' digest is not the receipt's {receipt['output_digest']}: the data were changed after the merge"
         )

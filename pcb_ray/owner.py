@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sums, Thresholds
+from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sampled, Sums, Thresholds
 from pcb_ray.checkpoint import DTYPE_BYTES
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.kernels import DTYPES, choose_kernel, keys
@@ -104,7 +104,7 @@ class Owner:
 
     # --- questions ----------------------------------------------------------------------------------------------------------------
 
-    def sample(self, chunks: Sequence[int], quantity: str, thresholds: Thresholds) -> list[Sample]:
+    def sample(self, chunks: Sequence[int], quantity: str, thresholds: Thresholds) -> Sampled:
         """For each task, where the keys of |tau| or beta lie in the sample runs that start in these chunks."""
         bits = 32 if quantity == MAGNITUDE else self.kernel.key_bits
         samples = [Sample(SAMPLE_SHIFT[bits]) for _ in range(self.plan.N)]
@@ -113,7 +113,7 @@ class Owner:
             x_NB = tau_NB if quantity == MAGNITUDE else self.kernel.beta(tau_NB, thresholds)
             for sample, x_B in zip(samples, x_NB, strict=True):
                 sample.add(group, keys(x_B, quantity == MAGNITUDE).cpu().numpy())
-        return samples
+        return Sampled(samples)
 
     def count(
         self, chunks: Sequence[int], quantity: str, thresholds: Thresholds, brackets: Sequence[Sequence[Bracket]], first_sweep: bool

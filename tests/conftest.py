@@ -14,7 +14,9 @@ def family(tmp_path: Path) -> MakeFamily:
     """Makes a family on disk: `family(n, folder=..., shards=..., config=..., **of families.fine_tuned)`."""
     made = 0
 
-    def make(n: int = 3, *, folder: Path | None = None, shards: int = 1, config: object = families.CONFIG, **options: object) -> Family:
+    def make(
+        n: int = 3, *, folder: Path | None = None, shards: int = 1, config: object = families.CONFIG, **options: object
+    ) -> Family:
         nonlocal made
         made += 1
         where = folder or tmp_path / f"family{made}"

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pcb_ray import selection
+from pcb_ray.analysis import Run, thresholds_of
 from pcb_ray.answers import Thresholds
-from pcb_ray.merge import Run, thresholds_of
 from pcb_ray.plan import Plan
 from pcb_ray.runtime import LocalOwners
 

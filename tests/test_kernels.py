@@ -148,7 +148,11 @@ def test_a_cut_block_merges_to_the_bits_of_the_whole(kernel, method, data, block
     weights = [1.0, -0.5, 0.0, 2.0][: len(tau_NB)]
     whole = one.merge(theta_B, tau_NB, thresholds, weights, 0.7).clone()  # a kernel's answer is valid until the next call
     cut %= len(theta_B)
-    parts = [one.merge(theta_B[p], tau_NB[:, p], thresholds, weights, 0.7).clone() for p in (slice(0, cut), slice(cut, None)) if len(theta_B[p])]
+    parts = [
+        one.merge(theta_B[p], tau_NB[:, p], thresholds, weights, 0.7).clone()
+        for p in (slice(0, cut), slice(cut, None))
+        if len(theta_B[p])
+    ]
     assert_same_bits(torch.cat(parts), whole)
     beta_NB = one.beta(tau_NB, thresholds).clone()
     assert_same_bits(one.beta(tau_NB[:, cut:], thresholds), beta_NB[:, cut:])
@@ -205,7 +209,11 @@ def test_native_task_vectors_have_the_bits_of_torch(block, dtype):
 
 @needs_native
 @quick
-@given(seed=st.integers(0, 2**32), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), most=st.sampled_from([1.0, 6e4, 1e39]))
+@given(
+    seed=st.integers(0, 2**32),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    most=st.sampled_from([1.0, 6e4, 1e39]),
+)
 def test_native_rounding_has_the_bits_of_torch_and_misses_nothing_that_is_not_finite(seed, dtype, most):
     x_B = torch.from_numpy(np.random.default_rng(seed).integers(-(2**31), 2**31, size=1000).astype(np.int32)).view(torch.float32)
     x_B = torch.where(x_B.abs() < most, x_B, 0.5)
@@ -218,7 +226,9 @@ def test_native_rounding_has_the_bits_of_torch_and_misses_nothing_that_is_not_fi
 
 
 @pytest.mark.parametrize("kernel", [TorchKernel, pytest.param(NativeKernel, marks=needs_native)])
-@pytest.mark.parametrize("pattern", [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F7FFFFF])
+@pytest.mark.parametrize(
+    "pattern", [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F7FFFFF]
+)
 def test_no_infinity_and_no_kind_of_nan_is_rounded_silently(kernel, pattern):
     x_B = torch.zeros(9)
     x_B.view(torch.int32)[4] = pattern - (1 << 32 if pattern >> 31 else 0)
@@ -265,7 +275,9 @@ def test_float64_scores_are_counted_by_all_kernels_alike():
 @quick
 @given(data=st.data())
 def test_keys_sort_like_values_and_give_them_back(dtype, width, data):
-    values = data.draw(st.lists(st.one_of(st.floats(width=width, allow_nan=False), st.sampled_from(SPECIAL)), min_size=1, max_size=50))
+    values = data.draw(
+        st.lists(st.one_of(st.floats(width=width, allow_nan=False), st.sampled_from(SPECIAL)), min_size=1, max_size=50)
+    )
     x = torch.tensor(values, dtype=dtype)
     k = keys(x, False)
     smaller, smaller_key = x[:, None] < x[None, :], k[:, None] < k[None, :]

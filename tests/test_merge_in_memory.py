@@ -30,7 +30,9 @@ def method_of(name: str) -> dict[str, str]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------------------
@@ -53,7 +55,15 @@ def score_errors(result: oracle.Result, variant: str, tau_ND: Tensor) -> Tensor:
 
 
 def assert_is_the_pcb_merge(
-    merged_D: Tensor, base_D: Tensor, models_ND: Tensor, *, variant: str, mask_ratio: Sequence[float], weights: Tensor, lambda_: float, ulp: Tensor
+    merged_D: Tensor,
+    base_D: Tensor,
+    models_ND: Tensor,
+    *,
+    variant: str,
+    mask_ratio: Sequence[float],
+    weights: Tensor,
+    lambda_: float,
+    ulp: Tensor,
 ) -> None:
     """`merged_D` is the oracle's merge of these vectors, but for the errors that its arithmetic allows, and then `ulp` for rounding.
 
@@ -90,7 +100,9 @@ def assert_is_the_pcb_merge(
     tolerance_D = tolerance_D + 4 * EPS32 * (want.merged_D.abs() + base_D.abs()).double() + ulp
     sure_D = want.kept_ND.any(dim=0) & ~unsure_D
     wrong_D = sure_D & ((merged_D - want.merged_D).abs().double() > tolerance_D)
-    assert not wrong_D.any(), [(d, merged_D[d].item(), want.merged_D[d].item(), tolerance_D[d].item()) for d in torch.nonzero(wrong_D)[:5, 0].tolist()]
+    assert not wrong_D.any(), [
+        (d, merged_D[d].item(), want.merged_D[d].item(), tolerance_D[d].item()) for d in torch.nonzero(wrong_D)[:5, 0].tolist()
+    ]
 
 
 def assert_is_the_merge(
@@ -115,9 +127,16 @@ def assert_is_the_merge(
     base_D, models_ND, merged_D = flat(base, names), torch.stack([flat(m, names) for m in models]), flat(out, names)
     # Rounding to the output's dtype, at most one unit in its last place where the two round differently.
     eps = {n: torch.finfo(out[n].dtype) for n in names}
-    ulp = torch.cat([torch.maximum(out[n].double().abs() * eps[n].eps, torch.tensor(eps[n].smallest_normal * eps[n].eps)).reshape(-1) for n in names])
+    ulp = torch.cat(
+        [
+            torch.maximum(out[n].double().abs() * eps[n].eps, torch.tensor(eps[n].smallest_normal * eps[n].eps)).reshape(-1)
+            for n in names
+        ]
+    )
     ulp = torch.where(torch.cat([torch.full((base[n].numel(),), out[n].dtype == torch.float32) for n in names]), 0.0, ulp)
-    weights_ND = torch.stack([torch.cat([torch.full((base[n].numel(),), float(w[n] if isinstance(w, Mapping) else w)) for n in names]) for w in weights])
+    weights_ND = torch.stack(
+        [torch.cat([torch.full((base[n].numel(),), float(w[n] if isinstance(w, Mapping) else w)) for n in names]) for w in weights]
+    )
 
     if method == "pcb":
         rounded_D = torch.cat([base[n].to(out[n].dtype).float().reshape(-1) for n in names])
@@ -157,7 +176,9 @@ def small_models(draw: st.DrawFn) -> tuple[StateDict, list[StateDict]]:
     ties, of one size, zero, sparse."""
     n = draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**40)))
-    shapes = draw(st.lists(st.sampled_from([(), (0,), (1,), (3,), (0, 4), (40,), (7, 5), (2, 3, 4), (60, 9)]), min_size=1, max_size=5))
+    shapes = draw(
+        st.lists(st.sampled_from([(), (0,), (1,), (3,), (0, 4), (40,), (7, 5), (2, 3, 4), (60, 9)]), min_size=1, max_size=5)
+    )
     shapes.append(draw(st.sampled_from([(1,), (), (300,), (16, 33)])))  # not all empty
     one_dtype = draw(st.sampled_from([None, torch.float32, torch.bfloat16]))
     kinds = [draw(st.sampled_from(["normal", "grid", "constant", "base", "sparse", "copy"])) for _ in range(n)]
@@ -175,7 +196,9 @@ def small_models(draw: st.DrawFn) -> tuple[StateDict, list[StateDict]]:
                 "grid": lambda shape=shape: torch.randint(-3, 4, shape, generator=generator) / 64,
                 "constant": lambda shape=shape: torch.full(shape, 0.125),
                 "base": lambda shape=shape: torch.zeros(shape),
-                "sparse": lambda shape=shape: torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.05),
+                "sparse": lambda shape=shape: (
+                    torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.05)
+                ),
                 "copy": lambda shape=shape, p=previous: p if p is not None else torch.randn(shape, generator=generator),
             }[kind]()
             previous = tau
@@ -195,7 +218,9 @@ def small_models(draw: st.DrawFn) -> tuple[StateDict, list[StateDict]]:
 def test_any_models_are_merged_as_the_oracle_merges_them(name, data, family, lambda_, dtype, small):
     base, models = family
     n = len(models)
-    r = data.draw(st.one_of(st.sampled_from([0.05, 0.1, 0.5, 1.0]), st.lists(st.sampled_from([0.02, 0.1, 0.3, 0.9]), min_size=n, max_size=n)))
+    r = data.draw(
+        st.one_of(st.sampled_from([0.05, 0.1, 0.5, 1.0]), st.lists(st.sampled_from([0.02, 0.1, 0.3, 0.9]), min_size=n, max_size=n))
+    )
     weights = data.draw(st.lists(st.sampled_from([1.0, 0.5, -0.25, 0.0, 2.0]), min_size=n, max_size=n))
     if name == "linear":
         assume(abs(sum(weights)) >= 0.2)
@@ -212,7 +237,7 @@ def test_any_models_are_merged_as_the_oracle_merges_them(name, data, family, lam
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_family_that_needs_sampling_is_merged_as_the_oracle_merges_it(name, monkeypatch):
+def test_a_family_that_needs_sampling_is_merged_as_the_oracle_merges_it(name):
     """D beyond what one tally holds: brackets from a sample, for values that drift along the model and are half ties."""
     base, models = families.fine_tuned(3, scale=4, dtype=torch.float32)
     base["odd"] = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).half()
@@ -318,7 +343,9 @@ def test_four_names_of_one_storage_count_once_whichever_comes_first(first):
 
 def test_the_inputs_are_left_alone_and_may_lie_in_memory_in_any_way():
     base, models = families.fine_tuned(2, dtype=torch.float32)
-    strided = [{k: t.t().contiguous().t().requires_grad_() if t.dim() == 2 else t for k, t in state.items()} for state in (base, *models)]
+    strided = [
+        {k: t.t().contiguous().t().requires_grad_() if t.dim() == 2 else t for k, t in state.items()} for state in (base, *models)
+    ]
     copies = [{k: t.clone() for k, t in state.items()} for state in (base, *models)]
     out = run(strided[0], strided[1:], "ties")
     plain = run(base, models, "ties")

@@ -261,10 +261,11 @@ def test_a_crash_between_the_two_renames_loses_neither_output(family, tmp_path, 
             raise KeyboardInterrupt
         return rename(path, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), state_of(out, made) as state:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), state_of(out, made) as state:  # noqa: PT012
         fill(state)
         patch.setattr(Path, "rename", crash_at_the_second)
         state.commit()
+    assert calls == [out, beside(out) / "out"]
     assert not out.exists()
     with state_of(out, made, resume=resume) as again:
         assert (out / "file").read_text() == "old", "restored first"
@@ -376,5 +377,3 @@ def test_the_model_card_begins_with_valid_metadata_and_names_all_models(family, 
         assert str(one.folder / name) in body
     recipe = body.split("```yaml\n")[1].split("```")[0]
     assert Recipe.from_yaml(recipe, Path("/")) == made.recipe
-
-

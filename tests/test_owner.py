@@ -13,8 +13,8 @@ import torch
 from families import Local, merge_locally
 
 from pcb_ray import Recipe, RequestError, RunError
+from pcb_ray.analysis import Run, thresholds_of
 from pcb_ray.answers import BETA, MAGNITUDE, Thresholds
-from pcb_ray.merge import Run, thresholds_of
 from pcb_ray.owner import Bytes, Owner
 from pcb_ray.plan import MIN_BLOCK, Plan, plan
 from pcb_ray.selection import TALLY_ENTRIES
@@ -96,7 +96,9 @@ def test_a_weight_by_tensor_name_is_the_weight_of_that_tensor_alone(family, tmp_
     """Several small tensors of different weights share one block."""
     one = family(2)
     recipe = one.recipe(merge_method="task_arithmetic", dtype=dtype)
-    recipe["models"][0]["parameters"] = {"weight": [{"filter": "q_proj", "value": 0.25}, {"filter": "mlp", "value": -1.0}, {"value": 3.0}]}
+    recipe["models"][0]["parameters"] = {
+        "weight": [{"filter": "q_proj", "value": 0.25}, {"filter": "mlp", "value": -1.0}, {"value": 3.0}]
+    }
     made = plan(Recipe.from_dict(recipe))
     merge_locally(made, tmp_path / "out")
     out = families.load(tmp_path / "out")
@@ -154,7 +156,10 @@ def test_a_sample_does_not_depend_on_who_takes_it(mixed, quantity, tmp_path):
 # --- what is read ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "sweeps"), [("pcb-released", 3), ("pcb-pairwise", 3), ("pcb-paper", 4), ("ties", 2), ("task_arithmetic", 1), ("linear", 1)])
+@pytest.mark.parametrize(
+    ("name", "sweeps"),
+    [("pcb-released", 3), ("pcb-pairwise", 3), ("pcb-paper", 4), ("ties", 2), ("task_arithmetic", 1), ("linear", 1)],
+)
 def test_a_model_larger_than_a_tally_takes_the_announced_number_of_sweeps(family, tmp_path, name, sweeps):
     made = planned(family(2, scale=30).recipe(), name)
     assert made.D > TALLY_ENTRIES
@@ -192,7 +197,9 @@ def test_what_is_not_finite_is_found_in_the_first_sweep_and_named_by_file(family
     run = Run(made, OneOwner(owner), quiet=True)
     with pytest.raises(RequestError) as told:
         list(run.sweep("write", "write", thresholds_of(run), True))
-    assert str(told.value).startswith(f"{one.folder / 'model1'}: tensor model.layers.1.input_layernorm.weight holds nan at index [17] (BF16)")
+    assert str(told.value).startswith(
+        f"{one.folder / 'model1'}: tensor model.layers.1.input_layernorm.weight holds nan at index [17] (BF16)"
+    )
     assert owner.bytes.bytes_read <= made.sweep_bytes * 1.15
     assert not [s for s in run.sweeps if s.bytes >= made.sweep_bytes]
 
@@ -210,7 +217,7 @@ def test_a_file_that_shrank_after_the_plan_is_named(family, tmp_path):
     with pytest.raises(RequestError, match=rf"model1.*: {whole // 2} bytes on node .*, {whole} bytes in the plan"):
         Owner(made, str(tmp_path))
     path.unlink()
-    with pytest.raises(RequestError, match="can't read it .*No such file"):
+    with pytest.raises(RequestError, match=r"can't read it .*No such file"):
         Owner(made, str(tmp_path))
     with pytest.raises(RequestError, match="doesn't see the folder of the output"):
         Owner(made, str(tmp_path / "nowhere"))
@@ -249,5 +256,7 @@ def test_twins_that_differ_are_told_before_anything_is_computed(family, tmp_path
     made = plan(Recipe.from_dict(one.recipe()))
     assert len(made.twins) == 3
     (problem,) = Owner(made, str(tmp_path)).differing_twins(range(3))
-    assert problem.startswith(f"{one.folder / 'model1'}: config.json ties lm_head.weight to model.embed_tokens.weight, but the stored copies differ")
+    assert problem.startswith(
+        f"{one.folder / 'model1'}: config.json ties lm_head.weight to model.embed_tokens.weight, but the stored copies differ"
+    )
     assert "tie_word_embeddings" in problem

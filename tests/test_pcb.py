@@ -149,7 +149,7 @@ def ulps(got: Tensor, exact: np.ndarray) -> float:
     got_64, info = got.double().numpy(), torch.finfo(got.dtype)
     size = np.maximum(np.abs(exact.astype(np.float64)), info.tiny)
     unit = np.exp2(np.floor(np.log2(size))) * info.eps
-    return float(np.max(np.abs((got_64.astype(exact.dtype) - exact)) / unit))
+    return float(np.max(np.abs(got_64.astype(exact.dtype) - exact) / unit))
 
 
 def test_exp_is_within_one_ulp_in_float32():

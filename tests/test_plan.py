@@ -49,7 +49,7 @@ def test_all_floating_elements_count_and_lie_by_name(family):
     one = family(2)
     made = planned(one)
     assert made.N == 2
-    assert made.D == sum(t.numel() for t in one.base.values())
+    assert sum(t.numel() for t in one.base.values()) == made.D
     assert [t.name for t in made.tensors] == sorted(one.base)
     assert [t.first for t in made.tensors] == [sum(one.base[n].numel() for n in sorted(one.base)[:k]) for k in range(len(one.base))]
     assert made.copies == made.tied == made.twins == made.dropped == ()
@@ -83,12 +83,17 @@ def test_segments_cover_every_element_once_in_order(family):
 
 def test_integers_excluded_and_empty_tensors_are_copied_and_told_apart(family, tmp_path):
     one = family(2)
-    one.base |= {"ids": torch.arange(5), "flag": torch.tensor([True]), "x.inv_freq": torch.tensor([math.nan, -0.0]), "none": torch.empty(0, 4)}
+    one.base |= {
+        "ids": torch.arange(5),
+        "flag": torch.tensor([True]),
+        "x.inv_freq": torch.tensor([math.nan, -0.0]),
+        "none": torch.empty(0, 4),
+    }
     for model in one.models:
         model |= {"ids": torch.arange(5) + 1, "none": torch.empty(0, 4, dtype=torch.bfloat16)}
     made = planned(rewritten(one), exclude=["*.inv_freq"], dtype="float32", max_shard_bytes=20_000)
     assert made.summary()["tensors_copied"] == {"integer": 2, "excluded": 1, "empty": 1}
-    assert made.D == sum(t.numel() for n, t in one.base.items() if "proj" in n or "norm" in n or "embed" in n or "head" in n)
+    assert sum(t.numel() for n, t in one.base.items() if "proj" in n or "norm" in n or "embed" in n or "head" in n) == made.D
     merge_locally(made, tmp_path / "out")
     out = families.load(tmp_path / "out")
     assert set(out) == set(one.base)
@@ -99,7 +104,7 @@ def test_integers_excluded_and_empty_tensors_are_copied_and_told_apart(family, t
     assert out["none"].dtype == out["lm_head.weight"].dtype == torch.float32
 
 
-def test_float64_is_written_as_float32_with_a_note(family, tmp_path):
+def test_float64_is_written_as_float32_with_a_note(family):
     made = planned(family(1, dtype=torch.float64))
     assert {t.slot.dtype for t in made.tensors} == {"F32"}
     assert any("float64" in note for note in made.notes)
@@ -109,7 +114,9 @@ def test_float64_is_written_as_float32_with_a_note(family, tmp_path):
 def test_weights_follow_the_first_filter_that_matches(family):
     one = family(2)
     recipe = one.recipe()
-    recipe["models"][1]["parameters"] = {"weight": [{"filter": "self_attn", "value": 1.2}, {"filter": "layers.0", "value": 0.3}, {"value": 0.9}]}
+    recipe["models"][1]["parameters"] = {
+        "weight": [{"filter": "self_attn", "value": 1.2}, {"filter": "layers.0", "value": 0.3}, {"value": 0.9}]
+    }
     lambdas = {t.name: t.lambdas for t in plan(Recipe.from_dict(recipe)).tensors}
     assert lambdas["model.layers.0.self_attn.q_proj.weight"] == (1.0, 1.2)
     assert lambdas["model.layers.0.mlp.up_proj.weight"] == (1.0, 0.3)
@@ -139,9 +146,19 @@ def apply_fix(problems: Sequence[str]) -> list[str]:
 
 def broken(family: MakeFamily) -> Family:
     one = family(2)
-    one.base |= {"a[0].weight": torch.ones(3), "what?.weight": torch.ones(2), "only.base": torch.ones(1), "as.integer": torch.ones(4)}
+    one.base |= {
+        "a[0].weight": torch.ones(3),
+        "what?.weight": torch.ones(2),
+        "only.base": torch.ones(1),
+        "as.integer": torch.ones(4),
+    }
     for model in one.models:
-        model |= {"a[0].weight": torch.ones(3), "what?.weight": torch.ones(2), "only.base": torch.ones(1), "as.integer": torch.ones(4)}
+        model |= {
+            "a[0].weight": torch.ones(3),
+            "what?.weight": torch.ones(2),
+            "only.base": torch.ones(1),
+            "as.integer": torch.ones(4),
+        }
     del one.models[0]["only.base"]
     one.models[0]["a[0].weight"] = torch.ones(4)
     one.models[1]["what?.weight"] = torch.ones(2, 1)
@@ -170,7 +187,13 @@ def test_the_proposed_exclude_lines_make_the_plan_succeed_and_exclude_no_more_th
     one = broken(family)
     lines = apply_fix(problems_of(one))
     made = planned(one, exclude=lines)
-    assert {c.source.name for c in made.copies} == {"only.base", "a[0].weight", "what?.weight", "as.integer", "model.layers.1.input_layernorm.weight"}
+    assert {c.source.name for c in made.copies} == {
+        "only.base",
+        "a[0].weight",
+        "what?.weight",
+        "as.integer",
+        "model.layers.1.input_layernorm.weight",
+    }
     assert made.dropped == ("value_head.weight",)
     assert not [note for note in made.notes if "matches no tensor" in note]
 
@@ -254,7 +277,9 @@ def test_embeddings_that_the_config_ties_count_once_stored_once_or_twice(family,
     made = planned(tied_family(family, copies=copies))
     assert made.D == 64 * 16 + 16
     assert made.tied == ((("lm_head.weight", "model.embed_tokens.weight"),) if copies else ())
-    assert [(index, a.name, b.name) for index, a, b in made.twins] == [(k, "lm_head.weight", "model.embed_tokens.weight") for k in range(3 * copies)]
+    assert [(index, a.name, b.name) for index, a, b in made.twins] == [
+        (k, "lm_head.weight", "model.embed_tokens.weight") for k in range(3 * copies)
+    ]
     merge_locally(made, tmp_path / "out")
     assert set(families.load(tmp_path / "out")) == {"model.embed_tokens.weight", "model.norm.weight"}
 
@@ -447,4 +472,6 @@ def test_the_summary_is_json_and_counts_what_the_plan_does(family):
     assert facts["bytes_per_sweep"] == 3 * 2 * made.D
     assert facts["bytes_read"] == 3 * facts["bytes_per_sweep"] + 24
     assert facts["copied"] == [{"name": "ids", "why": "integer", "bytes": 24}]
-    assert [i["bytes"] for i in facts["inputs"]] == [os.path.getsize(p) for p in (one.folder / n / "model.safetensors" for n in ("base", "model0", "model1"))]
+    assert [i["bytes"] for i in facts["inputs"]] == [
+        os.path.getsize(p) for p in (one.folder / n / "model.safetensors" for n in ("base", "model0", "model1"))
+    ]

@@ -100,7 +100,15 @@ def test_a_terminal_gets_one_bar():
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_234_567, "1.23 MB"), (345_600_000, "346 MB"), (7.5e9, "7.5 GB"), (12e15, "12000 TB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1_234_567, "1.23 MB"),
+        (345_600_000, "346 MB"),
+        (7.5e9, "7.5 GB"),
+        (12e15, "12000 TB"),
+    ],
 )
 def test_bytes_are_written_with_three_digits(count, text):
     assert readable_bytes(count) == text

@@ -25,7 +25,9 @@ def counted(keys: np.ndarray, bracket: Bracket, max_entries: int) -> Tally:
     return tally
 
 
-def select_by_sweeps(parts: list[np.ndarray], rank: int, bracket: Bracket, max_entries: int, limit: int, most: int) -> tuple[int, int]:
+def select_by_sweeps(
+    parts: list[np.ndarray], rank: int, bracket: Bracket, max_entries: int, limit: int, most: int
+) -> tuple[int, int]:
     """The key of this rank and the number of sweeps it took; fails after `most` sweeps."""
     for sweep in range(1, most + 1):
         tallies = [counted(part, bracket, max_entries) for part in parts]
@@ -73,7 +75,9 @@ def keys_of(draw: st.DrawFn, bits: int) -> np.ndarray:
     elif kind == "ends":
         keys = generator.choice([-limit, limit, limit - 1, 0, -1], size=size)
     else:
-        keys = np.frombuffer(generator.normal(size=size).astype(np.float32 if bits == 32 else np.float64).tobytes(), dtype=f"i{bits // 8}")
+        keys = np.frombuffer(
+            generator.normal(size=size).astype(np.float32 if bits == 32 else np.float64).tobytes(), dtype=f"i{bits // 8}"
+        )
         magnitude = (keys.astype(np.int64) & ((1 << (bits - 1)) - 1)).astype(np.int64)
         keys = np.where(keys < 0, -magnitude, magnitude)
     return np.asarray(keys, dtype=np.int64)
@@ -112,7 +116,12 @@ def test_the_order_in_which_tallies_are_merged_does_not_matter(data, max_entries
 
     first = total(list(range(len(parts))), False)
     other = total(data.draw(st.permutations(range(len(parts)))), True)
-    assert (first.below_lo, first.upto_lo, first.below_hi, first.upto_hi) == (other.below_lo, other.upto_lo, other.below_hi, other.upto_hi)
+    assert (first.below_lo, first.upto_lo, first.below_hi, first.upto_hi) == (
+        other.below_lo,
+        other.upto_lo,
+        other.below_hi,
+        other.upto_hi,
+    )
     for rank in range(len(keys)):
         assert first.select(rank, -LIMITS[32], LIMITS[32]) == other.select(rank, -LIMITS[32], LIMITS[32])
 
