@@ -56,13 +56,12 @@ def read_domains() -> dict[str, Texts]:
     stdlib = Path(sysconfig.get_path("stdlib"))
     not_code = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "ensurepip", "pydoc_data"}
     headers = Path(torch.__file__).parent / "include"
+    tops = (headers / name for name in ("ATen", "c10", "torch"))
     return {
-        "python": _read(stdlib, (p for p in stdlib.rglob("*.py") if not not_code & set(p.relative_to(stdlib).parts))),
         # ATen/ops holds thousands of generated near-copies.
-        "cpp": _read(
-            headers, (p for top in ("ATen", "c10", "torch") for p in (headers / top).rglob("*.h") if p.parent.name != "ops")
-        ),
+        "cpp": _read(headers, (path for top in tops for path in top.rglob("*.h") if path.parent.name != "ops")),
         "docs": dict(pydoc_data.topics.topics),
+        "python": _read(stdlib, (p for p in stdlib.rglob("*.py") if not not_code & set(p.relative_to(stdlib).parts))),
     }
 
 

@@ -216,7 +216,7 @@ class RayOwners:
     def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
         """Answers with the items they are about. Raises what an owner raised, or RunError if items keep killing owners."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
         shards = _Shards(items, list(self._owners))
         shared = [ray.put(a) for a in args]
@@ -242,7 +242,7 @@ class RayOwners:
             number, batch = asked.pop(reference) if reference in asked else (self._starting.pop(reference), ())
             try:
                 answer = ray.get(reference, timeout=60.0)
-            except RayActorError as error:
+            except (RayActorError, ObjectLostError, GetTimeoutError) as error:  # a large answer is lost with the node that keeps it
                 for item in batch:
                     failures[item] += 1
                 shards.give_back(number, batch)

@@ -1,10 +1,10 @@
 """A file of torch.save: where its tensors lie, without torch, without reading data, and without running anything.
 
-The pickled structure goes through Python's own unpickler with two restrictions that its documentation names or allows:
-torch's names lead to descriptions and every other name is refused, and it knows only the opcodes of plain data.
-torch.load(weights_only=True) is not enough for a file from anywhere: of torch 2.13, 313 kB crash the process (a dict
-key of 300,000 nested tuples), 250 bytes keep it busy for ever (a key of tuples that share tuples) and 32 bytes take
-4 GB (a bytearray). It also lacks pickle protocols 4 and 5, and takes seconds to import.
+The pickled structure goes through Python's own unpickler, with torch's few names leading to descriptions, every other
+name refused, and no opcodes but those of plain data. torch.load(weights_only=True) is not enough for a file from
+anywhere: in torch 2.13, 300 kB crash the process (a dict key of 300,000 nested tuples), 450 bytes keep it busy for ever
+(a key of tuples that share tuples) and 32 bytes take 4 GB (a bytearray). It also lacks pickle protocols 4 and 5, and
+takes seconds to import.
 """
 
 from __future__ import annotations

@@ -77,7 +77,12 @@ def ray_address() -> str:
     os.environ["PCB_RAY_KERNEL"] = "torch"  # its raylet, and so every worker, inherits it
     try:
         ray.init(
-            address="local", num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="ERROR"
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=80 << 20,
+            log_to_driver=False,
+            logging_level="ERROR",
         )
     finally:
         del os.environ["PCB_RAY_KERNEL"]

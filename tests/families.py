@@ -25,8 +25,8 @@ from pcb_ray.answers import Thresholds
 from pcb_ray.plan import Plan
 from pcb_ray.runtime import LocalOwners
 
-# `pcb_ray.merge` and `pcb_ray.plan` are functions too, and hide the modules of their names.
-merge, plan_module, owner_module = (importlib.import_module(f"pcb_ray.{name}") for name in ("merge", "plan", "owner"))
+# `pcb_ray.plan` is a function too, and hides the module of its name.
+analysis, plan_module, owner_module = (importlib.import_module(f"pcb_ray.{name}") for name in ("analysis", "plan", "owner"))
 
 StateDict = dict[str, Tensor]
 
@@ -167,10 +167,10 @@ def merge_locally(
 def small_engine(tally_entries: int = 64, chunk_elements: int = 64, sample_run: int = 16) -> Iterator[None]:
     """Constants so small that little data is sampled, lies in several chunks, and overflows a tally into further sweeps."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (selection, merge):
+        for module in (selection, analysis):
             patch.setattr(module, "TALLY_ENTRIES", tally_entries)
         patch.setattr(selection.Tally.__init__, "__defaults__", (tally_entries,))
         patch.setattr(plan_module, "MIN_CHUNK_ELEMENTS", chunk_elements)
-        for module in (plan_module, owner_module, merge):
+        for module in (plan_module, owner_module, analysis):
             patch.setattr(module, "SAMPLE_RUN", sample_run)
         yield

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv in the repository (first time only) and runs every check: ruff, mypy --strict, pytest.
-# Arguments go to pytest: bash tests/run.sh -k selection; bash tests/run.sh -m "not ray" leaves out what needs a Ray cluster.
+# First the tests without Ray, on all cores; then those that share one. With arguments, just `pytest ARGUMENTS`: bash tests/run.sh -k selection
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
@@ -11,4 +11,8 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest --durations=10 "$@"
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+.venv/bin/python -m pytest -m "not ray" -n auto --durations=5
+.venv/bin/python -m pytest -m ray --durations=10

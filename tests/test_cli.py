@@ -169,9 +169,10 @@ def test_a_relative_path_in_a_recipe_is_relative_to_the_recipe(family, tmp_path)
 def test_the_module_is_the_script(family):
     one = family(1)
     path = str(one.recipe_file())
-    assert (
-        run([*MODULE, "plan", path, "--json"], one.folder).stdout == run([*SCRIPT, "plan", path, "--json"], one.folder).stdout != ""
-    )
+    told = [json.loads(run([*program, "plan", path, "--json"], one.folder).stdout) for program in (MODULE, SCRIPT)]
+    for plan in told:
+        plan.pop("disk_free_here")  # changes by itself
+    assert told[0] == told[1]
     assert run([*MODULE, "--help"], one.folder).stdout == run([*SCRIPT, "--help"], one.folder).stdout
 
 

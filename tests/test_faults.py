@@ -56,7 +56,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A merge of 5.7 M elements in 87 chunks: every sweep takes a good part of a second. Two tensors are copied."""
     folder = tmp_path_factory.mktemp("job")
     family = Family(folder / "family", *families.fine_tuned(3, scale=280))
-    recipe = family.recipe_file(parameters={"density": 0.2}, exclude=["model.norm.weight", "model.layers.1.self_attn.o_proj.weight"])
+    recipe = family.recipe_file(
+        parameters={"density": 0.2}, exclude=["model.norm.weight", "model.layers.1.self_attn.o_proj.weight"]
+    )
     made = plan(Recipe.from_file(recipe))
     local = families.merge_locally(made, folder / "local")
     return Job(family, recipe, made, local.files["model.safetensors"])
@@ -65,7 +67,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def assert_whole(out: Path, job: Job) -> None:
     """OUT is just what an undisturbed merge makes, and its state is gone."""
     assert (out / "model.safetensors").read_bytes() == job.expected
-    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "pcb_recipe.yaml", "pcb_receipt.json", "README.md"}
+    assert {p.name for p in out.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "pcb_recipe.yaml",
+        "pcb_receipt.json",
+        "README.md",
+    }
     assert package.verify(out, sample=2, quiet=True) == []
     assert not state_of(out).exists()
 
@@ -113,7 +121,9 @@ def test_a_part_of_the_model_that_keeps_killing_owners_ends_the_run_with_advice(
             owner.kill()
             run.wait_for("its part is done again")
         assert run.finish() == 1, run.text
-    assert re.search(r"^pcb-ray: 3 workers died, 3 of them on the same part .*--workers.*--resume", run.text, flags=re.MULTILINE), run.text
+    assert re.search(r"^pcb-ray: 3 workers died, 3 of them on the same part .*--workers.*--resume", run.text, flags=re.MULTILINE), (
+        run.text
+    )
     assert "Traceback" not in run.text
     assert not out.exists()
 
@@ -142,13 +152,19 @@ def orphans() -> Iterator[list[psutil.Process]]:
     await_end(processes, timeout_s=90)
 
 
-def test_a_driver_killed_in_each_sweep_is_resumed_to_the_same_bytes(job: Job, tmp_path: Path, orphans: list[psutil.Process]) -> None:
+def test_a_driver_killed_in_each_sweep_is_resumed_to_the_same_bytes(
+    job: Job, tmp_path: Path, orphans: list[psutil.Process]
+) -> None:
     out = tmp_path / "out"
     state = state_of(out)
     journal = state / "journal.jsonl"
     for sweep in SWEEPS:
         # The first one has a Ray of its own, which must go with it; the others are replaced by a run of another number of workers.
-        arguments = ("merge", job.recipe, out) if sweep == SWEEPS[0] else joined(job.recipe, out, "--resume", "--workers", SWEEPS.index(sweep))
+        arguments = (
+            ("merge", job.recipe, out)
+            if sweep == SWEEPS[0]
+            else joined(job.recipe, out, "--resume", "--workers", SWEEPS.index(sweep))
+        )
         with running(*arguments) as run:
             run.wait_for(f"{sweep}: ")
             if sweep == "write":
@@ -235,7 +251,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("only root can mount a small file system")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"can't mount a small file system: {mounted.stderr.strip()}")
     try:

@@ -35,13 +35,31 @@ class Head(NamedTuple):
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """`ray start --head` with a dashboard, on ports of its own."""
-    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=ENVIRONMENT, check=True, capture_output=True, timeout=DEADLINE_S)
+    subprocess.run(
+        [BIN / "ray", "get-auth-token", "--generate"], env=ENVIRONMENT, check=True, capture_output=True, timeout=DEADLINE_S
+    )
     gcs, dashboard, client, agent, agent_grpc, metrics, environments = free_ports(7)
     folder = Path(tempfile.mkdtemp(prefix="pcb"))  # Ray's sockets lie in it, and their names may have 107 characters
     command = [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus", "2", "--temp-dir", folder]
     command += ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--object-store-memory", str(80 << 20)]
-    command += ["--port", gcs, "--dashboard-port", dashboard, "--ray-client-server-port", client, "--dashboard-agent-listen-port", agent]
-    command += ["--dashboard-agent-grpc-port", agent_grpc, "--metrics-export-port", metrics, "--runtime-env-agent-port", environments]
+    command += [
+        "--port",
+        gcs,
+        "--dashboard-port",
+        dashboard,
+        "--ray-client-server-port",
+        client,
+        "--dashboard-agent-listen-port",
+        agent,
+    ]
+    command += [
+        "--dashboard-agent-grpc-port",
+        agent_grpc,
+        "--metrics-export-port",
+        metrics,
+        "--runtime-env-agent-port",
+        environments,
+    ]
     command += ["--min-worker-port", "0", "--max-worker-port", "0"]
     log = folder / "start.log"
     with log.open("wb") as stream:
@@ -73,7 +91,12 @@ def answers(url: str) -> bool:
 def submit(head: Head, folder: Path, *arguments: object) -> subprocess.Popen[str]:
     command = [BIN / "ray", "job", "submit", "--address", head.url, "--working-dir", folder, "--", "pcb-ray", *arguments]
     return subprocess.Popen(
-        [str(c) for c in command], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [str(c) for c in command],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 

@@ -261,7 +261,7 @@ def test_a_crash_between_the_two_renames_loses_neither_output(family, tmp_path, 
             raise KeyboardInterrupt
         return rename(path, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), state_of(out, made) as state:  # noqa: PT012
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), state_of(out, made) as state:
         fill(state)
         patch.setattr(Path, "rename", crash_at_the_second)
         state.commit()

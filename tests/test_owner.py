@@ -138,9 +138,9 @@ def test_a_changed_byte_of_the_output_changes_its_digest(mixed, tmp_path):
 def test_a_sample_does_not_depend_on_who_takes_it(mixed, quantity, tmp_path):
     first = merged(mixed, "pcb-pairwise", tmp_path)
     made, thresholds = first.run.plan, first.thresholds
-    whole = Owner(made, str(tmp_path)).sample(range(made.chunks), quantity, thresholds)
+    whole = Owner(made, str(tmp_path)).sample(range(made.chunks), quantity, thresholds).of_task
     parts = [
-        Owner(made, str(tmp_path), block_elements=MIN_BLOCK).sample(chunks, quantity, thresholds)
+        Owner(made, str(tmp_path), block_elements=MIN_BLOCK).sample(chunks, quantity, thresholds).of_task
         for chunks in ([made.chunks - 1], range(1, made.chunks - 1), [0])
     ]
     for task in range(made.N):

@@ -419,12 +419,12 @@ def ten_large_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ten_models_of_70_billion_are_planned_in_seconds_and_little_memory(ten_large_models):
     program = (
-        "import json, resource, sys, time\n"
+        "import json, sys, time\n"
         "start = time.monotonic()\n"
         "from pcb_ray.cli import main\n"
         "code = main(['plan', sys.argv[1], '--json'])\n"
-        "usage = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print(json.dumps([code, time.monotonic() - start, usage.ru_maxrss * 1024, 'torch' in sys.modules]), file=sys.stderr)\n"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(json.dumps([code, time.monotonic() - start, int(peak.split()[1]) * 1024, 'torch' in sys.modules]), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(ten_large_models)], capture_output=True, text=True, timeout=100)
     code, elapsed_s, peak_bytes, torch_loaded = json.loads(done.stderr.splitlines()[-1])

@@ -1,0 +1,355 @@
+"""Merging on Ray: the same bytes however it is done, within the announced memory, on one node or on several."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import oracle
+import psutil
+import pytest
+import torch
+from clusters import (
+    DEADLINE_S,
+    await_end,
+    descendants,
+    digests,
+    flip,
+    owners_under,
+    pcb_ray,
+    ray_address,
+    receipt_of,
+    running,
+    state_of,
+)
+from families import Family
+
+import pcb_ray as package
+from pcb_ray.plan import MIN_BLOCK, choose_block, plan, worker_bytes
+from pcb_ray.recipe import Recipe
+
+# Ray closes its own sockets and log files late.
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+METHODS = ("pcb-released", "pcb-pairwise", "pcb-paper", "ties", "task_arithmetic", "linear")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_ray() -> str:
+    """Ray is running in this process: `merge` uses it."""
+    return ray_address()
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """1.5 M elements in 24 chunks: enough for a sample to save sweeps."""
+    return Family(tmp_path_factory.mktemp("ray") / "family", *families.fine_tuned(3, scale=75))
+
+
+def recipe_of(family: Family, name: str = "pcb-pairwise") -> dict[str, Any]:
+    method, _, variant = name.partition("-")
+    recipe = family.recipe(
+        merge_method=method, parameters={"density": 0.2, "lambda": 0.8} | ({"variant": variant} if variant else {})
+    )
+    if method == "linear":
+        del recipe["base_model"], recipe["parameters"]
+    elif method == "task_arithmetic":
+        del recipe["parameters"]["density"]
+    return recipe
+
+
+def in_memory(family: Family, name: str = "pcb-pairwise") -> dict[str, torch.Tensor]:
+    method, _, variant = name.partition("-")
+    return package.merge_state_dicts(
+        family.base,
+        family.models,
+        method=method,
+        variant=variant or "pairwise",
+        mask_ratio=0.2,
+        lambda_=1.0 if method == "linear" else 0.8,
+    )
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+class Peak:
+    """The most anonymous memory that any owner takes meanwhile, seen from outside."""
+
+    def __enter__(self) -> Peak:
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            for owner in owners_under(os.getpid()):
+                try:
+                    status = Path(f"/proc/{owner.pid}/status").read_text()
+                except OSError:
+                    continue
+                kib = [int(k) for k in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, flags=re.MULTILINE)]
+                self.bytes = max(self.bytes, 1024 * sum(kib))
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+# --- the bytes ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The merge that others are held against: one worker, two files."""
+    out = tmp_path_factory.mktemp("merged") / "out"
+    package.merge(recipe_of(family), out, workers=1, max_shard_bytes=2_000_000, quiet=True)
+    return out
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers_or_their_memory(family: Family, merged: Path, tmp_path: Path) -> None:
+    import ray
+
+    made = plan(Recipe.from_dict(recipe_of(family), tmp_path), max_shard_bytes=2_000_000)
+    least = worker_bytes(made, MIN_BLOCK)
+    assert choose_block(made, "cpu", least) < choose_block(made, "cpu", None)
+    expected, first = digests(merged), receipt_of(merged)
+    for workers, memory in ((2, None), (4, least), (3, 700_000_000)):
+        out = tmp_path / f"out{workers}"
+        with Peak() as peak:
+            receipt = package.merge(recipe_of(family), out, workers=workers, memory=memory, max_shard_bytes=2_000_000, quiet=True)
+        assert digests(out) == expected
+        for key in ("thresholds", "inputs", "outputs", "output_digest", "D", "chunk_elements"):
+            assert receipt[key] == first[key]
+        assert receipt["workers"] == workers
+        assert receipt["workers_lost"] == 0
+        assert 50_000_000 < peak.bytes <= receipt["announced_worker_bytes"]
+        assert receipt["peak_worker_bytes"] <= receipt["announced_worker_bytes"] <= (memory or 700_000_000)
+    assert ray.is_initialized()
+    await_end(owners_under(os.getpid()))
+
+
+def test_a_merge_reads_its_inputs_three_times_and_a_sixteenth(family: Family, merged: Path) -> None:
+    receipt = receipt_of(merged)
+    inputs = sum(t.nbytes for state in (family.base, *family.models) for t in state.values())
+    sweeps = {s["name"]: s["bytes"] for s in receipt["sweeps"]}
+    assert receipt["full_sweeps"] == 3
+    assert {name: size for name, size in sweeps.items() if "sample" not in name} == dict.fromkeys(
+        ("ranks of |tau|", "ranks of beta", "write"), inputs
+    )
+    assert 0 < sweeps["sample of |tau|"] == sweeps["sample of beta"] <= inputs / 16
+    assert receipt["bytes_read"] == pytest.approx(sum(sweeps.values()), rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_ray_merges_as_in_memory_and_as_the_oracle_says(family: Family, name: str, tmp_path: Path, merged: Path) -> None:
+    out = merged
+    if name != "pcb-pairwise":
+        out = tmp_path / "out"
+        package.merge(recipe_of(family, name), out, workers=2, quiet=True)
+    found = families.load(out)
+    assert_same_tensors(found, in_memory(family, name))
+    method, _, variant = name.partition("-")
+    lambda_ = 1.0 if method == "linear" else 0.8
+    expected = oracle.merge_state_dicts(
+        family.base, family.models, method, variant=variant or "pairwise", mask_ratio=0.2, lambda_=lambda_
+    )
+    # Apart from roundings, next to a threshold or of the output (test_merge_in_memory has the exact bounds).
+    differ = {n: (found[n].float() - t.float()).abs() > 2**-7 * t.float().abs() + 1e-6 for n, t in expected.items()}
+    assert sum(int(d.sum()) for d in differ.values()) <= 1e-5 * sum(d.numel() for d in differ.values())
+    assert package.verify(out, quiet=True) == []
+
+
+@pytest.mark.slow
+def test_a_local_ray_with_the_native_kernel_makes_the_same_bytes(family: Family, merged: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("pcb_ray._native") is None:
+        pytest.skip("the native kernel was not built: no C compiler at installation")
+    recipe = family.folder / "local.yaml"
+    recipe.write_text(json.dumps(recipe_of(family)))
+    run = pcb_ray("merge", recipe, tmp_path / "out", "--max-shard-size", "2MB", "--memory", "700MB")
+    assert run.process.returncode == 0, run.text
+    assert digests(tmp_path / "out") == digests(merged)
+    assert receipt_of(tmp_path / "out")["kernels"] == ["native on cpu"]
+    assert receipt_of(merged)["kernels"] == ["torch on cpu"]
+
+
+# --- what is wrong --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_number_that_is_not_finite_is_refused_by_name_and_leaves_nothing(tmp_path: Path) -> None:
+    base, models = families.fine_tuned(2, scale=10)
+    name = "model.layers.1.mlp.up_proj.weight"
+    models[1][name][3, 5] = float("nan")
+    family = Family(tmp_path / "family", base, models)
+    with pytest.raises(package.RequestError) as caught:
+        package.merge(family.recipe(), tmp_path / "out", workers=1, quiet=True)
+    assert "model1" in str(caught.value)
+    assert name in str(caught.value)
+    assert "[3, 5]" in str(caught.value)
+    assert {p.name for p in tmp_path.iterdir()} == {"family"}
+
+
+@pytest.fixture
+def copy(merged: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(merged, tmp_path / "copy"))
+
+
+def test_verify_notices_a_changed_bit_anywhere(copy: Path) -> None:
+    assert package.verify(copy, quiet=True) == []
+    files = sorted(copy.glob("*.safetensors"))
+    assert len(files) == 2
+    header = 8 + int.from_bytes(files[0].read_bytes()[:8], "little")
+    places = [(files[0], header), (files[1], files[1].stat().st_size - 1), (files[0], 20), (files[0], header - 1), (files[1], 0)]
+    places += [(copy / name, 10) for name in ("config.json", "pcb_recipe.yaml", "model.safetensors.index.json", "README.md")]
+    for path, at in places:
+        flip(path, at)
+        assert package.verify(copy, quiet=True), f"bit of byte {at} of {path.name}"
+        flip(path, at)
+    files[1].rename(copy / "elsewhere")
+    assert any("missing" in problem for problem in package.verify(copy, quiet=True))
+    (copy / "elsewhere").rename(files[1])
+    assert package.verify(copy, quiet=True) == []
+
+
+def test_verify_notices_an_output_that_its_inputs_do_not_give(family: Family, copy: Path) -> None:
+    path = family.folder / "model2" / "model.safetensors"
+    was = path.read_bytes()
+    try:
+        families.write(path.parent, {n: t + t for n, t in family.models[2].items()})
+        assert any("differs from what its inputs give" in problem for problem in package.verify(copy, quiet=True))
+        families.write(path.parent, {n: t.float() for n, t in family.models[2].items()})
+        assert any("not those that were merged" in problem for problem in package.verify(copy, quiet=True))
+    finally:
+        path.write_bytes(was)
+    assert package.verify(copy, quiet=True) == []
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_the_output(tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, tie_word_embeddings=tied
+    )
+    states = []
+    for k in range(3):
+        torch.manual_seed(k)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        if k:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():  # a tied one comes once
+                    parameter.copy_(states[0][name].float() + 0.02 * parameter.float())
+        model.save_pretrained(tmp_path / f"m{k}")
+        states.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    recipe = {"merge_method": "pcb", "base_model": "m0", "models": [{"model": "m1"}, {"model": "m2"}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    package.merge(tmp_path / "recipe.yaml", tmp_path / "out", workers=1, max_shard_bytes=60_000, quiet=True)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.dtype == torch.bfloat16
+    assert (loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()) == tied
+    expected = package.merge_state_dicts(states[0], states[1:])
+    assert_same_tensors({n: p for n, p in loaded.state_dict().items() if n in expected}, expected)
+    assert package.verify(tmp_path / "out", quiet=True) == []
+
+
+# --- several nodes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three_nodes() -> Iterator[Any]:
+    """A cluster of three nodes of one core each, all on this machine."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(**node)
+        yield cluster
+    finally:
+        processes = [p for n in cluster.list_all_nodes() for infos in n.all_processes.values() for p in infos]
+        cluster.shutdown()
+        await_end([psutil.Process(p.process.pid) for p in processes if psutil.pid_exists(p.process.pid)])
+
+
+@pytest.mark.slow
+def test_every_node_gets_an_owner_and_a_lost_node_changes_no_byte(
+    three_nodes: Any, family: Family, merged: Path, tmp_path: Path
+) -> None:
+    recipe, out = family.folder / "nodes.yaml", tmp_path / "out"
+    recipe.write_text(json.dumps(recipe_of(family)))
+    arguments = ("merge", recipe, out, "--address", three_nodes.address, "--workers", 3, "--max-shard-size", "2MB")
+    with running(*arguments) as run:
+        run.wait_for("ranks of |tau|: ")
+        with run.stopped():
+            node_of = {p: p.ppid() for p in owners_under(os.getpid())}
+            raylets = {p.pid for p in descendants(os.getpid()) if p.name() == "raylet" and p.pid in node_of.values()}
+            assert len(node_of) == len(raylets) == 3
+            three_nodes.remove_node(next(iter(three_nodes.worker_nodes)), allow_graceful=False)
+        assert run.finish() == 0, run.text
+    assert receipt_of(out)["workers_lost"] == 1
+    assert digests(out) == digests(merged)
+    assert not state_of(out).exists()
+
+
+LOSE_A_NODE_THAT_KEEPS_ANSWERS = """
+import sys, time, psutil, ray
+from pathlib import Path
+from pcb_ray.answers import Thresholds
+from pcb_ray.plan import plan, worker_bytes
+from pcb_ray.recipe import Recipe
+from pcb_ray.runtime import RayOwners, cluster
+from pcb_ray.selection import Bracket
+
+made = plan(Recipe.from_file(Path(sys.argv[2])))
+with cluster(sys.argv[1]):
+    owners = RayOwners(made, "", workers=2, device="cpu", worker_bytes=worker_bytes(made, 1 << 15), block_elements=1 << 15)
+    owners.wait_until_ready()
+    everything = [[Bracket(0, (1 << 31) - 1)]] * made.N  # answers of many keys, so that they stay on the node that found them
+    answers = owners.ask("count", range(made.chunks), "|tau|", Thresholds(), everything, False)
+    total = [next(answers)[1]]
+    while len(owners.stats) < 2:
+        total.append(next(answers)[1])
+    time.sleep(3)  # the batches asked for are answered meanwhile
+    (port,) = [n["NodeManagerPort"] for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id()]
+    raylets = [psutil.Process(psutil.Process(s["pid"]).ppid()) for s in owners.stats.values()]
+    away = [p for p in raylets if port not in [c.laddr.port for c in p.net_connections() if c.status == "LISTEN"]]
+    away[0].kill()
+    total += [answer for _, answer in answers]
+    counted = sum(tally.upto_hi for answer in total for tally in answer.tallies[0])
+    print("counted", counted, "of", made.D, "lost", owners.deaths)
+    owners.close()
+"""
+
+
+@pytest.mark.slow
+def test_answers_lost_with_their_node_are_asked_for_again(three_nodes: Any, tmp_path: Path) -> None:
+    family = Family(tmp_path / "family", *families.fine_tuned(2, scale=75, dtype=torch.float32))
+    command = [sys.executable, "-c", LOSE_A_NODE_THAT_KEEPS_ANSWERS, three_nodes.address, str(family.recipe_file())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    D = sum(t.numel() for t in family.base.values())
+    assert done.returncode == 0, done.stderr
+    assert f"counted {D} of {D} lost 1" in done.stdout, done.stdout + done.stderr
