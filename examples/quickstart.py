@@ -151,6 +151,7 @@ def plot(losses: dict[str, Losses], lambdas: dict[str, float | None], path: Path
         axis.grid(axis="x", color="#e6e6e6", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.tick_params(length=0, labelsize=9)
+        axis.locator_params(axis="x", nbins=4)
         axis.spines[["top", "right", "left"]].set_visible(False)
     labels = [name if (value := lambdas.get(name)) is None else f"{name}  (λ = {value})" for name in names]
     axes[0].set_yticks(range(len(names)), labels)

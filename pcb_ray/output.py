@@ -198,8 +198,8 @@ class State:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, RequestError) and not self.found and not self.journal:
-            # A wrong request that showed itself late: there is nothing to resume, and the next try is a merge of its own.
+        if isinstance(error, RequestError | RunError) and not self.found and not self.journal:
+            # A wrong request that showed itself late, or no cluster: there is nothing to resume, and the next try is a merge of its own.
             self.discard()
         self.close()
 

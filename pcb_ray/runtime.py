@@ -124,9 +124,10 @@ def cluster(address: str | None) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(
-            f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one with `ray start --head`, or leave --address out for a local one"
+            f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one with `ray start --head`, "
+            "set RAY_AUTH_MODE=token if it asks for a token, or leave --address out for a local one"
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process without a word

@@ -141,6 +141,15 @@ def test_owners_that_all_die_at_their_start_end_the_run(job: Job, tmp_path: Path
     assert not out.exists()
 
 
+def test_without_a_cluster_to_join_there_is_advice_and_no_state(job: Job, tmp_path: Path) -> None:
+    # The cluster wants a token, which Ray sends to a given address only if it is told to.
+    run = pcb_ray(*joined(job.recipe, tmp_path / "out"), env={"RAY_AUTH_MODE": "disabled"})
+    assert run.process.returncode == 1, run.text
+    assert re.search(r"^pcb-ray: no Ray cluster at .*RAY_AUTH_MODE=token", run.text, flags=re.MULTILINE), run.text
+    assert "Traceback" not in run.text
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the driver -----------------------------------------------------------------------------------------------------------------
 
 
