@@ -170,8 +170,8 @@ def test_the_module_is_the_script(family):
     one = family(1)
     path = str(one.recipe_file())
     told = [json.loads(run([*program, "plan", path, "--json"], one.folder).stdout) for program in (MODULE, SCRIPT)]
-    for plan in told:
-        plan.pop("disk_free_here")  # changes by itself
+    for facts in told:
+        facts.pop("disk_free_here")  # changes by itself
     assert told[0] == told[1]
     assert run([*MODULE, "--help"], one.folder).stdout == run([*SCRIPT, "--help"], one.folder).stdout
 

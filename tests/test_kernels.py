@@ -18,7 +18,7 @@ from pcb_ray.answers import LARGEST_KEY, Thresholds, value_of_key
 from pcb_ray.kernels import NativeKernel, TorchKernel, choose_kernel, keys
 from pcb_ray.selection import Bracket
 
-quick = settings(max_examples=80, deadline=None, derandomize=True)
+quick = settings(max_examples=60, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
 built = importlib.util.find_spec("pcb_ray._native") is not None
 needs_native = pytest.mark.skipif(not built, reason="the native extension was not built: no C compiler at installation")

@@ -18,7 +18,7 @@ from pcb_ray import RequestError, merge_state_dicts, selection
 METHODS = ("pcb-released", "pcb-pairwise", "pcb-paper", "ties", "task_arithmetic", "linear")
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 EPS32 = 2.0**-24
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=45, deadline=None, derandomize=True)
 
 StateDict = dict[str, Tensor]
 
@@ -76,7 +76,7 @@ def assert_is_the_pcb_merge(
     # Where beta is the very t, both must agree that it is; next to it rounding may decide.
     unsure_ND = ((beta_ND - t_N1).abs() <= error_ND + t_error_N1) & (beta_ND != t_N1)
     unsure_D = unsure_ND.any(dim=0)
-    assert unsure_D.double().mean() <= 0.1, "this data is no test"
+    assert unsure_D.sum() <= max(3, 0.1 * len(base_D)), "this data is no test"
 
     untouched_D = ~want.kept_ND.any(dim=0) & ~unsure_D
     assert torch.equal(merged_D[untouched_D].view(torch.int32), base_D[untouched_D].view(torch.int32))
@@ -187,6 +187,8 @@ def small_models(draw: st.DrawFn) -> tuple[StateDict, list[StateDict]]:
     for k, shape in enumerate(shapes):
         name = f"{'zyx'[k % 3]}.{k}.weight"
         theta = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.1
+        if {"grid", "constant"} & set(kinds):
+            theta = torch.round(theta * 512) / 512  # differences are then equal and not only nearly so
         theta = torch.where(torch.rand(shape, generator=generator) < 0.1, -0.0, theta)
         base[name] = theta.to(one_dtype or draw(floats))
         previous = None

@@ -45,6 +45,14 @@ def digests(owner: Owner, thresholds: Thresholds, order: list[int]) -> dict[int,
     return {chunk: digest for at in order for chunk, digest in owner.merged_digests([at], thresholds).items()}
 
 
+def input_digests(made: Plan, out: Path) -> list[str]:
+    local = merge_locally(made, out)
+    if made.sweeps > 1:
+        return local.run.inputs
+    chunks = Owner(made, str(out)).write(range(made.chunks), local.thresholds, True)
+    return [b"".join(chunks[k][1][source] for k in sorted(chunks)).hex() for source in range(made.N + 1)]
+
+
 # --- the bytes ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +140,19 @@ def test_a_changed_byte_of_the_output_changes_its_digest(mixed, tmp_path):
         stream.write(bytes([byte[0] ^ 1]))
     after = Owner(made, str(tmp_path)).written_digests(range(made.chunks))
     assert [chunk for chunk in before if before[chunk] != after[chunk]] == [tensor.first // made.chunk_elements]
+
+
+@pytest.mark.parametrize("name", ["pcb-pairwise", "pcb-paper", "linear"])
+def test_one_changed_element_of_an_input_changes_the_digest_of_that_input_alone(family, tmp_path, name):
+    one = family(2)
+    made = planned(one.recipe(), name)
+    before = input_digests(made, tmp_path / "a")
+    one.models[1]["lm_head.weight"][95, 31] += 1
+    families.write(one.folder / "model1", one.models[1])
+    after = input_digests(planned(one.recipe(), name), tmp_path / "b")
+    assert len(before) == len(after) == 3
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False]
+    assert len(set(before)) == 3
 
 
 @pytest.mark.parametrize("quantity", [MAGNITUDE, BETA])

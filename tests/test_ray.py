@@ -284,7 +284,9 @@ def three_nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    # A dead node is noticed within seconds; by default it takes Ray 15.
+    impatient = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False, "_system_config": impatient})
     try:
         for _ in range(2):
             cluster.add_node(**node)

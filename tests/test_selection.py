@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pcb_ray import selection
 from pcb_ray.selection import SAMPLE_GROUPS, Bracket, Sample, Tally
 
-quick = settings(max_examples=150, deadline=None, derandomize=True)
+quick = settings(max_examples=100, deadline=None, derandomize=True)
 LIMITS = {32: 0x7F800000, 64: 0x7FF0000000000000}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,19 +36,16 @@ def anonymous_bytes(pid: int) -> int:
 def run(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Measured:
     """Run to the end; RuntimeError with its output if it fails."""
     start, peak = time.monotonic(), 0
-    with subprocess.Popen(
-        command, cwd=cwd, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
-        output = ""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, cwd=cwd, env={**os.environ, **(env or {})}, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 tree = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
                 peak = max(peak, sum(anonymous_bytes(pid) for pid in tree))
-            output += process.stdout.read() or ""  # type: ignore[union-attr]
             time.sleep(SAMPLE_S)
         wall_s = time.monotonic() - start
-        output += process.stdout.read() or ""  # type: ignore[union-attr]
+        log.seek(0)
+        output = log.read()
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
     return Measured(wall_s, peak, output)
