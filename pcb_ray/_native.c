@@ -298,7 +298,7 @@ EXPORT CLONES int64_t pcb_round_bfloat16(const float *restrict x, int64_t B, uin
 typedef struct {
     int64_t lo, hi;
     int64_t below_lo, upto_lo, below_hi, upto_hi; /* counts of keys */
-    void *inside;                                 /* keys strictly between, room for B + 1 */
+    void *inside;                                 /* keys strictly between, room for B */
     int64_t found;                                /* how many */
 } Bracket;
 
@@ -332,11 +332,17 @@ INLINE int64_t key64(double x, int magnitude) {
         bracket->upto_hi += upto_hi;                                                                         \
         if (below_hi > upto_lo) {                                                                            \
             INT *inside = (INT *)bracket->inside + bracket->found;                                           \
+            uint64_t hits[STRIP / 8]; /* a byte per element; few are inside, so most words are 0 and skipped */ \
+            uint8_t *hit = (uint8_t *)hits;                                                                  \
+            memset(hits, 0, sizeof hits);                                                                    \
             for (int32_t b = 0; b < m; b++) {                                                                \
                 INT key = KEY(x[b], magnitude);                                                              \
-                *inside = key; /* branchless: overwritten by the next key unless this one counts */          \
-                inside += (key > lo) & (key < hi);                                                           \
+                hit[b] = (uint8_t)((key > lo) & (key < hi));                                                 \
             }                                                                                                \
+            for (int32_t w = 0; w < STRIP / 8; w++)                                                          \
+                if (hits[w])                                                                                 \
+                    for (int32_t b = 8 * w; b < 8 * w + 8; b++)                                              \
+                        if (hit[b]) *inside++ = KEY(x[b], magnitude);                                        \
             bracket->found = inside - (INT *)bracket->inside;                                                \
         }                                                                                                    \
         return largest;                                                                                      \

@@ -200,9 +200,8 @@ class NativeKernel(TorchKernel):
     def count(self, x_B: Tensor, magnitude: bool, brackets: Sequence[Bracket]) -> Counts:
         size, wide = x_B.numel(), x_B.dtype == torch.float64
         inside_of = self._inside[wide]
-        if inside_of.shape[0] < len(brackets) or inside_of.shape[1] <= size:
-            # One entry more than keys: the branchless store in C writes behind the last.
-            inside_of = self._inside[wide] = np.empty((len(brackets), size + 1), dtype=np.int64 if wide else np.int32)
+        if inside_of.shape[0] < len(brackets) or inside_of.shape[1] < size:
+            inside_of = self._inside[wide] = np.empty((len(brackets), size), dtype=np.int64 if wide else np.int32)
         asked = (_Bracket * len(brackets))()
         for one, bracket, inside in zip(asked, brackets, inside_of, strict=False):
             one.lo, one.hi, one.inside = bracket.lo, bracket.hi, inside.ctypes.data
