@@ -162,9 +162,7 @@ def merge_linear(models_ND: Tensor | Sequence[Tensor], weights: Weights) -> Tens
     return add_up(weights[i] * models_ND[i] for i in range(len(models_ND))) / total
 
 
-def merge_task_arithmetic(
-    base_D: Tensor, models_ND: Tensor | Sequence[Tensor], weights: Weights, lambda_: float = 1.0
-) -> Tensor:
+def merge_task_arithmetic(base_D: Tensor, models_ND: Tensor | Sequence[Tensor], weights: Weights, lambda_: float = 1.0) -> Tensor:
     """theta_pre + lambda * sum(lambda_i tau_i)."""
     tau_ND = task_vectors(base_D, models_ND)
     return base_D + lambda_ * add_up(weights[i] * tau_ND[i] for i in range(len(tau_ND)))

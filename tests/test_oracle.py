@@ -29,9 +29,7 @@ def pcb(tau, variant="pairwise", r=0.5, base=None, weights=None, lambda_=1.0):
     base_D = torch.zeros(tau_ND.shape[1]) if base is None else torch.as_tensor(base, dtype=torch.float32)
     weights = [1.0] * len(tau_ND) if weights is None else weights
     models_ND = base_D + tau_ND
-    return oracle.merge_pcb(
-        base_D, models_ND, variant=variant, mask_ratio=r, weights=weights, lambda_=lambda_, taus=tau_ND
-    )
+    return oracle.merge_pcb(base_D, models_ND, variant=variant, mask_ratio=r, weights=weights, lambda_=lambda_, taus=tau_ND)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -52,9 +50,7 @@ def test_the_text_reproduces_the_released_functions(path, variant):
     with safe_open(path, "pt") as file:
         mask_ratio = float(file.metadata()["mask_ratio"])
         tau_ND = file.get_tensor("tau")
-        clamped_ND, scale_ND, merged_D = (
-            file.get_tensor(f"{PREFIX[variant]}.{key}") for key in ("clamped", "scale", "merged")
-        )
+        clamped_ND, scale_ND, merged_D = (file.get_tensor(f"{PREFIX[variant]}.{key}") for key in ("clamped", "scale", "merged"))
     N, D = tau_ND.shape
     ours = oracle.merge_pcb(torch.zeros(D), tau_ND, variant=variant, mask_ratio=mask_ratio, weights=[1.0] * N)
     assert torch.equal(ours.kept_ND, scale_ND > 0)
@@ -90,18 +86,14 @@ def plain_pcb(base, tau, variant, r, weights, lambda_):
     for i in range(N):
         if variant == "paper":
             intra = plain_softmax([N * v for v in plain_minmax([t * t for t in tau[i]])])
-            pairs = [
-                plain_softmax(plain_minmax([a * b for a, b in zip(tau[i], tau[j], strict=True)])) for j in range(N)
-            ]
+            pairs = [plain_softmax(plain_minmax([a * b for a, b in zip(tau[i], tau[j], strict=True)])) for j in range(N)]
             inter = [sum(column) for column in zip(*pairs, strict=True)]
         else:
             intra = [math.exp(N * (v * v - 1)) for v in z[i]]
             inter = [
                 math.tanh(tau[i][d] * sum(task[d] for task in tau))
                 if variant == "released"
-                else sum(
-                    math.tanh(math.copysign(z[i][d], tau[i][d]) * math.copysign(z[j][d], tau[j][d])) for j in range(N)
-                )
+                else sum(math.tanh(math.copysign(z[i][d], tau[i][d]) * math.copysign(z[j][d], tau[j][d])) for j in range(N))
                 for d in range(D)
             ]
         beta = [a * b for a, b in zip(intra, inter, strict=True)]
@@ -493,12 +485,9 @@ def test_every_ties_update_has_the_elected_sign(tau_ND, r):
 def family(N=3, dtype=torch.bfloat16):
     generator = torch.Generator().manual_seed(5)
     shapes = {"b.weight": (40, 7), "a.bias": (33,), "c.norm": (1,), "a.scalar": ()}
-    base = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
-    }
+    base = {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
     models = [
-        {name: (t + 0.05 * torch.randn(t.shape, generator=generator)).to(dtype) for name, t in base.items()}
-        for _ in range(N)
+        {name: (t + 0.05 * torch.randn(t.shape, generator=generator)).to(dtype) for name, t in base.items()} for _ in range(N)
     ]
     return base, models
 
