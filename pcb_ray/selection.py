@@ -125,6 +125,7 @@ class Tally:
             return Bracket(max(key << self.shift, lo + 1), min(((key + 1) << self.shift) - 1, hi - 1))
         if rank < self.upto_hi:
             return hi
+        assert hi < largest, f"rank {rank} of {self.upto_hi} values"
         return Bracket(hi + 1, largest)
 
 
