@@ -111,7 +111,7 @@ def test_an_owner_killed_in_each_sweep_changes_no_byte(job: Job, tmp_path: Path)
 
 def test_a_part_of_the_model_that_keeps_killing_owners_ends_the_run_with_advice(tmp_path: Path) -> None:
     # One chunk, and so one part, with so many pairs of models that an owner works on it for long enough to be caught.
-    family, out = Family(tmp_path / "family", *families.fine_tuned(16, scale=3)), tmp_path / "out"
+    family, out = Family(tmp_path / "family", *families.fine_tuned(40, scale=3)), tmp_path / "out"
     recipe = family.recipe_file(parameters={"density": 0.2, "variant": "paper"})
     with running(*joined(recipe, out, "--workers", 1)) as run:
         for _ in range(3):
