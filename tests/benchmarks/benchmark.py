@@ -67,7 +67,8 @@ def against_mergekit(family: Path, mergekit: str, count: int) -> str:
 
     def theirs() -> float:
         out = family / "benchmark-mergekit"
-        measured = run([mergekit, "ties.yaml", str(out), "--no-copy-tokenizer"], cwd=family)
+        command = [mergekit, "ties.yaml", str(out), "--no-copy-tokenizer", "--no-write-model-card"]
+        measured = run(command, cwd=family, env={"HF_HUB_OFFLINE": "1"})
         shutil.rmtree(out)
         peaks["mergekit"] = max(peaks["mergekit"], measured.peak_bytes)
         return measured.wall_s
