@@ -210,6 +210,35 @@ EXPORT CLONES void pcb_merge(const Scores *s, const float *theta, const float *t
     }
 }
 
+/* pcb.ties: theta [B], tau [n, B] -> merged [B]; low [n] is the smallest |tau| that is kept. */
+EXPORT CLONES void pcb_ties(const float *theta, const float *tau, int64_t n, int64_t stride, int64_t B, const float *low, const float *lambdas, float lambda, float *merged) {
+    float elected[STRIP], sum[STRIP], count[STRIP];
+    for (int64_t at = 0; at < B; at += STRIP) {
+        const int64_t m = B - at < STRIP ? B - at : STRIP;
+        for (int64_t b = 0; b < m; b++) elected[b] = sum[b] = count[b] = 0.0f;
+        for (int64_t i = 0; i < n; i++) {
+            const float *restrict x = tau + i * stride + at;
+            const float least = low[i];
+            for (int64_t b = 0; b < m; b++) elected[b] += fabsf(x[b]) >= least ? x[b] : 0.0f;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            const float *restrict x = tau + i * stride + at;
+            const float least = low[i], weight = lambdas[i];
+            for (int64_t b = 0; b < m; b++) {
+                float agrees = elected[b] >= 0.0f ? x[b] : -x[b]; /* positive if x is not 0 and has the elected sign */
+                int agree = (fabsf(x[b]) >= least) & (agrees > 0.0f);
+                float term = agree ? x[b] * weight : 0.0f;
+                sum[b] = i == 0 ? term : sum[b] + term; /* not 0 + term, which would turn a first -0 into +0 */
+                count[b] += agree ? 1.0f : 0.0f;
+            }
+        }
+        for (int64_t b = 0; b < m; b++) {
+            float value = (sum[b] / (count[b] < 1.0f ? 1.0f : count[b])) * lambda + theta[at + b];
+            merged[at + b] = count[b] > 0.0f ? value : theta[at + b];
+        }
+    }
+}
+
 /* min and max of tau_i tau_j for each pair i <= j, row by row: tau [n, B]; low and high are updated. */
 EXPORT CLONES void pcb_extrema(const float *tau, int64_t n, int64_t stride, int64_t B, double *low, double *high) {
     for (int64_t i = 0, p = 0; i < n; i++)

@@ -213,11 +213,18 @@ class NativeKernel(TorchKernel):
         ]
 
     def merge(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
-        if not self._fused:
+        if not self._fused and self.method != "ties":
             return super().merge(theta_B, tau_NB, thresholds, lambdas, lambda_)
         if self._merged.numel() < theta_B.numel():
             self._merged = torch.empty_like(theta_B)
         merged_B, weights_N = self._merged[: theta_B.numel()], torch.tensor(lambdas, dtype=torch.float32)
+        if self.method == "ties":
+            low_N = torch.tensor(thresholds.low)
+            self._library.pcb_ties(
+                *(theta_B.data_ptr(), tau_NB.data_ptr(), self.n, tau_NB.stride(0), tau_NB.shape[1], low_N.data_ptr()),
+                *(weights_N.data_ptr(), lambda_, merged_B.data_ptr()),
+            )
+            return merged_B
         self._library.pcb_merge(
             *(ctypes.byref(self._scores(tau_NB, thresholds)), theta_B.data_ptr(), tau_NB.data_ptr(), tau_NB.shape[1]),
             *(weights_N.data_ptr(), lambda_, pcb.DENOMINATOR_FLOOR, merged_B.data_ptr()),
@@ -242,6 +249,7 @@ def _load_native() -> Any:
         "pcb_round_bfloat16": (integer, [pointer, integer, pointer]),
         "pcb_beta": (None, [pointer, pointer, integer, pointer]),
         "pcb_merge": (None, [pointer, pointer, pointer, integer, pointer, real, real, pointer]),
+        "pcb_ties": (None, [pointer, pointer, integer, integer, integer, pointer, pointer, real, pointer]),
         "pcb_count32": (integer, [pointer, integer, integer, pointer, integer]),
         "pcb_count64": (integer, [pointer, integer, integer, pointer, integer]),
         "pcb_extrema": (None, [pointer, integer, integer, integer, pointer, pointer]),

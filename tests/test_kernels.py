@@ -298,3 +298,28 @@ def test_a_task_that_does_not_vary_or_has_no_score_above_t_contributes_nothing(k
     assert pcb.spans(thresholds) == [math.inf, math.inf]
     for method in FUSED:
         assert_same_bits(kernel(method, 2, 4, CPU).merge(theta_B, tau_NB, thresholds, (1.0, 1.0), 1.0), theta_B)
+
+
+@needs_native
+def test_a_native_ties_block_has_the_bits_of_torch():
+    """With ties in size, both zeros in tau and theta, zero and negative weights, and thresholds of 0."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=random)
+
+    for trial in range(200):
+        n, size = 1 + trial % 5, 1 + int(1500 * draw(1))
+        tau = torch.randn(n, size, generator=random).mul_(1e-2).bfloat16().float()
+        tau[draw(n, size) < 0.4], tau[draw(n, size) < 0.1] = 0.0, -0.0
+        if trial % 7 == 0:
+            tau = tau.sign() * 0.5
+        theta = torch.randn(size, generator=random)
+        theta[::7] = -0.0
+        thresholds = Thresholds(low=tuple((draw(n) * 0.02 * (trial % 3 > 0)).tolist()))
+        lambdas = [(1.0, 0.5, 0.0, -0.3, 2.0)[int(5 * draw(1))] for _ in range(n)]
+        torch_B, native_B = (
+            kernel("ties", n, size, torch.device("cpu")).merge(theta, tau, thresholds, lambdas, 0.7)
+            for kernel in (TorchKernel, NativeKernel)
+        )
+        assert torch.equal(torch_B.view(torch.int32), native_B.view(torch.int32)), trial
