@@ -102,11 +102,7 @@ def merge(
         owners.wait_until_ready()
         startup_s = time.monotonic() - start
         run = Run(plan, owners, quiet=quiet)
-        try:
-            thresholds, written = _execute(run, state)
-        except RequestError:
-            state.discard()  # with the input mended, it will be another merge
-            raise
+        thresholds, written = _execute(run, state)
         warnings = warnings_of(plan, thresholds)
         receipt = {
             "versions": versions(),
