@@ -1,4 +1,5 @@
-/* The hot lines of pcb.py and of the counting in kernels.py, fused so that a block is walked through once while it lies in the cache.
+/* The hot lines of pcb.py and of the counting in kernels.py, fused: a block is walked through once, strip by strip, from the bytes of the files to
+   counts or to the bytes of the output, and what lies between stays in the first-level cache.
 
    Specification: pcb.py. Each function repeats its operations in its order, each rounded on its own (compile with -ffp-contract=off: a fused
    multiply-add would round differently), so that both give the same bits; tests/test_kernels.py holds them together. Nothing here depends on
@@ -91,243 +92,186 @@ INLINE float tanh_(float x) {
 
 INLINE float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f; }
 
+/* What is asked of a block, in the order of kernels.QUESTIONS. */
+enum { MAGNITUDE, RELEASED, PAIRWISE, PAPER, TIES, TASK_ARITHMETIC, LINEAR };
+
+/* A block as it was read from the files. */
 typedef struct {
-    int64_t n;         /* tasks */
-    int64_t stride;    /* elements from one row of an [n, B] array to the next */
-    int64_t pairwise;  /* 1: pairwise, 0: released */
-    const float *low, *high, *range; /* [n]; range = high - low, or infinity */
-    const float *t, *span;           /* [n]; span = max beta - t, or infinity; unused for beta */
-    float *scratch;                  /* [2 n, STRIP] */
-} Scores;
+    int64_t n, size;         /* tasks, elements */
+    const void *const *data; /* [n + 1]: the base (NULL: zeros), then the models */
+    const int64_t *bfloat16; /* [n + 1]: 1: bfloat16, 0: float32 */
+    float *scratch;          /* rows of STRIP: theta, tau [n], and 2 n more for scores */
+} Block;
 
-/* beta of m <= STRIP elements from `at` on, into scratch rows n .. 2n-1. */
-INLINE void beta_strip_(const Scores *s, const float *tau, int64_t at, int64_t m, const int few) {
-    const int64_t n = s->n;
-    const float tasks = (float)n;
-    float *u = s->scratch, *inter = s->scratch + n * STRIP;
-    if (s->pairwise) {
-        for (int64_t i = 0; i < n; i++) {
-            const float low = s->low[i], high = s->high[i], range = s->range[i];
-            const float *restrict x = tau + i * s->stride + at;
-            float *restrict ui = u + i * STRIP, *restrict acc = inter + i * STRIP;
+/* answers.Thresholds as arrays, with what follows from them for all elements alike; a method leaves NULL what it has no use for. */
+typedef struct {
+    const float *low, *high, *range, *t, *span;      /* [n]; range = high - low and span = max beta - t, or infinity where that is 0 */
+    const double *paper_t, *pair_low, *pair_range;   /* [n], [pairs], [pairs]: paper */
+    const double *intra_factor, *pair_factor;        /* [n], [pairs]: D / softmax denominator */
+} Thresholds;
+
+INLINE float *theta_of(const Block *k) { return k->scratch; }
+INLINE float *tau_of(const Block *k, int64_t i) { return k->scratch + (1 + i) * STRIP; }
+INLINE float *u_of(const Block *k, int64_t i) { return k->scratch + (1 + k->n + i) * STRIP; }
+INLINE float *beta_of(const Block *k, int64_t i) { return k->scratch + (1 + 2 * k->n + i) * STRIP; }
+INLINE double *paper_beta_of(const Block *k, int64_t i) { return (double *)u_of(k, 0) + i * STRIP; }
+
+INLINE float widened(uint16_t x) { return as_float((int32_t)((uint32_t)x << 16)); }
+
+/* theta and tau of m <= STRIP elements from `at` on. */
+INLINE void load_strip(const Block *k, int64_t at, int64_t m) {
+    float *restrict theta = theta_of(k);
+    if (!k->data[0])
+        for (int64_t b = 0; b < m; b++) theta[b] = 0.0f;
+    else if (k->bfloat16[0]) {
+        const uint16_t *restrict x = (const uint16_t *)k->data[0] + at;
+        for (int64_t b = 0; b < m; b++) theta[b] = widened(x[b]);
+    } else
+        memcpy(theta, (const float *)k->data[0] + at, (size_t)m * 4);
+    for (int64_t i = 0; i < k->n; i++) {
+        float *restrict tau = tau_of(k, i);
+        if (k->bfloat16[i + 1]) {
+            const uint16_t *restrict x = (const uint16_t *)k->data[i + 1] + at;
+            for (int64_t b = 0; b < m; b++) tau[b] = widened(x[b]) - theta[b];
+        } else {
+            const float *restrict x = (const float *)k->data[i + 1] + at;
+            for (int64_t b = 0; b < m; b++) tau[b] = x[b] - theta[b];
+        }
+    }
+}
+
+/* --- scores ------------------------------------------------------------------------------------------------------------------------- */
+
+/* pcb.beta_released of a loaded strip; `few`: n <= 80, so that exp needs no care for subnormal numbers. */
+INLINE void beta_released(const Block *k, const Thresholds *s, int64_t m, const int few) {
+    const float tasks = (float)k->n;
+    float *restrict total = u_of(k, 0);
+    for (int64_t b = 0; b < m; b++) total[b] = tau_of(k, 0)[b];
+    for (int64_t i = 1; i < k->n; i++) {
+        const float *restrict x = tau_of(k, i);
+        for (int64_t b = 0; b < m; b++) total[b] += x[b];
+    }
+    for (int64_t i = 0; i < k->n; i++) {
+        const float low = s->low[i], high = s->high[i], range = s->range[i];
+        const float *restrict x = tau_of(k, i);
+        float *restrict beta = beta_of(k, i);
+        int32_t largest = 0; /* as bits: an integer maximum vectorises, one of floats does not */
+        for (int64_t b = 0; b < m; b++) {
+            beta[b] = x[b] * total[b];
+            int32_t size = as_bits(beta[b]) & 0x7fffffff;
+            largest = size > largest ? size : largest;
+        }
+        if (largest <= as_bits(1.0f)) /* nearly always: task vectors are small */
+            for (int64_t b = 0; b < m; b++) beta[b] = tanh_unit(beta[b]);
+        else
+            for (int64_t b = 0; b < m; b++) beta[b] = tanh_(beta[b]);
+        for (int64_t b = 0; b < m; b++) {
+            float z = (clamp(fabsf(x[b]), low, high) - low) / range;
+            beta[b] = beta[b] * exp_((z * z - 1.0f) * tasks, few);
+        }
+    }
+}
+
+/* pcb.beta_pairwise of a loaded strip. */
+INLINE void beta_pairwise(const Block *k, const Thresholds *s, int64_t m, const int few) {
+    const float tasks = (float)k->n;
+    for (int64_t i = 0; i < k->n; i++) {
+        const float low = s->low[i], high = s->high[i], range = s->range[i];
+        const float *restrict x = tau_of(k, i);
+        float *restrict u = u_of(k, i), *restrict inter = beta_of(k, i);
+        for (int64_t b = 0; b < m; b++) {
+            /* sign(x) z: where x is 0, so is z, and a zero's sign shows nowhere in beta */
+            u[b] = copysignf((clamp(fabsf(x[b]), low, high) - low) / range, x[b]);
+            inter[b] = 0.0f;
+        }
+    }
+    for (int64_t i = 0; i < k->n; i++) {
+        const float *restrict ui = u_of(k, i);
+        float *restrict inter_i = beta_of(k, i);
+        for (int64_t b = 0; b < m; b++) inter_i[b] += tanh_unit(ui[b] * ui[b]);
+        for (int64_t j = i + 1; j < k->n; j++) {
+            const float *restrict uj = u_of(k, j);
+            float *restrict inter_j = beta_of(k, j);
             for (int64_t b = 0; b < m; b++) {
-                ui[b] = sign(x[b]) * ((clamp(fabsf(x[b]), low, high) - low) / range);
-                acc[b] = 0.0f;
+                float pair = tanh_unit(ui[b] * uj[b]);
+                inter_i[b] += pair;
+                inter_j[b] += pair;
             }
         }
-        for (int64_t i = 0; i < n; i++) {
-            const float *restrict ui = u + i * STRIP;
-            float *restrict acc_i = inter + i * STRIP;
-            for (int64_t b = 0; b < m; b++) acc_i[b] += tanh_unit(ui[b] * ui[b]);
-            for (int64_t j = i + 1; j < n; j++) {
-                const float *restrict uj = u + j * STRIP;
-                float *restrict acc_j = inter + j * STRIP;
-                for (int64_t b = 0; b < m; b++) {
-                    float pair = tanh_unit(ui[b] * uj[b]);
-                    acc_i[b] += pair;
-                    acc_j[b] += pair;
-                }
-            }
+    }
+    for (int64_t i = 0; i < k->n; i++) {
+        const float *restrict u = u_of(k, i);
+        float *restrict beta = beta_of(k, i);
+        for (int64_t b = 0; b < m; b++) beta[b] = beta[b] * exp_((u[b] * u[b] - 1.0f) * tasks, few);
+    }
+}
+
+/* pcb.paper_pair less 1, of one element */
+INLINE double paper_pair(const Thresholds *s, int64_t p, float x, float y) {
+    return ((double)x * (double)y - s->pair_low[p]) / s->pair_range[p] - 1.0;
+}
+
+/* pcb.beta_paper of a loaded strip. */
+INLINE void beta_paper(const Block *k, const Thresholds *s, int64_t m) {
+    const double tasks = (double)k->n;
+    for (int64_t i = 0; i < k->n; i++)
+        for (int64_t b = 0; b < m; b++) paper_beta_of(k, i)[b] = 0.0;
+    for (int64_t i = 0, p = 0; i < k->n; i++)
+        for (int64_t j = i; j < k->n; j++, p++) {
+            const float *restrict x = tau_of(k, i), *restrict y = tau_of(k, j);
+            double *restrict inter_i = paper_beta_of(k, i), *restrict inter_j = paper_beta_of(k, j);
+            double pair[STRIP];
+            for (int64_t b = 0; b < m; b++) pair[b] = exp64(paper_pair(s, p, x[b], y[b])) * s->pair_factor[p];
+            for (int64_t b = 0; b < m; b++) inter_i[b] += pair[b];
+            if (j != i)
+                for (int64_t b = 0; b < m; b++) inter_j[b] += pair[b];
         }
-        for (int64_t i = 0; i < n; i++) {
-            const float *restrict ui = u + i * STRIP;
-            float *restrict acc = inter + i * STRIP;
-            for (int64_t b = 0; b < m; b++) acc[b] = acc[b] * exp_((ui[b] * ui[b] - 1.0f) * tasks, few);
-        }
+    for (int64_t i = 0, p = 0; i < k->n; p += k->n - i, i++) {
+        const float *restrict x = tau_of(k, i);
+        double *restrict beta = paper_beta_of(k, i);
+        for (int64_t b = 0; b < m; b++) beta[b] = beta[b] * (exp64(paper_pair(s, p, x[b], x[b]) * tasks) * s->intra_factor[i]);
+    }
+}
+
+/* beta of a loaded strip, into beta_of or paper_beta_of. */
+INLINE void beta_strip(const Block *k, const Thresholds *s, int64_t question, int64_t m) {
+    if (question == PAPER)
+        beta_paper(k, s, m);
+    else if (question == RELEASED) {
+        if (k->n <= 80)
+            beta_released(k, s, m, 1);
+        else
+            beta_released(k, s, m, 0);
     } else {
-        float *restrict total = u;
-        for (int64_t b = 0; b < m; b++) total[b] = tau[at + b];
-        for (int64_t i = 1; i < n; i++) {
-            const float *restrict x = tau + i * s->stride + at;
-            for (int64_t b = 0; b < m; b++) total[b] += x[b];
-        }
-        for (int64_t i = 0; i < n; i++) {
-            const float low = s->low[i], high = s->high[i], range = s->range[i];
-            const float *restrict x = tau + i * s->stride + at;
-            float *restrict acc = inter + i * STRIP;
-            int32_t largest = 0; /* as bits: an integer maximum vectorises, one of floats does not */
-            for (int64_t b = 0; b < m; b++) {
-                acc[b] = x[b] * total[b];
-                int32_t size = as_bits(acc[b]) & 0x7fffffff;
-                largest = size > largest ? size : largest;
-            }
-            if (largest <= as_bits(1.0f)) /* nearly always: task vectors are small */
-                for (int64_t b = 0; b < m; b++) acc[b] = tanh_unit(acc[b]);
+        if (k->n <= 80)
+            beta_pairwise(k, s, m, 1);
+        else
+            beta_pairwise(k, s, m, 0);
+    }
+}
+
+INLINE int64_t strip_at(const Block *k, int64_t at) { return k->size - at < STRIP ? k->size - at : STRIP; }
+
+/* tau (MAGNITUDE) or beta of a block -> out [n, size], float, for PAPER double. */
+EXPORT CLONES void pcb_scores(const Block *k, const Thresholds *s, int64_t question, void *out) {
+    for (int64_t at = 0; at < k->size; at += STRIP) {
+        const int64_t m = strip_at(k, at);
+        load_strip(k, at, m);
+        if (question != MAGNITUDE) beta_strip(k, s, question, m);
+        for (int64_t i = 0; i < k->n; i++)
+            if (question == PAPER)
+                memcpy((double *)out + i * k->size + at, paper_beta_of(k, i), (size_t)m * 8);
             else
-                for (int64_t b = 0; b < m; b++) acc[b] = tanh_(acc[b]);
-            for (int64_t b = 0; b < m; b++) {
-                float z = (clamp(fabsf(x[b]), low, high) - low) / range;
-                acc[b] = acc[b] * exp_((z * z - 1.0f) * tasks, few);
-            }
-        }
+                memcpy((float *)out + i * k->size + at, question == MAGNITUDE ? tau_of(k, i) : beta_of(k, i), (size_t)m * 4);
     }
 }
 
-INLINE void beta_strip(const Scores *s, const float *tau, int64_t at, int64_t m) {
-    if (s->n <= 80)
-        beta_strip_(s, tau, at, m, 1);
-    else
-        beta_strip_(s, tau, at, m, 0);
-}
-
-/* pcb.beta_released and pcb.beta_pairwise: tau [n, B] -> beta [n, B] (same row stride). */
-EXPORT CLONES void pcb_beta(const Scores *s, const float *tau, int64_t B, float *beta) {
-    for (int64_t at = 0; at < B; at += STRIP) {
-        const int64_t m = B - at < STRIP ? B - at : STRIP;
-        beta_strip(s, tau, at, m);
-        for (int64_t i = 0; i < s->n; i++) memcpy(beta + i * s->stride + at, s->scratch + (s->n + i) * STRIP, (size_t)m * 4);
-    }
-}
-
-/* pcb.scale_of and pcb.combine after pcb_beta: theta [B], tau [n, B] -> merged [B]. */
-EXPORT CLONES void pcb_merge(const Scores *s, const float *theta, const float *tau, int64_t B, const float *lambdas, float lambda, float floor_, float *merged) {
-    float total[STRIP], sum[STRIP];
-    for (int64_t at = 0; at < B; at += STRIP) {
-        const int64_t m = B - at < STRIP ? B - at : STRIP;
-        beta_strip(s, tau, at, m);
-        for (int64_t i = 0; i < s->n; i++) {
-            const float low = s->low[i], high = s->high[i], t = s->t[i], span = s->span[i], weight = lambdas[i];
-            const float *restrict x = tau + i * s->stride + at, *restrict beta = s->scratch + (s->n + i) * STRIP;
-            if (i == 0)
-                for (int64_t b = 0; b < m; b++) {
-                    float scale = ((beta[b] < t ? t : beta[b]) - t) / span;
-                    total[b] = scale;
-                    sum[b] = (scale * weight) * (sign(x[b]) * clamp(fabsf(x[b]), low, high));
-                }
-            else
-                for (int64_t b = 0; b < m; b++) {
-                    float scale = ((beta[b] < t ? t : beta[b]) - t) / span;
-                    total[b] += scale;
-                    sum[b] += (scale * weight) * (sign(x[b]) * clamp(fabsf(x[b]), low, high));
-                }
-        }
-        const float *restrict base = theta + at;
-        float *restrict out = merged + at;
-        for (int64_t b = 0; b < m; b++) {
-            float value = (sum[b] * lambda) / (total[b] < floor_ ? floor_ : total[b]) + base[b];
-            out[b] = total[b] > 0.0f ? value : base[b];
-        }
-    }
-}
-
-/* pcb.ties: theta [B], tau [n, B] -> merged [B]; low [n] is the smallest |tau| that is kept. */
-EXPORT CLONES void pcb_ties(const float *theta, const float *tau, int64_t n, int64_t stride, int64_t B, const float *low, const float *lambdas, float lambda, float *merged) {
-    float elected[STRIP], sum[STRIP], count[STRIP];
-    for (int64_t at = 0; at < B; at += STRIP) {
-        const int64_t m = B - at < STRIP ? B - at : STRIP;
-        for (int64_t b = 0; b < m; b++) elected[b] = sum[b] = count[b] = 0.0f;
-        for (int64_t i = 0; i < n; i++) {
-            const float *restrict x = tau + i * stride + at;
-            const float least = low[i];
-            for (int64_t b = 0; b < m; b++) elected[b] += fabsf(x[b]) >= least ? x[b] : 0.0f;
-        }
-        for (int64_t i = 0; i < n; i++) {
-            const float *restrict x = tau + i * stride + at;
-            const float least = low[i], weight = lambdas[i];
-            for (int64_t b = 0; b < m; b++) {
-                float agrees = elected[b] >= 0.0f ? x[b] : -x[b]; /* positive if x is not 0 and has the elected sign */
-                int agree = (fabsf(x[b]) >= least) & (agrees > 0.0f);
-                float term = agree ? x[b] * weight : 0.0f;
-                sum[b] = i == 0 ? term : sum[b] + term; /* not 0 + term, which would turn a first -0 into +0 */
-                count[b] += agree ? 1.0f : 0.0f;
-            }
-        }
-        for (int64_t b = 0; b < m; b++) {
-            float value = (sum[b] / (count[b] < 1.0f ? 1.0f : count[b])) * lambda + theta[at + b];
-            merged[at + b] = count[b] > 0.0f ? value : theta[at + b];
-        }
-    }
-}
-
-/* min and max of tau_i tau_j for each pair i <= j, row by row: tau [n, B]; low and high are updated. */
-EXPORT CLONES void pcb_extrema(const float *tau, int64_t n, int64_t stride, int64_t B, double *low, double *high) {
-    for (int64_t i = 0, p = 0; i < n; i++)
-        for (int64_t j = i; j < n; j++, p++) {
-            const float *restrict x = tau + i * stride, *restrict y = tau + j * stride;
-            double least[16], most[16]; /* lanes: a running minimum of doubles alone would not vectorise */
-            for (int l = 0; l < 16; l++) least[l] = low[p], most[l] = high[p];
-            int64_t b = 0;
-            for (; b + 16 <= B; b += 16)
-                for (int l = 0; l < 16; l++) {
-                    double product = (double)x[b + l] * (double)y[b + l];
-                    least[l] = product < least[l] ? product : least[l];
-                    most[l] = product > most[l] ? product : most[l];
-                }
-            for (; b < B; b++) {
-                double product = (double)x[b] * (double)y[b];
-                least[0] = product < least[0] ? product : least[0];
-                most[0] = product > most[0] ? product : most[0];
-            }
-            for (int l = 0; l < 16; l++) {
-                low[p] = least[l] < low[p] ? least[l] : low[p];
-                high[p] = most[l] > high[p] ? most[l] : high[p];
-            }
-        }
-}
-
-/* pcb.paper_exponentials: tau [n, B] -> intra [n, B] and pair [n (n + 1) / 2, B], both with row stride `stride`. range: high - low, or infinity. */
-EXPORT CLONES void pcb_paper_exponentials(const float *tau, int64_t n, int64_t stride, int64_t B, const double *low, const double *range, double *intra, double *pair) {
-    const double tasks = (double)n;
-    for (int64_t i = 0, p = 0; i < n; i++)
-        for (int64_t j = i; j < n; j++, p++) {
-            const float *restrict x = tau + i * stride, *restrict y = tau + j * stride;
-            double *restrict e = pair + p * stride;
-            for (int64_t b = 0; b < B; b++) e[b] = exp64(((double)x[b] * (double)y[b] - low[p]) / range[p] - 1.0);
-            if (i == j) {
-                double *restrict own = intra + i * stride;
-                for (int64_t b = 0; b < B; b++) own[b] = exp64((((double)x[b] * (double)x[b] - low[p]) / range[p] - 1.0) * tasks);
-            }
-        }
-}
-
-/* pcb.beta_paper: tau [n, B] -> beta [n, B], with D / (softmax denominator) of each task and of each pair. */
-EXPORT CLONES void pcb_beta_paper(const float *tau, int64_t n, int64_t stride, int64_t B, const double *low, const double *range, const double *intra_factor, const double *pair_factor, double *beta) {
-    const double tasks = (double)n;
-    for (int64_t at = 0; at < B; at += STRIP) {
-        const int64_t m = B - at < STRIP ? B - at : STRIP;
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t b = 0; b < m; b++) beta[i * stride + at + b] = 0.0;
-        for (int64_t i = 0, p = 0; i < n; i++)
-            for (int64_t j = i; j < n; j++, p++) {
-                const float *restrict x = tau + i * stride + at, *restrict y = tau + j * stride + at;
-                double e[STRIP];
-                for (int64_t b = 0; b < m; b++) e[b] = exp64(((double)x[b] * (double)y[b] - low[p]) / range[p] - 1.0) * pair_factor[p];
-                for (int64_t b = 0; b < m; b++) beta[i * stride + at + b] += e[b];
-                if (j != i)
-                    for (int64_t b = 0; b < m; b++) beta[j * stride + at + b] += e[b];
-            }
-        for (int64_t i = 0, p = 0; i < n; p += n - i, i++) {
-            const float *restrict x = tau + i * stride + at;
-            double *restrict out = beta + i * stride + at;
-            for (int64_t b = 0; b < m; b++) {
-                double own = exp64((((double)x[b] * (double)x[b] - low[p]) / range[p] - 1.0) * tasks);
-                out[b] = out[b] * (own * intra_factor[i]);
-            }
-        }
-    }
-}
-
-/* x - theta in float32, x bfloat16. */
-EXPORT CLONES void pcb_tau_bfloat16(const uint16_t *restrict x, const float *restrict theta, int64_t B, float *restrict tau) {
-    for (int64_t b = 0; b < B; b++) tau[b] = as_float((int32_t)((uint32_t)x[b] << 16)) - theta[b];
-}
-
-/* x rounded to bfloat16, nearest, ties to even; not 0 if any result is infinite or not a number. */
-EXPORT CLONES int64_t pcb_round_bfloat16(const float *restrict x, int64_t B, uint16_t *restrict out) {
-    uint32_t bad = 0;
-    for (int64_t b = 0; b < B; b++) {
-        uint32_t bits = (uint32_t)as_bits(x[b]);
-        uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        bad |= (uint32_t)((bits & 0x7f800000u) == 0x7f800000u) | (uint32_t)((rounded & 0x7f80u) == 0x7f80u);
-        out[b] = (uint16_t)rounded;
-    }
-    return (int64_t)bad;
-}
+/* --- counting ----------------------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     int64_t lo, hi;
-    int64_t below_lo, upto_lo, below_hi, upto_hi; /* counts of keys */
-    void *inside;                                 /* keys strictly between, room for B */
+    int64_t below_lo, upto_lo, below_hi, upto_hi; /* counts of keys, added to what is there */
+    void *inside;                                 /* keys strictly between, room for a block */
     int64_t found;                                /* how many */
 } Bracket;
 
@@ -341,55 +285,219 @@ INLINE int64_t key64(double x, int magnitude) {
     return magnitude || bits >= 0 ? size : -size;
 }
 
-/* Counts the keys of x (of |x|, if magnitude) against each bracket, and returns the largest key. Keys are integers that order float values
-   (kernels.keys): of 32 bits for float, of 64 for double. The counts are added to what the brackets hold. */
-#define DEFINE_COUNT(NAME, FLOAT, INT, KEY, SMALLEST)                                                        \
-    INLINE INT NAME##_strip(const FLOAT *restrict x, int32_t m, int magnitude, Bracket *bracket) {           \
-        const INT lo = (INT)bracket->lo, hi = (INT)bracket->hi;                                              \
-        INT below_lo = 0, upto_lo = 0, below_hi = 0, upto_hi = 0, largest = SMALLEST;                        \
-        for (int32_t b = 0; b < m; b++) {                                                                    \
-            INT key = KEY(x[b], magnitude);                                                                  \
-            below_lo += key < lo;                                                                            \
-            upto_lo += key <= lo;                                                                            \
-            below_hi += key < hi;                                                                            \
-            upto_hi += key <= hi;                                                                            \
-            largest = key > largest ? key : largest;                                                         \
-        }                                                                                                    \
-        bracket->below_lo += below_lo;                                                                       \
-        bracket->upto_lo += upto_lo;                                                                         \
-        bracket->below_hi += below_hi;                                                                       \
-        bracket->upto_hi += upto_hi;                                                                         \
-        if (below_hi > upto_lo) {                                                                            \
-            INT *inside = (INT *)bracket->inside + bracket->found;                                           \
-            uint64_t hits[STRIP / 8]; /* a byte per element; few are inside, so most words are 0 and skipped */ \
-            uint8_t *hit = (uint8_t *)hits;                                                                  \
-            memset(hits, 0, sizeof hits);                                                                    \
-            for (int32_t b = 0; b < m; b++) {                                                                \
-                INT key = KEY(x[b], magnitude);                                                              \
-                hit[b] = (uint8_t)((key > lo) & (key < hi));                                                 \
-            }                                                                                                \
-            for (int32_t w = 0; w < STRIP / 8; w++)                                                          \
-                if (hits[w])                                                                                 \
-                    for (int32_t b = 8 * w; b < 8 * w + 8; b++)                                              \
-                        if (hit[b]) *inside++ = KEY(x[b], magnitude);                                        \
-            bracket->found = inside - (INT *)bracket->inside;                                                \
-        }                                                                                                    \
-        return largest;                                                                                      \
-    }                                                                                                        \
-    EXPORT CLONES int64_t NAME(const FLOAT *x, int64_t B, int64_t magnitude, Bracket *brackets, int64_t count) { \
-        INT largest = SMALLEST;                                                                              \
-        for (int64_t at = 0; at < B; at += STRIP) {                                                          \
-            const int32_t m = (int32_t)(B - at < STRIP ? B - at : STRIP);                                    \
-            for (int64_t k = 0; k < count; k++) {                                                            \
-                INT top = magnitude ? NAME##_strip(x + at, m, 1, brackets + k) : NAME##_strip(x + at, m, 0, brackets + k); \
-                largest = top > largest ? top : largest;                                                     \
-            }                                                                                                \
-        }                                                                                                    \
-        return largest;                                                                                      \
+/* Counts the keys of a strip (of |x|, if magnitude) against a bracket, and returns the largest key. Keys are integers that order float values
+   (kernels.keys): of 32 bits for float, of 64 for double. Most strips hold no key in lo..hi, so those are looked at apart. */
+#define DEFINE_COUNT(NAME, FLOAT, INT, KEY, SMALLEST)                                                            \
+    INLINE int64_t NAME(const FLOAT *restrict x, int32_t m, const int magnitude, Bracket *bracket) {             \
+        const INT lo = (INT)bracket->lo, hi = (INT)bracket->hi;                                                  \
+        INT below_lo = 0, upto_hi = 0, largest = SMALLEST;                                                       \
+        for (int32_t b = 0; b < m; b++) {                                                                        \
+            INT key = KEY(x[b], magnitude);                                                                      \
+            below_lo += key < lo;                                                                                \
+            upto_hi += key <= hi;                                                                                \
+            largest = key > largest ? key : largest;                                                             \
+        }                                                                                                        \
+        INT at_lo = 0, at_hi = 0;                                                                                \
+        if (upto_hi > below_lo) {                                                                                \
+            uint64_t hits[STRIP / 8]; /* a byte per element; few are inside, so most words are 0 and skipped */  \
+            uint8_t *hit = (uint8_t *)hits;                                                                      \
+            hits[(m - 1) / 8] = 0;                                                                               \
+            for (int32_t b = 0; b < m; b++) {                                                                    \
+                INT key = KEY(x[b], magnitude);                                                                  \
+                at_lo += key == lo;                                                                              \
+                at_hi += key == hi;                                                                              \
+                hit[b] = (uint8_t)((key > lo) & (key < hi));                                                     \
+            }                                                                                                    \
+            INT *inside = (INT *)bracket->inside + bracket->found;                                               \
+            if (upto_hi - below_lo > at_lo + (hi > lo ? at_hi : 0))                                              \
+                for (int32_t w = 0; w < (m + 7) / 8; w++)                                                        \
+                    if (hits[w])                                                                                 \
+                        for (int32_t b = 8 * w; b < 8 * w + 8; b++)                                              \
+                            if (hit[b]) *inside++ = KEY(x[b], magnitude);                                        \
+            bracket->found = inside - (INT *)bracket->inside;                                                    \
+        }                                                                                                        \
+        bracket->below_lo += below_lo;                                                                           \
+        bracket->upto_lo += below_lo + at_lo;                                                                    \
+        bracket->below_hi += upto_hi - at_hi;                                                                    \
+        bracket->upto_hi += upto_hi;                                                                             \
+        return largest;                                                                                          \
     }
 
-DEFINE_COUNT(pcb_count32, float, int32_t, key32, INT32_MIN)
-DEFINE_COUNT(pcb_count64, double, int64_t, key64, INT64_MIN)
+DEFINE_COUNT(count32, float, int32_t, key32, INT32_MIN)
+DEFINE_COUNT(count64, double, int64_t, key64, INT64_MIN)
+
+/* Counts |tau| (MAGNITUDE) or beta of a block against brackets [n, each]; largest [n] is raised to the largest key of each task. */
+EXPORT CLONES void pcb_count(const Block *k, const Thresholds *s, int64_t question, Bracket *brackets, int64_t each, int64_t *largest) {
+    for (int64_t at = 0; at < k->size; at += STRIP) {
+        const int32_t m = (int32_t)strip_at(k, at);
+        load_strip(k, at, m);
+        if (question != MAGNITUDE) beta_strip(k, s, question, m);
+        for (int64_t i = 0; i < k->n; i++)
+            for (int64_t e = 0; e < each; e++) {
+                Bracket *bracket = brackets + i * each + e;
+                int64_t top = question == MAGNITUDE ? count32(tau_of(k, i), m, 1, bracket)
+                              : question == PAPER   ? count64(paper_beta_of(k, i), m, 0, bracket)
+                                                    : count32(beta_of(k, i), m, 0, bracket);
+                largest[i] = top > largest[i] ? top : largest[i];
+            }
+    }
+}
+
+/* The smallest and largest tau_i tau_j of each pair i <= j, row by row: low and high [pairs] are widened. Not 0 if a tau is not finite. */
+EXPORT CLONES int64_t pcb_extrema(const Block *k, double *low, double *high) {
+    uint32_t bad = 0;
+    for (int64_t at = 0; at < k->size; at += STRIP) {
+        const int64_t m = strip_at(k, at);
+        load_strip(k, at, m);
+        for (int64_t i = 0; i < k->n; i++) {
+            const float *restrict x = tau_of(k, i);
+            for (int64_t b = 0; b < m; b++) bad |= (uint32_t)((as_bits(x[b]) & 0x7f800000) == 0x7f800000);
+        }
+        for (int64_t i = 0, p = 0; i < k->n; i++)
+            for (int64_t j = i; j < k->n; j++, p++) {
+                const float *restrict x = tau_of(k, i), *restrict y = tau_of(k, j);
+                double least[16], most[16]; /* lanes: a running minimum of doubles alone would not vectorise */
+                for (int l = 0; l < 16; l++) least[l] = low[p], most[l] = high[p];
+                int64_t b = 0;
+                for (; b + 16 <= m; b += 16)
+                    for (int l = 0; l < 16; l++) {
+                        double product = (double)x[b + l] * (double)y[b + l];
+                        least[l] = product < least[l] ? product : least[l];
+                        most[l] = product > most[l] ? product : most[l];
+                    }
+                for (; b < m; b++) {
+                    double product = (double)x[b] * (double)y[b];
+                    least[0] = product < least[0] ? product : least[0];
+                    most[0] = product > most[0] ? product : most[0];
+                }
+                for (int l = 0; l < 16; l++) {
+                    low[p] = least[l] < low[p] ? least[l] : low[p];
+                    high[p] = most[l] > high[p] ? most[l] : high[p];
+                }
+            }
+    }
+    return (int64_t)bad;
+}
+
+/* pcb.paper_exponentials of a block -> out [n + pairs, size]: the tasks' intra, then the pairs'. */
+EXPORT CLONES void pcb_paper_exponentials(const Block *k, const Thresholds *s, double *out) {
+    const double tasks = (double)k->n;
+    for (int64_t at = 0; at < k->size; at += STRIP) {
+        const int64_t m = strip_at(k, at);
+        load_strip(k, at, m);
+        for (int64_t i = 0, p = 0; i < k->n; i++)
+            for (int64_t j = i; j < k->n; j++, p++) {
+                const float *restrict x = tau_of(k, i), *restrict y = tau_of(k, j);
+                double *restrict pair = out + (k->n + p) * k->size + at, *restrict intra = out + i * k->size + at;
+                for (int64_t b = 0; b < m; b++) pair[b] = exp64(paper_pair(s, p, x[b], y[b]));
+                if (i == j)
+                    for (int64_t b = 0; b < m; b++) intra[b] = exp64(paper_pair(s, p, x[b], x[b]) * tasks);
+            }
+    }
+}
+
+/* --- merging ------------------------------------------------------------------------------------------------------------------------ */
+
+/* pcb.scale_of (for PAPER scale_of_paper) and pcb.combine of a strip with its scores -> merged [m]. */
+INLINE void combine_strip(const Block *k, const Thresholds *s, int64_t question, int64_t m, const float *lambdas, float lambda, float floor_, float *restrict merged) {
+    float total[STRIP], sum[STRIP];
+    for (int64_t i = 0; i < k->n; i++) {
+        const float *restrict x = tau_of(k, i);
+        const float weight = lambdas[i];
+        float scale[STRIP], term[STRIP];
+        if (question == PAPER) {
+            const double t = s->paper_t[i], *restrict beta = paper_beta_of(k, i);
+            for (int64_t b = 0; b < m; b++) {
+                scale[b] = beta[b] >= t ? (float)beta[b] : 0.0f;
+                term[b] = (scale[b] * weight) * x[b];
+            }
+        } else {
+            const float low = s->low[i], high = s->high[i], t = s->t[i], span = s->span[i], *restrict beta = beta_of(k, i);
+            for (int64_t b = 0; b < m; b++) {
+                scale[b] = ((beta[b] < t ? t : beta[b]) - t) / span;
+                term[b] = (scale[b] * weight) * (sign(x[b]) * clamp(fabsf(x[b]), low, high));
+            }
+        }
+        for (int64_t b = 0; b < m; b++) {
+            total[b] = i == 0 ? scale[b] : total[b] + scale[b]; /* not 0 + scale, which would turn a first -0 into +0 */
+            sum[b] = i == 0 ? term[b] : sum[b] + term[b];
+        }
+    }
+    const float *restrict theta = theta_of(k);
+    for (int64_t b = 0; b < m; b++) {
+        float value = (sum[b] * lambda) / (total[b] < floor_ ? floor_ : total[b]) + theta[b];
+        merged[b] = total[b] > 0.0f ? value : theta[b];
+    }
+}
+
+/* pcb.ties of a strip -> merged [m]; low [n] is the smallest |tau| that is kept. */
+INLINE void ties_strip(const Block *k, const Thresholds *s, int64_t m, const float *lambdas, float lambda, float *restrict merged) {
+    float elected[STRIP], sum[STRIP], count[STRIP];
+    for (int64_t b = 0; b < m; b++) elected[b] = sum[b] = count[b] = 0.0f;
+    for (int64_t i = 0; i < k->n; i++) {
+        const float *restrict x = tau_of(k, i);
+        const float least = s->low[i];
+        for (int64_t b = 0; b < m; b++) elected[b] += fabsf(x[b]) >= least ? x[b] : 0.0f;
+    }
+    for (int64_t i = 0; i < k->n; i++) {
+        const float *restrict x = tau_of(k, i);
+        const float least = s->low[i], weight = lambdas[i];
+        for (int64_t b = 0; b < m; b++) {
+            float agrees = elected[b] >= 0.0f ? x[b] : -x[b]; /* positive if x is not 0 and has the elected sign */
+            int agree = (fabsf(x[b]) >= least) & (agrees > 0.0f);
+            float term = agree ? x[b] * weight : 0.0f;
+            sum[b] = i == 0 ? term : sum[b] + term; /* not 0 + term, which would turn a first -0 into +0 */
+            count[b] += agree ? 1.0f : 0.0f;
+        }
+    }
+    const float *restrict theta = theta_of(k);
+    for (int64_t b = 0; b < m; b++) {
+        float value = (sum[b] / (count[b] < 1.0f ? 1.0f : count[b])) * lambda + theta[b];
+        merged[b] = count[b] > 0.0f ? value : theta[b];
+    }
+}
+
+/* pcb.task_arithmetic, or pcb.linear with lambda the sum of the weights, of a strip -> merged [m]. */
+INLINE void sum_strip(const Block *k, int64_t question, int64_t m, const float *lambdas, float lambda, float *restrict merged) {
+    for (int64_t i = 0; i < k->n; i++) {
+        const float *restrict x = tau_of(k, i);
+        const float weight = lambdas[i];
+        for (int64_t b = 0; b < m; b++) merged[b] = i == 0 ? x[b] * weight : merged[b] + x[b] * weight;
+    }
+    const float *restrict theta = theta_of(k);
+    if (question == LINEAR)
+        for (int64_t b = 0; b < m; b++) merged[b] = merged[b] / lambda;
+    else
+        for (int64_t b = 0; b < m; b++) merged[b] = merged[b] * lambda + theta[b];
+}
+
+/* The merged block, rounded once to bfloat16 (nearest, ties to even) or left in float32 -> out [size]; not 0 if any of it is not finite. */
+EXPORT CLONES int64_t pcb_merge(const Block *k, const Thresholds *s, int64_t question, const float *lambdas, float lambda, float floor_, int64_t bfloat16, void *out) {
+    uint32_t bad = 0;
+    for (int64_t at = 0; at < k->size; at += STRIP) {
+        const int64_t m = strip_at(k, at);
+        float strip[STRIP], *restrict merged = bfloat16 ? strip : (float *)out + at;
+        load_strip(k, at, m);
+        if (question == TIES)
+            ties_strip(k, s, m, lambdas, lambda, merged);
+        else if (question == TASK_ARITHMETIC || question == LINEAR)
+            sum_strip(k, question, m, lambdas, lambda, merged);
+        else {
+            beta_strip(k, s, question, m);
+            combine_strip(k, s, question, m, lambdas, lambda, floor_, merged);
+        }
+        uint16_t *restrict rounded = (uint16_t *)out + at;
+        if (bfloat16)
+            for (int64_t b = 0; b < m; b++) {
+                uint32_t bits = (uint32_t)as_bits(merged[b]), near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+                bad |= (uint32_t)((bits & 0x7f800000u) == 0x7f800000u) | (uint32_t)((near & 0x7f80u) == 0x7f80u);
+                rounded[b] = (uint16_t)near;
+            }
+        else
+            for (int64_t b = 0; b < m; b++) bad |= (uint32_t)((as_bits(merged[b]) & 0x7f800000) == 0x7f800000);
+    }
+    return (int64_t)bad;
+}
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Native kernels of pcb_ray, called through ctypes.", -1, NULL, NULL, NULL, NULL, NULL};
 

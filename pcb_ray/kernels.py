@@ -1,5 +1,6 @@
 """The arithmetic of a block behind one interface: in torch on any device, or in C on CPUs (`_native.c`), the same bits from both.
 
+A block comes as it was read: `sources`, one tensor [B] of the file's dtype for the base (None: zeros, for `linear`) and for each model.
 A kernel is chosen per owner by what its machine offers. Since both round alike, a cluster may mix them; receipts name what was used.
 """
 
@@ -18,16 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcb_ray import pcb
-from pcb_ray.answers import Thresholds
+from pcb_ray.answers import MAGNITUDE, Thresholds
 from pcb_ray.selection import Bracket
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STRIP = 512  # of _native.c
 MAX_NATIVE_PAPER = 700  # tasks up to which exp64 of _native.c needs no care for subnormal numbers
+# What is asked of a block, in the order of _native.c.
+QUESTIONS = [MAGNITUDE, "pcb-released", "pcb-pairwise", "pcb-paper", "ties", "task_arithmetic", "linear"]
 
-
-# The largest key, and for each bracket the counts (< lo, <= lo, < hi, <= hi) and the keys strictly between.
-Counts = tuple[int, list[tuple[tuple[int, int, int, int], NDArray[Any]]]]
+Sources = Sequence[Tensor | None]
+# For one bracket the counts (< lo, <= lo, < hi, <= hi) and the keys strictly between.
+Counts = tuple[tuple[int, int, int, int], NDArray[Any]]
 
 
 def keys(x: Tensor, magnitude: bool) -> Tensor:
@@ -50,192 +53,228 @@ class TorchKernel:
         """Bits of the keys of beta."""
         return 64 if self.method == "pcb-paper" else 32
 
-    def tau(self, raw: Tensor, theta_B: Tensor, out_B: Tensor) -> None:
-        """out = float32(raw) - theta."""
-        torch.sub(raw.float(), theta_B, out=out_B)
+    def load(self, sources: Sources) -> tuple[Tensor, Tensor]:
+        """theta [B] and tau [N, B], float32; for `linear` 0 and the models themselves."""
+        base, *models = sources
+        tau_NB = torch.stack([x.float() for x in models if x is not None])
+        theta_B = torch.zeros_like(tau_NB[0]) if base is None else base.float()
+        return theta_B, tau_NB.sub_(theta_B)
 
-    def beta(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
-        """Scores [N, B], valid until the next call: float32, for `paper` float64 and times D^2."""
+    def scores(self, sources: Sources, quantity: str, thresholds: Thresholds) -> Tensor:
+        """tau or beta [N, B], float32; beta of `paper` in float64 and times D^2."""
+        return self._scores(self.load(sources)[1], quantity, thresholds)
+
+    def _scores(self, tau_NB: Tensor, quantity: str, thresholds: Thresholds) -> Tensor:
+        if quantity == MAGNITUDE:
+            return tau_NB
         if self.method == "pcb-paper":
             return pcb.beta_paper(tau_NB, thresholds, self.D)
         return (pcb.beta_pairwise if self.method == "pcb-pairwise" else pcb.beta_released)(tau_NB, thresholds)
 
-    def extrema(self, tau_NB: Tensor, low: list[float], high: list[float]) -> None:
-        """Widen low and high, one entry per pair i <= j, to hold all tau_i tau_j of this block."""
+    def count(
+        self, sources: Sources, quantity: str, thresholds: Thresholds, brackets: Sequence[Sequence[Bracket]]
+    ) -> tuple[list[int], list[list[Counts]]]:
+        """For each task the largest key of |tau| or beta, and its counts against each of the task's brackets."""
+        magnitude, largest, result = quantity == MAGNITUDE, [], []
+        for x_B, of_task in zip(self.scores(sources, quantity, thresholds), brackets, strict=True):
+            k_B = keys(x_B, magnitude)
+            largest.append(int(k_B.max()))
+            result.append([self._count(k_B, bracket) for bracket in of_task])
+        return largest, result
+
+    def _count(self, k_B: Tensor, bracket: Bracket) -> Counts:
+        below_hi_B, above_lo_B = k_B < bracket.hi, k_B > bracket.lo
+        counts = ((k_B < bracket.lo).sum(), len(k_B) - above_lo_B.sum(), below_hi_B.sum(), (k_B <= bracket.hi).sum())
+        below_lo, upto_lo, below_hi, upto_hi = torch.stack([torch.as_tensor(c, device=k_B.device) for c in counts]).tolist()
+        inside = k_B[above_lo_B & below_hi_B] if below_hi > upto_lo else k_B[:0]
+        return (below_lo, upto_lo, below_hi, upto_hi), inside.cpu().numpy()
+
+    def extrema(self, sources: Sources, low: list[float], high: list[float]) -> bool:
+        """Widen low and high, one entry per pair i <= j, to hold all tau_i tau_j of this block, exact in float64; whether all tau are finite."""
+        _, tau_NB = self.load(sources)
         for p, (i, j) in enumerate(pcb.pairs(self.n)):
             least, most = torch.aminmax(tau_NB[i].double() * tau_NB[j].double())
             low[p], high[p] = min(low[p], least.item()), max(high[p], most.item())
+        return bool(torch.isfinite(tau_NB).all())
 
-    def exponentials(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
-        """The softmax numerators of `paper`: N rows of intra, then one per pair; float64, valid until the next call."""
-        return torch.cat(pcb.paper_exponentials(tau_NB, thresholds))
+    def exponentials(self, sources: Sources, thresholds: Thresholds) -> Tensor:
+        """The softmax numerators of `paper`: N rows of intra, then one per pair; float64."""
+        return torch.cat(pcb.paper_exponentials(self.load(sources)[1], thresholds))
 
-    def count(self, x_B: Tensor, magnitude: bool, brackets: Sequence[Bracket]) -> Counts:
-        """The largest key, and for each bracket the counts (< lo, <= lo, < hi, <= hi) and the keys strictly between."""
-        k_B = keys(x_B, magnitude)
-        result = []
-        for bracket in brackets:
-            below_hi_B, above_lo_B = k_B < bracket.hi, k_B > bracket.lo
-            counts = ((k_B < bracket.lo).sum(), len(k_B) - above_lo_B.sum(), below_hi_B.sum(), (k_B <= bracket.hi).sum())
-            below_lo, upto_lo, below_hi, upto_hi = torch.stack([torch.as_tensor(c, device=k_B.device) for c in counts]).tolist()
-            inside = k_B[above_lo_B & below_hi_B] if below_hi > upto_lo else k_B[:0]
-            result.append(((below_lo, upto_lo, below_hi, upto_hi), inside.cpu().numpy()))
-        return int(k_B.max()), result
+    def merge(
+        self, sources: Sources, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float, dtype: torch.dtype
+    ) -> tuple[Tensor, bool]:
+        """The merged block [B], rounded once to dtype (nearest, ties to even), and whether all of it is finite."""
+        theta_B, tau_NB = self.load(sources)
+        rounded_B = self._merged(theta_B, tau_NB, thresholds, lambdas, lambda_).to(dtype)
+        return rounded_B, bool(torch.isfinite(rounded_B).all())
 
-    def merge(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
-        """The merged block, float32 [B], valid until the next call. For `linear`, tau holds the models themselves."""
+    def _merged(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
         if self.method == "linear":
             return pcb.linear(tau_NB, lambdas)
         if self.method == "task_arithmetic":
             return pcb.task_arithmetic(theta_B, tau_NB, lambdas, lambda_)
         if self.method == "ties":
             return pcb.ties(theta_B, tau_NB, thresholds, lambdas, lambda_)
-        beta_NB = self.beta(tau_NB, thresholds)
+        beta_NB = self._scores(tau_NB, self.method, thresholds)
         if self.method == "pcb-paper":
             return pcb.combine(theta_B, tau_NB, pcb.scale_of_paper(beta_NB, thresholds), lambdas, lambda_, floor=0.0)
         _, tauc_NB = pcb.clip(tau_NB, thresholds)
         return pcb.combine(theta_B, tauc_NB, pcb.scale_of(beta_NB, thresholds), lambdas, lambda_, floor=pcb.DENOMINATOR_FLOOR)
 
-    def round(self, merged_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """The block in the output's dtype (nearest, ties to even), and whether all of it is finite."""
-        rounded_B = merged_B.to(dtype, copy=True)  # a block may be merged in parts, and the next one takes the same buffer
-        return rounded_B, bool(torch.isfinite(rounded_B).all())
+
+class _Block(ctypes.Structure):
+    """struct Block of _native.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n", "size")),
+        *((name, ctypes.c_void_p) for name in ("data", "bfloat16", "scratch")),
+    )
 
 
-class _Scores(ctypes.Structure):
-    """struct Scores of _native.c."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("n", "stride", "pairwise")] + [
-        (name, ctypes.c_void_p) for name in ("low", "high", "range", "t", "span", "scratch")
-    ]
+_THRESHOLDS = ("low", "high", "range", "t", "span", "paper_t", "pair_low", "pair_range", "intra_factor", "pair_factor")
 
 
-class _Bracket(ctypes.Structure):
-    """struct Bracket of _native.c."""
+class _Thresholds(ctypes.Structure):
+    """struct Thresholds of _native.c."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("lo", "hi", "below_lo", "upto_lo", "below_hi", "upto_hi")),
-        ("inside", ctypes.c_void_p),
-        ("found", ctypes.c_int64),
-    ]
+    _fields_ = tuple((name, ctypes.c_void_p) for name in _THRESHOLDS)
+
+
+# struct Bracket of _native.c
+_BRACKET = np.dtype([("lo", "i8"), ("hi", "i8"), ("counts", "i8", 4), ("inside", "u8"), ("found", "i8")])
 
 
 class NativeKernel(TorchKernel):
-    """The same on CPUs in C, for float32 blocks that lie row by row in memory; what C does not have is left to torch."""
+    """The same on CPUs in C, strip by strip. What it returns is valid until the next call."""
 
     name = "native"
 
     def __init__(self, method: str, n: int, D: int, device: torch.device) -> None:
         super().__init__(method, n, D, device)
         self._library = _load_native()
-        self._scratch = torch.empty(2 * n * STRIP)
+        self._question = QUESTIONS.index(method)
         # Buffers that are made once: the system hands out and takes back memory of this size page by page.
-        self._inside: list[NDArray[Any]] = [np.empty((0, 0)), np.empty((0, 0))]  # for keys of 32 and of 64 bits
-        self._beta = torch.empty(n, 0)
-        self._merged = torch.empty(0)
-        self._exponentials = torch.empty(0, 0)
-        self._scores_of: tuple[Thresholds | None, list[Tensor]] = (None, [])
+        self._scratch = torch.empty((3 * n + 1) * STRIP)
+        self._data, self._bfloat16 = (ctypes.c_void_p * (n + 1))(), (ctypes.c_int64 * (n + 1))()
+        self._block = _Block(n, 0, *(ctypes.addressof(a) for a in (self._data, self._bfloat16)), self._scratch.data_ptr())
+        self._inside: NDArray[Any] = np.empty(0)
+        self._rounded = torch.empty(0)
+        self._known: tuple[Thresholds | None, _Thresholds, list[NDArray[Any] | None]] = (None, _Thresholds(), [])
+
+    def _in_c(self, sources: Sources) -> tuple[Any, list[Tensor | None]]:
+        """The block for C, and the tensors that must outlive the call: float32 or bfloat16 ones, as C reads them."""
+        kept = [x if x is None or x.dtype in (torch.float32, torch.bfloat16) else x.float() for x in sources]
+        for k, x in enumerate(kept):
+            self._data[k] = None if x is None else x.data_ptr()
+            self._bfloat16[k] = x is not None and x.dtype == torch.bfloat16
+        self._block.size = next(len(x) for x in reversed(kept) if x is not None)
+        return ctypes.byref(self._block), kept
+
+    def _thresholds_in_c(self, thresholds: Thresholds) -> Any:
+        if self._known[0] is not thresholds:
+            arrays = _arrays_of(thresholds, self.n, self.D)
+            self._known = thresholds, _Thresholds(*(None if a is None else a.ctypes.data for a in arrays)), arrays
+        return ctypes.byref(self._known[1])
 
     @property
-    def _fused(self) -> bool:
-        return self.method in ("pcb-released", "pcb-pairwise")
+    def _paper_of_too_many(self) -> bool:
+        return self.method == "pcb-paper" and self.n > MAX_NATIVE_PAPER
 
-    def _scores(self, tau_NB: Tensor, thresholds: Thresholds) -> _Scores:
-        if self._scores_of[0] is not thresholds:
-            low, high = torch.tensor(thresholds.low), torch.tensor(thresholds.high)
-            zeros = (0.0,) * self.n
-            t = torch.tensor(thresholds.t or zeros)
-            span = torch.tensor(pcb.spans(thresholds) if thresholds.t else zeros)
-            self._scores_of = thresholds, [low, high, torch.where(high > low, high - low, math.inf), t, span, self._scratch]
-        pointers = [x.data_ptr() for x in self._scores_of[1]]
-        return _Scores(self.n, tau_NB.stride(0), int(self.method == "pcb-pairwise"), *pointers)
+    def scores(self, sources: Sources, quantity: str, thresholds: Thresholds) -> Tensor:
+        if self._paper_of_too_many:
+            return super().scores(sources, quantity, thresholds)
+        block, kept = self._in_c(sources)
+        question = 0 if quantity == MAGNITUDE else self._question
+        dtype = torch.float64 if question and self.method == "pcb-paper" else torch.float32
+        out_NB = torch.empty(self.n, self._block.size, dtype=dtype)
+        self._library.pcb_scores(block, self._thresholds_in_c(thresholds), question, out_NB.data_ptr())
+        del kept
+        return out_NB
 
-    def tau(self, raw: Tensor, theta_B: Tensor, out_B: Tensor) -> None:
-        if raw.dtype == torch.bfloat16:
-            self._library.pcb_tau_bfloat16(raw.data_ptr(), theta_B.data_ptr(), raw.numel(), out_B.data_ptr())
-        else:
-            super().tau(raw, theta_B, out_B)
-
-    def _paper_range(self, thresholds: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        low, high = np.array(thresholds.pair_min), np.array(thresholds.pair_max)
-        return low, np.where(high > low, high - low, np.inf)
-
-    def extrema(self, tau_NB: Tensor, low: list[float], high: list[float]) -> None:
-        least, most = np.array(low), np.array(high)
-        self._library.pcb_extrema(tau_NB.data_ptr(), self.n, tau_NB.stride(0), tau_NB.shape[1], least.ctypes.data, most.ctypes.data)
-        low[:], high[:] = least.tolist(), most.tolist()
-
-    def exponentials(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
-        if self.n > MAX_NATIVE_PAPER:
-            return super().exponentials(tau_NB, thresholds)
-        stride, rows = tau_NB.stride(0), self.n * (self.n + 3) // 2
-        if self._exponentials.shape != (rows, stride):
-            self._exponentials = torch.empty(rows, stride, dtype=torch.float64)
-        low, span = self._paper_range(thresholds)
-        self._library.pcb_paper_exponentials(
-            *(tau_NB.data_ptr(), self.n, stride, tau_NB.shape[1], low.ctypes.data, span.ctypes.data),
-            *(self._exponentials.data_ptr(), self._exponentials[self.n :].data_ptr()),
-        )
-        return self._exponentials[:, : tau_NB.shape[1]]
-
-    def beta(self, tau_NB: Tensor, thresholds: Thresholds) -> Tensor:
-        paper = self.method == "pcb-paper"
-        if not self._fused and (not paper or self.n > MAX_NATIVE_PAPER):
-            return super().beta(tau_NB, thresholds)
-        stride, size = tau_NB.stride(0), tau_NB.shape[1]
-        if self._beta.shape[1] != stride:
-            self._beta = torch.empty(self.n, stride, dtype=torch.float64 if paper else torch.float32)
-        beta_NB = self._beta[:, :size]
-        if paper:
-            low, span = self._paper_range(thresholds)
-            intra, pair = (np.array([self.D / total for total in sums]) for sums in (thresholds.intra_sum, thresholds.pair_sum))
-            self._library.pcb_beta_paper(
-                *(tau_NB.data_ptr(), self.n, stride, size, low.ctypes.data, span.ctypes.data),
-                *(intra.ctypes.data, pair.ctypes.data, beta_NB.data_ptr()),
-            )
-        else:
-            self._library.pcb_beta(ctypes.byref(self._scores(tau_NB, thresholds)), tau_NB.data_ptr(), size, beta_NB.data_ptr())
-        return beta_NB
-
-    def count(self, x_B: Tensor, magnitude: bool, brackets: Sequence[Bracket]) -> Counts:
-        size, wide = x_B.numel(), x_B.dtype == torch.float64
-        inside_of = self._inside[wide]
-        if inside_of.shape[0] < len(brackets) or inside_of.shape[1] < size:
-            inside_of = self._inside[wide] = np.empty((len(brackets), size), dtype=np.int64 if wide else np.int32)
-        asked = (_Bracket * len(brackets))()
-        for one, bracket, inside in zip(asked, brackets, inside_of, strict=False):
-            one.lo, one.hi, one.inside = bracket.lo, bracket.hi, inside.ctypes.data
-        count = self._library.pcb_count64 if wide else self._library.pcb_count32
-        largest = count(x_B.data_ptr(), size, magnitude, asked, len(brackets))
-        return largest, [
-            ((one.below_lo, one.upto_lo, one.below_hi, one.upto_hi), inside[: one.found].copy())
-            for one, inside in zip(asked, inside_of, strict=False)
+    def count(
+        self, sources: Sources, quantity: str, thresholds: Thresholds, brackets: Sequence[Sequence[Bracket]]
+    ) -> tuple[list[int], list[list[Counts]]]:
+        if self._paper_of_too_many:
+            return super().count(sources, quantity, thresholds, brackets)
+        block, kept = self._in_c(sources)
+        question, size, each = 0 if quantity == MAGNITUDE else self._question, self._block.size, max(map(len, brackets))
+        key = np.int64 if question and self.method == "pcb-paper" else np.int32
+        if self._inside.dtype != key or self._inside.size < self.n * each * size:
+            self._inside = np.empty(self.n * each * size, dtype=key)
+        inside = self._inside[: self.n * each * size].reshape(self.n, each, size)
+        asked = np.zeros((self.n, each), dtype=_BRACKET)
+        for i, of_task in enumerate(brackets):
+            asked["lo"][i, : len(of_task)] = [b.lo for b in of_task]
+            asked["hi"][i, : len(of_task)] = [b.hi for b in of_task]
+        asked["inside"] = self._inside.ctypes.data + size * self._inside.itemsize * np.arange(self.n * each).reshape(self.n, each)
+        largest = np.full(self.n, -(1 << 63))
+        self._library.pcb_count(block, self._thresholds_in_c(thresholds), question, asked.ctypes.data, each, largest.ctypes.data)
+        del kept
+        counts, found = asked["counts"].tolist(), asked["found"].tolist()
+        return largest.tolist(), [
+            [(tuple(counts[i][e]), inside[i, e, : found[i][e]].copy()) for e in range(len(of_task))]
+            for i, of_task in enumerate(brackets)
         ]
 
-    def merge(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
-        if not self._fused and self.method != "ties":
-            return super().merge(theta_B, tau_NB, thresholds, lambdas, lambda_)
-        if self._merged.numel() < theta_B.numel():
-            self._merged = torch.empty_like(theta_B)
-        merged_B, weights_N = self._merged[: theta_B.numel()], torch.tensor(lambdas, dtype=torch.float32)
-        if self.method == "ties":
-            low_N = torch.tensor(thresholds.low)
-            self._library.pcb_ties(
-                *(theta_B.data_ptr(), tau_NB.data_ptr(), self.n, tau_NB.stride(0), tau_NB.shape[1], low_N.data_ptr()),
-                *(weights_N.data_ptr(), lambda_, merged_B.data_ptr()),
-            )
-            return merged_B
-        self._library.pcb_merge(
-            *(ctypes.byref(self._scores(tau_NB, thresholds)), theta_B.data_ptr(), tau_NB.data_ptr(), tau_NB.shape[1]),
-            *(weights_N.data_ptr(), lambda_, pcb.DENOMINATOR_FLOOR, merged_B.data_ptr()),
-        )
-        return merged_B
+    def extrema(self, sources: Sources, low: list[float], high: list[float]) -> bool:
+        block, kept = self._in_c(sources)
+        least, most = np.array(low), np.array(high)
+        infinite = self._library.pcb_extrema(block, least.ctypes.data, most.ctypes.data)
+        del kept
+        low[:], high[:] = least.tolist(), most.tolist()
+        return not infinite
 
-    def round(self, merged_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        if dtype != torch.bfloat16:
-            return super().round(merged_B, dtype)
-        rounded_B = torch.empty_like(merged_B, dtype=dtype)
-        return rounded_B, not self._library.pcb_round_bfloat16(merged_B.data_ptr(), merged_B.numel(), rounded_B.data_ptr())
+    def exponentials(self, sources: Sources, thresholds: Thresholds) -> Tensor:
+        if self._paper_of_too_many:
+            return super().exponentials(sources, thresholds)
+        block, kept = self._in_c(sources)
+        out = torch.empty(self.n * (self.n + 3) // 2, self._block.size, dtype=torch.float64)
+        self._library.pcb_paper_exponentials(block, self._thresholds_in_c(thresholds), out.data_ptr())
+        del kept
+        return out
+
+    def merge(
+        self, sources: Sources, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float, dtype: torch.dtype
+    ) -> tuple[Tensor, bool]:
+        if self._paper_of_too_many:
+            return super().merge(sources, thresholds, lambdas, lambda_, dtype)
+        block, kept = self._in_c(sources)
+        size, bfloat16 = self._block.size, dtype == torch.bfloat16
+        if self._rounded.numel() < size or (self._rounded.dtype == torch.bfloat16) != bfloat16:
+            self._rounded = torch.empty(size, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+        rounded_B, weights_N = self._rounded[:size], torch.tensor(lambdas, dtype=torch.float32)
+        factor = math.fsum(lambdas) if self.method == "linear" else lambda_
+        floor = 0.0 if self.method == "pcb-paper" else pcb.DENOMINATOR_FLOOR
+        infinite = self._library.pcb_merge(
+            *(block, self._thresholds_in_c(thresholds), self._question, weights_N.data_ptr()),
+            *(factor, floor, bfloat16, rounded_B.data_ptr()),
+        )
+        del kept
+        if dtype in (torch.bfloat16, torch.float32):
+            return rounded_B, not infinite
+        rounded_B = rounded_B.to(dtype)
+        return rounded_B, bool(torch.isfinite(rounded_B).all())
+
+
+def _arrays_of(thresholds: Thresholds, n: int, D: int) -> list[NDArray[Any] | None]:
+    """The fields of _Thresholds, in order."""
+
+    def array(values: Sequence[float], dtype: Any = np.float32) -> NDArray[Any] | None:
+        return np.array(values, dtype=dtype) if len(values) else None
+
+    low, high = array(thresholds.low), array(thresholds.high)
+    result = dict.fromkeys(_THRESHOLDS, None) | {"low": low, "high": high, "t": array(thresholds.t)}
+    if low is not None and high is not None:
+        result["range"] = np.where(high > low, high - low, np.float32(np.inf))
+        result["span"] = array(pcb.spans(thresholds) if thresholds.t else ())
+    if thresholds.pair_max:
+        least, most = np.array(thresholds.pair_min), np.array(thresholds.pair_max)
+        result |= {"pair_low": least, "pair_range": np.where(most > least, most - least, np.inf)}
+        result["intra_factor"] = array([D / total for total in thresholds.intra_sum], np.float64)
+        result["pair_factor"] = array([D / total for total in thresholds.pair_sum], np.float64)
+        result["paper_t"] = array(pcb.paper_t(thresholds, n) if thresholds.t else (), np.float64)
+    return list(result.values())
 
 
 def _load_native() -> Any:
@@ -245,16 +284,11 @@ def _load_native() -> Any:
     library = ctypes.CDLL(spec.origin)
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     signatures: dict[str, tuple[Any, list[Any]]] = {
-        "pcb_tau_bfloat16": (None, [pointer, pointer, integer, pointer]),
-        "pcb_round_bfloat16": (integer, [pointer, integer, pointer]),
-        "pcb_beta": (None, [pointer, pointer, integer, pointer]),
-        "pcb_merge": (None, [pointer, pointer, pointer, integer, pointer, real, real, pointer]),
-        "pcb_ties": (None, [pointer, pointer, integer, integer, integer, pointer, pointer, real, pointer]),
-        "pcb_count32": (integer, [pointer, integer, integer, pointer, integer]),
-        "pcb_count64": (integer, [pointer, integer, integer, pointer, integer]),
-        "pcb_extrema": (None, [pointer, integer, integer, integer, pointer, pointer]),
-        "pcb_paper_exponentials": (None, [pointer, integer, integer, integer, pointer, pointer, pointer, pointer]),
-        "pcb_beta_paper": (None, [pointer, integer, integer, integer, pointer, pointer, pointer, pointer, pointer]),
+        "pcb_scores": (None, [pointer, pointer, integer, pointer]),
+        "pcb_count": (None, [pointer, pointer, integer, pointer, integer, pointer]),
+        "pcb_extrema": (integer, [pointer, pointer, pointer]),
+        "pcb_paper_exponentials": (None, [pointer, pointer, pointer]),
+        "pcb_merge": (integer, [pointer, pointer, integer, pointer, real, real, integer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -6,6 +6,7 @@ matter who answers. Memory is bounded by the block: an owner reads one block of 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -25,7 +26,7 @@ from pcb_ray.checkpoint import DTYPE_BYTES
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.kernels import DTYPES, choose_kernel, keys
 from pcb_ray.plan import MIN_BLOCK, SAMPLE_RUN, Plan, Segment, choose_block
-from pcb_ray.selection import SAMPLE_GROUPS, Bracket, Sample, Tally
+from pcb_ray.selection import Bracket, Sample, Tally
 
 # Float sums are taken over fixed runs of this many elements and then exactly over the runs, so that no block size can show in them.
 SUM_RUN = 1 << 12
@@ -75,6 +76,16 @@ class Bytes:
         self.close()  # owners in this process come and go
 
 
+class _Buffer:
+    """Room for a block of one source, seen as bytes and as the dtypes that it comes in."""
+
+    def __init__(self, elements: int, dtypes: set[str], device: torch.device) -> None:
+        widest = max(DTYPE_BYTES[dtype] for dtype in dtypes)
+        raw = torch.empty(elements * widest, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.view = raw.numpy().data
+        self.typed = {dtype: raw.view(DTYPES[dtype]) for dtype in dtypes}
+
+
 class Owner:
     def __init__(
         self,
@@ -93,13 +104,10 @@ class Owner:
         assert self.block_elements % MIN_BLOCK == 0, self.block_elements
         self.bytes = Bytes(memory)
         self._check_files()
-        widest = max(DTYPE_BYTES[t.dtype] for tensor in plan.tensors for t in tensor.sources if t is not None)
-        # One buffer serves all sources of a CPU block, since each is used up before the next is read.
-        self._raw = torch.empty(self.block_elements * widest, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        self._raw_view = self._raw.numpy().data
-        self._typed = {name: self._raw[: len(self._raw) // 8 * 8].view(dtype) for name, dtype in DTYPES.items()}
-        self._theta = torch.zeros(self.block_elements, device=self.device)
-        self._tau = torch.empty(plan.N, self.block_elements, device=self.device)
+        self._raw: list[_Buffer | None] = []
+        for source in range(plan.N + 1):
+            dtypes = {t.dtype for tensor in plan.tensors if (t := tensor.sources[source]) is not None}
+            self._raw.append(_Buffer(self.block_elements, dtypes, self.device) if dtypes else None)
         self.peak_bytes = 0
 
     # --- questions ----------------------------------------------------------------------------------------------------------------
@@ -108,11 +116,10 @@ class Owner:
         """For each task, where the keys of |tau| or beta lie in the sample runs that start in these chunks."""
         bits = 32 if quantity == MAGNITUDE else self.kernel.key_bits
         samples = [Sample(SAMPLE_SHIFT[bits]) for _ in range(self.plan.N)]
-        for group, segments in self._sample_blocks(chunks):
-            _, tau_NB = self._load(segments)
-            x_NB = tau_NB if quantity == MAGNITUDE else self.kernel.beta(tau_NB, thresholds)
-            for sample, x_B in zip(samples, x_NB, strict=True):
-                sample.add(group, keys(x_B, quantity == MAGNITUDE).cpu().numpy())
+        for segments, runs in self._sample_blocks(chunks):
+            scores_NB = self.kernel.scores(self._load(segments), quantity, thresholds)
+            for sample, x_B in zip(samples, scores_NB, strict=True):
+                sample.add(keys(x_B, quantity == MAGNITUDE).cpu().numpy(), runs)
         return Sampled(samples)
 
     def count(
@@ -123,15 +130,13 @@ class Owner:
         for chunk in chunks:
             digests = self._digests() if first_sweep else None
             for segments in self._blocks(chunk):
-                _, tau_NB = self._load(segments, digests)
-                x_NB = tau_NB if quantity == MAGNITUDE else self.kernel.beta(tau_NB, thresholds)
-                for i, x_B in enumerate(x_NB):
-                    largest, counted = self.kernel.count(x_B, quantity == MAGNITUDE, brackets[i])
-                    result.largest[i] = max(result.largest[i], largest)
-                    for tally, (counts, inside) in zip(result.tallies[i], counted, strict=True):
+                largest, counted = self.kernel.count(self._load(segments, digests), quantity, thresholds, brackets)
+                for i in range(self.plan.N):
+                    result.largest[i] = max(result.largest[i], largest[i])
+                    for tally, (counts, inside) in zip(result.tallies[i], counted[i], strict=True):
                         tally.add(*counts, inside)
-                    if quantity == MAGNITUDE and largest >= LARGEST_KEY[32]:  # an infinity or a NaN
-                        self._refuse_non_finite(segments)
+                if quantity == MAGNITUDE and max(largest) >= LARGEST_KEY[32]:  # an infinity or a NaN
+                    self._refuse_non_finite(segments)
             if digests is not None:
                 result.digests[chunk] = tuple(d.digest() for d in digests)
         self._note_memory()
@@ -144,10 +149,8 @@ class Owner:
         for chunk in chunks:
             digests = self._digests()
             for segments in self._blocks(chunk):
-                _, tau_NB = self._load(segments, digests)
-                if not bool(torch.isfinite(tau_NB).all()):
+                if not self.kernel.extrema(self._load(segments, digests), result.low, result.high):
                     self._refuse_non_finite(segments)
-                self.kernel.extrema(tau_NB, result.low, result.high)
             result.digests[chunk] = tuple(d.digest() for d in digests)
         self._note_memory()
         return result
@@ -158,8 +161,7 @@ class Owner:
         for chunk in chunks:
             runs: list[list[float]] = [[] for _ in range(self.plan.N * (self.plan.N + 3) // 2)]
             for segments in self._blocks(chunk):
-                _, tau_NB = self._load(segments)
-                for total, x_B in zip(runs, self.kernel.exponentials(tau_NB, thresholds), strict=True):
+                for total, x_B in zip(runs, self.kernel.exponentials(self._load(segments), thresholds), strict=True):
                     total += _sums_of_runs(x_B)
             result.of_chunk[chunk] = [math.fsum(run) for run in runs]
         self._note_memory()
@@ -173,11 +175,15 @@ class Owner:
         for chunk in chunks:
             written = xxhash.xxh3_128()
             digests = self._digests() if digest_inputs else None
-            for segments, part in self._merged(chunk, thresholds, digests):
-                for segment, data in zip(segments, part, strict=True):
+            for segments, data in self._merged(chunk, thresholds, digests):
+                written.update(data)
+                at = 0
+                for segment in segments:
                     slot = self.plan.tensors[segment.tensor].slot
-                    self.bytes.write(self._out_file(slot.file), slot.start + segment.start * DTYPE_BYTES[slot.dtype], data)
-                    written.update(data)
+                    itemsize = DTYPE_BYTES[slot.dtype]
+                    stop = at + (segment.stop - segment.start) * itemsize
+                    self.bytes.write(self._out_file(slot.file), slot.start + segment.start * itemsize, data[at:stop])
+                    at = stop
             result[chunk] = (written.digest(), tuple(d.digest() for d in digests or ()))
         self._note_memory()
         return result
@@ -187,9 +193,8 @@ class Owner:
         result = {}
         for chunk in chunks:
             digest = xxhash.xxh3_128()
-            for _, part in self._merged(chunk, thresholds, None):
-                for data in part:
-                    digest.update(data)
+            for _, data in self._merged(chunk, thresholds, None):
+                digest.update(data)
             result[chunk] = digest.digest()
         return result
 
@@ -263,94 +268,92 @@ class Owner:
         for at in range(first, stop, self.block_elements):
             yield list(self.plan.segments(at, min(at + self.block_elements, stop)))
 
-    def _sample_blocks(self, chunks: Sequence[int]) -> Iterator[tuple[int, list[Segment]]]:
-        """The sample runs of these chunks, gathered to blocks of one group each. Their places depend on the plan alone."""
+    def _sample_blocks(self, chunks: Sequence[int]) -> Iterator[tuple[list[Segment], NDArray[np.int64]]]:
+        """The sample runs that start in these chunks, many to a block, with the number of each element's run.
+
+        Their places depend on the plan alone."""
         stride = self.plan.sample_stride
-        gathered: list[list[Segment]] = [[] for _ in range(SAMPLE_GROUPS)]
+        segments: list[Segment] = []
+        numbers: list[tuple[int, int]] = []
         for chunk in chunks:
             first = chunk * self.plan.chunk_elements
             stop = min(first + self.plan.chunk_elements, self.plan.D)
             for run in range(-(-first // stride), -(-stop // stride)):
                 # A hashed place within the stride: equal steps would hit the same columns of every row.
                 at = run * stride + (run * 0x9E3779B97F4A7C15 % (1 << 64) >> 40) % (stride - SAMPLE_RUN + 1)
-                group = gathered[run % SAMPLE_GROUPS]
-                group += self.plan.segments(min(at, self.plan.D), min(at + SAMPLE_RUN, self.plan.D))
-                if sum(s.stop - s.start for s in group) > self.block_elements - SAMPLE_RUN:
-                    yield run % SAMPLE_GROUPS, group
-                    gathered[run % SAMPLE_GROUPS] = []
-        yield from ((g, segments) for g, segments in enumerate(gathered) if segments)
+                end = min(at + SAMPLE_RUN, self.plan.D)
+                if end <= at:
+                    continue
+                segments += self.plan.segments(at, end)
+                numbers.append((run, end - at))
+                if (len(numbers) + 1) * SAMPLE_RUN > self.block_elements:
+                    yield segments, np.repeat(*np.transpose(numbers))
+                    segments, numbers = [], []
+        if numbers:
+            yield segments, np.repeat(*np.transpose(numbers))
 
     def _digests(self) -> list[Any]:
         """One running digest per source; the bytes of a chunk count in the order of its elements."""
         return [xxhash.xxh3_128() for _ in range(self.plan.N + 1)]
 
-    def _load(self, segments: Sequence[Segment], digests: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
-        """theta [B] and tau [N, B] of a block, float32; for `linear` 0 and the models themselves."""
-        size = sum(s.stop - s.start for s in segments)
-        theta_B, tau_NB = self._theta[:size], self._tau[:, :size]
-        for source in range(self.plan.N + 1):
-            at = 0
-            for raw in self._read(segments, source, digests[source] if digests else None):
-                stop = at + raw.numel()
-                if source == 0:
-                    theta_B[at:stop] = raw
-                else:
-                    self.kernel.tau(raw, theta_B[at:stop], tau_NB[source - 1, at:stop])
-                at = stop
-        return theta_B, tau_NB
+    def _load(self, segments: Sequence[Segment], digests: Sequence[Any] | None = None) -> list[Tensor | None]:
+        """A block as its files hold it: the base's elements [B] and each model's, in the file's dtype. Valid until the next call."""
+        return [self._load_source(segments, k, digests[k] if digests else None) for k in range(self.plan.N + 1)]
 
-    def _read(self, segments: Sequence[Segment], source: int, digest: Any) -> Iterator[Tensor]:
-        """The typed elements of these segments in one source; neighbours in the file are read at once."""
-        at = 0
-        while at < len(segments):
-            tensor = self.plan.tensors[segments[at].tensor].sources[source]
-            if tensor is None:
-                return
-            itemsize = DTYPE_BYTES[tensor.dtype]
-            start = tensor.start + segments[at].start * itemsize
-            stop = tensor.start + segments[at].stop * itemsize
-            at += 1
-            while at < len(segments):
-                following = self.plan.tensors[segments[at].tensor].sources[source]
-                assert following is not None
-                if (
-                    following.file != tensor.file
-                    or following.dtype != tensor.dtype
-                    or following.start + segments[at].start * itemsize != stop
-                ):
-                    break
-                stop = following.start + segments[at].stop * itemsize
-                at += 1
-            view = self._raw_view[: stop - start]
-            self.bytes.read(tensor.file, start, view)
+    def _load_source(self, segments: Sequence[Segment], source: int, digest: Any) -> Tensor | None:
+        buffer, at = self._raw[source], 0
+        if buffer is None:
+            return None
+        pieces = list(self._pieces(segments, source))
+        mixed = any(dtype != pieces[0][1] for _, dtype, _, _ in pieces)
+        converted = []
+        for file, dtype, start, stop in pieces:
+            view = buffer.view[at : at + stop - start]
+            self.bytes.read(file, start, view)
             if digest is not None:
                 digest.update(view)
-            # To a GPU the copy is synchronous, so that the buffer is free again; on a CPU there is none.
-            yield self._typed[tensor.dtype][: (stop - start) // itemsize].to(self.device)
+            if mixed:  # the next piece takes the same bytes of the buffer
+                converted.append(
+                    buffer.typed[dtype][: (stop - start) // DTYPE_BYTES[dtype]].to(self.device, torch.float32, copy=True)
+                )
+            else:
+                at += stop - start
+        # To a GPU the copy is synchronous, so that the buffer is free again; on a CPU there is none.
+        return torch.cat(converted) if mixed else buffer.typed[dtype][: at // DTYPE_BYTES[dtype]].to(self.device)
+
+    def _pieces(self, segments: Sequence[Segment], source: int) -> Iterator[tuple[str, str, int, int]]:
+        """File, dtype, and first and last byte of these segments in one source; neighbours in the file are one piece."""
+        piece: tuple[str, str, int, int] | None = None
+        for segment in segments:
+            tensor = self.plan.tensors[segment.tensor].sources[source]
+            assert tensor is not None
+            itemsize = DTYPE_BYTES[tensor.dtype]
+            start, stop = tensor.start + segment.start * itemsize, tensor.start + segment.stop * itemsize
+            if piece is not None and (tensor.file, tensor.dtype, start) == (piece[0], piece[1], piece[3]):
+                piece = (*piece[:3], stop)
+                continue
+            if piece is not None:
+                yield piece
+            piece = (tensor.file, tensor.dtype, start, stop)
+        if piece is not None:
+            yield piece
 
     def _merged(
         self, chunk: int, thresholds: Thresholds, digests: Sequence[Any] | None
-    ) -> Iterator[tuple[list[Segment], list[memoryview]]]:
-        """The blocks of a chunk with the output bytes of each of their segments."""
+    ) -> Iterator[tuple[list[Segment], memoryview]]:
+        """The output bytes of a chunk, in runs of segments that are written alike; valid until the next run is asked for."""
         for segments in self._blocks(chunk):
-            theta_B, tau_NB = self._load(segments, digests)
-            parts, at = [], 0
-            for tensors in _runs_of_equal_lambdas(self.plan, segments):
-                size = sum(s.stop - s.start for s in tensors)
-                part = slice(at, at + size)
-                lambdas = self.plan.tensors[tensors[0].tensor].lambdas
-                merged_B = self.kernel.merge(theta_B[part], tau_NB[:, part], thresholds, lambdas, self.plan.recipe.lambda_)
-                at += size
-                inner = 0
-                for segment in tensors:
-                    length = segment.stop - segment.start
-                    dtype = DTYPES[self.plan.tensors[segment.tensor].slot.dtype]
-                    rounded, finite = self.kernel.round(merged_B[inner : inner + length], dtype)
-                    if not finite:
-                        self._refuse_overflow(segments, segment, rounded)
-                    parts.append(rounded.cpu().view(torch.uint8).numpy().data)
-                    inner += length
-            yield segments, parts
+            sources, at = self._load(segments, digests), 0
+            for run in _runs_written_alike(self.plan, segments):
+                stop = at + sum(s.stop - s.start for s in run)
+                part = [x if x is None else x[at:stop] for x in sources]
+                tensor = self.plan.tensors[run[0].tensor]
+                dtype = DTYPES[tensor.slot.dtype]
+                rounded_B, finite = self.kernel.merge(part, thresholds, tensor.lambdas, self.plan.recipe.lambda_, dtype)
+                if not finite:
+                    self._refuse_overflow(run, rounded_B)
+                yield run, rounded_B.cpu().view(torch.uint8).numpy().data
+                at = stop
 
     def _out_file(self, index: int) -> str:
         name = self.plan.files[index].name
@@ -360,44 +363,39 @@ class Owner:
 
     def _refuse_non_finite(self, segments: Sequence[Segment]) -> None:
         problems = []
-        for source in range(self.plan.N + 1):
-            for segment in segments:
-                tensor = self.plan.tensors[segment.tensor].sources[source]
-                if tensor is None:
+        for segment in segments:
+            for source in range(self.plan.N + 1):
+                tensor, x_B = self.plan.tensors[segment.tensor].sources[source], self._load_source([segment], source, None)
+                if tensor is None or x_B is None:
                     continue
-                for raw in self._read([segment], source, None):
-                    bad = torch.nonzero(~torch.isfinite(raw.float()))
-                    if len(bad):
-                        at = int(bad[0])
-                        problems.append(
-                            f"{self._source(source)}: tensor {tensor.name} holds {raw[at].item()} at index "
-                            f"{self._index(segment, at)} ({tensor.dtype}); "
-                            "a merge needs finite numbers: repair the checkpoint, or keep the base's tensor with `exclude`"
-                        )
+                bad = torch.nonzero(~torch.isfinite(x_B.float()))
+                if len(bad):
+                    at = int(bad[0])
+                    problems.append(
+                        f"{self._source(source)}: tensor {tensor.name} holds {x_B[at].item()} at index "
+                        f"{self._index(segment, at)} ({tensor.dtype}); "
+                        "a merge needs finite numbers: repair the checkpoint, or keep the base's tensor with `exclude`"
+                    )
         if not problems:
-            model, at = torch.nonzero(~torch.isfinite(self._load(segments)[1]))[0].tolist()
-            for segment in segments:
-                if at < segment.stop - segment.start:
-                    break
-                at -= segment.stop - segment.start
-            name = self.plan.tensors[segment.tensor].name
+            _, tau_NB = self.kernel.load(self._load(segments))
+            model, at = torch.nonzero(~torch.isfinite(tau_NB))[0].tolist()
+            segment, at = _segment_at(segments, at)
             problems.append(
-                f"{self._source(model + 1)}: tensor {name}: the difference to the base overflows float32 at index "
-                f"{self._index(segment, at)}; "
-                "repair the checkpoint, or keep the base's tensor with `exclude`"
+                f"{self._source(model + 1)}: tensor {self.plan.tensors[segment.tensor].name}: the difference to the base overflows "
+                f"float32 at index {self._index(segment, at)}; repair the checkpoint, or keep the base's tensor with `exclude`"
             )
         raise RequestError(problems)
 
-    def _refuse_overflow(self, block: Sequence[Segment], segment: Segment, rounded: Tensor) -> None:
+    def _refuse_overflow(self, segments: Sequence[Segment], rounded_B: Tensor) -> None:
+        segment, at = _segment_at(segments, int(torch.nonzero(~torch.isfinite(rounded_B))[0]))
         if self.plan.sweeps == 1:
             # No earlier sweep has looked at the inputs: blame them first.
-            _, tau_NB = self._load(block)
+            _, tau_NB = self.kernel.load(self._load(segments))
             if not bool(torch.isfinite(tau_NB).all()):
-                self._refuse_non_finite(block)
+                self._refuse_non_finite(segments)
         tensor = self.plan.tensors[segment.tensor]
-        index = self._index(segment, int(torch.nonzero(~torch.isfinite(rounded))[0]))
         raise RequestError(
-            f"the output: tensor {tensor.name} overflows {tensor.slot.dtype} at index {index}; "
+            f"the output: tensor {tensor.name} overflows {tensor.slot.dtype} at index {self._index(segment, at)}; "
             "ask for a wider `dtype` (bfloat16 or float32), or for smaller weights or lambda"
         )
 
@@ -447,15 +445,23 @@ def anonymous_bytes() -> int:
     return sum(1024 * int(kib) for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, flags=re.MULTILINE))
 
 
-def _runs_of_equal_lambdas(plan: Plan, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    run: list[Segment] = []
+def _runs_written_alike(plan: Plan, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Neighbours of the same weights and the same output dtype."""
+
+    def alike(segment: Segment) -> tuple[tuple[float, ...], str]:
+        tensor = plan.tensors[segment.tensor]
+        return tensor.lambdas, tensor.slot.dtype
+
+    return (list(run) for _, run in itertools.groupby(segments, alike))
+
+
+def _segment_at(segments: Sequence[Segment], at: int) -> tuple[Segment, int]:
+    """The segment that holds element `at` of these, and its place in the segment."""
     for segment in segments:
-        if run and plan.tensors[segment.tensor].lambdas != plan.tensors[run[0].tensor].lambdas:
-            yield run
-            run = []
-        run.append(segment)
-    if run:
-        yield run
+        if at < segment.stop - segment.start:
+            break
+        at -= segment.stop - segment.start
+    return segment, at
 
 
 def _sums_of_runs(x_B: Tensor) -> list[float]:

@@ -193,9 +193,13 @@ def spans(thresholds: Thresholds) -> list[float]:
 
 def scale_of_paper(beta_NB: Tensor, thresholds: Thresholds) -> Tensor:
     """beta where beta >= t, else 0, float32; 0 for a task that equals the base."""
-    diagonal = [thresholds.pair_max[p] for p, (i, j) in enumerate(pairs(len(beta_NB))) if i == j]
-    t_N1 = column([t if largest > 0.0 else math.inf for t, largest in zip(thresholds.t, diagonal, strict=True)], beta_NB)
-    return torch.where(beta_NB >= t_N1, beta_NB, 0.0).float()
+    return torch.where(beta_NB >= column(paper_t(thresholds, len(beta_NB)), beta_NB), beta_NB, 0.0).float()
+
+
+def paper_t(thresholds: Thresholds, n: int) -> list[float]:
+    """t of each task; infinite, which makes every scale 0, where the task equals the base."""
+    diagonal = [thresholds.pair_max[p] for p, (i, j) in enumerate(pairs(n)) if i == j]
+    return [t if largest > 0.0 else math.inf for t, largest in zip(thresholds.t, diagonal, strict=True)]
 
 
 def combine(theta_B: Tensor, tauc_NB: Tensor, scale_NB: Tensor, lambdas: Sequence[float], lambda_: float, floor: float) -> Tensor:

@@ -32,8 +32,8 @@ DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
 # The sample: runs of this many elements at pseudo-random places, about this many over the model.
 SAMPLE_RUN, SAMPLE_RUNS = 1 << 10, 1 << 12
 
-# Elements of a block: on a CPU what its second-level cache holds, on a GPU what hides the cost of launching kernels.
-CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 17, 1 << 23, 1 << 12
+# Elements of a block: on a CPU what hides the cost of Python and system calls, on a GPU that of launching kernels.
+CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 18, 1 << 23, 1 << 12
 # Anonymous memory of a worker that has Python, torch and Ray loaded and no work yet.
 PROCESS_BYTES = 450 << 20
 
@@ -226,7 +226,9 @@ def worker_bytes(plan: Plan, block_elements: int) -> int:
     n = plan.N
     pairs = n * (n + 1) // 2
     scores = 8 * (6 * n + 2 * pairs) if plan.method == "pcb-paper" else 4 * (8 * n + 8)  # with temporaries, of the torch kernel
-    per_element = 8 + 4 + 4 * n + scores + 16  # raw bytes, theta, tau, scores, output
+    dtypes = [{t.dtype for tensor in plan.tensors if (t := tensor.sources[source]) is not None} for source in range(n + 1)]
+    raw = sum(max((DTYPE_BYTES[dtype] for dtype in of_source), default=0) for of_source in dtypes)
+    per_element = raw + 4 + 8 * n + scores + 16  # as read, theta, tau, scores, output
     tallies = 2 * n * TALLY_BYTES if plan.sweeps > 1 else 0
     return PROCESS_BYTES + block_elements * per_element + tallies
 

@@ -28,7 +28,7 @@ from pcb_ray.plan import Plan
 
 log = logging.getLogger("pcb_ray")
 
-BATCHES_PER_OWNER = 12  # an owner's shard is asked for in about so many batches: progress, and work for those who finish early
+BATCHES_PER_OWNER = 32  # an owner's shard is asked for in about so many batches: progress, and work for those who finish early
 MAX_BATCH = 64
 IN_FLIGHT = 2  # batches an owner has at hand, so that it need not wait for the driver
 PLACEMENT_TIMEOUT_S = 120.0

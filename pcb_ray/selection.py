@@ -29,7 +29,8 @@ Keys = NDArray[np.int64]
 TALLY_ENTRIES = 1 << 19
 TALLY_BYTES = TALLY_ENTRIES * 2 * 16
 # Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the model.
-SAMPLE_GROUPS = 16
+GROUP_BITS = 4
+SAMPLE_GROUPS = 1 << GROUP_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,25 +135,26 @@ class Sample:
 
     def __init__(self, shift: int) -> None:
         self.shift = shift
-        self.bins: list[tuple[Keys, Keys]] = [(np.zeros(0, dtype=np.int64),) * 2 for _ in range(SAMPLE_GROUPS)]
+        self.bins: Keys = np.zeros(0, dtype=np.int64)  # (bin, group) as bin << GROUP_BITS | group, ascending
+        self.counts: Keys = np.zeros(0, dtype=np.int64)
 
-    def add(self, group: int, keys: NDArray[np.signedinteger]) -> None:
-        """Count the keys of a sample run that belongs to this group."""
-        bins, counts = np.unique(keys >> self.shift, return_counts=True)
-        self._add(group, bins.astype(np.int64), counts.astype(np.int64))
+    def add(self, keys: NDArray[np.signedinteger], runs: NDArray[np.signedinteger]) -> None:
+        """Count keys [B]; `runs` [B] are the numbers of the sample runs that they belong to."""
+        groups = (runs & (SAMPLE_GROUPS - 1)).astype(keys.dtype)
+        bins, counts = np.unique(keys >> self.shift << GROUP_BITS | groups, return_counts=True)
+        self._add(bins.astype(np.int64), counts.astype(np.int64))
 
     def merge(self, other: Sample) -> None:
         assert self.shift == other.shift
-        for group, (bins, counts) in enumerate(other.bins):
-            self._add(group, bins, counts)
+        self._add(other.bins, other.counts)
 
-    def _add(self, group: int, bins: Keys, counts: Keys) -> None:
-        old_bins, old_counts = self.bins[group]
-        self.bins[group] = _add_up(np.concatenate((old_bins, bins)), np.concatenate((old_counts, counts)))
+    def _add(self, bins: Keys, counts: Keys) -> None:
+        self.bins, self.counts = _add_up(np.concatenate((self.bins, bins)), np.concatenate((self.counts, counts)))
 
     def bracket(self, rank: int, D: int, smallest: int, largest: int) -> Bracket:
         """A bracket for the key of this rank among all D, wide enough that missing it is rare; any answer is safe."""
-        bins, counts = _add_up(*(np.concatenate(part) for part in zip(*self.bins, strict=True)))
+        bin_of, group_of = self.bins >> GROUP_BITS, self.bins & (SAMPLE_GROUPS - 1)
+        bins, counts = _add_up(bin_of, self.counts)
         total = int(counts.sum())
         if total == 0:
             return Bracket(smallest, largest)
@@ -161,7 +163,11 @@ class Sample:
         centre = bins[min(int(np.searchsorted(upto, q * total, side="left")), len(bins) - 1)]
         # Two reasons for a wrong rank: chance within the sample, and runs that differ from the model's average. The second is
         # estimated from how the groups disagree about the share of keys below the centre.
-        below = [counts_g[bins_g < centre].sum() / counts_g.sum() for bins_g, counts_g in self.bins if len(counts_g)]
+        of_group, below_of_group = (
+            np.bincount(group_of[part], weights=self.counts[part], minlength=SAMPLE_GROUPS)
+            for part in (slice(None), bin_of < centre)
+        )
+        below = below_of_group[of_group > 0] / of_group[of_group > 0]
         spread = float(np.std(below, ddof=1)) / math.sqrt(len(below)) if len(below) > 1 else 0.1
         margin = 6.0 * max(spread, math.sqrt(q * (1.0 - q) / total)) + 4.0 / total
         # A wider bracket is free as long as its keys surely fit in a tally.

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pcb_ray import pcb
-from pcb_ray.answers import LARGEST_KEY, Thresholds, value_of_key
-from pcb_ray.kernels import NativeKernel, TorchKernel, choose_kernel, keys
+from pcb_ray.answers import BETA, LARGEST_KEY, MAGNITUDE, Thresholds, value_of_key
+from pcb_ray.kernels import NativeKernel, Sources, TorchKernel, choose_kernel, keys
 from pcb_ray.selection import Bracket
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -29,7 +29,7 @@ SPECIAL = (0.0, -0.0, SMALLEST, -SMALLEST, 1e-40, -1e-40, 2.0**-126, 1e-20, 0.5,
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int64)
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
@@ -41,8 +41,8 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
 
 
 @st.composite
-def blocks(draw: st.DrawFn, most_tasks: int = 6) -> tuple[Tensor, Tensor]:
-    """theta [B] and tau [N, B], tau as rows of a wider buffer from some offset on."""
+def blocks(draw: st.DrawFn, most_tasks: int = 6) -> list[Tensor]:
+    """A base and some models [B], as slices of wider buffers; often the base is 0, so that tau is exactly what was drawn."""
     n, B = draw(st.integers(1, most_tasks)), draw(st.sampled_from([1, 2, 3, 7, 63, 511, 512, 513, 1000, 1024, 1537]))
     offset, gap = draw(st.integers(0, 9)), draw(st.integers(0, 9))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -64,15 +64,28 @@ def blocks(draw: st.DrawFn, most_tasks: int = 6) -> tuple[Tensor, Tensor]:
             row[:] *= generator.choice([-1.0, 1.0], size=len(row))
     if n == 6:
         buffer /= 2  # the sum over tasks must be finite
-    theta = generator.choice([*SPECIAL, 0.1, -0.3], size=B).astype(np.float32)
-    return torch.from_numpy(theta), torch.from_numpy(buffer)[:, offset : offset + B]
+    theta = np.zeros_like(buffer[0])
+    if draw(st.booleans()):
+        theta = generator.choice([0.0, -0.0, SMALLEST, 1e-40, 1.0, 0.1, -0.3], size=theta.shape).astype(np.float32)
+    dtypes = [draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64])) for _ in range(n + 1)]
+    rows = [torch.from_numpy(theta), *(torch.from_numpy(row) for row in buffer)]
+    return [row.to(dtype)[offset : offset + B] for row, dtype in zip(rows, dtypes, strict=True)]
+
+
+def tau_of(sources: list[Tensor]) -> Tensor:
+    """Of exact operands, rounded once."""
+    return torch.stack([(x.float().double() - sources[0].float().double()).float() for x in sources[1:]])
+
+
+def kernels_for(method: str, n: int, D: int = 1) -> tuple[NativeKernel, TorchKernel]:
+    return NativeKernel(method, n, D, CPU), TorchKernel(method, n, D, CPU)
 
 
 @st.composite
-def thresholds_for(draw: st.DrawFn, tau_NB: Tensor, method: str) -> Thresholds:
+def thresholds_for(draw: st.DrawFn, sources: list[Tensor], method: str) -> Thresholds:
     """low and high from the data or far from it; t below, among and above the scores."""
     low, high = [], []
-    for x_B in tau_NB:
+    for x_B in tau_of(sources):
         ranked = x_B.abs().sort().values
         a, b = sorted((draw(st.integers(0, len(ranked) - 1)), draw(st.integers(0, len(ranked) - 1))))
         choice = draw(st.sampled_from(["ranks", "equal", "apart", "close"]))
@@ -85,7 +98,7 @@ def thresholds_for(draw: st.DrawFn, tau_NB: Tensor, method: str) -> Thresholds:
         low.append(low_i)
         high.append(high_i)
     result = Thresholds(low=tuple(low), high=tuple(high))
-    beta_NB = TorchKernel(method, len(tau_NB), 1, CPU).beta(tau_NB, result)
+    beta_NB = TorchKernel(method, len(low), 1, CPU).scores(sources, BETA, result)
     t, top = [], []
     for beta_B in beta_NB:
         ranked = beta_B.sort().values
@@ -110,14 +123,32 @@ def test_the_native_kernel_is_chosen_on_a_cpu_and_torch_on_request(monkeypatch):
 
 
 @needs_native
+@quick
+@given(block=blocks())
+def test_native_task_vectors_have_the_bits_of_torch(block):
+    native, plain = kernels_for("pcb-pairwise", len(block) - 1)
+    assert_same_bits(plain.scores(block, MAGNITUDE, Thresholds()), tau_of(block))
+    assert_same_bits(native.scores(block, MAGNITUDE, Thresholds()), tau_of(block))
+
+
+@needs_native
 @pytest.mark.parametrize("method", FUSED)
 @quick
 @given(data=st.data(), block=blocks())
 def test_native_scores_have_the_bits_of_torch(method, data, block):
-    _, tau_NB = block
-    thresholds = data.draw(thresholds_for(tau_NB, method))
-    native, plain = (kind(method, len(tau_NB), 1, CPU) for kind in (NativeKernel, TorchKernel))
-    assert_same_bits(native.beta(tau_NB, thresholds), plain.beta(tau_NB, thresholds))
+    thresholds = data.draw(thresholds_for(block, method))
+    native, plain = kernels_for(method, len(block) - 1)
+    assert_same_bits(native.scores(block, BETA, thresholds), plain.scores(block, BETA, thresholds))
+
+
+def assert_same_merges(method: str, block: Sources, thresholds: Thresholds, weights: list[float], lambda_: float) -> None:
+    n = len(block) - 1
+    native, plain = kernels_for(method, n)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        a, b = (kernel.merge(block, thresholds, weights[:n], lambda_, dtype) for kernel in (native, plain))
+        assert a[1] == b[1]
+        if a[1]:
+            assert_same_bits(a[0], b[0])
 
 
 @needs_native
@@ -130,11 +161,27 @@ def test_native_scores_have_the_bits_of_torch(method, data, block):
     weights=st.lists(st.sampled_from([1.0, 0.7, -0.3, 0.0]), min_size=6, max_size=6),
 )
 def test_a_native_merge_has_the_bits_of_torch(method, data, block, lambda_, weights):
-    theta_B, tau_NB = block
-    thresholds = data.draw(thresholds_for(tau_NB, method))
-    native, plain = (kind(method, len(tau_NB), 1, CPU) for kind in (NativeKernel, TorchKernel))
-    arguments = (thresholds, weights[: len(tau_NB)], lambda_)
-    assert_same_bits(native.merge(theta_B, tau_NB, *arguments), plain.merge(theta_B, tau_NB, *arguments))
+    assert_same_merges(method, block, data.draw(thresholds_for(block, method)), weights, lambda_)
+
+
+@needs_native
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "linear"])
+@quick
+@given(
+    data=st.data(),
+    block=blocks(),
+    lambda_=st.sampled_from([1.0, 0.3, -2.5, 0.0]),
+    weights=st.lists(st.sampled_from([1.0, 0.7, -0.3, 0.0]), min_size=6, max_size=6),
+)
+def test_a_native_baseline_has_the_bits_of_torch(method, data, block, lambda_, weights):
+    """With ties in size, zeros of both signs in tau and theta, zero and negative weights."""
+    low = tuple(data.draw(st.sampled_from([0.0, *x_B.abs().tolist()])) for x_B in tau_of(block))
+    if method == "linear":
+        block = [None, *block[1:]]
+        weights = [1.0, *weights[1:]]
+        if sum(weights[: len(block) - 1]) == 0.0:
+            weights[0] = 2.0
+    assert_same_merges(method, block, Thresholds(low=low), weights, lambda_)
 
 
 @pytest.mark.parametrize("kernel", [TorchKernel, pytest.param(NativeKernel, marks=needs_native)])
@@ -142,69 +189,63 @@ def test_a_native_merge_has_the_bits_of_torch(method, data, block, lambda_, weig
 @quick
 @given(data=st.data(), block=blocks(4), cut=st.integers(0, 1537))
 def test_a_cut_block_merges_to_the_bits_of_the_whole(kernel, method, data, block, cut):
-    theta_B, tau_NB = block
-    thresholds = data.draw(thresholds_for(tau_NB, method))
-    one = kernel(method, len(tau_NB), 1, CPU)
-    weights = [1.0, -0.5, 0.0, 2.0][: len(tau_NB)]
-    whole = one.merge(theta_B, tau_NB, thresholds, weights, 0.7).clone()  # a kernel's answer is valid until the next call
-    cut %= len(theta_B)
-    parts = [
-        one.merge(theta_B[p], tau_NB[:, p], thresholds, weights, 0.7).clone()
-        for p in (slice(0, cut), slice(cut, None))
-        if len(theta_B[p])
-    ]
-    assert_same_bits(torch.cat(parts), whole)
-    beta_NB = one.beta(tau_NB, thresholds).clone()
-    assert_same_bits(one.beta(tau_NB[:, cut:], thresholds), beta_NB[:, cut:])
+    thresholds = data.draw(thresholds_for(block, method))
+    n, B = len(block) - 1, len(block[0])
+    one = kernel(method, n, 1, CPU)
+    arguments = (thresholds, [1.0, -0.5, 0.0, 2.0][:n], 0.7, torch.float32)
+    whole = one.merge(block, *arguments)[0].clone()  # a kernel's answer is valid until the next call
+    cut %= B
+    parts = [[x[p] for x in block] for p in (slice(0, cut), slice(cut, None)) if len(block[0][p])]
+    assert_same_bits(torch.cat([one.merge(part, *arguments)[0].clone() for part in parts]), whole)
+    beta_NB = one.scores(block, BETA, thresholds).clone()
+    assert_same_bits(one.scores(parts[-1], BETA, thresholds), beta_NB[:, cut:])
 
 
 @needs_native
 @quick
-@given(block=blocks(5), D=st.integers(1, 10**11))
-def test_native_paper_has_the_bits_of_torch(block, D):
-    """Its extrema, softmax numerators and scores in float64, also where a product is constant or overflows nothing but float32."""
-    _, tau_NB = block
-    n = len(tau_NB)
-    native, plain = (kind("pcb-paper", n, D, CPU) for kind in (NativeKernel, TorchKernel))
+@given(block=blocks(5), D=st.integers(1, 10**11), weights=st.lists(st.sampled_from([1.0, -0.3, 0.0]), min_size=5, max_size=5))
+def test_native_paper_has_the_bits_of_torch(block, D, weights):
+    """Its extrema, softmax numerators, scores and merges, also where a product is constant or overflows nothing but float32."""
+    n, tau_NB = len(block) - 1, tau_of(block)
+    native, plain = kernels_for("pcb-paper", n, D)
     pairs = n * (n + 1) // 2
     ends = {kernel.name: ([math.inf] * pairs, [-math.inf] * pairs) for kernel in (native, plain)}
     for kernel in (native, plain):
-        kernel.extrema(tau_NB[:, :3], *ends[kernel.name])
-        kernel.extrema(tau_NB, *ends[kernel.name])
+        assert kernel.extrema([x[:3] for x in block], *ends[kernel.name])
+        assert kernel.extrema(block, *ends[kernel.name])
     assert ends["native"] == ends["torch"]
     exact = [[(a * b).item() for a, b in zip(tau_NB[i].double(), tau_NB[j].double(), strict=True)] for i, j in pcb.pairs(n)]
     assert ends["torch"] == ([min(p) for p in exact], [max(p) for p in exact])
     low, high = ends["native"]
     thresholds = Thresholds(pair_min=tuple(low), pair_max=tuple(high))
-    e_native, e_torch = native.exponentials(tau_NB, thresholds), plain.exponentials(tau_NB, thresholds)
+    e_native, e_torch = native.exponentials(block, thresholds), plain.exponentials(block, thresholds)
     assert_same_bits(e_native, e_torch)
     sums = e_torch.sum(dim=1).tolist()
     thresholds = thresholds.replace(intra_sum=tuple(sums[:n]), pair_sum=tuple(sums[n:]))
-    assert_same_bits(native.beta(tau_NB, thresholds), plain.beta(tau_NB, thresholds))
+    beta_NB = plain.scores(block, BETA, thresholds)
+    assert_same_bits(native.scores(block, BETA, thresholds), beta_NB)
+    thresholds = thresholds.replace(t=tuple(x_B.median().item() for x_B in beta_NB), beta_max=tuple(beta_NB.amax(1).tolist()))
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (kernel.merge(block, thresholds, weights[:n], 0.7, dtype) for kernel in (native, plain))
+        assert a[1] == b[1]
+        if a[1]:
+            assert_same_bits(a[0], b[0])
 
 
 @needs_native
 @pytest.mark.parametrize("n", [80, 81, 90, 120])
 def test_native_scores_of_many_tasks_have_the_bits_of_torch(n):
     """Where exp comes to the subnormal numbers, C takes another path."""
-    tau_NB = torch.randn(n, 37, generator=torch.Generator().manual_seed(n))
+    block = [torch.zeros(37), *torch.randn(n, 37, generator=torch.Generator().manual_seed(n))]
     thresholds = Thresholds(low=(0.1,) * n, high=(2.0,) * n)
     for method in FUSED:
-        native, plain = (kind(method, n, 10, CPU) for kind in (NativeKernel, TorchKernel))
-        assert_same_bits(native.beta(tau_NB, thresholds), plain.beta(tau_NB, thresholds))
+        native, plain = kernels_for(method, n, 10)
+        assert_same_bits(native.scores(block, BETA, thresholds), plain.scores(block, BETA, thresholds))
 
 
-@needs_native
-@quick
-@given(block=blocks(1), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
-def test_native_task_vectors_have_the_bits_of_torch(block, dtype):
-    theta_B, tau_NB = block
-    raw_B = tau_NB[0].clamp(-6e4, 6e4).to(dtype)
-    native, plain = torch.empty_like(theta_B), torch.empty_like(theta_B)
-    NativeKernel("ties", 1, 1, CPU).tau(raw_B, theta_B, native)
-    TorchKernel("ties", 1, 1, CPU).tau(raw_B, theta_B, plain)
-    assert_same_bits(native, plain)
-    assert_same_bits(plain, (raw_B.double().float().double() - theta_B.double()).float())  # of exact operands, rounded once
+def written(kernel: TorchKernel, x_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """x as a merge writes it: the linear merge of one model of weight 1."""
+    return kernel.merge([None, x_B], Thresholds(), [1.0], 1.0, dtype)
 
 
 @needs_native
@@ -218,7 +259,7 @@ def test_native_rounding_has_the_bits_of_torch_and_misses_nothing_that_is_not_fi
     x_B = torch.from_numpy(np.random.default_rng(seed).integers(-(2**31), 2**31, size=1000).astype(np.int32)).view(torch.float32)
     x_B = torch.where(x_B.abs() < most, x_B, 0.5)
     x_B[::7] = x_B[::7].to(dtype).float() * (1 + 2.0**-9)  # ties
-    native, plain = (kind("linear", 1, 1, CPU).round(x_B, dtype) for kind in (NativeKernel, TorchKernel))
+    native, plain = (written(kernel, x_B, dtype) for kernel in kernels_for("linear", 1))
     assert native[1] == plain[1] == bool(x_B.to(dtype).isfinite().all())
     if plain[1]:
         integers = torch.int32 if dtype == torch.float32 else torch.int16
@@ -233,39 +274,54 @@ def test_no_infinity_and_no_kind_of_nan_is_rounded_silently(kernel, pattern):
     x_B = torch.zeros(9)
     x_B.view(torch.int32)[4] = pattern - (1 << 32 if pattern >> 31 else 0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        _, finite = kernel("linear", 1, 1, CPU).round(x_B, dtype)
+        _, finite = written(kernel("linear", 1, 1, CPU), x_B, dtype)
         assert finite == (pattern == 0x7F7FFFFF and dtype == torch.float32)
+    assert kernel("pcb-paper", 1, 1, CPU).extrema([torch.zeros(9), x_B], [0.0], [0.0]) == (pattern == 0x7F7FFFFF)
 
 
 # --- counting -------------------------------------------------------------------------------------------------------------------
 
 
 @quick
-@given(block=blocks(1), data=st.data())
+@given(block=blocks(3), data=st.data())
 def test_all_kernels_count_as_numpy_does(block, data):
-    x_B = block[1][0]
-    magnitude = data.draw(st.booleans())
-    k_B = keys(x_B, magnitude).numpy().astype(np.int64)
+    quantity = data.draw(st.sampled_from([MAGNITUDE, BETA]))
+    n, magnitude = len(block) - 1, quantity == MAGNITUDE
+    thresholds = data.draw(thresholds_for(block, "pcb-pairwise"))
+    scores_NB = TorchKernel("pcb-pairwise", n, 1, CPU).scores(block, quantity, thresholds)
+    k_NB = keys(scores_NB, magnitude).numpy().astype(np.int64)
     smallest, largest = (0 if magnitude else -LARGEST_KEY[32]), LARGEST_KEY[32]
-    ends = st.one_of(st.sampled_from([smallest, largest, 0, *k_B[:20].tolist()]), st.integers(smallest, largest))
-    brackets = [Bracket(*sorted((data.draw(ends), data.draw(ends)))) for _ in range(data.draw(st.integers(1, 3)))]
+    brackets = []
+    for k_B in k_NB:
+        ends = st.one_of(st.sampled_from([smallest, largest, 0, *k_B[:20].tolist()]), st.integers(smallest, largest))
+        brackets.append([Bracket(*sorted((data.draw(ends), data.draw(ends)))) for _ in range(data.draw(st.integers(1, 3)))])
     for kernel in (TorchKernel, NativeKernel) if built else (TorchKernel,):
-        top, counted = kernel("pcb-pairwise", 1, 1, CPU).count(x_B, magnitude, brackets)
-        assert top == k_B.max()
-        for b, (counts, inside) in zip(brackets, counted, strict=True):
+        top, counted = kernel("pcb-pairwise", n, 1, CPU).count(block, quantity, thresholds, brackets)
+        assert top == k_NB.max(axis=1).tolist()
+        for k_B, of_task, counted_of_task in zip(k_NB, brackets, counted, strict=True):
+            for b, (counts, inside) in zip(of_task, counted_of_task, strict=True):
+                assert counts == tuple(int(c.sum()) for c in (k_B < b.lo, k_B <= b.lo, k_B < b.hi, k_B <= b.hi)), kernel
+                assert sorted(inside.tolist()) == sorted(k_B[(k_B > b.lo) & (k_B < b.hi)].tolist()), kernel
+
+
+@quick
+@given(block=blocks(3), data=st.data())
+def test_float64_scores_are_counted_by_all_kernels_alike(block, data):
+    n = len(block) - 1
+    low, high = [math.inf] * (n * (n + 1) // 2), [-math.inf] * (n * (n + 1) // 2)
+    plain = TorchKernel("pcb-paper", n, 5, CPU)
+    plain.extrema(block, low, high)
+    thresholds = Thresholds(pair_min=tuple(low), pair_max=tuple(high), intra_sum=(2.0,) * n, pair_sum=(3.0,) * len(low))
+    k_NB = keys(plain.scores(block, BETA, thresholds), False).numpy()
+    brackets = [
+        [Bracket(*sorted((data.draw(st.sampled_from(k_B)).item(), data.draw(st.sampled_from(k_B)).item())))] for k_B in k_NB
+    ]
+    for kernel in (TorchKernel, NativeKernel) if built else (TorchKernel,):
+        top, counted = kernel("pcb-paper", n, 5, CPU).count(block, BETA, thresholds, brackets)
+        assert top == k_NB.max(axis=1).tolist()
+        for k_B, [b], [(counts, inside)] in zip(k_NB, brackets, counted, strict=True):
             assert counts == tuple(int(c.sum()) for c in (k_B < b.lo, k_B <= b.lo, k_B < b.hi, k_B <= b.hi)), kernel
             assert sorted(inside.tolist()) == sorted(k_B[(k_B > b.lo) & (k_B < b.hi)].tolist()), kernel
-
-
-def test_float64_scores_are_counted_by_all_kernels_alike():
-    x_B = torch.tensor([0.0, -0.0, -1e-300, 2.5, 1e-320, -7.0, 2.5], dtype=torch.float64)
-    k_B = keys(x_B, False).numpy()
-    bracket = Bracket(int(k_B[2]), int(k_B[3]))
-    for kernel in (TorchKernel, NativeKernel) if built else (TorchKernel,):
-        top, [(counts, inside)] = kernel("pcb-paper", 1, 1, CPU).count(x_B, False, [bracket])
-        assert top == k_B[3]
-        assert counts == (1, 2, 5, 7)
-        assert sorted(inside.tolist()) == sorted([0, 0, int(k_B[4])])
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------------------
@@ -292,34 +348,11 @@ def test_keys_sort_like_values_and_give_them_back(dtype, width, data):
 
 @pytest.mark.parametrize("kernel", [TorchKernel, pytest.param(NativeKernel, marks=needs_native)])
 def test_a_task_that_does_not_vary_or_has_no_score_above_t_contributes_nothing(kernel):
-    tau_NB = torch.tensor([[0.5, -0.5, 0.5, 0.5], [0.1, 0.2, -0.3, 0.4]])
-    theta_B = torch.tensor([-0.0, 1.0, 2.0, 3.0])
-    thresholds = Thresholds(low=(0.5, 0.1), high=(0.5, 0.4), t=(-1.0, 0.7), beta_max=(1.0, 0.7))
+    theta_B = torch.tensor([-0.0, 1.0, 2.0, 4.0])
+    block = [theta_B, theta_B + torch.tensor([0.5, -0.5, 0.5, 0.5]), theta_B + torch.tensor([0.125, 0.25, -0.25, 0.5])]
+    thresholds = Thresholds(low=(0.5, 0.125), high=(0.5, 0.5), t=(-1.0, 0.7), beta_max=(1.0, 0.7))
     assert pcb.spans(thresholds) == [math.inf, math.inf]
     for method in FUSED:
-        assert_same_bits(kernel(method, 2, 4, CPU).merge(theta_B, tau_NB, thresholds, (1.0, 1.0), 1.0), theta_B)
-
-
-@needs_native
-def test_a_native_ties_block_has_the_bits_of_torch():
-    """With ties in size, both zeros in tau and theta, zero and negative weights, and thresholds of 0."""
-    random = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=random)
-
-    for trial in range(200):
-        n, size = 1 + trial % 5, 1 + int(1500 * draw(1))
-        tau = torch.randn(n, size, generator=random).mul_(1e-2).bfloat16().float()
-        tau[draw(n, size) < 0.4], tau[draw(n, size) < 0.1] = 0.0, -0.0
-        if trial % 7 == 0:
-            tau = tau.sign() * 0.5
-        theta = torch.randn(size, generator=random)
-        theta[::7] = -0.0
-        thresholds = Thresholds(low=tuple((draw(n) * 0.02 * (trial % 3 > 0)).tolist()))
-        lambdas = [(1.0, 0.5, 0.0, -0.3, 2.0)[int(5 * draw(1))] for _ in range(n)]
-        torch_B, native_B = (
-            kernel("ties", n, size, torch.device("cpu")).merge(theta, tau, thresholds, lambdas, 0.7)
-            for kernel in (TorchKernel, NativeKernel)
-        )
-        assert torch.equal(torch_B.view(torch.int32), native_B.view(torch.int32)), trial
+        merged_B, finite = kernel(method, 2, 4, CPU).merge(block, thresholds, (1.0, 1.0), 1.0, torch.float32)
+        assert finite
+        assert_same_bits(merged_B, theta_B)

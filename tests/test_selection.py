@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pcb_ray import selection
-from pcb_ray.selection import SAMPLE_GROUPS, Bracket, Sample, Tally
+from pcb_ray.selection import Bracket, Sample, Tally
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 LIMITS = {32: 0x7F800000, 64: 0x7FF0000000000000}
@@ -167,7 +167,7 @@ def sampled(keys: np.ndarray, stride: int, run: int, shift: int = 15, seed: int 
     sample = Sample(shift)
     for k, at in enumerate(range(0, len(keys) - stride + 1, stride)):
         start = at + int(rng.integers(0, stride - run + 1))
-        sample.add(k % SAMPLE_GROUPS, keys[start : start + run].astype(np.int32))
+        sample.add(keys[start : start + run].astype(np.int32), np.full(run, k))
     return sample
 
 
@@ -192,7 +192,7 @@ def test_a_sample_of_data_that_drifts_along_the_model_brackets_the_rank(q, magni
 def test_a_sample_that_misleads_costs_sweeps_and_never_the_answer():
     keys = np.sort(np.random.default_rng(1).integers(0, LIMITS[32], size=20_000))
     sample = Sample(15)
-    sample.add(0, keys[:2000])  # the smallest alone
+    sample.add(keys[:2000], np.zeros(2000, dtype=np.int64))  # the smallest alone
     for rank in (0, 1999, 2000, 10_000, 19_999):
         bracket = sample.bracket(rank, len(keys), 0, LIMITS[32])
         found, _ = select_by_sweeps([keys], rank, bracket, 256, LIMITS[32], sweeps_enough(32, 256))
@@ -213,7 +213,7 @@ def test_samples_add_up_in_any_order(data):
         samples = []
         for k in order:
             one = Sample(15)
-            one.add(k % 2, parts[k])
+            one.add(parts[k], np.full(len(parts[k]), k))
             samples.append(one)
         samples[0].merge(samples[1])
         samples[0].merge(samples[2])
