@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,30 +41,27 @@ class Run:
         self.inputs: list[str] = []  # a digest of each input, once a sweep has seen them whole
 
     def sweep(
-        self, name: str, question: str, *args: Any, chunks: Sequence[int] | None = None, share: float = 1.0
+        self, name: str, question: str, *args: Any, chunks: Sequence[int] | None = None, share: float = 1.0, fold: bool = False
     ) -> Iterator[tuple[Sequence[int], Any]]:
-        """Ask about all chunks with a progress bar; `share` of each chunk's bytes is read."""
+        """Ask about all chunks with a progress bar, as `Owners.ask` or `Owners.fold`; `share` of each chunk's bytes is read."""
         plan = self.plan
         todo = list(range(plan.chunks)) if chunks is None else list(chunks)
         per_element = plan.sweep_bytes / plan.D
-        start, done = time.monotonic(), 0
+        start, done, elements = time.monotonic(), set[int](), 0
         with Progress(name, round(share * per_element * self._elements(todo)), quiet=self.quiet) as progress:
-            for batch, answer in self.owners.ask(question, todo, *args):
-                count = round(share * per_element * self._elements(batch))
-                done += count
-                progress.advance(count)
+            for batch, answer in (self.owners.fold if fold else self.owners.ask)(question, todo, *args):
+                elements += self._elements(set(batch) - done)
+                done.update(batch)
+                progress.advance(round(share * per_element * elements) - progress.done)
                 yield batch, answer
-        self.sweeps.append(Sweep(name, time.monotonic() - start, done))
+        self.sweeps.append(Sweep(name, time.monotonic() - start, progress.done))
 
     def total(self, name: str, question: str, *args: Any, share: float = 1.0) -> Any:
-        """The answers of all chunks merged into one."""
-        answers = (answer for _, answer in self.sweep(name, question, *args, share=share))
-        total = next(answers)
-        for answer in answers:
-            total.merge(answer)
+        """The answers about all chunks, added up."""
+        *_, (_, total) = self.sweep(name, question, *args, share=share, fold=True)
         return total
 
-    def _elements(self, chunks: Sequence[int]) -> int:
+    def _elements(self, chunks: Collection[int]) -> int:
         size, last = self.plan.chunk_elements, self.plan.chunks - 1
         return sum(size if chunk < last else self.plan.D - last * size for chunk in chunks)
 

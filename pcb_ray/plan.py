@@ -33,7 +33,7 @@ DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
 SAMPLE_RUN, SAMPLE_RUNS = 1 << 10, 1 << 12
 
 # Elements of a block: on a CPU what hides the cost of Python and system calls, on a GPU that of launching kernels.
-CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 18, 1 << 23, 1 << 12
+CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 19, 1 << 23, 1 << 12
 # Anonymous memory of a worker that has Python, torch and Ray loaded and no work yet.
 PROCESS_BYTES = 450 << 20
 
@@ -229,7 +229,8 @@ def worker_bytes(plan: Plan, block_elements: int) -> int:
     dtypes = [{t.dtype for tensor in plan.tensors if (t := tensor.sources[source]) is not None} for source in range(n + 1)]
     raw = sum(max((DTYPE_BYTES[dtype] for dtype in of_source), default=0) for of_source in dtypes)
     per_element = raw + 4 + 8 * n + scores + 16  # as read, theta, tau, scores, output
-    tallies = 2 * n * TALLY_BYTES if plan.sweeps > 1 else 0
+    # Two ranks of each task, in the total of a sweep and in the answer that is added to it.
+    tallies = 2 * 2 * n * TALLY_BYTES if plan.sweeps > 1 else 0
     return PROCESS_BYTES + block_elements * per_element + tallies
 
 

@@ -1,8 +1,9 @@
 """All of Ray for merging: starting or joining a cluster, placing owners, asking them, replacing the dead.
 
 `ask` sends one question about many items (chunks) to all owners and yields answers as they come, in no order: answers are such that order does
-not matter. Each owner works through its own shard, a contiguous run of items; one that is done takes batches from the end of the longest
-shard left, and the items of a dead owner are asked again. `LocalOwners` does the same without Ray in this process.
+not matter. `fold` is for answers that add up: each owner keeps the sum of its own, and the owners then add up in pairs, as a tree, so that the
+driver receives one answer whatever their number. Each owner works through its own shard, a contiguous run of items; one that is done takes
+batches from the end of the longest shard left, and the items of a dead owner are asked again. `LocalOwners` does the same without Ray.
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ class Owners(Protocol):
     stats: dict[int, dict[str, Any]]
     deaths: int
 
-    def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]: ...
+    def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
+        """Yields (some items, the answer about them)."""
+        ...
+
+    def fold(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
+        """Yields (some items, None) as they are done - again, if their answer was lost - and last ((), the sum of all answers)."""
+        ...
 
 
 class LocalOwners:
@@ -89,6 +96,16 @@ class LocalOwners:
         finally:
             torch.set_num_threads(before)
 
+    def fold(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
+        total: Any = None
+        for batch, answer in self.ask(question, items, *args):
+            if total is None:
+                total = answer
+            else:
+                total.merge(answer)
+            yield batch, None
+        yield (), total
+
 
 class _Actor:
     """An owner as Ray runs it. Its owner is made by `start` and not by the constructor, since what a constructor raises is lost."""
@@ -100,10 +117,28 @@ class _Actor:
 
         torch.set_num_threads(1)  # one owner per core
         self.owner = Owner(plan, out_dir, **options)
+        self.sum_of: tuple[int, int] | None = None  # what `total` adds up
+        self.total: Any = None
         return self.owner.state()
 
-    def ask(self, question: str, items: Sequence[Any], *args: Any) -> tuple[Any, dict[str, Any]]:
-        return getattr(self.owner, question)(items, *args), self.owner.state()
+    def ask(self, sum_of: tuple[int, int] | None, question: str, items: Sequence[Any], *args: Any) -> tuple[Any, dict[str, Any]]:
+        """The answer; or, if it belongs to a sum, none: it is added to the total, which begins anew with a new sum."""
+        answer = getattr(self.owner, question)(items, *args)
+        if sum_of is None:
+            return answer, self.owner.state()
+        if sum_of != self.sum_of:
+            self.sum_of, self.total = sum_of, answer
+        else:
+            self.total.merge(answer)
+        return None, self.owner.state()
+
+    def give(self) -> Any:
+        """The total so far."""
+        return self.total
+
+    def absorb(self, total: Any) -> None:
+        """Add the total of another owner to one's own."""
+        self.total.merge(total)
 
 
 @contextlib.contextmanager
@@ -192,6 +227,13 @@ class RayOwners:
         self._owners: dict[int, Any] = {}  # by number; a replacement has a new one
         self._starting: dict[Any, int] = {}  # reference to the end of `start` -> number
         self._born = 0
+        self._sweeps = 0
+        self._held: dict[int, list[Sequence[Any]]] = {}  # the batches whose answers an owner's total holds
+        self._given: collections.Counter[int] = (
+            collections.Counter()
+        )  # how often an owner's total went to another, and it begins anew
+        self._failures: collections.Counter[Any] = collections.Counter()  # of an item
+        self._fruitless = 0  # deaths since the last answer
         for _ in range(workers):
             self._place()
 
@@ -215,21 +257,100 @@ class RayOwners:
         self._starting[self._owners[number].start.remote(*self._arguments)] = number
 
     def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        """Answers with the items they are about. Raises what an owner raised, or RunError if items keep killing owners."""
+        """Raises what an owner raised, or RunError if items keep killing owners."""
+        import ray
+
+        return self._work(_Shards(items, list(self._owners)), None, question, [ray.put(a) for a in args])
+
+    def fold(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
+        """Raises as `ask` does."""
+        import ray
+        from ray.exceptions import ObjectLostError, RayActorError
+
+        self._sweeps += 1
+        shards, shared = _Shards(items, list(self._owners)), [ray.put(a) for a in args]
+        while True:
+            for batch, _ in self._work(shards, self._sweeps, question, shared):
+                yield batch, None
+            holders = list(self._held)
+            try:
+                if len(holders) == 1:
+                    yield (), ray.get(self._owners[holders[0]].give.remote())
+                    self._held = {}
+                    return
+                for one, other in self._add_up(holders):
+                    self._held[one] += self._held.pop(other)
+                    self._given[other] += 1
+            except (RayActorError, ObjectLostError) as error:
+                # An argument that was lost left the total as it was; who died takes its own total along.
+                for number in holders:
+                    if not self._lives(number):
+                        self._bury(number, shards, error)
+
+    def _add_up(self, holders: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """One level of the tree: pairs (a, b) where a's total now includes b's."""
+        import ray
+
+        pairs = [
+            (one, other, self._owners[one].absorb.remote(self._owners[other].give.remote()))
+            for one, other in zip(holders[::2], holders[1::2], strict=False)
+        ]
+        errors = []
+        for one, other, done in pairs:
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:
+                errors.append(error)
+            else:
+                yield one, other
+        if errors:
+            raise errors[0]
+
+    def _lives(self, number: int) -> bool:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._owners[number].__ray_ready__.remote(), timeout=60.0)
+            return True
+        return False
+
+    def _bury(self, number: int, shards: _Shards, error: Exception) -> None:
+        """Replace a dead owner; what it held is to be done again."""
+        import ray
+
+        self.deaths, self._fruitless = self.deaths + 1, self._fruitless + 1
+        log.warning("worker %d died (%s); its part is done again by another", number, _first_line(error)[:200])
+        with contextlib.suppress(ray.exceptions.RayActorError, ValueError):
+            ray.kill(self._owners.pop(number))
+        self._owners.pop(number, None)
+        self._starting = {r: n for r, n in self._starting.items() if n != number}
+        for batch in self._held.pop(number, []):
+            shards.give_back(number, batch)
+        same_part = max(self._failures.values(), default=0)
+        if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._owners) + 1):
+            raise RunError(
+                f"{self.deaths} workers died, {same_part} of them on the same part of the model; last: {_first_line(error)[:300]}. "
+                "If they ran out of memory, lower --workers; finished work is kept: --resume goes on"
+            ) from error
+        self._place()
+
+    def _work(
+        self, shards: _Shards, sweep: int | None, question: str, shared: Sequence[Any]
+    ) -> Iterator[tuple[Sequence[Any], Any]]:
+        """Have all batches of the shards done."""
         import ray
         from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-        shards = _Shards(items, list(self._owners))
-        shared = [ray.put(a) for a in args]
         asked: dict[Any, tuple[int, Sequence[Any]]] = {}
-        failures: collections.Counter[Any] = collections.Counter()
-        fruitless = 0  # deaths since the last answer
+        self._failures.clear()
+        self._fruitless = 0
         last_sign = time.monotonic()
         while shards.left or asked:
             ready = [n for n in self._owners if n not in self._starting.values()]
             for number in ready:
                 while sum(owner == number for owner, _ in asked.values()) < IN_FLIGHT and (batch := shards.take(number)):
-                    asked[self._owners[number].ask.remote(question, batch, *shared)] = (number, batch)
+                    sum_of = None if sweep is None else (sweep, self._given[number])
+                    asked[self._owners[number].ask.remote(sum_of, question, batch, *shared)] = (number, batch)
             done, _ = ray.wait([*asked, *self._starting], num_returns=1, timeout=5.0)
             if not done:
                 if not asked and time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
@@ -244,31 +365,19 @@ class RayOwners:
             try:
                 answer = ray.get(reference, timeout=60.0)
             except (RayActorError, ObjectLostError, GetTimeoutError) as error:  # a large answer is lost with the node that keeps it
-                for item in batch:
-                    failures[item] += 1
+                self._failures.update(batch)
                 shards.give_back(number, batch)
                 if number in self._owners:  # the first of its answers to fail
-                    self.deaths, fruitless = self.deaths + 1, fruitless + 1
-                    log.warning("worker %d died (%s); its part is done again by another", number, str(error).splitlines()[0][:200])
-                    with contextlib.suppress(RayActorError, ValueError):
-                        ray.kill(self._owners.pop(number))
-                    self._owners.pop(number, None)
-                    self._starting = {r: n for r, n in self._starting.items() if n != number}
-                    same_part = max(failures.values(), default=0)
-                    if same_part >= MAX_DEATHS_OF_BATCH or fruitless > 3 * (len(self._owners) + 1):
-                        raise RunError(
-                            f"{self.deaths} workers died, {same_part} of them on the same part of the model; "
-                            f"last: {str(error).splitlines()[0][:300]}. "
-                            "If they ran out of memory, lower --workers; finished work is kept: --resume goes on"
-                        ) from error
-                    self._place()
+                    self._bury(number, shards, error)
                 continue
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, Exception) else error
                 raise _as_run_error(cause) from None
-            fruitless = 0
+            self._fruitless = 0
             if batch:
                 answer, self.stats[number] = answer
+                if sweep is not None:
+                    self._held.setdefault(number, []).append(batch)
                 yield batch, answer
 
 
@@ -297,6 +406,10 @@ class _Shards:
     def give_back(self, owner: int, batch: Sequence[Any]) -> None:
         if batch:
             self._of.setdefault(owner, collections.deque()).appendleft(batch)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _as_run_error(error: Exception) -> Exception:

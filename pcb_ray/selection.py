@@ -31,6 +31,7 @@ TALLY_BYTES = TALLY_ENTRIES * 2 * 16
 # Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the model.
 GROUP_BITS = 4
 SAMPLE_GROUPS = 1 << GROUP_BITS
+SAMPLE_PENDING = 1 << 18  # entries that a sample collects before it adds them up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +70,24 @@ class Tally:
         self.below_hi += below_hi
         self.upto_hi += upto_hi
         if len(inside):
-            self._pending.append(inside)
-            self._pending_size += len(inside)
-            if self._pending_size > self.max_entries:
-                self._compact()
+            self._collect([inside])
+
+    def _collect(self, parts: list[NDArray[np.signedinteger]]) -> None:
+        self._pending += parts
+        self._pending_size += sum(map(len, parts))
+        if self._pending_size > self.max_entries:
+            self._compact()
 
     def merge(self, other: Tally) -> None:
         """Add the counts of another part of the data, taken against the same bracket."""
         assert self.bracket == other.bracket, (self.bracket, other.bracket)
-        other._compact()
         self.below_lo += other.below_lo
         self.upto_lo += other.upto_lo
         self.below_hi += other.below_hi
         self.upto_hi += other.upto_hi
-        self._compact()
+        self._collect(other._pending)
+        if not len(other.keys):
+            return
         shift = max(self.shift, other.shift)
         self._put(
             np.concatenate((self.keys >> (shift - self.shift), other.keys >> (shift - other.shift))),
@@ -137,22 +142,35 @@ class Sample:
         self.shift = shift
         self.bins: Keys = np.zeros(0, dtype=np.int64)  # (bin, group) as bin << GROUP_BITS | group, ascending
         self.counts: Keys = np.zeros(0, dtype=np.int64)
+        self._pending: list[tuple[Keys, Keys]] = []
 
     def add(self, keys: NDArray[np.signedinteger], runs: NDArray[np.signedinteger]) -> None:
         """Count keys [B]; `runs` [B] are the numbers of the sample runs that they belong to."""
         groups = (runs & (SAMPLE_GROUPS - 1)).astype(keys.dtype)
         bins, counts = np.unique(keys >> self.shift << GROUP_BITS | groups, return_counts=True)
-        self._add(bins.astype(np.int64), counts.astype(np.int64))
+        self._collect([(bins.astype(np.int64), counts.astype(np.int64))])
 
     def merge(self, other: Sample) -> None:
         assert self.shift == other.shift
-        self._add(other.bins, other.counts)
+        self._collect([*other._pending, (other.bins, other.counts)])
 
-    def _add(self, bins: Keys, counts: Keys) -> None:
-        self.bins, self.counts = _add_up(np.concatenate((self.bins, bins)), np.concatenate((self.counts, counts)))
+    def _collect(self, parts: list[tuple[Keys, Keys]]) -> None:
+        self._pending += parts
+        if sum(len(bins) for bins, _ in self._pending) > SAMPLE_PENDING:
+            self._compact()
+
+    def _compact(self) -> None:
+        parts = [(self.bins, self.counts), *self._pending]
+        self.bins, self.counts = _add_up(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        self._pending = []
+
+    def __getstate__(self) -> dict[str, object]:
+        self._compact()
+        return self.__dict__
 
     def bracket(self, rank: int, D: int, smallest: int, largest: int) -> Bracket:
         """A bracket for the key of this rank among all D, wide enough that missing it is rare; any answer is safe."""
+        self._compact()
         bin_of, group_of = self.bins >> GROUP_BITS, self.bins & (SAMPLE_GROUPS - 1)
         bins, counts = _add_up(bin_of, self.counts)
         total = int(counts.sum())

@@ -7,10 +7,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,11 @@ from clusters import (
 from families import Family
 
 import pcb_ray as package
+from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, Thresholds
 from pcb_ray.plan import MIN_BLOCK, choose_block, plan, worker_bytes
 from pcb_ray.recipe import Recipe
+from pcb_ray.runtime import LocalOwners, RayOwners
+from pcb_ray.selection import Bracket
 
 # Ray closes its own sockets and log files late.
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -315,6 +319,48 @@ def test_every_node_gets_an_owner_and_a_lost_node_changes_no_byte(
     assert receipt_of(out)["workers_lost"] == 1
     assert digests(out) == digests(merged)
     assert not state_of(out).exists()
+
+
+@pytest.mark.parametrize("who", ["absorbs", "gives", "waits"])
+def test_totals_lost_while_they_are_added_up_are_found_again(family: Family, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three owners hold a third each; one is killed just before the first adds the second's total to its own."""
+    made = plan(Recipe.from_dict(recipe_of(family)))
+    question = (
+        "count",
+        range(made.chunks),
+        MAGNITUDE,
+        Thresholds(),
+        [[Bracket(0, 1 << 29), Bracket(1 << 29, 1 << 30)]] * made.N,
+        True,
+    )
+    owners = RayOwners(made, "", workers=3, device="cpu", worker_bytes=worker_bytes(made, MIN_BLOCK), block_elements=MIN_BLOCK)
+    add_up, killed = owners._add_up, []
+
+    def kill_and_add_up(holders: Sequence[int]) -> Iterator[tuple[int, int]]:
+        if not killed:
+            killed.append(owners.stats[holders[("absorbs", "gives", "waits").index(who)]]["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+            await_end([psutil.Process(killed[0])] if psutil.pid_exists(killed[0]) else [])
+        yield from add_up(holders)
+
+    monkeypatch.setattr(owners, "_add_up", kill_and_add_up)
+    try:
+        owners.wait_until_ready()
+        *parts, (_, total) = owners.fold(*question)
+        assert owners.deaths == len(killed) == 1
+    finally:
+        owners.close()
+    *_, (_, expected) = LocalOwners(made).fold(*question)
+    assert {chunk for batch, _ in parts for chunk in batch} == set(range(made.chunks))
+    assert total.largest == expected.largest
+    assert total.digests == expected.digests
+    for of_task, expected_of_task in zip(total.tallies, expected.tallies, strict=True):
+        for tally, other in zip(of_task, expected_of_task, strict=True):
+            assert tally.upto_hi > 0
+            for name in ("below_lo", "upto_lo", "below_hi", "upto_hi"):
+                assert getattr(tally, name) == getattr(other, name)
+            for rank in range(0, tally.upto_hi, 99_991):
+                assert tally.select(rank, 0, LARGEST_KEY[32]) == other.select(rank, 0, LARGEST_KEY[32])
 
 
 LOSE_A_NODE_THAT_KEEPS_ANSWERS = """
