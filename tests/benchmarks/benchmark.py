@@ -99,23 +99,25 @@ def against_the_limit(family: Path, count: int) -> str:
         command = [sys.executable, str(HERE / "plain_copy.py"), str(family / "plain-copy"), str(processes), *inputs]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    twice: list[float] = []
+    again: dict[str, list[float]] = {"one": [], "two": []}
 
-    def both() -> float:
-        twice.append(plain(2))
-        return plain(1)
+    def plain_thrice() -> float:
+        first = plain(1)  # like ours it writes to pages that the system has just got back; a second run finds them at hand
+        again["one"].append(plain(1))
+        again["two"].append(plain(2))
+        return first
 
-    ours_s, plain_s, ratio = pairs(count, ours, both)
+    ours_s, plain_s, ratio = pairs(count, ours, plain_thrice)
+    one_s, two_s = (statistics.median(times) for times in again.values())
     rows = [[s["name"], f"{s['elapsed_s']:.2f}", f"{s['bytes'] / s['elapsed_s'] / 1e9:.2f}"] for s in receipts[-1]["sweeps"]]
     return table(
         "against a plain program that reads every input once and writes the output once (start-up of Ray and Python apart)",
-        ["", "s"],
+        ["", "s", "pcb_ray / this"],
         [
-            ["plain program, one process", f"{plain_s:.2f}"],
-            ["plain program, two processes", f"{statistics.median(twice):.2f}"],
-            ["pcb_ray, all sweeps", f"{ours_s:.2f}"],
-            ["pcb_ray / plain, one process", f"{ratio:.2f}"],
-            ["pcb_ray / plain, two processes", f"{ours_s / statistics.median(twice):.2f}"],
+            ["pcb_ray, all sweeps", f"{ours_s:.2f}", ""],
+            ["plain program, one process", f"{plain_s:.2f}", f"{ratio:.1f}"],
+            ["plain program, one process, run again at once", f"{one_s:.2f}", f"{ours_s / one_s:.1f}"],
+            ["plain program, two processes, run again at once", f"{two_s:.2f}", f"{ours_s / two_s:.1f}"],
         ],
     ) + table("where the time goes (last run)", ["sweep", "s", "GB/s"], rows)
 
