@@ -23,6 +23,7 @@ import torch
 from clusters import (
     DEADLINE_S,
     await_end,
+    await_that,
     descendants,
     digests,
     flip,
@@ -361,6 +362,41 @@ def test_totals_lost_while_they_are_added_up_are_found_again(family: Family, who
                 assert getattr(tally, name) == getattr(other, name)
             for rank in range(0, tally.upto_hi, 99_991):
                 assert tally.select(rank, 0, LARGEST_KEY[32]) == other.select(rank, 0, LARGEST_KEY[32])
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_see_the_inputs_is_named_before_anything_is_read(
+    three_nodes: Any, family: Family, tmp_path: Path
+) -> None:
+    """A node of its own mount namespace, where an empty folder lies over one of the models."""
+    hide = f"mount -t tmpfs none {family.folder / 'model1'}"
+    if subprocess.run(["unshare", "--mount", "sh", "-c", hide], capture_output=True, check=False).returncode:
+        pytest.skip("no right to make a mount namespace here")
+
+    def alive() -> int:
+        return sum(node["Alive"] for node in three_nodes.global_state.node_table())
+
+    before = alive()
+    ray = Path(sys.executable).with_name("ray")
+    start = f"exec {ray} start --address={three_nodes.address} --num-cpus=1 --object-store-memory=80000000 --block"
+    command = ["unshare", "--mount", "sh", "-c", f"{hide} && {start}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as node:
+        try:
+            await_that("the node has joined", lambda: alive() == before + 1)
+            recipe, out = family.folder / "blind.yaml", tmp_path / "out"
+            recipe.write_text(json.dumps(recipe_of(family)))
+            run = pcb_ray("merge", recipe, out, "--address", three_nodes.address, "--workers", before + 1)
+            assert run.process.returncode == 2, run.text
+            assert re.search(rf"{family.folder}/model1/model\.safetensors: node \S+ can't read it \(No such file", run.text), (
+                run.text
+            )
+            assert "all nodes share" in run.text
+            assert not out.exists()
+            assert not state_of(out).exists()
+        finally:
+            processes = descendants(node.pid)
+            node.terminate()
+            await_end(processes)
 
 
 LOSE_A_NODE_THAT_KEEPS_ANSWERS = """
