@@ -33,7 +33,7 @@ DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
 SAMPLE_RUN, SAMPLE_RUNS = 1 << 10, 1 << 12
 
 # Elements of a block: on a CPU what hides the cost of Python and system calls, on a GPU that of launching kernels.
-CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 19, 1 << 23, 1 << 12
+CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 18, 1 << 23, 1 << 12
 # Anonymous memory of a worker that has Python, torch and Ray loaded and no work yet.
 PROCESS_BYTES = 450 << 20
 

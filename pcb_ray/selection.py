@@ -31,7 +31,7 @@ TALLY_BYTES = TALLY_ENTRIES * 2 * 16
 # Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the model.
 GROUP_BITS = 4
 SAMPLE_GROUPS = 1 << GROUP_BITS
-SAMPLE_PENDING = 1 << 18  # entries that a sample collects before it adds them up
+SAMPLE_PENDING = 1 << 16  # entries that a sample collects before it adds them up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Tally:
     def _collect(self, parts: list[NDArray[np.signedinteger]]) -> None:
         self._pending += parts
         self._pending_size += sum(map(len, parts))
-        if self._pending_size > self.max_entries:
+        if self._pending_size > self.max_entries // 4:
             self._compact()
 
     def merge(self, other: Tally) -> None:
