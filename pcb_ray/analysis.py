@@ -41,15 +41,15 @@ class Run:
         self.inputs: list[str] = []  # a digest of each input, once a sweep has seen them whole
 
     def sweep(
-        self, name: str, question: str, *args: Any, chunks: Sequence[int] | None = None, share: float = 1.0, fold: bool = False
+        self, name: str, question: str, *args: Any, chunks: Sequence[int] | None = None, share: float = 1.0, how: str = "ask"
     ) -> Iterator[tuple[Sequence[int], Any]]:
-        """Ask about all chunks with a progress bar, as `Owners.ask` or `Owners.fold`; `share` of each chunk's bytes is read."""
+        """Ask about all chunks with a progress bar; `how` is `Owners`' way (ask, fold, store), `share` of each chunk's bytes is read."""
         plan = self.plan
         todo = list(range(plan.chunks)) if chunks is None else list(chunks)
         per_element = plan.sweep_bytes / plan.D
         start, done, elements = time.monotonic(), set[int](), 0
         with Progress(name, round(share * per_element * self._elements(todo)), quiet=self.quiet) as progress:
-            for batch, answer in (self.owners.fold if fold else self.owners.ask)(question, todo, *args):
+            for batch, answer in getattr(self.owners, how)(question, todo, *args):
                 elements += self._elements(set(batch) - done)
                 done.update(batch)
                 progress.advance(round(share * per_element * elements) - progress.done)
@@ -58,7 +58,7 @@ class Run:
 
     def total(self, name: str, question: str, *args: Any, share: float = 1.0) -> Any:
         """The answers about all chunks, added up."""
-        *_, (_, total) = self.sweep(name, question, *args, share=share, fold=True)
+        *_, (_, total) = self.sweep(name, question, *args, share=share, how="fold")
         return total
 
     def _elements(self, chunks: Collection[int]) -> int:
@@ -125,6 +125,7 @@ def order_statistics(
         asked = [sorted({b for (i, _), b in open_ranks.items() if i == task}, key=lambda b: (b.lo, b.hi)) for task in range(plan.N)]
         first_sweep = not run.inputs
         counted = run.total(f"ranks of {quantity}", "count", quantity, thresholds, asked, first_sweep)
+        assert counted.chunks == plan.chunks, f"{counted.chunks} chunks were counted, the model has {plan.chunks}"
         if first_sweep:
             run.inputs = fold_inputs(plan, counted.digests)
         if not largest:

@@ -70,10 +70,12 @@ class Sampled:
 
 @dataclasses.dataclass
 class Counted:
-    """For each task its tallies (one per bracket) and largest key; for each chunk the digests of its inputs, base first."""
+    """For each task its tallies (one per bracket) and largest key; how many chunks were counted; for each of them the digests of its
+    inputs, base first, if it was asked for them."""
 
     tallies: list[list[Tally]]
     largest: list[int]
+    chunks: int
     digests: dict[int, tuple[Digest, ...]]
 
     def merge(self, other: Counted) -> None:
@@ -81,6 +83,7 @@ class Counted:
             for tally, part in zip(mine, theirs, strict=True):
                 tally.merge(part)
         self.largest = [max(pair) for pair in zip(self.largest, other.largest, strict=True)]
+        self.chunks += other.chunks
         self.digests.update(other.digests)
 
 

@@ -174,10 +174,10 @@ def _execute(run: Run, state: State) -> tuple[Thresholds, str]:
 
     state.make_files(plan)
     single = plan.sweeps == 1
-    for _, answer in run.sweep("write", "write", thresholds, single, chunks=_unwritten(run, state)):
+    for _, answer in run.sweep("write", "write", thresholds, single, chunks=_unwritten(run, state), how="store"):
         state.wrote({str(chunk): _journal_entry(*digests) for chunk, digests in answer.items()})
     pieces = [p for p in plan.copy_pieces() if _piece_name(p) not in state.journal]
-    for batch, digests in run.owners.ask("copy", pieces):
+    for batch, digests in run.owners.store("copy", pieces):
         state.wrote({_piece_name(p): d.hex() for p, d in zip(batch, digests, strict=True)})
     run.sweeps = before + run.sweeps
     entries = [state.journal[str(chunk)].split() for chunk in range(plan.chunks)]
@@ -204,7 +204,7 @@ def _unwritten(run: Run, state: State) -> list[int]:
         for _, digests in run.owners.ask("written_digests", claimed):
             good.update(chunk for chunk, digest in digests.items() if state.journal[str(chunk)].split()[0] == digest.hex())
     pieces = [p for p in plan.copy_pieces() if _piece_name(p) in state.journal]
-    for batch, found in run.owners.ask("copy", pieces, False):
+    for batch, found in run.owners.ask("copied_digests", pieces):
         for piece, digest in zip(batch, found, strict=True):
             if state.journal[_piece_name(piece)] != digest.hex():
                 del state.journal[_piece_name(piece)]
@@ -281,7 +281,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     for _, answer in run.sweep("read the output", "written_digests", share=plan.written_bytes / plan.sweep_bytes):
         digests.update((chunk, digest.hex()) for chunk, digest in answer.items())
     pieces = plan.copy_pieces()
-    copied = [d.hex() for _, part in owners.ask("copy", pieces, False) for d in part]
+    copied = [d.hex() for _, part in owners.ask("copied_digests", pieces) for d in part]
     if fold([digests[chunk] for chunk in range(plan.chunks)] + copied) != receipt["output_digest"]:
         problems.append(
             f"{out}: the tensors' digest is not the receipt's {receipt['output_digest']}: the data were changed after the merge"

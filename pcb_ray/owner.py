@@ -62,10 +62,16 @@ class Bytes:
             self.memory[file].data[start : start + len(data)] = data
             return
         if file not in self._writers:
-            self._writers[file] = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            # Not O_RDWR: a network file system would fetch whole pages, and write them back over a neighbour's bytes.
+            self._writers[file] = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
         put = 0
         while put < len(data):
             put += os.pwrite(self._writers[file], data[put:], start + put)
+
+    def sync(self) -> None:
+        """Make durable what was written."""
+        for fd in self._writers.values():
+            os.fsync(fd)
 
     def close(self) -> None:
         for fd in (*self._readers.values(), *self._writers.values()):
@@ -126,7 +132,7 @@ class Owner:
         self, chunks: Sequence[int], quantity: str, thresholds: Thresholds, brackets: Sequence[Sequence[Bracket]], first_sweep: bool
     ) -> Counted:
         """Counts of |tau| or beta against each task's brackets. The first sweep over the inputs also checks and digests them."""
-        result = Counted([[Tally(b) for b in of_task] for of_task in brackets], [-(1 << 63)] * self.plan.N, {})
+        result = Counted([[Tally(b) for b in of_task] for of_task in brackets], [-(1 << 63)] * self.plan.N, 0, {})
         for chunk in chunks:
             digests = self._digests() if first_sweep else None
             for segments in self._blocks(chunk):
@@ -139,6 +145,7 @@ class Owner:
                     self._refuse_non_finite(segments)
             if digests is not None:
                 result.digests[chunk] = tuple(d.digest() for d in digests)
+            result.chunks += 1
         self._note_memory()
         return result
 
@@ -213,22 +220,31 @@ class Owner:
             result[chunk] = digest.digest()
         return result
 
-    def copy(self, pieces: Sequence[tuple[int, int, int]], write: bool = True) -> list[Digest]:
-        """Copy byte ranges of copied tensors from the base (or, with write=False, only read what the output holds); their digests."""
-        result = []
-        for index, start, stop in pieces:
-            copied = self.plan.copies[index]
-            digest = xxhash.xxh3_128()
-            for at in range(start, stop, 1 << 20):
-                data = memoryview(bytearray(min(1 << 20, stop - at)))
-                if write:
-                    self.bytes.read(copied.source.file, copied.source.start + at, data)
-                    self.bytes.write(self._out_file(copied.slot.file), copied.slot.start + at, data)
-                else:
-                    self.bytes.read(self._out_file(copied.slot.file), copied.slot.start + at, data)
-                digest.update(data)
-            result.append(digest.digest())
-        return result
+    def copy(self, pieces: Sequence[tuple[int, int, int]]) -> list[Digest]:
+        """Copy byte ranges of copied tensors from the base to the output; their digests."""
+        return [self._copy(piece, write=True) for piece in pieces]
+
+    def copied_digests(self, pieces: Sequence[tuple[int, int, int]]) -> list[Digest]:
+        """The digests of what the output files hold for these byte ranges."""
+        return [self._copy(piece, write=False) for piece in pieces]
+
+    def _copy(self, piece: tuple[int, int, int], write: bool) -> Digest:
+        index, start, stop = piece
+        copied = self.plan.copies[index]
+        digest = xxhash.xxh3_128()
+        for at in range(start, stop, 1 << 20):
+            data = memoryview(bytearray(min(1 << 20, stop - at)))
+            if write:
+                self.bytes.read(copied.source.file, copied.source.start + at, data)
+                self.bytes.write(self._out_file(copied.slot.file), copied.slot.start + at, data)
+            else:
+                self.bytes.read(self._out_file(copied.slot.file), copied.slot.start + at, data)
+            digest.update(data)
+        return digest.digest()
+
+    def sync(self) -> None:
+        """Make durable what was written so far."""
+        self.bytes.sync()
 
     def differing_twins(self, numbers: Sequence[int]) -> list[str]:
         """Which of these stored copies of tied tensors differ from their originals."""

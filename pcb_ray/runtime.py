@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +35,9 @@ MAX_BATCH = 64
 IN_FLIGHT = 2  # batches an owner has at hand, so that it need not wait for the driver
 PLACEMENT_TIMEOUT_S = 120.0
 MAX_DEATHS_OF_BATCH = 3
-LOCAL_OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray accepts; answers are small
+CALL_TIMEOUT_S, SYNC_TIMEOUT_S = 300.0, 3600.0
+LOCAL_OBJECT_STORE_BYTES = 80 << 20  # near the smallest that Ray accepts; what does not fit goes to disk
+ADVICE = "If they ran out of memory, lower --workers; finished work is kept: --resume goes on"
 
 
 class Owners(Protocol):
@@ -49,6 +52,10 @@ class Owners(Protocol):
 
     def fold(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
         """Yields (some items, None) as they are done - again, if their answer was lost - and last ((), the sum of all answers)."""
+        ...
+
+    def store(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
+        """As `ask`, for questions that write to the output: when it ends, all of that is durable. What a dead owner wrote is written again."""
         ...
 
 
@@ -106,6 +113,8 @@ class LocalOwners:
             yield batch, None
         yield (), total
 
+    store = ask  # whoever commits the output makes it durable
+
 
 class _Actor:
     """An owner as Ray runs it. Its owner is made by `start` and not by the constructor, since what a constructor raises is lost."""
@@ -117,17 +126,18 @@ class _Actor:
 
         torch.set_num_threads(1)  # one owner per core
         self.owner = Owner(plan, out_dir, **options)
-        self.sum_of: tuple[int, int] | None = None  # what `total` adds up
+        self.sum = (0, 0)  # which one `total` is
         self.total: Any = None
         return self.owner.state()
 
-    def ask(self, sum_of: tuple[int, int] | None, question: str, items: Sequence[Any], *args: Any) -> tuple[Any, dict[str, Any]]:
-        """The answer; or, if it belongs to a sum, none: it is added to the total, which begins anew with a new sum."""
+    def ask(self, question: str, items: Sequence[Any], *args: Any) -> tuple[Any, dict[str, Any]]:
+        return getattr(self.owner, question)(items, *args), self.owner.state()
+
+    def add(self, number: tuple[int, int], question: str, items: Sequence[Any], *args: Any) -> tuple[Any, dict[str, Any]]:
+        """Add the answer to the total, which begins anew with another number of the sum."""
         answer = getattr(self.owner, question)(items, *args)
-        if sum_of is None:
-            return answer, self.owner.state()
-        if sum_of != self.sum_of:
-            self.sum_of, self.total = sum_of, answer
+        if number != self.sum:
+            self.sum, self.total = number, answer
         else:
             self.total.merge(answer)
         return None, self.owner.state()
@@ -139,6 +149,9 @@ class _Actor:
     def absorb(self, total: Any) -> None:
         """Add the total of another owner to one's own."""
         self.total.merge(total)
+
+    def sync(self) -> None:
+        self.owner.sync()
 
 
 @contextlib.contextmanager
@@ -161,7 +174,7 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(
-            f"no Ray cluster at {address}: {str(error).splitlines()[0]}; start one with `ray start --head`, "
+            f"no Ray cluster at {address}: {_first_line(error)}; start one with `ray start --head`, "
             "set RAY_AUTH_MODE=token if it asks for a token, or leave --address out for a local one"
         ) from error
     if threading.current_thread() is threading.main_thread():
@@ -227,12 +240,11 @@ class RayOwners:
         self._owners: dict[int, Any] = {}  # by number; a replacement has a new one
         self._starting: dict[Any, int] = {}  # reference to the end of `start` -> number
         self._born = 0
-        self._sweeps = 0
-        self._held: dict[int, list[Sequence[Any]]] = {}  # the batches whose answers an owner's total holds
-        self._given: collections.Counter[int] = (
-            collections.Counter()
-        )  # how often an owner's total went to another, and it begins anew
-        self._failures: collections.Counter[Any] = collections.Counter()  # of an item
+        self._sums = 0
+        # What is lost with an owner: the batches whose answers are in its total, or whose output it has written.
+        self._held: dict[int, list[Sequence[Any]]] = {}
+        self._given: collections.Counter[int] = collections.Counter()  # how often an owner's total went to another
+        self._failures: collections.Counter[Any] = collections.Counter()  # deaths at work on an item
         self._fruitless = 0  # deaths since the last answer
         for _ in range(workers):
             self._place()
@@ -258,101 +270,129 @@ class RayOwners:
 
     def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
         """Raises what an owner raised, or RunError if items keep killing owners."""
+        return self._work(self._begin(items), question, _put(args))
+
+    def store(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
+        """Raises as `ask` does."""
         import ray
 
-        return self._work(_Shards(items, list(self._owners)), None, question, [ray.put(a) for a in args])
+        shards, shared = self._begin(items), _put(args)
+        while shards.left:
+            yield from self._work(shards, question, shared, hold=True)
+            for number, synced in [(n, self._owners[n].sync.remote()) for n in self._held]:
+                try:
+                    ray.get(synced, timeout=SYNC_TIMEOUT_S)
+                except ray.exceptions.RayError as error:
+                    self._bury_or_raise(number, shards, error)
 
     def fold(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
         """Raises as `ask` does."""
         import ray
-        from ray.exceptions import ObjectLostError, RayActorError
 
-        self._sweeps += 1
-        shards, shared = _Shards(items, list(self._owners)), [ray.put(a) for a in args]
-        while True:
-            for batch, _ in self._work(shards, self._sweeps, question, shared):
+        shards, shared = self._begin(items), _put(args)
+        self._sums += 1
+        lost, total = 0, None
+        while shards.left or len(self._held) > 1 or (self._held and total is None):
+            for batch, _ in self._work(shards, question, shared, hold=True, add=True):
                 yield batch, None
-            holders = list(self._held)
-            try:
-                if len(holders) == 1:
-                    yield (), ray.get(self._owners[holders[0]].give.remote())
-                    self._held = {}
-                    return
-                for one, other in self._add_up(holders):
-                    self._held[one] += self._held.pop(other)
-                    self._given[other] += 1
-            except (RayActorError, ObjectLostError) as error:
-                # An argument that was lost left the total as it was; who died takes its own total along.
-                for number in holders:
-                    if not self._lives(number):
-                        self._bury(number, shards, error)
+            before = self.deaths
+            if len(self._held) > 1:
+                self._add_up(shards)
+            elif self._held:
+                (last,) = self._held
+                try:
+                    total = ray.get(self._owners[last].give.remote(), timeout=CALL_TIMEOUT_S)
+                except ray.exceptions.RayError as error:
+                    self._bury_or_raise(last, shards, error)
+            lost += self.deaths - before
+            if lost > 3 * (len(self._owners) + 1):
+                raise RunError(f"{lost} workers died while they added up what they had counted. {ADVICE}")
+        yield (), total
 
-    def _add_up(self, holders: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """One level of the tree: pairs (a, b) where a's total now includes b's."""
+    def _begin(self, items: Sequence[Any]) -> _Shards:
+        self._held, self._fruitless = {}, 0
+        self._failures.clear()
+        return _Shards(items, list(self._owners))
+
+    def _add_up(self, shards: _Shards) -> None:
+        """One level of the tree: half of those who hold a total add another's to their own."""
         import ray
 
+        holders = list(self._held)
         pairs = [
             (one, other, self._owners[one].absorb.remote(self._owners[other].give.remote()))
             for one, other in zip(holders[::2], holders[1::2], strict=False)
         ]
-        errors = []
-        for one, other, done in pairs:
+        for one, other, absorbed in pairs:
             try:
-                ray.get(done)
-            except ray.exceptions.RayError as error:
-                errors.append(error)
+                ray.get(absorbed, timeout=CALL_TIMEOUT_S)
+            except ray.exceptions.RayTaskError as error:  # the argument was lost, and the sum is as it was
+                self._bury_or_raise(other, shards, error)
+            except ray.exceptions.RayError as error:  # before or after it had added: nobody knows
+                self._bury_or_raise(one, shards, error)
             else:
-                yield one, other
-        if errors:
-            raise errors[0]
+                self._held[one] += self._held.pop(other)
+                self._given[other] += 1
 
-    def _lives(self, number: int) -> bool:
+    def _bury_or_raise(self, number: int, shards: _Shards, error: Exception) -> None:
+        """Replace an owner that died, which sends back what it held; raise any other error as one of ours."""
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._owners[number].__ray_ready__.remote(), timeout=60.0)
-            return True
-        return False
-
-    def _bury(self, number: int, shards: _Shards, error: Exception) -> None:
-        """Replace a dead owner; what it held is to be done again."""
-        import ray
-
+        if not isinstance(error, _deaths()):
+            cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+            if isinstance(cause, OSError):
+                where = f"{cause.filename}: " if cause.filename else ""
+                raise RunError(
+                    f"{where}{cause.strerror or cause}; finished work is kept: free space or mend the disk, then --resume goes on"
+                ) from None
+            if isinstance(cause, RayError | MemoryError):
+                raise RunError(f"a worker failed: {_first_line(cause)}. {ADVICE}") from None
+            raise cause from None
+        if number not in self._owners:
+            return  # not the first of its answers to fail
         self.deaths, self._fruitless = self.deaths + 1, self._fruitless + 1
         log.warning("worker %d died (%s); its part is done again by another", number, _first_line(error)[:200])
-        with contextlib.suppress(ray.exceptions.RayActorError, ValueError):
-            ray.kill(self._owners.pop(number))
-        self._owners.pop(number, None)
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(self._owners[number])
+        del self._owners[number]
         self._starting = {r: n for r, n in self._starting.items() if n != number}
         for batch in self._held.pop(number, []):
             shards.give_back(number, batch)
         same_part = max(self._failures.values(), default=0)
         if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._owners) + 1):
             raise RunError(
-                f"{self.deaths} workers died, {same_part} of them on the same part of the model; last: {_first_line(error)[:300]}. "
-                "If they ran out of memory, lower --workers; finished work is kept: --resume goes on"
+                f"{self.deaths} workers died, {same_part} of them on the same part of the model; last: {_first_line(error)[:300]}. {ADVICE}"
             ) from error
         self._place()
 
     def _work(
-        self, shards: _Shards, sweep: int | None, question: str, shared: Sequence[Any]
+        self, shards: _Shards, question: str, shared: Sequence[Any], *, hold: bool = False, add: bool = False
     ) -> Iterator[tuple[Sequence[Any], Any]]:
-        """Have all batches of the shards done."""
+        """Have all batches of the shards done; with `hold`, again if their owner dies later. With `add`, owners keep the answers and add them up."""
         import ray
-        from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
         asked: dict[Any, tuple[int, Sequence[Any]]] = {}
-        self._failures.clear()
-        self._fruitless = 0
+        busy: collections.Counter[int] = collections.Counter()
         last_sign = time.monotonic()
+
+        def refill(number: int) -> None:
+            while busy[number] < IN_FLIGHT and (batch := shards.take(number)):
+                owner = self._owners[number]
+                call = partial(owner.add.remote, (self._sums, self._given[number])) if add else owner.ask.remote
+                asked[call(question, batch, *shared)] = (number, batch)
+                busy[number] += 1
+
+        def refill_all() -> None:
+            starting = set(self._starting.values())
+            for number in self._owners:
+                if number not in starting:
+                    refill(number)
+
+        refill_all()
         while shards.left or asked:
-            ready = [n for n in self._owners if n not in self._starting.values()]
-            for number in ready:
-                while sum(owner == number for owner, _ in asked.values()) < IN_FLIGHT and (batch := shards.take(number)):
-                    sum_of = None if sweep is None else (sweep, self._given[number])
-                    asked[self._owners[number].ask.remote(sum_of, question, batch, *shared)] = (number, batch)
-            done, _ = ray.wait([*asked, *self._starting], num_returns=1, timeout=5.0)
-            if not done:
+            references = [*asked, *self._starting]
+            if not ray.wait(references, num_returns=1, timeout=5.0)[0]:
                 if not asked and time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
                     raise RunError(
                         f"no worker could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: the cluster has {nodes()}; "
@@ -360,25 +400,31 @@ class RayOwners:
                     )
                 continue
             last_sign = time.monotonic()
-            reference = done[0]
-            number, batch = asked.pop(reference) if reference in asked else (self._starting.pop(reference), ())
-            try:
-                answer = ray.get(reference, timeout=60.0)
-            except (RayActorError, ObjectLostError, GetTimeoutError) as error:  # a large answer is lost with the node that keeps it
-                self._failures.update(batch)
-                shards.give_back(number, batch)
-                if number in self._owners:  # the first of its answers to fail
-                    self._bury(number, shards, error)
-                continue
-            except RayTaskError as error:
-                cause = error.cause if isinstance(error.cause, Exception) else error
-                raise _as_run_error(cause) from None
-            self._fruitless = 0
-            if batch:
-                answer, self.stats[number] = answer
-                if sweep is not None:
-                    self._held.setdefault(number, []).append(batch)
-                yield batch, answer
+            for reference in ray.wait(references, num_returns=len(references), timeout=0.0)[0]:
+                if reference not in asked and reference not in self._starting:
+                    continue  # its owner was buried meanwhile
+                number, batch = asked.pop(reference) if reference in asked else (self._starting.pop(reference), ())
+                busy[number] -= bool(batch)
+                try:
+                    answer = ray.get(reference, timeout=CALL_TIMEOUT_S)
+                except ray.exceptions.RayError as error:  # a large answer is lost with the node that keeps it
+                    self._failures.update(batch)
+                    shards.give_back(number, batch)
+                    self._bury_or_raise(number, shards, error)
+                    refill_all()
+                    continue
+                self._fruitless = 0
+                if batch and hold and number not in self._owners:  # answered before it was buried, and lost with it
+                    shards.give_back(number, batch)
+                    refill_all()
+                    continue
+                if number in self._owners:
+                    refill(number)
+                if batch:
+                    answer, self.stats[number] = answer
+                    if hold:
+                        self._held.setdefault(number, []).append(batch)
+                    yield batch, answer
 
 
 class _Shards:
@@ -408,14 +454,18 @@ class _Shards:
             self._of.setdefault(owner, collections.deque()).appendleft(batch)
 
 
+def _put(args: Sequence[Any]) -> list[Any]:
+    import ray
+
+    return [ray.put(a) for a in args]
+
+
+def _deaths() -> tuple[type[Exception], ...]:
+    """What a call raises when its owner, or the node that keeps its answer, is gone."""
+    from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
+
+    return (RayActorError, ObjectLostError, OutOfMemoryError, GetTimeoutError)
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _as_run_error(error: Exception) -> Exception:
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return RunError(
-            f"{where}{error.strerror or error}; finished work is kept: free space or mend the disk, then --resume goes on"
-        )
-    return error
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,11 +7,10 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -322,9 +321,20 @@ def test_every_node_gets_an_owner_and_a_lost_node_changes_no_byte(
     assert not state_of(out).exists()
 
 
-@pytest.mark.parametrize("who", ["absorbs", "gives", "waits"])
-def test_totals_lost_while_they_are_added_up_are_found_again(family: Family, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three owners hold a third each; one is killed just before the first adds the second's total to its own."""
+@pytest.mark.parametrize(
+    ("level", "position"),
+    [
+        pytest.param(1, 0, id="who is to absorb"),
+        pytest.param(1, 1, id="who is to give"),
+        pytest.param(1, 2, id="who waits"),
+        pytest.param(2, 0, id="who has absorbed"),
+        pytest.param(3, 0, id="who has it all"),
+    ],
+)
+def test_totals_lost_while_they_are_added_up_are_found_again(
+    family: Family, level: int, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three owners hold a third each, and add up at two levels; before one of them, or before the total is fetched, one is killed."""
     made = plan(Recipe.from_dict(recipe_of(family)))
     question = (
         "count",
@@ -335,20 +345,27 @@ def test_totals_lost_while_they_are_added_up_are_found_again(family: Family, who
         True,
     )
     owners = RayOwners(made, "", workers=3, device="cpu", worker_bytes=worker_bytes(made, MIN_BLOCK), block_elements=MIN_BLOCK)
-    add_up, killed = owners._add_up, []
+    add_up, levels = owners._add_up, []
 
-    def kill_and_add_up(holders: Sequence[int]) -> Iterator[tuple[int, int]]:
-        if not killed:
-            killed.append(owners.stats[holders[("absorbs", "gives", "waits").index(who)]]["pid"])
-            os.kill(killed[0], signal.SIGKILL)
-            await_end([psutil.Process(killed[0])] if psutil.pid_exists(killed[0]) else [])
-        yield from add_up(holders)
+    def kill() -> None:
+        victim = psutil.Process(owners.stats[list(owners._held)[position]]["pid"])
+        victim.kill()
+        await_end([victim])
+
+    def kill_and_add_up(shards: Any) -> None:
+        levels.append(len(owners._held))
+        if len(levels) == level < 3:
+            kill()
+        add_up(shards)
+        if level == 3 and len(levels) == 2:
+            kill()
 
     monkeypatch.setattr(owners, "_add_up", kill_and_add_up)
     try:
         owners.wait_until_ready()
         *parts, (_, total) = owners.fold(*question)
-        assert owners.deaths == len(killed) == 1
+        assert levels[0] == 3
+        assert owners.deaths == 1
     finally:
         owners.close()
     *_, (_, expected) = LocalOwners(made).fold(*question)
