@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from pcb_ray.answers import BETA, LARGEST_KEY, MAGNITUDE, Thresholds, value_of_key
-from pcb_ray.errors import RequestError
+from pcb_ray.errors import InputError
 from pcb_ray.plan import CLIP, SAMPLE_RUN, Plan
 from pcb_ray.progress import Progress
 from pcb_ray.runtime import Owners
@@ -78,7 +78,7 @@ def thresholds_of(run: Run, known: Thresholds | None = None, keep: Callable[[Thr
         values, largest = order_statistics(run, MAGNITUDE, result, [[int(D * c), int(D * (1 - c) - 1)]] * plan.N)
         if plan.method == "pcb-released" and sum(largest) > FLOAT32_MAX:
             # It multiplies by the sum of all tau; an infinite one times 0 is no number, and has no rank.
-            raise RequestError(
+            raise InputError(
                 f"{plan.recipe.models[i].source}: differs from the base by up to {x:g}; the sum over all models may overflow float32: "
                 "exclude the tensor that holds such values, or use `variant: pairwise`"
                 for i, x in enumerate(largest)

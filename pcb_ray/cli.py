@@ -98,8 +98,8 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to compute (default: auto, a GPU where there is one)",
+        default="cpu",
+        help="where to compute (default: cpu; auto: a GPU where there is one; no GPU has run this yet)",
     )
     merge.add_argument("--address", help="a Ray cluster to join, such as ray-head:6379 (default: start a local one)")
     merge.add_argument("--resume", action="store_true", help="go on with an unfinished merge to OUT; only what is missing is done")
@@ -162,9 +162,8 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 def _plan(options: argparse.Namespace) -> int:
     from pcb_ray.plan import plan
-    from pcb_ray.recipe import Recipe
 
-    made = plan(Recipe.from_file(options.recipe), max_shard_bytes=options.max_shard_size)
+    made = plan(options.recipe, max_shard_bytes=options.max_shard_size)
     block = choose_block(made, "cpu", options.memory)
     memory = {"worker_bytes": worker_bytes(made, block), "block_elements": block}
     free = shutil.disk_usage(Path.cwd()).free

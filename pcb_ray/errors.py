@@ -20,13 +20,17 @@ class RequestError(ValueError):
         super().__init__(*self.problems)
 
     def __reduce__(self) -> tuple[type[RequestError], tuple[tuple[str, ...]]]:
-        return RequestError, (self.problems,)  # the default would pass the problems one by one
+        return type(self), (self.problems,)  # the default would pass the problems one by one
 
     def __str__(self) -> str:
         lines = list(self.problems[:SHOWN_PROBLEMS])
         if hidden := len(self.problems) - len(lines):
             lines.append(f"... and {hidden} more of the same kind")
         return lines[0] if len(lines) == 1 else "\n".join(f"- {line}" for line in lines)
+
+
+class InputError(RequestError):
+    """No run of this request can succeed: what the inputs hold was seen to be in its way. Nothing of it is worth a resume."""
 
 
 class RunError(RuntimeError):

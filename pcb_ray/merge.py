@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from pcb_ray import output, runtime
 from pcb_ray.analysis import Run, Sweep, fold, fold_inputs, thresholds_of, warnings_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.checkpoint import Checkpoint, Tensor, open_checkpoint, read_header
-from pcb_ray.errors import RequestError
+from pcb_ray.errors import InputError, RequestError
 from pcb_ray.output import RECEIPT, RECIPE, State
 from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, choose_block, plan_of
 from pcb_ray.plan import plan as make_plan
@@ -36,6 +36,7 @@ log = logging.getLogger("pcb_ray")
 
 # The arithmetic of pcb.py: receipts name it, and a resumed or verified merge must have been made with the same one.
 ARITHMETIC = "ieee-1"
+WRITE = "write"  # the name of the last sweep
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def merge(
     out: str | os.PathLike[str],
     *,
     workers: int | None = None,
-    device: str = "auto",
+    device: str = "cpu",
     address: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     memory: int | None = None,
@@ -62,7 +63,7 @@ def merge(
     Raises RequestError if the request or an input is wrong (before anything is written), RunError if the run can't be finished.
     """
     start = time.monotonic()
-    recipe = read_recipe(recipe)
+    recipe = Recipe.of(recipe)
     out = Path(out)
     if not out.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise RequestError(
@@ -102,24 +103,22 @@ def merge(
         owners.wait_until_ready()
         startup_s = time.monotonic() - start
         run = Run(plan, owners, quiet=quiet)
-        thresholds, written = _execute(run, state)
+        earlier = state.found.get("spent", {})
+        thresholds, written = _execute(run, state, lambda: _spent(earlier, owners, start))
         warnings = warnings_of(plan, thresholds)
         receipt = {
             "versions": versions(),
             "arithmetic": ARITHMETIC,
-            "kernels": sorted({s["kernel"] + " on " + s["device"].split(":")[0] for s in owners.stats.values()}),
             "method": plan.method,
             "N": plan.N,
             "D": plan.D,
             "thresholds": thresholds.to_json(),
             "warnings": warnings,
             "sweeps": [asdict(s) for s in run.sweeps],
-            "full_sweeps": sum(s.bytes >= plan.sweep_bytes for s in run.sweeps),
-            "bytes_read": sum(s["bytes_read"] for s in owners.stats.values()),
+            "full_sweeps": sum(s.bytes >= plan.sweep_bytes for s in run.sweeps if s.name != WRITE)
+            + 1,  # written once, in parts or not
             "bytes_written": plan.written_bytes,
             "workers": workers,
-            "workers_lost": owners.deaths,
-            "peak_worker_bytes": max(s["peak_bytes"] for s in owners.stats.values()),
             "announced_worker_bytes": worker_bytes,
             "chunk_elements": plan.chunk_elements,
             "max_shard_bytes": max_shard_bytes,
@@ -130,7 +129,7 @@ def merge(
             "output_digest": written,
             "resumed": resume,
             "startup_s": round(startup_s, 3),
-            "elapsed_s": round(time.monotonic() - start, 3),
+            **_spent(earlier, owners, start),
         }
         files[output.CARD] = output.model_card(plan, receipt)
         receipt["files_sha256"] = output.write_side_files(state.staging, files)
@@ -141,13 +140,6 @@ def merge(
     return receipt
 
 
-def read_recipe(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:
-    """A recipe from a file, from the dictionary that such a file holds, or as it is."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    return Recipe.from_dict(recipe, Path.cwd()) if isinstance(recipe, Mapping) else Recipe.from_file(Path(recipe))
-
-
 def _companions(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
     """The checkpoints that config and tokenizer are taken from."""
     base = open_checkpoint(recipe.base_model or recipe.models[0].source, recipe.folder, download=True)
@@ -156,25 +148,38 @@ def _companions(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
     return base, open_checkpoint(recipe.tokenizer_source, recipe.folder, download=True)
 
 
-def _execute(run: Run, state: State) -> tuple[Thresholds, str]:
+def _spent(earlier: Mapping[str, Any], owners: runtime.Owners, start: float) -> dict[str, Any]:
+    """What all runs of this merge took; of one that was killed, what it took up to its last finished sweep."""
+    stats = owners.stats.values()
+    return {
+        "kernels": sorted({*earlier.get("kernels", ()), *(s["kernel"] + " on " + s["device"].split(":")[0] for s in stats)}),
+        "bytes_read": earlier.get("bytes_read", 0) + sum(s["bytes_read"] for s in stats),
+        "workers_lost": earlier.get("workers_lost", 0) + owners.deaths,
+        "peak_worker_bytes": max([earlier.get("peak_worker_bytes", 0), *(s["peak_bytes"] for s in stats)]),
+        "elapsed_s": round(earlier.get("elapsed_s", 0.0) + time.monotonic() - start, 3),
+    }
+
+
+def _execute(run: Run, state: State, spent: Callable[[], dict[str, Any]]) -> tuple[Thresholds, str]:
     """Analyse and write what is not yet done; the thresholds and the digest of the whole output."""
     plan, found = run.plan, state.found
     before = [Sweep(**sweep) for sweep in found.get("sweeps", [])]
     run.inputs = found.get("inputs", [])
 
     def keep(thresholds: Thresholds) -> None:
-        found.update(thresholds=thresholds.to_json(), inputs=run.inputs, sweeps=[asdict(s) for s in before + run.sweeps])
+        sweeps = [asdict(s) for s in before + run.sweeps]
+        found.update(thresholds=thresholds.to_json(), inputs=run.inputs, sweeps=sweeps, spent=spent())
         state.save()
 
     if not before:
         problems = [p for _, answer in run.owners.ask("differing_twins", range(len(plan.twins))) for p in answer]
         if problems:
-            raise RequestError(problems)
+            raise InputError(problems)
     thresholds = thresholds_of(run, Thresholds.from_json(found.get("thresholds", {})), keep)
 
     state.make_files(plan)
     single = plan.sweeps == 1
-    for _, answer in run.sweep("write", "write", thresholds, single, chunks=_unwritten(run, state), how="store"):
+    for _, answer in run.sweep(WRITE, "write", thresholds, single, chunks=_unwritten(run, state), how="store"):
         state.wrote({str(chunk): _journal_entry(*digests) for chunk, digests in answer.items()})
     pieces = [p for p in plan.copy_pieces() if _piece_name(p) not in state.journal]
     for batch, digests in run.owners.store("copy", pieces):
@@ -270,7 +275,9 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     recipe = Recipe.from_yaml((out / RECIPE).read_text(), out.parent)
     plan = make_plan(recipe, max_shard_bytes=receipt["max_shard_bytes"], download=True)
     for then, now in zip(receipt["inputs"], plan.inputs, strict=True):
-        before, after = ([(f["path"], f["size"], f["header_sha256"]) for f in then["files"]], [tuple(f) for f in now.files])
+        place = os.path.basename if now.commit is not None else str  # models of the Hub: wherever this machine keeps them
+        before = [(place(f["path"]), f["size"], f["header_sha256"]) for f in then["files"]]
+        after = [(place(f.path), f.size, f.header_sha256) for f in now.files]
         if before != after:
             problems.append(f"{now.source}: its files are not those that were merged: {before} then, {after} now")
     if problems:
@@ -348,7 +355,7 @@ def merge_state_dicts(
     owners = runtime.LocalOwners(plan, memory=memory)
     run = Run(plan, owners, quiet=True)
     thresholds = thresholds_of(run)
-    for _ in run.sweep("write", "write", thresholds, False):
+    for _ in run.sweep(WRITE, "write", thresholds, False):
         pass
     for _ in owners.ask("copy", plan.copy_pieces()):
         pass

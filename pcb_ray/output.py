@@ -7,6 +7,7 @@ written, with digests) and `out/` (the files to be). It survives crashes and Ctr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -18,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pcb_ray.checkpoint import Checkpoint, fsync_folder, write_atomically
-from pcb_ray.errors import RequestError, RunError
+from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.plan import Plan, Slot
 from pcb_ray.recipe import DTYPES, Recipe
 
@@ -84,14 +85,15 @@ def existing_parent(path: Path) -> Path:
 
 
 def state_folder(out: Path) -> Path:
-    return out.resolve().parent / f".{out.name}.pcb-ray"
+    out = out.resolve()  # a link to a folder stays, and what it leads to is replaced
+    return out.parent / f".{out.name}.pcb-ray"
 
 
 class State:
     """The state of one merge on disk. `with State(...)` holds its lock: two merges to one OUT can't run at once."""
 
     def __init__(self, out: Path, plan: Plan, *, resume: bool, arithmetic: str) -> None:
-        self.out = out
+        self.out = out.resolve()
         self.folder = state_folder(out)
         self.staging = self.folder / "out"
         self.found: dict[str, Any] = {}
@@ -171,18 +173,19 @@ class State:
 
     def commit(self) -> None:
         """Make everything durable and give it its name."""
-        for path in sorted(self.staging.iterdir()):
+        for path in sorted(p for p in self.staging.rglob("*") if p.is_file()):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-        fsync_folder(self.staging)
+        for folder in (*(p for p in self.staging.rglob("*") if p.is_dir()), self.staging):
+            fsync_folder(folder)
         if self.out.exists():
             shutil.rmtree(self.folder / "replaced", ignore_errors=True)
             self.out.rename(self.folder / "replaced")
         self.staging.rename(self.out)
-        fsync_folder(self.out.resolve().parent)
+        fsync_folder(self.out.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def discard(self) -> None:
@@ -198,7 +201,8 @@ class State:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, RequestError | RunError) and not self.found and not self.journal:
+        unused = isinstance(error, RequestError | RunError) and not self.found and not self.journal
+        if unused or isinstance(error, InputError):
             # A wrong request that showed itself late, or no cluster: there is nothing to resume, and the next try is a merge of its own.
             self.discard()
         self.close()
@@ -246,8 +250,19 @@ def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoi
         files["model.safetensors.index.json"] = _as_json(
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         )
-    files[RECIPE] = recipe.resolved().to_yaml().encode()
+    files[RECIPE] = _pinned(recipe.resolved(), plan).to_yaml().encode()
     return files
+
+
+def _pinned(recipe: Recipe, plan: Plan) -> Recipe:
+    """The recipe with models of the Hub at the commits that are merged."""
+    at = {i.source: f"{i.source.split('@')[0]}@{i.commit}" for i in plan.inputs if i.commit is not None}
+    return dataclasses.replace(
+        recipe,
+        base_model=None if recipe.base_model is None else at.get(recipe.base_model, recipe.base_model),
+        models=tuple(dataclasses.replace(model, source=at.get(model.source, model.source)) for model in recipe.models),
+        tokenizer_source=at.get(recipe.tokenizer_source, recipe.tokenizer_source),
+    )
 
 
 def slots_of(plan: Plan) -> dict[str, Slot]:

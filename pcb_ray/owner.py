@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sampled, Sums, Thresholds
 from pcb_ray.checkpoint import DTYPE_BYTES
-from pcb_ray.errors import RequestError, RunError
+from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.kernels import DTYPES, choose_kernel, keys
 from pcb_ray.plan import MIN_BLOCK, SAMPLE_RUN, Plan, Segment, choose_block
 from pcb_ray.selection import Bracket, Sample, Tally
@@ -400,7 +400,7 @@ class Owner:
                 f"{self._source(model + 1)}: tensor {self.plan.tensors[segment.tensor].name}: the difference to the base overflows "
                 f"float32 at index {self._index(segment, at)}; repair the checkpoint, or keep the base's tensor with `exclude`"
             )
-        raise RequestError(problems)
+        raise InputError(problems)
 
     def _refuse_overflow(self, segments: Sequence[Segment], rounded_B: Tensor) -> None:
         segment, at = _segment_at(segments, int(torch.nonzero(~torch.isfinite(rounded_B))[0]))
@@ -410,7 +410,7 @@ class Owner:
             if not bool(torch.isfinite(tau_NB).all()):
                 self._refuse_non_finite(segments)
         tensor = self.plan.tensors[segment.tensor]
-        raise RequestError(
+        raise InputError(
             f"the output: tensor {tensor.name} overflows {tensor.slot.dtype} at index {self._index(segment, at)}; "
             "ask for a wider `dtype` (bfloat16 or float32), or for smaller weights or lambda"
         )

@@ -15,6 +15,7 @@ import fnmatch
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -148,8 +149,9 @@ class Plan:
 
     @property
     def sample_stride(self) -> int:
-        """One sample run lies in each stretch of so many elements: at most a sixteenth of a small model is read for a sample."""
-        return max(16 * SAMPLE_RUN, self.D // SAMPLE_RUNS // SAMPLE_RUN * SAMPLE_RUN)
+        """One sample run lies in each stretch of so many elements: a sixteenth of a small model is read for a sample, of a large one
+        1/128, so that the keys which a bracket leaves to be collected stay few enough for a tally."""
+        return min(max(16 * SAMPLE_RUN, self.D // SAMPLE_RUNS // SAMPLE_RUN * SAMPLE_RUN), 128 * SAMPLE_RUN)
 
     @property
     def sweeps(self) -> int:
@@ -247,11 +249,19 @@ def choose_block(plan: Plan, device: str, memory: int | None) -> int:
     return block
 
 
-def plan(recipe: Recipe, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, download: bool = False) -> Plan:
-    """The plan of a recipe, from headers alone; with `download`, models of the Hub are fetched first.
+def plan(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    download: bool = False,
+) -> Plan:
+    """The plan of a recipe (or of its file, or of the dictionary that such a file holds), from headers alone.
+
+    With `download`, models of the Hub are fetched first.
 
     Raises RequestError with everything that is wrong with the inputs.
     """
+    recipe = Recipe.of(recipe)
     opened: list[Checkpoint] = []
     problems: list[str] = []
     for source in (recipe.base_model or recipe.models[0].source, *(m.source for m in recipe.models)):

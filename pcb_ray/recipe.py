@@ -151,6 +151,13 @@ class Recipe:
         object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
 
     @classmethod
+    def of(cls, recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:
+        """A recipe from its file, from the dictionary that such a file holds, or as it is. Raises RequestError."""
+        if isinstance(recipe, Recipe):
+            return recipe
+        return cls.from_dict(recipe, os.getcwd()) if isinstance(recipe, Mapping) else cls.from_file(recipe)
+
+    @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Recipe:
         """The recipe in the file; relative paths in it are resolved against its folder. Raises RequestError."""
         file = Path(path).absolute()

@@ -28,6 +28,7 @@ Keys = NDArray[np.int64]
 # Entries of a tally; beyond it keys lose precision. With the buffer of collected keys, the memory of one tally.
 TALLY_ENTRIES = 1 << 19
 TALLY_BYTES = TALLY_ENTRIES * 2 * 16
+MAX_PENDING = 4096  # arrays of keys that wait to be added up: each takes some memory of its own
 # Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the model.
 GROUP_BITS = 4
 SAMPLE_GROUPS = 1 << GROUP_BITS
@@ -75,7 +76,7 @@ class Tally:
     def _collect(self, parts: list[NDArray[np.signedinteger]]) -> None:
         self._pending += parts
         self._pending_size += sum(map(len, parts))
-        if self._pending_size > self.max_entries // 4:
+        if self._pending_size > self.max_entries // 4 or len(self._pending) > MAX_PENDING:
             self._compact()
 
     def merge(self, other: Tally) -> None:

@@ -207,6 +207,8 @@ def test_a_driver_killed_in_each_sweep_is_resumed_to_the_same_bytes(
     receipt = receipt_of(out)
     assert receipt["thresholds"] == thresholds
     assert [s["name"] for s in receipt["sweeps"]] == list(SWEEPS)
+    assert receipt["full_sweeps"] == 3
+    assert receipt["bytes_read"] > sum(s["bytes"] for s in receipt["sweeps"]), "also what earlier runs read"
     todo = set(range(job.plan.chunks)) - chunks | {corrupt}
     elements = sum(min(job.plan.chunk_elements, job.plan.D - c * job.plan.chunk_elements) for c in todo)
     assert receipt["sweeps"][-1]["bytes"] == pytest.approx(job.plan.sweep_bytes * elements / job.plan.D, rel=1e-3)

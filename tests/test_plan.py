@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from pcb_ray import Recipe, RequestError
 from pcb_ray.checkpoint import DTYPE_BYTES
-from pcb_ray.plan import CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK, Plan, choose_block, plan, worker_bytes
+from pcb_ray.plan import CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK, SAMPLE_RUN, Plan, choose_block, plan, worker_bytes
 
 
 def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> Plan:
@@ -475,3 +475,15 @@ def test_the_summary_is_json_and_counts_what_the_plan_does(family):
     assert [i["bytes"] for i in facts["inputs"]] == [
         os.path.getsize(p) for p in (one.folder / n / "model.safetensors" for n in ("base", "model0", "model1"))
     ]
+
+
+def test_a_plan_takes_a_recipe_its_file_or_a_dictionary(family):
+    one = family(2)
+    made = plan(Recipe.from_dict(one.recipe()))
+    assert plan(one.recipe()) == plan(one.recipe_file()) == plan(str(one.recipe_file())) == made
+
+
+def test_a_sample_is_a_sixteenth_of_a_small_model_and_a_128th_of_a_large_one(family):
+    made = plan(family(1).recipe())
+    strides = {D: dataclasses.replace(made, D=D).sample_stride for D in (10**5, 10**8, 10**9, 7 * 10**10)}
+    assert [round(stride / SAMPLE_RUN) for stride in strides.values()] == [16, 23, 128, 128]

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from clusters import (
     state_of,
 )
 from families import Family
+from hub_server import HubServer, Model, commit_of
 
 import pcb_ray as package
 from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, Thresholds
@@ -280,6 +282,65 @@ def test_transformers_loads_the_output(tied: bool, tmp_path: Path) -> None:
 
 
 # --- several nodes --------------------------------------------------------------------------------------------------------------
+
+
+def test_models_of_the_hub_are_verified_at_the_commits_that_were_merged(family: Family, tmp_path: Path) -> None:
+    """Also when their branch has moved since, and from another cache."""
+    old, new = commit_of("old"), commit_of("new")
+
+    def files(folder: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (family.folder / folder).iterdir()}
+
+    models = {f"org/{k}": Model({old: files(k), new: files("base")}, {"main": old}) for k in ("base", "model0", "model1")}
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(json.dumps({"base_model": "org/base", "models": [{"model": "org/model0"}, {"model": "org/model1"}]}))
+    with HubServer(models) as hub:
+        settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
+        run = pcb_ray("merge", recipe, out, "--address", ray_address(), env=settings)
+        assert run.process.returncode == 0, run.text
+        for model in models.values():
+            model.revisions["main"] = new
+        run = pcb_ray("verify", out, env=settings | {"HF_HOME": str(tmp_path / "hf2")})
+        assert run.process.returncode == 0, run.text
+    assert [i["commit"] for i in receipt_of(out)["inputs"]] == [old] * 3
+    state = package.merge_state_dicts(family.base, family.models[:2])
+    assert_same_tensors(families.load(out), state)
+
+
+@pytest.mark.parametrize("method", ["linear", "pcb-pairwise"])
+def test_an_input_that_no_merge_can_take_leaves_nothing_behind(tmp_path: Path, method: str) -> None:
+    """linear meets it while it writes; once it is repaired, the same command merges."""
+    bad = Family(tmp_path / "family", *families.fine_tuned(2, scale=30))
+    name = "model.layers.1.input_layernorm.weight"
+    good = bad.models[1][name].clone()
+    bad.models[1][name][3] = float("inf")
+    families.write(bad.folder / "model1", bad.models[1])
+    out = tmp_path / "out"
+    with pytest.raises(package.RequestError, match=rf"model1: tensor {name} holds inf at index \[3\] \(BF16\)"):
+        package.merge(recipe_of(bad, method), out, quiet=True)
+    assert not out.exists()
+    assert not state_of(out).exists()
+    bad.models[1][name] = good
+    families.write(bad.folder / "model1", bad.models[1])
+    package.merge(recipe_of(bad, method), out, quiet=True)
+    assert package.verify(out, quiet=True) == []
+
+
+def test_a_link_to_a_folder_elsewhere_stays_a_link_when_its_folder_is_replaced(
+    family: Family, merged: Path, tmp_path: Path
+) -> None:
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no second file system here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        target, link = Path(elsewhere) / "target", tmp_path / "link"
+        target.mkdir()
+        (target / "old").touch()
+        link.symlink_to(target)
+        package.merge(recipe_of(family), link, overwrite=True, max_shard_bytes=2_000_000, quiet=True)
+        assert link.is_symlink()
+        assert not (target / "old").exists()
+        assert digests(target) == digests(merged)
+        assert [p.name for p in Path(elsewhere).iterdir()] == ["target"]
 
 
 @pytest.fixture(scope="module")
