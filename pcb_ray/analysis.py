@@ -47,14 +47,15 @@ class Run:
         plan = self.plan
         todo = list(range(plan.chunks)) if chunks is None else list(chunks)
         per_element = plan.sweep_bytes / plan.D
-        start, done, elements = time.monotonic(), set[int](), 0
+        start, done, elements, elapsed_s = time.monotonic(), set[int](), 0, 0.0
         with Progress(name, round(share * per_element * self._elements(todo)), quiet=self.quiet) as progress:
             for batch, answer in getattr(self.owners, how)(question, todo, *args):
                 elements += self._elements(set(batch) - done)
                 done.update(batch)
                 progress.advance(round(share * per_element * elements) - progress.done)
+                elapsed_s = time.monotonic() - start  # the wait for the disk that may follow is no part of the sweep
                 yield batch, answer
-        self.sweeps.append(Sweep(name, time.monotonic() - start, progress.done))
+        self.sweeps.append(Sweep(name, elapsed_s, progress.done))
 
     def total(self, name: str, question: str, *args: Any, share: float = 1.0) -> Any:
         """The answers about all chunks, added up."""
@@ -92,7 +93,7 @@ def thresholds_of(run: Run, known: Thresholds | None = None, keep: Callable[[Thr
         keep(result)
     if plan.method == "pcb-paper" and not result.pair_max:
         extrema = run.total("pair products", "extrema")
-        run.inputs = fold_inputs(plan, extrema.digests)
+        run.inputs = digests_of_inputs(plan, extrema.digests)
         result = result.replace(pair_min=tuple(extrema.low), pair_max=tuple(extrema.high))
         keep(result)
     if plan.method == "pcb-paper" and not result.pair_sum:
@@ -127,7 +128,7 @@ def order_statistics(
         counted = run.total(f"ranks of {quantity}", "count", quantity, thresholds, asked, first_sweep)
         assert counted.chunks == plan.chunks, f"{counted.chunks} chunks were counted, the model has {plan.chunks}"
         if first_sweep:
-            run.inputs = fold_inputs(plan, counted.digests)
+            run.inputs = digests_of_inputs(plan, counted.digests)
         if not largest:
             largest = [value_of_key(key, bits) for key in counted.largest]
         for (i, rank), bracket in list(open_ranks.items()):
@@ -171,10 +172,10 @@ def _diagonal(i: int, n: int) -> int:
     return i * n - i * (i - 1) // 2
 
 
-def fold(digests: Sequence[str]) -> str:
+def digest_of(digests: Sequence[str]) -> str:
     """One digest of many, in the order of the plan."""
     return str(xxhash.xxh3_128(b"".join(bytes.fromhex(d) for d in digests)).hexdigest())
 
 
-def fold_inputs(plan: Plan, of_chunk: Mapping[int, Sequence[bytes]]) -> list[str]:
-    return [fold([of_chunk[chunk][source].hex() for chunk in range(plan.chunks)]) for source in range(plan.N + 1)]
+def digests_of_inputs(plan: Plan, of_chunk: Mapping[int, Sequence[bytes]]) -> list[str]:
+    return [digest_of([of_chunk[chunk][source].hex() for chunk in range(plan.chunks)]) for source in range(plan.N + 1)]

@@ -54,7 +54,7 @@ Without --address a local Ray is started for the merge; inside a Ray job the job
   ray job submit --address http://head:8265 --working-dir . -- pcb-ray merge recipe.yaml /shared/merged
 
 The output appears under its name only when whole. After a crash or Ctrl-C, the same command with --resume goes on where it stopped.
-The bytes are the same whatever --workers, --memory and --device are.
+The bytes are the same whatever --workers and --memory are.
 """
 
 
@@ -236,5 +236,5 @@ def _verify(options: argparse.Namespace) -> int:
     for problem in problems:
         print(f"pcb-ray: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{options.out}: all digests match, and a sample of {options.sample} chunks is what the inputs give")
+        print(f"{options.out}: all digests match, and the chunks recomputed are what the inputs give")
     return 1 if problems else 0

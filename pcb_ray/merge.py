@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcb_ray import output, runtime
-from pcb_ray.analysis import Run, Sweep, fold, fold_inputs, thresholds_of, warnings_of
+from pcb_ray.analysis import Run, Sweep, digest_of, digests_of_inputs, thresholds_of, warnings_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.checkpoint import Checkpoint, Tensor, open_checkpoint, read_header
 from pcb_ray.errors import InputError, RequestError
@@ -187,8 +187,10 @@ def _execute(run: Run, state: State, spent: Callable[[], dict[str, Any]]) -> tup
     run.sweeps = before + run.sweeps
     entries = [state.journal[str(chunk)].split() for chunk in range(plan.chunks)]
     if single:
-        run.inputs = fold_inputs(plan, {chunk: tuple(bytes.fromhex(d) for d in entry[1:]) for chunk, entry in enumerate(entries)})
-    return thresholds, fold([entry[0] for entry in entries] + [state.journal[_piece_name(p)] for p in plan.copy_pieces()])
+        run.inputs = digests_of_inputs(
+            plan, {chunk: tuple(bytes.fromhex(d) for d in entry[1:]) for chunk, entry in enumerate(entries)}
+        )
+    return thresholds, digest_of([entry[0] for entry in entries] + [state.journal[_piece_name(p)] for p in plan.copy_pieces()])
 
 
 def _journal_entry(written: bytes, inputs: Sequence[bytes]) -> str:
@@ -289,7 +291,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
         digests.update((chunk, digest.hex()) for chunk, digest in answer.items())
     pieces = plan.copy_pieces()
     copied = [d.hex() for _, part in owners.ask("copied_digests", pieces) for d in part]
-    if fold([digests[chunk] for chunk in range(plan.chunks)] + copied) != receipt["output_digest"]:
+    if digest_of([digests[chunk] for chunk in range(plan.chunks)] + copied) != receipt["output_digest"]:
         problems.append(
             f"{out}: the tensors' digest is not the receipt's {receipt['output_digest']}: the data were changed after the merge"
         )

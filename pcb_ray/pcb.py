@@ -1,7 +1,7 @@
 """PCB-Merging on one block of parameters (Du et al., *Parameter Competition Balancing for Model Merging*, NeurIPS 2024).
 
 One equation a line, no state. Everything here is a function of a block and of the per-task `Thresholds`, which
-belong to the whole model; finding those is the business of `selection` and `merge`.
+belong to the whole model; finding those is the business of `selection` and `analysis`.
 
 Shapes:
     N    tasks (fine-tuned models)

@@ -2,8 +2,10 @@
 
 `ask` sends one question about many items (chunks) to all owners and yields answers as they come, in no order: answers are such that order does
 not matter. `fold` is for answers that add up: each owner keeps the sum of its own, and the owners then add up in pairs, as a tree, so that the
-driver receives one answer whatever their number. Each owner works through its own shard, a contiguous run of items; one that is done takes
-batches from the end of the longest shard left, and the items of a dead owner are asked again. `LocalOwners` does the same without Ray.
+driver receives one answer whatever their number. `store` is for questions that write: it ends when all is durable.
+
+Each owner works through its own shard, a contiguous run of items; one that is done takes batches from the end of the longest shard left. The
+items of a dead owner are asked again, with those whose answers it alone held. `LocalOwners` does the same without Ray in this process.
 """
 
 from __future__ import annotations
@@ -200,9 +202,7 @@ def choose_device(device: str) -> str:
     """cpu or cuda; `auto` is cuda where the cluster has a GPU."""
     gpus = sum(n["GPU"] for n in nodes())
     if device == "cuda" and gpus < 1:
-        raise RequestError(
-            "--device cuda: the cluster has no GPU; use --device cpu (the bytes are the same), or join a cluster with GPUs by --address"
-        )
+        raise RequestError("--device cuda: the cluster has no GPU; use --device cpu, or join a cluster with GPUs by --address")
     return ("cuda" if gpus >= 1 else "cpu") if device == "auto" else device
 
 
