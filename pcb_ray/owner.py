@@ -11,6 +11,7 @@ import math
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from pcb_ray.selection import Bracket, Sample, Tally
 
 # Float sums are taken over fixed runs of this many elements and then exactly over the runs, so that no block size can show in them.
 SUM_RUN = 1 << 12
+NOTE_MEMORY_S = 0.02  # to ask the system takes up to a millisecond
 
 
 class Bytes:
@@ -114,7 +116,7 @@ class Owner:
         for source in range(plan.N + 1):
             dtypes = {t.dtype for tensor in plan.tensors if (t := tensor.sources[source]) is not None}
             self._raw.append(_Buffer(self.block_elements, dtypes, self.device) if dtypes else None)
-        self.peak_bytes = 0
+        self.peak_bytes, self._noted = 0, -math.inf
 
     # --- questions ----------------------------------------------------------------------------------------------------------------
 
@@ -449,7 +451,8 @@ class Owner:
             raise RequestError(problems)
 
     def _note_memory(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+        if time.monotonic() - self._noted >= NOTE_MEMORY_S:
+            self._noted, self.peak_bytes = time.monotonic(), max(self.peak_bytes, anonymous_bytes())
 
 
 def anonymous_bytes() -> int:

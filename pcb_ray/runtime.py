@@ -89,7 +89,8 @@ class LocalOwners:
         def answer(number: int, batch: Sequence[Any]) -> tuple[int, Sequence[Any], Any]:
             return number, batch, getattr(self._owners[number], question)(batch, *args)
 
-        batches = iter([items[at : at + 4] for at in range(0, len(items), 4)])
+        size = max(1, min(MAX_BATCH, len(items) // (8 * len(self._owners))))
+        batches = iter([items[at : at + size] for at in range(0, len(items), size)])
         before = torch.get_num_threads()
         try:
             # One torch thread each: a block is too small to be shared.

@@ -32,7 +32,7 @@ MAX_PENDING = 4096  # arrays of keys that wait to be added up: each takes some m
 # Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the model.
 GROUP_BITS = 4
 SAMPLE_GROUPS = 1 << GROUP_BITS
-SAMPLE_PENDING = 1 << 16  # entries that a sample collects before it adds them up
+SAMPLE_PENDING = 1 << 16  # entries that a sample collects before it adds them up, or as many as it has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Sample:
 
     def _collect(self, parts: list[tuple[Keys, Keys]]) -> None:
         self._pending += parts
-        if sum(len(bins) for bins, _ in self._pending) > SAMPLE_PENDING:
+        if sum(len(bins) for bins, _ in self._pending) > max(SAMPLE_PENDING, len(self.bins)):
             self._compact()
 
     def _compact(self) -> None:

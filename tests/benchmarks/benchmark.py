@@ -99,25 +99,24 @@ def against_the_limit(family: Path, count: int) -> str:
         command = [sys.executable, str(HERE / "plain_copy.py"), str(family / "plain-copy"), str(processes), *inputs]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    again: dict[str, list[float]] = {"one": [], "two": []}
+    again: dict[str, list[float]] = {"library": [], "two": []}
 
     def plain_thrice() -> float:
-        first = plain(1)  # like ours it writes to pages that the system has just got back; a second run finds them at hand
-        again["one"].append(plain(1))
+        again["library"].append(plain(0))
         again["two"].append(plain(2))
-        return first
+        return plain(1)
 
     ours_s, plain_s, ratio = pairs(count, ours, plain_thrice)
-    one_s, two_s = (statistics.median(times) for times in again.values())
+    library_s, two_s = (statistics.median(times) for times in again.values())
     rows = [[s["name"], f"{s['elapsed_s']:.2f}", f"{s['bytes'] / s['elapsed_s'] / 1e9:.2f}"] for s in receipts[-1]["sweeps"]]
     return table(
         "against a plain program that reads every input once and writes the output once (start-up of Ray and Python apart)",
         ["", "s", "pcb_ray / this"],
         [
             ["pcb_ray, all sweeps", f"{ours_s:.2f}", ""],
-            ["plain program, one process", f"{plain_s:.2f}", f"{ratio:.1f}"],
-            ["plain program, one process, run again at once", f"{one_s:.2f}", f"{ours_s / one_s:.1f}"],
-            ["plain program, two processes, run again at once", f"{two_s:.2f}", f"{ours_s / two_s:.1f}"],
+            ["plain program with the safetensors library", f"{library_s:.2f}", f"{ours_s / library_s:.1f}"],
+            ["plain program with one 1 MB buffer for all, one process", f"{plain_s:.2f}", f"{ratio:.1f}"],
+            ["plain program with one 1 MB buffer each, two processes", f"{two_s:.2f}", f"{ours_s / two_s:.1f}"],
         ],
     ) + table("where the time goes (last run)", ["sweep", "s", "GB/s"], rows)
 
@@ -136,7 +135,7 @@ result = []
 for k in range({count}):
     start = time.monotonic(); a = pcb_ray.merge_state_dicts(base, models)["w"]; ours = time.monotonic() - start
     start = time.monotonic(); b = oracle.merge_state_dicts(base, models)["w"]; dense = time.monotonic() - start
-    result.append((ours, dense, (a - b).abs().max().item()))
+    result.append((ours, dense, ((a - b).abs() > 1e-6).sum().item()))
 print(json.dumps(result))
 """
     measured = run([sys.executable, "-c", code])
@@ -150,7 +149,7 @@ print(json.dumps(result))
         [
             ["dense oracle", f"{dense_s:.1f}", f"{rate / dense_s:.1f}"],
             ["pcb_ray.merge_state_dicts", f"{ours_s:.2f}", f"{rate / ours_s:.0f}"],
-            ["throughput ratio", f"{ratio:.1f}", f"largest difference {max(r[2] for r in results):.1e}"],
+            ["throughput ratio", f"{ratio:.1f}", f"{max(r[2] for r in results)} elements differ (by rounding at a threshold)"],
         ],
     )
 
