@@ -323,6 +323,11 @@ class Owner:
         if buffer is None:
             return None
         pieces = list(self._pieces(segments, source))
+        if len(pieces) == 1 and (in_memory := self.bytes.memory.get(pieces[0][0])) is not None:
+            _, dtype, start, stop = pieces[0]  # used where it lies
+            if digest is not None:
+                digest.update(in_memory[start:stop])
+            return torch.from_numpy(in_memory[start:stop]).view(DTYPES[dtype]).to(self.device)
         mixed = any(dtype != pieces[0][1] for _, dtype, _, _ in pieces)
         converted = []
         for file, dtype, start, stop in pieces:
