@@ -290,8 +290,8 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     for _, answer in run.sweep("read the output", "written_digests", share=plan.written_bytes / plan.sweep_bytes):
         digests.update((chunk, digest.hex()) for chunk, digest in answer.items())
     pieces = plan.copy_pieces()
-    copied = [d.hex() for _, part in owners.ask("copied_digests", pieces) for d in part]
-    if digest_of([digests[chunk] for chunk in range(plan.chunks)] + copied) != receipt["output_digest"]:
+    copied = {p: d.hex() for batch, part in owners.ask("copied_digests", pieces) for p, d in zip(batch, part, strict=True)}
+    if digest_of([digests[chunk] for chunk in range(plan.chunks)] + [copied[p] for p in pieces]) != receipt["output_digest"]:
         problems.append(
             f"{out}: the tensors' digest is not the receipt's {receipt['output_digest']}: the data were changed after the merge"
         )
