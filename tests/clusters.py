@@ -234,7 +234,7 @@ def owners_under(pid: int) -> list[psutil.Process]:
 
 def working(owner: psutil.Process) -> bool:
     """Whether it is answering a question just now."""
-    return title(owner).startswith("ray::_Actor.ask")
+    return title(owner).startswith(("ray::_Actor.ask", "ray::_Actor.add"))
 
 
 def await_that(what: str, condition: Any, timeout_s: float = 60.0) -> None:
