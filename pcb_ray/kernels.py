@@ -162,14 +162,15 @@ class NativeKernel(TorchKernel):
         self._rounded = torch.empty(0)
         self._known: tuple[Thresholds | None, _Thresholds, list[NDArray[Any] | None]] = (None, _Thresholds(), [])
 
-    def _in_c(self, sources: Sources) -> tuple[Any, list[Tensor | None]]:
-        """The block for C, and the tensors that must outlive the call: float32 or bfloat16 ones, as C reads them."""
-        kept = [x if x is None or x.dtype in (torch.float32, torch.bfloat16) else x.float() for x in sources]
-        for k, x in enumerate(kept):
+    def _in_c(self, sources: Sources) -> Any:
+        """The block for C, which reads float32 and bfloat16."""
+        # Kept, so that what was converted outlives the call.
+        self._kept = [x if x is None or x.dtype in (torch.float32, torch.bfloat16) else x.float() for x in sources]
+        for k, x in enumerate(self._kept):
             self._data[k] = None if x is None else x.data_ptr()
             self._bfloat16[k] = x is not None and x.dtype == torch.bfloat16
-        self._block.size = next(len(x) for x in reversed(kept) if x is not None)
-        return ctypes.byref(self._block), kept
+        self._block.size = next(len(x) for x in reversed(self._kept) if x is not None)
+        return ctypes.byref(self._block)
 
     def _thresholds_in_c(self, thresholds: Thresholds) -> Any:
         if self._known[0] is not thresholds:
@@ -177,27 +178,18 @@ class NativeKernel(TorchKernel):
             self._known = thresholds, _Thresholds(*(None if a is None else a.ctypes.data for a in arrays)), arrays
         return ctypes.byref(self._known[1])
 
-    @property
-    def _paper_of_too_many(self) -> bool:
-        return self.method == "pcb-paper" and self.n > MAX_NATIVE_PAPER
-
     def scores(self, sources: Sources, quantity: str, thresholds: Thresholds) -> Tensor:
-        if self._paper_of_too_many:
-            return super().scores(sources, quantity, thresholds)
-        block, kept = self._in_c(sources)
+        block = self._in_c(sources)
         question = 0 if quantity == MAGNITUDE else self._question
         dtype = torch.float64 if question and self.method == "pcb-paper" else torch.float32
         out_NB = torch.empty(self.n, self._block.size, dtype=dtype)
         self._library.pcb_scores(block, self._thresholds_in_c(thresholds), question, out_NB.data_ptr())
-        del kept
         return out_NB
 
     def count(
         self, sources: Sources, quantity: str, thresholds: Thresholds, brackets: Sequence[Sequence[Bracket]]
     ) -> tuple[list[int], list[list[Counts]]]:
-        if self._paper_of_too_many:
-            return super().count(sources, quantity, thresholds, brackets)
-        block, kept = self._in_c(sources)
+        block = self._in_c(sources)
         question, size, each = 0 if quantity == MAGNITUDE else self._question, self._block.size, max(map(len, brackets))
         key = np.int64 if question and self.method == "pcb-paper" else np.int32
         if self._inside.dtype != key or self._inside.size < self.n * each * size:
@@ -210,7 +202,6 @@ class NativeKernel(TorchKernel):
         asked["inside"] = self._inside.ctypes.data + size * self._inside.itemsize * np.arange(self.n * each).reshape(self.n, each)
         largest = np.full(self.n, -(1 << 63))
         self._library.pcb_count(block, self._thresholds_in_c(thresholds), question, asked.ctypes.data, each, largest.ctypes.data)
-        del kept
         counts, found = asked["counts"].tolist(), asked["found"].tolist()
         return largest.tolist(), [
             [(tuple(counts[i][e]), inside[i, e, : found[i][e]].copy()) for e in range(len(of_task))]
@@ -218,28 +209,22 @@ class NativeKernel(TorchKernel):
         ]
 
     def extrema(self, sources: Sources, low: list[float], high: list[float]) -> bool:
-        block, kept = self._in_c(sources)
+        block = self._in_c(sources)
         least, most = np.array(low), np.array(high)
         infinite = self._library.pcb_extrema(block, least.ctypes.data, most.ctypes.data)
-        del kept
         low[:], high[:] = least.tolist(), most.tolist()
         return not infinite
 
     def exponentials(self, sources: Sources, thresholds: Thresholds) -> Tensor:
-        if self._paper_of_too_many:
-            return super().exponentials(sources, thresholds)
-        block, kept = self._in_c(sources)
+        block = self._in_c(sources)
         out = torch.empty(self.n * (self.n + 3) // 2, self._block.size, dtype=torch.float64)
         self._library.pcb_paper_exponentials(block, self._thresholds_in_c(thresholds), out.data_ptr())
-        del kept
         return out
 
     def merge(
         self, sources: Sources, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float, dtype: torch.dtype
     ) -> tuple[Tensor, bool]:
-        if self._paper_of_too_many:
-            return super().merge(sources, thresholds, lambdas, lambda_, dtype)
-        block, kept = self._in_c(sources)
+        block = self._in_c(sources)
         size, bfloat16 = self._block.size, dtype == torch.bfloat16
         if self._rounded.numel() < size or (self._rounded.dtype == torch.bfloat16) != bfloat16:
             self._rounded = torch.empty(size, dtype=torch.bfloat16 if bfloat16 else torch.float32)
@@ -250,7 +235,6 @@ class NativeKernel(TorchKernel):
             *(block, self._thresholds_in_c(thresholds), self._question, weights_N.data_ptr()),
             *(factor, floor, bfloat16, rounded_B.data_ptr()),
         )
-        del kept
         if dtype in (torch.bfloat16, torch.float32):
             return rounded_B, not infinite
         rounded_B = rounded_B.to(dtype)
@@ -299,6 +283,7 @@ def _load_native() -> Any:
 def choose_kernel(method: str, n: int, D: int, device: torch.device) -> TorchKernel:
     """The fastest kernel for this device: native on a CPU where it was built, torch otherwise or if PCB_RAY_KERNEL=torch."""
     wanted = os.environ.get("PCB_RAY_KERNEL", "native")
-    if device.type == "cpu" and wanted != "torch" and importlib.util.find_spec("pcb_ray._native") is not None:
+    able = device.type == "cpu" and not (method == "pcb-paper" and n > MAX_NATIVE_PAPER)
+    if able and wanted != "torch" and importlib.util.find_spec("pcb_ray._native") is not None:
         return NativeKernel(method, n, D, device)
     return TorchKernel(method, n, D, device)

@@ -115,8 +115,7 @@ def merge(
             "thresholds": thresholds.to_json(),
             "warnings": warnings,
             "sweeps": [asdict(s) for s in run.sweeps],
-            "full_sweeps": sum(s.bytes >= plan.sweep_bytes for s in run.sweeps if s.name != WRITE)
-            + 1,  # written once, in parts or not
+            "full_sweeps": 1 + sum(s.bytes >= plan.sweep_bytes for s in run.sweeps if s.name != WRITE),  # the write may be in parts
             "bytes_written": plan.written_bytes,
             "workers": workers,
             "announced_worker_bytes": worker_bytes,

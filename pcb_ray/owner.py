@@ -112,10 +112,8 @@ class Owner:
         assert self.block_elements % MIN_BLOCK == 0, self.block_elements
         self.bytes = Bytes(memory)
         self._check_files()
-        self._raw: list[_Buffer | None] = []
-        for source in range(plan.N + 1):
-            dtypes = {t.dtype for tensor in plan.tensors if (t := tensor.sources[source]) is not None}
-            self._raw.append(_Buffer(self.block_elements, dtypes, self.device) if dtypes else None)
+        dtypes = [plan.dtypes_of(source) for source in range(plan.N + 1)]
+        self._raw = [_Buffer(self.block_elements, of_source, self.device) if of_source else None for of_source in dtypes]
         self.peak_bytes, self._noted = 0, -math.inf
 
     # --- questions ----------------------------------------------------------------------------------------------------------------

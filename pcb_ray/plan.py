@@ -153,6 +153,10 @@ class Plan:
         1/128, so that the keys which a bracket leaves to be collected stay few enough for a tally."""
         return min(max(16 * SAMPLE_RUN, self.D // SAMPLE_RUNS // SAMPLE_RUN * SAMPLE_RUN), 128 * SAMPLE_RUN)
 
+    def dtypes_of(self, source: int) -> set[str]:
+        """The dtypes that merged tensors have in the base (0) or a model (1..N); none for a base that is not read."""
+        return {t.dtype for tensor in self.tensors if (t := tensor.sources[source]) is not None}
+
     @property
     def sweeps(self) -> int:
         """Full sweeps over the inputs in the usual case, the writing one included."""
@@ -228,8 +232,7 @@ def worker_bytes(plan: Plan, block_elements: int) -> int:
     n = plan.N
     pairs = n * (n + 1) // 2
     scores = 8 * (6 * n + 2 * pairs) if plan.method == "pcb-paper" else 4 * (8 * n + 8)  # with temporaries, of the torch kernel
-    dtypes = [{t.dtype for tensor in plan.tensors if (t := tensor.sources[source]) is not None} for source in range(n + 1)]
-    raw = sum(max((DTYPE_BYTES[dtype] for dtype in of_source), default=0) for of_source in dtypes)
+    raw = sum(max((DTYPE_BYTES[dtype] for dtype in plan.dtypes_of(source)), default=0) for source in range(n + 1))
     per_element = raw + 4 + 8 * n + scores + 16  # as read, theta, tau, scores, output
     # Two ranks of each task, in the total of a sweep and in the answer that is added to it.
     tallies = 2 * 2 * n * TALLY_BYTES if plan.sweeps > 1 else 0

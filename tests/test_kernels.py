@@ -117,6 +117,8 @@ def test_the_native_kernel_was_built_where_there_is_a_compiler():
 def test_the_native_kernel_is_chosen_on_a_cpu_and_torch_on_request(monkeypatch):
     monkeypatch.delenv("PCB_RAY_KERNEL", raising=False)
     assert choose_kernel("pcb-pairwise", 2, 10, CPU).name == "native"
+    assert choose_kernel("pcb-paper", 700, 10, CPU).name == "native"
+    assert choose_kernel("pcb-paper", 701, 10, CPU).name == "torch", "its exp would meet subnormal numbers"
     monkeypatch.setenv("PCB_RAY_KERNEL", "torch")
     assert choose_kernel("pcb-pairwise", 2, 10, CPU).name == "torch"
     assert choose_kernel("pcb-pairwise", 2, 10, torch.device("meta")).name == "torch"
@@ -141,6 +143,14 @@ def test_native_scores_have_the_bits_of_torch(method, data, block):
     assert_same_bits(native.scores(block, BETA, thresholds), plain.scores(block, BETA, thresholds))
 
 
+given_a_merge = given(
+    data=st.data(),
+    block=blocks(),
+    lambda_=st.sampled_from([1.0, 0.3, -2.5, 0.0]),
+    weights=st.lists(st.sampled_from([1.0, 0.7, -0.3, 0.0]), min_size=6, max_size=6),
+)
+
+
 def assert_same_merges(method: str, block: Sources, thresholds: Thresholds, weights: list[float], lambda_: float) -> None:
     n = len(block) - 1
     native, plain = kernels_for(method, n)
@@ -154,12 +164,7 @@ def assert_same_merges(method: str, block: Sources, thresholds: Thresholds, weig
 @needs_native
 @pytest.mark.parametrize("method", FUSED)
 @quick
-@given(
-    data=st.data(),
-    block=blocks(),
-    lambda_=st.sampled_from([1.0, 0.3, -2.5, 0.0]),
-    weights=st.lists(st.sampled_from([1.0, 0.7, -0.3, 0.0]), min_size=6, max_size=6),
-)
+@given_a_merge
 def test_a_native_merge_has_the_bits_of_torch(method, data, block, lambda_, weights):
     assert_same_merges(method, block, data.draw(thresholds_for(block, method)), weights, lambda_)
 
@@ -167,12 +172,7 @@ def test_a_native_merge_has_the_bits_of_torch(method, data, block, lambda_, weig
 @needs_native
 @pytest.mark.parametrize("method", ["ties", "task_arithmetic", "linear"])
 @quick
-@given(
-    data=st.data(),
-    block=blocks(),
-    lambda_=st.sampled_from([1.0, 0.3, -2.5, 0.0]),
-    weights=st.lists(st.sampled_from([1.0, 0.7, -0.3, 0.0]), min_size=6, max_size=6),
-)
+@given_a_merge
 def test_a_native_baseline_has_the_bits_of_torch(method, data, block, lambda_, weights):
     """With ties in size, zeros of both signs in tau and theta, zero and negative weights."""
     low = tuple(data.draw(st.sampled_from([0.0, *x_B.abs().tolist()])) for x_B in tau_of(block))
