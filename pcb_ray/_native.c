@@ -499,6 +499,102 @@ EXPORT CLONES int64_t pcb_merge(const Block *k, const Thresholds *s, int64_t que
     return (int64_t)bad;
 }
 
+/* --- basis -------------------------------------------------------------------------------------------------------------------------- */
+
+/* C_i of a block -> out [n, size]: what the merge with the i-th unit vector adds to the base. Not 0 if any of it is not finite. */
+EXPORT CLONES int64_t pcb_basis(const Block *k, const Thresholds *s, int64_t question, float floor_, float *out) {
+    uint32_t bad = 0;
+    for (int64_t at = 0; at < k->size; at += STRIP) {
+        const int64_t m = strip_at(k, at);
+        load_strip(k, at, m);
+        for (int64_t b = 0; b < m; b++) theta_of(k)[b] = 0.0f;
+        if (question != TIES && question != TASK_ARITHMETIC) beta_strip(k, s, question, m);
+        for (int64_t i = 0; i < k->n; i++) {
+            float unit[k->n], *restrict c = out + i * k->size + at;
+            for (int64_t j = 0; j < k->n; j++) unit[j] = j == i ? 1.0f : 0.0f;
+            if (question == TIES)
+                ties_strip(k, s, m, unit, 1.0f, c);
+            else if (question == TASK_ARITHMETIC)
+                sum_strip(k, question, m, unit, 1.0f, c);
+            else
+                combine_strip(k, s, question, m, unit, 1.0f, floor_, c);
+            for (int64_t b = 0; b < m; b++) bad |= (uint32_t)((as_bits(c[b]) & 0x7f800000) == 0x7f800000);
+        }
+    }
+    return (int64_t)bad;
+}
+
+/* The entries of one task in a segment (basis.py), and how far a walk through them has come. */
+typedef struct {
+    const uint8_t *gaps;
+    const float *values;
+    const void *scores;  /* float, for `paper` double; NULL: the values are C_i */
+    int64_t left, next;  /* entries not yet reached; position of the one that was (-1 at first) */
+} Sparse;
+
+enum { SKIP = 255 };
+
+INLINE void advance(Sparse *x) {
+    if (x->left-- <= 0) {
+        x->next = INT64_MAX;
+        return;
+    }
+    uint8_t gap;
+    while ((gap = *x->gaps++) == SKIP) x->next += SKIP;
+    x->next += gap + 1;
+}
+
+/* theta + lambda sum_i weights_i C_i of a segment of `size` elements, or with scores what combine_strip gives, rounded once -> out. */
+EXPORT CLONES void pcb_apply(const void *base, int64_t base_bfloat16, int64_t size, Sparse *tasks, int64_t n, const float *weights, float lambda,
+                             const Thresholds *s, int64_t paper, float floor_, int64_t bfloat16, void *out) {
+    for (int64_t i = 0; i < n; i++) advance(tasks + i);
+    for (int64_t at = 0; at < size; at += STRIP) {
+        const int64_t m = size - at < STRIP ? size - at : STRIP, stop = at + m;
+        float sum[STRIP], total[STRIP], strip[STRIP], *restrict merged = bfloat16 ? strip : (float *)out + at;
+        for (int64_t b = 0; b < STRIP; b++) sum[b] = total[b] = 0.0f;
+        for (int64_t i = 0; i < n; i++) {
+            Sparse x = tasks[i];
+            const float weight = weights[i];
+            if (!s)
+                for (; x.next < stop; advance(&x)) sum[x.next - at] += *x.values++ * weight;
+            else if (paper) {
+                const double *beta = x.scores, t = s->paper_t[i];
+                for (; x.next < stop; advance(&x), beta++) {
+                    const float scale = *beta >= t ? (float)*beta : 0.0f;
+                    total[x.next - at] += scale;
+                    sum[x.next - at] += (scale * weight) * *x.values++;
+                }
+                x.scores = beta;
+            } else {
+                const float *beta = x.scores, t = s->t[i], span = s->span[i];
+                for (; x.next < stop; advance(&x), beta++) {
+                    const float scale = ((*beta < t ? t : *beta) - t) / span;
+                    total[x.next - at] += scale;
+                    sum[x.next - at] += (scale * weight) * *x.values++;
+                }
+                x.scores = beta;
+            }
+            tasks[i] = x;
+        }
+        for (int64_t b = 0; b < m; b++) {
+            const float theta = base_bfloat16 ? widened(((const uint16_t *)base)[at + b]) : ((const float *)base)[at + b];
+            if (s) {
+                const float value = (sum[b] * lambda) / (total[b] < floor_ ? floor_ : total[b]) + theta;
+                merged[b] = total[b] > 0.0f ? value : theta;
+            } else {
+                const float value = sum[b] * lambda + theta;
+                merged[b] = sum[b] != 0.0f ? value : theta;
+            }
+        }
+        uint16_t *restrict rounded = (uint16_t *)out + at;
+        if (bfloat16)
+            for (int64_t b = 0; b < m; b++) {
+                uint32_t bits = (uint32_t)as_bits(merged[b]);
+                rounded[b] = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+            }
+    }
+}
+
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Native kernels of pcb_ray, called through ctypes.", -1, NULL, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

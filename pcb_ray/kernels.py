@@ -7,10 +7,11 @@ A kernel is chosen per owner by what its machine offers. Since both round alike,
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcb_ray import pcb
-from pcb_ray.answers import MAGNITUDE, Thresholds
+from pcb_ray.answers import BETA, MAGNITUDE, Thresholds
 from pcb_ray.selection import Bracket
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -106,21 +107,42 @@ class TorchKernel:
     ) -> tuple[Tensor, bool]:
         """The merged block [B], rounded once to dtype (nearest, ties to even), and whether all of it is finite."""
         theta_B, tau_NB = self.load(sources)
-        rounded_B = self._merged(theta_B, tau_NB, thresholds, lambdas, lambda_).to(dtype)
+        rounded_B = self._merger(tau_NB, thresholds)(theta_B, lambdas, lambda_).to(dtype)
         return rounded_B, bool(torch.isfinite(rounded_B).all())
 
-    def _merged(self, theta_B: Tensor, tau_NB: Tensor, thresholds: Thresholds, lambdas: Sequence[float], lambda_: float) -> Tensor:
+    def basis(self, sources: Sources, thresholds: Thresholds) -> tuple[Tensor, bool]:
+        """C [N, B], float32: row i is what the merge with the i-th unit vector adds to the base; and whether all of it is finite."""
+        theta_B, tau_NB = self.load(sources)
+        merged, zero_B = self._merger(tau_NB, thresholds), torch.zeros_like(theta_B)
+        C_NB = torch.stack([merged(zero_B, unit, 1.0) for unit in np.eye(self.n).tolist()])
+        return C_NB, bool(torch.isfinite(C_NB).all())
+
+    def scored(self, sources: Sources, thresholds: Thresholds) -> tuple[Tensor, Tensor, Tensor]:
+        """tauc (for `paper` tau) [N, B], beta [N, B], and where it is kept: of the pcb variants."""
+        tau_NB, beta_NB = (self.scores(sources, quantity, thresholds) for quantity in (MAGNITUDE, BETA))
+        if self.method == "pcb-paper":
+            return tau_NB, beta_NB, beta_NB >= pcb.column(pcb.paper_t(thresholds, self.n), beta_NB)
+        return pcb.clip(tau_NB, thresholds)[1], beta_NB, pcb.scale_of(beta_NB, thresholds) > 0.0
+
+    def _merger(self, tau_NB: Tensor, thresholds: Thresholds) -> Callable[[Tensor, Sequence[float], float], Tensor]:
+        """The method on this block: a function of theta [B], the lambda_i and lambda."""
         if self.method == "linear":
-            return pcb.linear(tau_NB, lambdas)
+            return lambda _, lambdas, __: pcb.linear(tau_NB, lambdas)
         if self.method == "task_arithmetic":
-            return pcb.task_arithmetic(theta_B, tau_NB, lambdas, lambda_)
+            return lambda theta_B, lambdas, lambda_: pcb.task_arithmetic(theta_B, tau_NB, lambdas, lambda_)
         if self.method == "ties":
-            return pcb.ties(theta_B, tau_NB, thresholds, lambdas, lambda_)
+            return lambda theta_B, lambdas, lambda_: pcb.ties(theta_B, tau_NB, thresholds, lambdas, lambda_)
         beta_NB = self._scores(tau_NB, self.method, thresholds)
         if self.method == "pcb-paper":
-            return pcb.combine(theta_B, tau_NB, pcb.scale_of_paper(beta_NB, thresholds), lambdas, lambda_, floor=0.0)
-        _, tauc_NB = pcb.clip(tau_NB, thresholds)
-        return pcb.combine(theta_B, tauc_NB, pcb.scale_of(beta_NB, thresholds), lambdas, lambda_, floor=pcb.DENOMINATOR_FLOOR)
+            x_NB, scale_NB = tau_NB, pcb.scale_of_paper(beta_NB, thresholds)
+        else:
+            x_NB, scale_NB = pcb.clip(tau_NB, thresholds)[1], pcb.scale_of(beta_NB, thresholds)
+        return lambda theta_B, lambdas, lambda_: pcb.combine(theta_B, x_NB, scale_NB, lambdas, lambda_, self.floor)
+
+    @property
+    def floor(self) -> float:
+        """Below the sum of scales in the denominator."""
+        return 0.0 if self.method == "pcb-paper" else pcb.DENOMINATOR_FLOOR
 
 
 class _Block(ctypes.Structure):
@@ -145,6 +167,12 @@ class _Thresholds(ctypes.Structure):
 _BRACKET = np.dtype([("lo", "i8"), ("hi", "i8"), ("counts", "i8", 4), ("inside", "u8"), ("found", "i8")])
 
 
+def thresholds_in_c(thresholds: Thresholds, n: int, D: int) -> tuple[_Thresholds, list[NDArray[Any] | None]]:
+    """The thresholds as _native.c takes them, and the arrays that it points to."""
+    arrays = _arrays_of(thresholds, n, D)
+    return _Thresholds(*(None if a is None else a.ctypes.data for a in arrays)), arrays
+
+
 class NativeKernel(TorchKernel):
     """The same on CPUs in C, strip by strip. What it returns is valid until the next call."""
 
@@ -152,7 +180,7 @@ class NativeKernel(TorchKernel):
 
     def __init__(self, method: str, n: int, D: int, device: torch.device) -> None:
         super().__init__(method, n, D, device)
-        self._library = _load_native()
+        self._library = load_native()
         self._question = QUESTIONS.index(method)
         # Buffers that are made once: the system hands out and takes back memory of this size page by page.
         self._scratch = torch.empty((3 * n + 1) * STRIP)
@@ -174,8 +202,7 @@ class NativeKernel(TorchKernel):
 
     def _thresholds_in_c(self, thresholds: Thresholds) -> Any:
         if self._known[0] is not thresholds:
-            arrays = _arrays_of(thresholds, self.n, self.D)
-            self._known = thresholds, _Thresholds(*(None if a is None else a.ctypes.data for a in arrays)), arrays
+            self._known = thresholds, *thresholds_in_c(thresholds, self.n, self.D)
         return ctypes.byref(self._known[1])
 
     def scores(self, sources: Sources, quantity: str, thresholds: Thresholds) -> Tensor:
@@ -230,15 +257,20 @@ class NativeKernel(TorchKernel):
             self._rounded = torch.empty(size, dtype=torch.bfloat16 if bfloat16 else torch.float32)
         rounded_B, weights_N = self._rounded[:size], torch.tensor(lambdas, dtype=torch.float32)
         factor = math.fsum(lambdas) if self.method == "linear" else lambda_
-        floor = 0.0 if self.method == "pcb-paper" else pcb.DENOMINATOR_FLOOR
         infinite = self._library.pcb_merge(
             *(block, self._thresholds_in_c(thresholds), self._question, weights_N.data_ptr()),
-            *(factor, floor, bfloat16, rounded_B.data_ptr()),
+            *(factor, self.floor, bfloat16, rounded_B.data_ptr()),
         )
         if dtype in (torch.bfloat16, torch.float32):
             return rounded_B, not infinite
         rounded_B = rounded_B.to(dtype)
         return rounded_B, bool(torch.isfinite(rounded_B).all())
+
+    def basis(self, sources: Sources, thresholds: Thresholds) -> tuple[Tensor, bool]:
+        block = self._in_c(sources)
+        out_NB = torch.empty(self.n, self._block.size)
+        infinite = self._library.pcb_basis(block, self._thresholds_in_c(thresholds), self._question, self.floor, out_NB.data_ptr())
+        return out_NB, not infinite
 
 
 def _arrays_of(thresholds: Thresholds, n: int, D: int) -> list[NDArray[Any] | None]:
@@ -261,10 +293,16 @@ def _arrays_of(thresholds: Thresholds, n: int, D: int) -> list[NDArray[Any] | No
     return list(result.values())
 
 
-def _load_native() -> Any:
+def load_native() -> Any:
+    """The library of _native.c; None where it was not built, or with PCB_RAY_KERNEL=torch in the environment."""
+    return None if os.environ.get("PCB_RAY_KERNEL") == "torch" else _native_library()
+
+
+@functools.cache
+def _native_library() -> Any:
     spec = importlib.util.find_spec("pcb_ray._native")
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        return None
     library = ctypes.CDLL(spec.origin)
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     signatures: dict[str, tuple[Any, list[Any]]] = {
@@ -273,6 +311,11 @@ def _load_native() -> Any:
         "pcb_extrema": (integer, [pointer, pointer, pointer]),
         "pcb_paper_exponentials": (None, [pointer, pointer, pointer]),
         "pcb_merge": (integer, [pointer, pointer, integer, pointer, real, real, integer, pointer]),
+        "pcb_basis": (integer, [pointer, pointer, integer, real, pointer]),
+        "pcb_apply": (
+            None,
+            [*(pointer, integer, integer, pointer, integer, pointer, real), *(pointer, integer, real, integer, pointer)],
+        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -282,8 +325,5 @@ def _load_native() -> Any:
 
 def choose_kernel(method: str, n: int, D: int, device: torch.device) -> TorchKernel:
     """The fastest kernel for this device: native on a CPU where it was built, torch otherwise or if PCB_RAY_KERNEL=torch."""
-    wanted = os.environ.get("PCB_RAY_KERNEL", "native")
     able = device.type == "cpu" and not (method == "pcb-paper" and n > MAX_NATIVE_PAPER)
-    if able and wanted != "torch" and importlib.util.find_spec("pcb_ray._native") is not None:
-        return NativeKernel(method, n, D, device)
-    return TorchKernel(method, n, D, device)
+    return (NativeKernel if able and load_native() is not None else TorchKernel)(method, n, D, device)

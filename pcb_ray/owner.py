@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sampled, Sums, Thresholds
+from pcb_ray.basis import Writer, chunk_file
 from pcb_ray.checkpoint import DTYPE_BYTES
 from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.kernels import DTYPES, choose_kernel, keys
@@ -194,6 +195,30 @@ class Owner:
             result[chunk] = (written.digest(), tuple(d.digest() for d in digests or ()))
         self._note_memory()
         return result
+
+    def basis(self, chunks: Sequence[int], thresholds: Thresholds, scored: bool) -> int:
+        """Save the basis of these chunks, one file each, durably; with the betas if `scored` (for pcb variants). How many entries it has."""
+        entries = 0
+        for chunk in chunks:
+            writer = Writer()
+            for segments in self._blocks(chunk):
+                sources = self._load(segments)
+                if scored:
+                    values_NB, scores_NB, kept_NB = self.kernel.scored(sources, thresholds)
+                    scores = scores_NB.cpu().numpy()
+                else:
+                    values_NB, finite = self.kernel.basis(sources, thresholds)
+                    if not finite:
+                        self._refuse_non_finite(segments)
+                    scores, kept_NB = None, values_NB != 0.0
+                values, kept, at = values_NB.cpu().numpy(), kept_NB.cpu().numpy(), 0
+                for segment in segments:
+                    part = np.s_[:, at : at + segment.stop - segment.start]
+                    writer.add(segment, values[part], kept[part], None if scores is None else scores[part])
+                    at += segment.stop - segment.start
+            entries += writer.save(chunk_file(self.out_dir, chunk), self.plan.N)
+        self._note_memory()
+        return entries
 
     def merged_digests(self, chunks: Sequence[int], thresholds: Thresholds) -> dict[int, Digest]:
         """What `write` would digest for these chunks, recomputed from the inputs without writing."""

@@ -1,0 +1,165 @@
+"""The basis: what a search updates a loaded model with is the merge, for any coefficients and any mask ratio, without a model being read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pcb_ray import merge_state_dicts
+from pcb_ray.analysis import Run, thresholds_of
+from pcb_ray.basis import Basis, gaps_of, positions_of
+from pcb_ray.plan import plan
+from pcb_ray.runtime import LocalOwners
+
+METHODS = ("pcb-released", "pcb-pairwise", "pcb-paper", "ties", "task_arithmetic")
+PCB = METHODS[:3]
+WEIGHTS = [1.3, 0.0, -0.4]
+LAMBDA = 0.7
+
+
+def build(
+    family: families.Family, folder: Path, method: str, *, scored: bool = False, block: int | None = None, **parameters: object
+) -> Basis:
+    """The basis of a family in `folder`."""
+    merge_method, _, variant = method.partition("-")
+    parameters = ({"variant": variant} if variant else {}) | parameters
+    made = plan(family.recipe(merge_method=merge_method, parameters=parameters))
+    folder.mkdir()
+    owners = LocalOwners(made, str(folder), block_elements=block)
+    thresholds = thresholds_of(Run(made, owners, quiet=True))
+    entries = sum(n for _, n in owners.ask("basis", range(made.chunks), thresholds, scored))
+    basis = Basis(made, folder, thresholds)
+    assert basis.entries == entries
+    assert basis.scored == scored
+    return basis
+
+
+def applied(basis: Basis, like: dict[str, Tensor], *, threads: int = 1, mask_ratio: float | None = None) -> dict[str, Tensor]:
+    state = {name: torch.full_like(t, torch.nan) for name, t in like.items()}
+    lambdas = [WEIGHTS[: basis.plan.N]] * len(basis.plan.tensors)
+    basis.apply(state, lambdas, LAMBDA, basis.thresholds(mask_ratio), threads=threads)
+    return state
+
+
+def merged(family: families.Family, method: str, **options: object) -> dict[str, Tensor]:
+    merge_method, _, variant = method.partition("-")
+    named = {"method": merge_method, "variant": variant or "pairwise", "weights": WEIGHTS[: len(family.models)], "lambda_": LAMBDA}
+    return merge_state_dicts(family.base, family.models, **named, **options)
+
+
+def assert_within_one_rounding(found: dict[str, Tensor], wanted: dict[str, Tensor], family: families.Family) -> None:
+    """Apart by no more than a unit in the last place of the output's dtype, and what float32 loses on the way."""
+    assert found.keys() == wanted.keys()
+    for name, x in found.items():
+        y = wanted[name]
+        assert x.dtype == y.dtype
+        seen = sum(state[name].double().abs() for state in (family.base, *family.models))
+        one_rounding = (
+            torch.finfo(x.dtype).eps * torch.maximum(x.double().abs(), y.double().abs()) if x.dtype != torch.float32 else 0.0
+        )
+        assert ((x.double() - y.double()).abs() <= one_rounding + 4 * 2.0**-24 * seen).all(), name
+
+
+@given(st.sets(st.integers(0, 5000)))
+def test_positions_survive_their_encoding(positions: set[int]):
+    at = np.array(sorted(positions), dtype=np.int64)
+    gaps = gaps_of(at)
+    assert positions_of(torch.from_numpy(gaps)).tolist() == at.tolist()
+    assert len(gaps) <= len(at) + 5000 // 255
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_candidate_is_the_merge_within_one_rounding(tmp_path, method, dtype):
+    family = families.Family(tmp_path, *families.fine_tuned(3, dtype=dtype))
+    with families.small_engine(chunk_elements=4096):
+        basis = build(family, tmp_path / "basis", method)
+    found, wanted = applied(basis, family.base), merged(family, method)
+    assert_within_one_rounding(found, wanted, family)
+    differing = sum(int((found[name] != wanted[name]).sum()) for name in wanted)
+    assert dtype == torch.float32 or differing <= 0.01 * basis.plan.D
+    assert any(not torch.equal(wanted[name], family.base[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("method", PCB)
+@pytest.mark.parametrize("ratio", [0.3, 0.1, 0.02, 1e-4])
+def test_a_scored_basis_gives_the_bits_of_the_merge_at_any_smaller_mask_ratio(tmp_path, method, ratio):
+    family = families.Family(tmp_path, *families.fine_tuned(3))
+    with families.small_engine(chunk_elements=4096):
+        basis = build(family, tmp_path / "basis", method, scored=True, density=0.3)
+    found, wanted = applied(basis, family.base, mask_ratio=ratio), merged(family, method, mask_ratio=ratio)
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name]), name
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("method", PCB)
+def test_thresholds_from_a_scored_basis_are_those_of_an_analysis(tmp_path_factory, method, data):
+    """With ties, zeros and constant tensors: few distinct values."""
+    values = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, 2.0])
+    state = st.lists(values, min_size=40, max_size=40).map(lambda x: {"w": torch.tensor(x)})
+    folder = tmp_path_factory.mktemp("ties")
+    family = families.Family(folder, {"w": torch.zeros(40)}, data.draw(st.lists(state, min_size=1, max_size=3)))
+    largest = data.draw(st.sampled_from([0.1, 0.5, 1.0]))
+    with families.small_engine(chunk_elements=16):
+        basis = build(family, folder / "basis", method, scored=True, density=largest)
+        for ratio in (0.03, 0.1, 0.3, 0.7, 1.0):
+            if ratio <= largest:
+                made = plan(family.recipe(parameters={"density": ratio, "variant": method.removeprefix("pcb-")}))
+                expected = thresholds_of(Run(made, LocalOwners(made, str(folder)), quiet=True))
+                assert basis.thresholds(ratio) == expected
+    for name, x in applied(basis, family.base, mask_ratio=0.1).items():
+        assert torch.equal(x, merged(family, method, mask_ratio=0.1)[name])
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("method", PCB)
+def test_neither_kernel_nor_threads_nor_blocks_show_in_a_candidate(tmp_path, monkeypatch, method, scored):
+    family = families.Family(tmp_path, *families.fine_tuned(3, scale=8))
+    basis = build(family, tmp_path / "basis", method, scored=scored)
+    found = applied(basis, family.base)
+    several = applied(basis, family.base, threads=3)
+    monkeypatch.setenv("PCB_RAY_KERNEL", "torch")
+    torch_basis = build(family, tmp_path / "torch", method, scored=scored, block=1 << 12)
+    for other in several, applied(basis, family.base), applied(torch_basis, family.base):
+        for name, x in found.items():
+            assert torch.equal(x, other[name]), name
+
+
+def test_parameters_of_another_dtype_layout_or_part_of_the_model_are_updated(tmp_path):
+    family = families.Family(tmp_path, *families.fine_tuned(2))
+    basis = build(family, tmp_path / "basis", "pcb-pairwise")
+    exact = applied(basis, {name: t.float() for name, t in family.base.items()})
+    name = "model.layers.0.mlp.up_proj.weight"
+    transposed = torch.zeros(family.base[name].shape[::-1], dtype=torch.float64).t()
+    basis.apply({name: transposed}, [WEIGHTS[:2]] * len(basis.plan.tensors), LAMBDA)
+    assert torch.equal(transposed.float(), exact[name])
+    for name, x in applied(basis, family.base).items():
+        assert torch.equal(x, exact[name].to(torch.bfloat16))
+
+
+def test_lambda_zero_gives_the_base_back_bit_for_bit(tmp_path):
+    family = families.Family(tmp_path, *families.fine_tuned(2))
+    family.base["model.norm.weight"][0] = -0.0
+    basis = build(families.Family(tmp_path, family.base, family.models), tmp_path / "basis", "pcb-pairwise")
+    state = {name: torch.ones_like(t) for name, t in family.base.items()}
+    basis.apply(state, [[0.0, 0.0]] * len(basis.plan.tensors), 1.0)
+    for name, x in state.items():
+        assert torch.equal(x.view(torch.int16), family.base[name].view(torch.int16)), name
+
+
+def test_a_basis_is_compact(tmp_path):
+    """Bytes per entry: 4 for the value, about 1 for the position; and as many entries as the mask ratio says."""
+    family = families.Family(tmp_path, *families.fine_tuned(4, scale=32))
+    basis = build(family, tmp_path / "basis", "pcb-pairwise", density=0.1)
+    D, N = basis.plan.D, basis.plan.N
+    assert 0.09 * N * D < basis.entries <= 0.1 * N * D + N
+    assert basis.nbytes < 5.3 * basis.entries + 2000 * basis.plan.chunks
