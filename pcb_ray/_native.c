@@ -11,6 +11,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__gnu_linux__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -524,74 +527,142 @@ EXPORT CLONES int64_t pcb_basis(const Block *k, const Thresholds *s, int64_t que
     return (int64_t)bad;
 }
 
-/* The entries of one task in a segment (basis.py), and how far a walk through them has come. */
+/* The entries of one task in a segment (basis.py): a bit per element, set where it has one, in whole strips; and the entries, in order, with room
+   to read a vector beyond the last. The pointers move on as entries are read. */
 typedef struct {
-    const uint8_t *gaps;
+    const uint64_t *mask;
     const float *values;
-    const void *scores;  /* float, for `paper` double; NULL: the values are C_i */
-    int64_t left, next;  /* entries not yet reached; position of the one that was (-1 at first) */
+    const void *scores; /* float, for `paper` double; NULL: the values are C_i */
 } Sparse;
 
-enum { SKIP = 255 };
-
-INLINE void advance(Sparse *x) {
-    if (x->left-- <= 0) {
-        x->next = INT64_MAX;
-        return;
+/* sum_i weights_i C_i of a strip -> sum [STRIP], task after task. */
+static void weighted_sum(Sparse *tasks, int64_t n, const float *weights, float *restrict sum) {
+    float x[STRIP];
+    for (int64_t b = 0; b < STRIP; b++) sum[b] = 0.0f;
+    for (int64_t i = 0; i < n; i++) {
+        Sparse *s = tasks + i;
+        memset(x, 0, sizeof x); /* not straight into the sum: a load that may meet a recent store waits for it */
+        for (int q = 0; q < STRIP; q += 64)
+            for (uint64_t bits = *s->mask++; bits; bits &= bits - 1) x[q + __builtin_ctzll(bits)] = *s->values++;
+        for (int64_t b = 0; b < STRIP; b++) sum[b] += x[b] * weights[i];
     }
-    uint8_t gap;
-    while ((gap = *x->gaps++) == SKIP) x->next += SKIP;
-    x->next += gap + 1;
+}
+
+#ifdef __x86_64__
+/* The same for c <= 4 tasks, added to what is there, where the processor can spread 16 entries over a vector in one instruction. */
+#define AVX512 __attribute__((target("avx512f,popcnt")))
+AVX512 INLINE void weighted_sum_of(Sparse *tasks, const int c, const float *weights, float *restrict sum) {
+    const float *v[4];
+    const uint64_t *mask[4];
+    for (int j = 0; j < c; j++) v[j] = tasks[j].values, mask[j] = tasks[j].mask;
+    for (int q = 0; q < STRIP; q += 64) {
+        uint64_t bits[4];
+        for (int j = 0; j < c; j++) {
+            bits[j] = mask[j][q / 64];
+            _mm_prefetch((const char *)(v[j] + 256), _MM_HINT_T0);
+        }
+        for (int k = q; k < q + 64; k += 16) {
+            __m512 total = _mm512_loadu_ps(sum + k);
+            for (int j = 0; j < c; j++) {
+                const __m512 x = _mm512_maskz_expand_ps((__mmask16)bits[j], _mm512_loadu_ps(v[j]));
+                total = _mm512_add_ps(total, _mm512_mul_ps(x, _mm512_set1_ps(weights[j])));
+                v[j] += __builtin_popcount((uint32_t)bits[j] & 0xffff);
+                bits[j] >>= 16;
+            }
+            _mm512_storeu_ps(sum + k, total);
+        }
+    }
+    for (int j = 0; j < c; j++) tasks[j].values = v[j], tasks[j].mask = mask[j] + STRIP / 64;
+}
+
+AVX512 static void weighted_sum_avx512(Sparse *tasks, int64_t n, const float *weights, float *restrict sum) {
+    for (int64_t b = 0; b < STRIP; b += 16) _mm512_storeu_ps(sum + b, _mm512_setzero_ps());
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) weighted_sum_of(tasks + i, 4, weights + i, sum);
+    if (n - i == 3) weighted_sum_of(tasks + i, 3, weights + i, sum);
+    if (n - i == 2) weighted_sum_of(tasks + i, 2, weights + i, sum);
+    if (n - i == 1) weighted_sum_of(tasks + i, 1, weights + i, sum);
+}
+#endif
+
+/* scale_i and scale_i weight_i x_i of a strip, from the scores of its entries; as combine_strip has them. */
+INLINE void expand_scored(Sparse *s, const Thresholds *known, int64_t paper, int64_t i, float weight, float *restrict scale, float *restrict term) {
+    const float *v = s->values, *beta = s->scores;
+    const double *beta64 = s->scores;
+    for (int64_t b = 0; b < STRIP; b++) scale[b] = term[b] = 0.0f;
+    for (int q = 0; q < STRIP; q += 64)
+        for (uint64_t bits = *s->mask++; bits; bits &= bits - 1) {
+            const int at = q + __builtin_ctzll(bits);
+            float size;
+            if (paper) {
+                size = *beta64 >= known->paper_t[i] ? (float)*beta64 : 0.0f;
+                beta64++;
+            } else {
+                size = ((*beta < known->t[i] ? known->t[i] : *beta) - known->t[i]) / known->span[i];
+                beta++;
+            }
+            scale[at] = size;
+            term[at] = (size * weight) * *v++;
+        }
+    s->values = v;
+    s->scores = paper ? (const void *)beta64 : (const void *)beta;
+}
+
+INLINE uint16_t narrowed(float x) {
+    uint32_t bits = (uint32_t)as_bits(x);
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* theta + lambda sum (over total, if there is one), rounded once; theta where there is nothing to add. */
+INLINE void finish_strip(const void *base, int64_t at, int64_t m, const float *restrict sum, float lambda, const float *restrict total, float floor_,
+                         void *out, const int base_bfloat16, const int bfloat16) {
+    const uint16_t *restrict theta16 = (const uint16_t *)base + at;
+    const float *restrict theta32 = (const float *)base + at;
+    uint16_t *restrict out16 = (uint16_t *)out + at;
+    float *restrict out32 = (float *)out + at;
+    if (total)
+        for (int64_t b = 0; b < m; b++) {
+            const float theta = base_bfloat16 ? widened(theta16[b]) : theta32[b];
+            const float value = (sum[b] * lambda) / (total[b] < floor_ ? floor_ : total[b]) + theta;
+            const float merged = total[b] > 0.0f ? value : theta;
+            if (bfloat16) out16[b] = narrowed(merged);
+            else out32[b] = merged;
+        }
+    else
+        for (int64_t b = 0; b < m; b++) {
+            const float theta = base_bfloat16 ? widened(theta16[b]) : theta32[b];
+            const float value = sum[b] * lambda + theta;
+            const float merged = sum[b] != 0.0f ? value : theta;
+            if (bfloat16) out16[b] = narrowed(merged);
+            else out32[b] = merged;
+        }
 }
 
 /* theta + lambda sum_i weights_i C_i of a segment of `size` elements, or with scores what combine_strip gives, rounded once -> out. */
 EXPORT CLONES void pcb_apply(const void *base, int64_t base_bfloat16, int64_t size, Sparse *tasks, int64_t n, const float *weights, float lambda,
-                             const Thresholds *s, int64_t paper, float floor_, int64_t bfloat16, void *out) {
-    for (int64_t i = 0; i < n; i++) advance(tasks + i);
+                             const Thresholds *known, int64_t paper, float floor_, int64_t bfloat16, void *out) {
+    void (*sum_up)(Sparse *, int64_t, const float *, float *restrict) = weighted_sum;
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx512f")) sum_up = weighted_sum_avx512;
+#endif
     for (int64_t at = 0; at < size; at += STRIP) {
-        const int64_t m = size - at < STRIP ? size - at : STRIP, stop = at + m;
-        float sum[STRIP], total[STRIP], strip[STRIP], *restrict merged = bfloat16 ? strip : (float *)out + at;
-        for (int64_t b = 0; b < STRIP; b++) sum[b] = total[b] = 0.0f;
-        for (int64_t i = 0; i < n; i++) {
-            Sparse x = tasks[i];
-            const float weight = weights[i];
-            if (!s)
-                for (; x.next < stop; advance(&x)) sum[x.next - at] += *x.values++ * weight;
-            else if (paper) {
-                const double *beta = x.scores, t = s->paper_t[i];
-                for (; x.next < stop; advance(&x), beta++) {
-                    const float scale = *beta >= t ? (float)*beta : 0.0f;
-                    total[x.next - at] += scale;
-                    sum[x.next - at] += (scale * weight) * *x.values++;
-                }
-                x.scores = beta;
-            } else {
-                const float *beta = x.scores, t = s->t[i], span = s->span[i];
-                for (; x.next < stop; advance(&x), beta++) {
-                    const float scale = ((*beta < t ? t : *beta) - t) / span;
-                    total[x.next - at] += scale;
-                    sum[x.next - at] += (scale * weight) * *x.values++;
-                }
-                x.scores = beta;
-            }
-            tasks[i] = x;
+        const int64_t m = size - at < STRIP ? size - at : STRIP;
+        float sum[STRIP], total[STRIP], x[STRIP], scale[STRIP];
+        if (!known)
+            sum_up(tasks, n, weights, sum);
+        for (int64_t i = 0; known && i < n; i++) {
+            expand_scored(tasks + i, known, paper, i, weights[i], scale, x);
+            for (int64_t b = 0; b < STRIP; b++) total[b] = i == 0 ? scale[b] : total[b] + scale[b];
+            for (int64_t b = 0; b < STRIP; b++) sum[b] = i == 0 ? x[b] : sum[b] + x[b];
         }
-        for (int64_t b = 0; b < m; b++) {
-            const float theta = base_bfloat16 ? widened(((const uint16_t *)base)[at + b]) : ((const float *)base)[at + b];
-            if (s) {
-                const float value = (sum[b] * lambda) / (total[b] < floor_ ? floor_ : total[b]) + theta;
-                merged[b] = total[b] > 0.0f ? value : theta;
-            } else {
-                const float value = sum[b] * lambda + theta;
-                merged[b] = sum[b] != 0.0f ? value : theta;
-            }
-        }
-        uint16_t *restrict rounded = (uint16_t *)out + at;
-        if (bfloat16)
-            for (int64_t b = 0; b < m; b++) {
-                uint32_t bits = (uint32_t)as_bits(merged[b]);
-                rounded[b] = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-            }
+        if (base_bfloat16 && bfloat16)
+            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, out, 1, 1);
+        else if (base_bfloat16)
+            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, out, 1, 0);
+        else if (bfloat16)
+            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, out, 0, 1);
+        else
+            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, out, 0, 0);
     }
 }
 

@@ -11,7 +11,7 @@ r N D entries in memory; no model is read again. A basis holds one of two things
     scored     tauc_i and beta_i: 8 bytes (`paper`: 12). Any mask ratio up to the one it was made for: the threshold of each is an exact
                order statistic of the betas that are here, and the candidate has the bytes of the merge.
 
-Positions take about one byte each, as gaps. A chunk of the plan has a file of its own, written aside and renamed: it is there when it is whole.
+Where the entries lie is a bit per element and task: 1 / (8 r) bytes each. A chunk of the plan has a file of its own.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pcb_ray import kernels, pcb
-from pcb_ray.answers import SAMPLE_SHIFT, Thresholds, value_of_key
+from pcb_ray.answers import SAMPLE_SHIFT, Digest, Thresholds, value_of_key
 from pcb_ray.checkpoint import DTYPE_BYTES, read_header
 from pcb_ray.errors import RunError
 from pcb_ray.plan import Plan, Segment
 
-SKIP = 255  # in `gaps`: so many elements without an entry
 ARRAYS = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F64": np.float64}
+STRIP_BYTES = kernels.STRIP // 8  # of a mask
+PADDING = 16  # values beyond the last: _native.c reads them in vectors
 
 
-def gaps_of(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Ascending positions as bytes: g < 255 moves on by g + 1 and is an entry, 255 moves on by 255 and is none."""
-    gaps = np.diff(positions, prepend=-1) - 1
-    skips = gaps // SKIP
-    result = np.full(len(gaps) + int(skips.sum()), SKIP, dtype=np.uint8)
-    result[np.cumsum(skips + 1) - 1] = gaps % SKIP
-    return result
+def mask_of(positions: NDArray[np.int32], size: int) -> NDArray[np.uint8]:
+    """A bit for each of `size` elements, the lowest of a byte first, set at these positions; in whole strips."""
+    kept = np.zeros(-(-size // kernels.STRIP) * kernels.STRIP, dtype=np.bool_)
+    kept[positions] = True
+    return np.packbits(kept, bitorder="little")
 
 
-def positions_of(gaps: Tensor) -> Tensor:
-    """The positions that `gaps_of` encoded, int64, on the device of `gaps`."""
-    is_entry = gaps != SKIP
-    return (torch.cumsum(gaps.long() + is_entry, 0) - 1)[is_entry]
+def positions_of(mask: Tensor) -> Tensor:
+    """The positions that `mask_of` was given, int64, on the device of the mask."""
+    bits = mask[:, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8) & 1
+    return bits.view(-1).nonzero()[:, 0]
 
 
 def keys_of(scores: NDArray[Any]) -> NDArray[np.int64]:
@@ -65,98 +65,119 @@ def keys_of(scores: NDArray[Any]) -> NDArray[np.int64]:
 class Piece(NamedTuple):
     """What one task has in one segment."""
 
-    gaps: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    values: NDArray[np.float32]
+    scores: NDArray[Any] | None
+
+
+class _Part(NamedTuple):
+    """What one task has in one block."""
+
+    positions: NDArray[np.int32]
     values: NDArray[np.float32]
     scores: NDArray[Any] | None
 
 
 class Writer:
-    """Gathers the basis of one chunk, segment by segment, and saves it."""
+    """Gathers the basis of one chunk, block by block, and saves it."""
 
     def __init__(self) -> None:
         self._segments: list[Segment] = []
-        self._pieces: list[Piece] = []
+        self._parts: list[list[_Part]] = []  # of (segment, task)
 
     def add(
         self, segment: Segment, values_NB: NDArray[np.float32], kept_NB: NDArray[np.bool_], scores_NB: NDArray[Any] | None
     ) -> None:
-        """The entries of all tasks in a segment: `values` (and `scores`) [N, B] where `kept`."""
-        self._segments.append(segment)
-        for i, kept_B in enumerate(kept_NB):
-            at = np.flatnonzero(kept_B)
-            self._pieces.append(Piece(gaps_of(at), values_NB[i, at], None if scores_NB is None else scores_NB[i, at]))
+        """The entries of all tasks in a segment: `values` (and `scores`) [N, B] where `kept`. One that goes on where the last ended joins it."""
+        n = len(values_NB)
+        last = self._segments[-1] if self._segments else None
+        if last is not None and (last.tensor, last.stop) == (segment.tensor, segment.start):
+            self._segments[-1] = whole = Segment(last.tensor, last.start, segment.stop)
+        else:
+            self._segments.append(whole := segment)
+            self._parts += [[] for _ in range(n)]
+        for i, of_task in enumerate(self._parts[-n:]):
+            at = np.flatnonzero(kept_NB[i])
+            scores = None if scores_NB is None else scores_NB[i, at]
+            of_task.append(_Part((at + (segment.start - whole.start)).astype(np.int32), values_NB[i, at], scores))
 
-    def save(self, path: Path, n: int) -> int:
-        """Write the file aside, make it durable, give it its name; its entries. Raises OSError."""
-        from safetensors.numpy import save_file
+    def save(self, path: Path, n: int) -> tuple[int, Digest]:
+        """Write the file aside and give it its name; how many entries it has, and its digest. Raises OSError."""
+        from safetensors.numpy import save
 
-        gaps, values = (np.concatenate([p[k] for p in self._pieces]) for k in (0, 1))
-        starts = np.cumsum([[0, 0]] + [[len(p.gaps), len(p.values)] for p in self._pieces], axis=0, dtype=np.int64)
+        def joined(parts: Iterable[NDArray[Any]], padding: int = 0) -> NDArray[Any]:
+            parts = list(parts)
+            return np.concatenate([*parts, np.zeros(padding, dtype=parts[0].dtype)])
+
+        sizes = np.repeat([s.stop - s.start for s in self._segments], n)
+        masks = [mask_of(joined(p.positions for p in parts), size) for parts, size in zip(self._parts, sizes, strict=True)]
+        entries = [sum(len(p.values) for p in parts) for parts in self._parts]
         arrays = {
-            "gaps": gaps,
-            "values": values,
-            "starts": starts,
+            "masks": joined(masks),
+            "values": joined((p.values for parts in self._parts for p in parts), PADDING),
+            "starts": np.cumsum(
+                [[0, 0], *([len(mask), e] for mask, e in zip(masks, entries, strict=True))], axis=0, dtype=np.int64
+            ),
             "segments": np.array([(s.tensor, s.start, s.stop) for s in self._segments]),
         }
-        if self._pieces[0].scores is not None:
-            scores = [[p.scores for p in self._pieces[i::n] if p.scores is not None] for i in range(n)]
-            arrays["scores"] = np.concatenate([p.scores for p in self._pieces if p.scores is not None])
+        if self._parts[0][0].scores is not None:
+            of_task = [[p.scores for parts in self._parts[i::n] for p in parts if p.scores is not None] for i in range(n)]
+            arrays["scores"] = joined((p.scores for parts in self._parts for p in parts if p.scores is not None), PADDING)
             shift = SAMPLE_SHIFT[8 * arrays["scores"].itemsize]
-            binned = [np.unique(keys_of(np.concatenate(of_task)) >> shift, return_counts=True) for of_task in scores]
-            tasks = [np.full(len(bins), i) for i, (bins, _) in enumerate(binned)]
-            arrays["histogram"] = np.concatenate([np.stack([t, *b], axis=1) for t, b in zip(tasks, binned, strict=True)]).astype(
-                np.int64
-            )
+            binned = [np.unique(keys_of(joined(scores)) >> shift, return_counts=True) for scores in of_task]
+            arrays["histogram"] = np.concatenate([np.stack([np.full(len(b), i), b, c], axis=1) for i, (b, c) in enumerate(binned)])
+        data = save(arrays)
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(arrays, aside)
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
+            aside.write_bytes(data)
             os.replace(aside, path)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        return len(values)
+        return sum(entries), digest_of(data)
+
+
+def digest_of(data: Any) -> Digest:
+    return xxhash.xxh3_128_digest(data)
 
 
 def chunk_file(folder: str | os.PathLike[str], chunk: int) -> Path:
     return Path(folder) / f"{chunk:06d}.safetensors"
 
 
-class _Sparse(ctypes.Structure):
-    """struct Sparse of _native.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("gaps", "values", "scores")),
-        *((name, ctypes.c_int64) for name in ("left", "next")),
-    )
-
-
 class _Chunk:
-    """The arrays of one chunk's file, mapped."""
+    """The arrays of one chunk's file, mapped; the pieces of N tasks in each segment."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, n: int) -> None:
         tensors, _, _ = read_header(path)
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
         arrays: dict[str, NDArray[Any]] = {
             name: np.asarray(mapped[t.start : t.stop]).view(ARRAYS[t.dtype]).reshape(t.shape) for name, t in tensors.items()
         }
+        self.nbytes, self.n = mapped.nbytes, n
         self.segments = [Segment(*row) for row in arrays["segments"].tolist()]
-        self.gaps, self.values, self.starts = arrays["gaps"], arrays["values"], arrays["starts"].tolist()
-        self.scores, self.histogram = arrays.get("scores"), arrays.get("histogram")
-        self.nbytes = mapped.nbytes
+        self.masks, self.values, self.scores = arrays["masks"], arrays["values"], arrays.get("scores")
+        self.starts, self.histogram = arrays["starts"], arrays.get("histogram")
+        self.entries = int(self.starts[-1, 1])
+        # Where C finds the pieces: _Sparse of each (segment, task).
+        self._addresses = np.zeros((len(self.starts) - 1, 3), dtype=np.uintp)
+        for column, array in enumerate([self.masks, self.values, self.scores]):
+            if array is not None:
+                offsets = self.starts[:-1, min(column, 1)] * array.itemsize
+                self._addresses[:, column] = array.ctypes.data + offsets.astype(np.uintp)
 
-    def pieces(self, number: int, n: int) -> Iterator[Piece]:
-        """What each of n tasks has in segment `number`."""
-        for k in range(number * n, (number + 1) * n):
-            (g, e), (g_stop, e_stop) = self.starts[k], self.starts[k + 1]
-            yield Piece(self.gaps[g:g_stop], self.values[e:e_stop], None if self.scores is None else self.scores[e:e_stop])
+    def in_c(self, number: int) -> NDArray[np.uintp]:
+        """Of segment `number`, an array of `struct Sparse`, one per task, that C may change."""
+        return self._addresses[number * self.n : (number + 1) * self.n].copy()
 
-    def scores_of(self, task: int, n: int) -> Iterator[NDArray[Any]]:
-        for number in range(len(self.segments)):
-            (_, e), (_, e_stop) = self.starts[number * n + task], self.starts[number * n + task + 1]
-            assert self.scores is not None
-            yield self.scores[e:e_stop]
+    def piece(self, number: int, task: int) -> Piece:
+        (m, e), (m_stop, e_stop) = self.starts[number * self.n + task : number * self.n + task + 2].tolist()
+        return Piece(self.masks[m:m_stop], self.values[e:e_stop], None if self.scores is None else self.scores[e:e_stop])
+
+    def keys_of_task(self, task: int) -> NDArray[np.int64]:
+        """The keys of all scores of a task."""
+        scores = [self.piece(number, task).scores for number in range(len(self.segments))]
+        return keys_of(np.concatenate([x for x in scores if x is not None]))
 
 
 class Basis:
@@ -164,8 +185,8 @@ class Basis:
 
     def __init__(self, plan: Plan, folder: str | os.PathLike[str], thresholds: Thresholds) -> None:
         self.plan, self.made_for = plan, thresholds
-        self._chunks = [_Chunk(chunk_file(folder, chunk)) for chunk in range(plan.chunks)]
-        self.entries = sum(len(c.values) for c in self._chunks)
+        self._chunks = [_Chunk(chunk_file(folder, chunk), plan.N) for chunk in range(plan.chunks)]
+        self.entries = sum(c.entries for c in self._chunks)
         self.nbytes = sum(c.nbytes for c in self._chunks)
         self.scored = self._chunks[0].scores is not None
         self._base = {
@@ -186,7 +207,7 @@ class Basis:
 
     def _largest(self, task: int, rank: int) -> float:
         """The rank-th largest score of a task; the threshold this was made for if fewer lie above it (they are tied with it)."""
-        n, scores = self.plan.N, self._chunks[0].scores
+        scores = self._chunks[0].scores
         assert scores is not None, "one mask ratio only: this basis holds no scores"
         bits = 8 * scores.itemsize
         table = np.concatenate([c.histogram[c.histogram[:, 0] == task, 1:] for c in self._chunks if c.histogram is not None])
@@ -196,7 +217,7 @@ class Basis:
             return self.made_for.t[task]
         at = int(np.searchsorted(above, rank))
         wanted, rank = bins[::-1][at], rank - int(above[at - 1] if at else 0)
-        found = [k[k >> SAMPLE_SHIFT[bits] == wanted] for c in self._chunks for x in c.scores_of(task, n) if len(k := keys_of(x))]
+        found = [k[k >> SAMPLE_SHIFT[bits] == wanted] for k in (c.keys_of_task(task) for c in self._chunks)]
         keys = np.concatenate(found)
         return value_of_key(int(np.partition(keys, len(keys) - rank)[len(keys) - rank]), bits)
 
@@ -255,20 +276,25 @@ class Basis:
         segment: Segment,
     ) -> None:
         out_B, (base_B, base_dtype) = flat[segment.tensor][segment.start : segment.stop], self._base_of(segment)
-        pieces = list(chunk.pieces(number, self.plan.N))
         weights = np.array(lambdas[segment.tensor], dtype=np.float32)
         native = kernels.load_native() if out_B.device.type == "cpu" else None
         known = (torch.float32, torch.bfloat16)
         if native is None or out_B.dtype not in known or base_dtype not in known:
             theta_B = torch.from_numpy(base_B.copy()).view(base_dtype).to(out_B.device, torch.float32)
+            pieces = [chunk.piece(number, task) for task in range(self.plan.N)]
             out_B.copy_(self._updated(theta_B, pieces, weights, lambda_, thresholds))
             return
-        tasks = (_Sparse * len(pieces))()
-        for task, piece in zip(tasks, pieces, strict=True):
-            task.gaps, task.values, task.left, task.next = piece.gaps.ctypes.data, piece.values.ctypes.data, len(piece.values), -1
-            task.scores = None if piece.scores is None else piece.scores.ctypes.data
+        tasks = chunk.in_c(number)
         native.pcb_apply(
-            *(base_B.ctypes.data, base_dtype == torch.bfloat16, len(out_B), tasks, len(tasks), weights.ctypes.data, lambda_),
+            *(
+                base_B.ctypes.data,
+                base_dtype == torch.bfloat16,
+                len(out_B),
+                tasks.ctypes.data,
+                len(tasks),
+                weights.ctypes.data,
+                lambda_,
+            ),
             *(None if in_c is None else ctypes.byref(in_c[0]), self._paper, self._floor),
             *(out_B.dtype == torch.bfloat16, out_B.data_ptr()),
         )
@@ -300,7 +326,7 @@ class Basis:
         dense = torch.zeros(len(pieces), size, device=device)
         scores = torch.full((len(pieces), size), -torch.inf, device=device, dtype=torch.float64 if self._paper else None)
         for i, piece in enumerate(pieces):
-            at = positions_of(torch.tensor(piece.gaps, device=device))
+            at = positions_of(torch.tensor(piece.mask, device=device))
             dense[i, at] = torch.tensor(piece.values, device=device)
             if piece.scores is not None:
                 scores[i, at] = torch.tensor(piece.scores, device=device)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sampled, Sums, Thresholds
-from pcb_ray.basis import Writer, chunk_file
+from pcb_ray.basis import Writer, chunk_file, digest_of
 from pcb_ray.checkpoint import DTYPE_BYTES
 from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.kernels import DTYPES, choose_kernel, keys
@@ -196,9 +196,9 @@ class Owner:
         self._note_memory()
         return result
 
-    def basis(self, chunks: Sequence[int], thresholds: Thresholds, scored: bool) -> int:
-        """Save the basis of these chunks, one file each, durably; with the betas if `scored` (for pcb variants). How many entries it has."""
-        entries = 0
+    def basis(self, chunks: Sequence[int], thresholds: Thresholds, scored: bool) -> dict[int, tuple[int, Digest]]:
+        """Save the basis of these chunks, one file each; with the betas if `scored` (for pcb variants). The entries and the digest of each."""
+        result = {}
         for chunk in chunks:
             writer = Writer()
             for segments in self._blocks(chunk):
@@ -216,9 +216,14 @@ class Owner:
                     part = np.s_[:, at : at + segment.stop - segment.start]
                     writer.add(segment, values[part], kept[part], None if scores is None else scores[part])
                     at += segment.stop - segment.start
-            entries += writer.save(chunk_file(self.out_dir, chunk), self.plan.N)
+            result[chunk] = writer.save(chunk_file(self.out_dir, chunk), self.plan.N)
         self._note_memory()
-        return entries
+        return result
+
+    def basis_digests(self, chunks: Sequence[int]) -> dict[int, Digest]:
+        """The digests of the basis files that are there."""
+        paths = {chunk: chunk_file(self.out_dir, chunk) for chunk in chunks}
+        return {chunk: digest_of(path.read_bytes()) for chunk, path in paths.items() if path.is_file()}
 
     def merged_digests(self, chunks: Sequence[int], thresholds: Thresholds) -> dict[int, Digest]:
         """What `write` would digest for these chunks, recomputed from the inputs without writing."""
