@@ -4,5 +4,6 @@ from pcb_ray.errors import RequestError, RunError
 from pcb_ray.merge import merge, merge_state_dicts, verify
 from pcb_ray.plan import plan
 from pcb_ray.recipe import Model, Recipe
+from pcb_ray.search import search, sweep
 
-__all__ = ["Model", "Recipe", "RequestError", "RunError", "merge", "merge_state_dicts", "plan", "verify"]
+__all__ = ["Model", "Recipe", "RequestError", "RunError", "merge", "merge_state_dicts", "plan", "search", "sweep", "verify"]

@@ -67,6 +67,13 @@ class Run:
         return sum(size if chunk < last else self.plan.D - last * size for chunk in chunks)
 
 
+def check_twins(run: Run) -> None:
+    """Stored copies of tied tensors must equal their originals. Raises InputError that names all that do not."""
+    problems = [p for _, answer in run.owners.ask("differing_twins", range(len(run.plan.twins))) for p in answer]
+    if problems:
+        raise InputError(problems)
+
+
 def thresholds_of(run: Run, known: Thresholds | None = None, keep: Callable[[Thresholds], None] = lambda _: None) -> Thresholds:
     """The analysis: everything that the method must know of the whole model before a block can be merged.
 

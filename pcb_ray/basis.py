@@ -180,6 +180,16 @@ class _Chunk:
         return keys_of(np.concatenate([x for x in scores if x is not None]))
 
 
+def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor]) -> None:
+    """Write the base (0) or a model (1..N) as its files hold it into `parameters`, in place, each in its own dtype."""
+    for tensor in plan.tensors:
+        held = tensor.sources[source]
+        if held is not None and tensor.name in parameters:
+            parameter = parameters[tensor.name].detach()
+            raw = np.fromfile(held.file, dtype=np.uint8, count=held.nbytes, offset=held.start)
+            parameter.copy_(torch.from_numpy(raw).view(kernels.DTYPES[held.dtype]).view(parameter.shape))
+
+
 class Basis:
     """The basis in `folder`, made for `plan`'s inputs and `thresholds`; read-only, and shared with all who map it on this machine."""
 

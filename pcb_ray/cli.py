@@ -1,4 +1,4 @@
-"""The command line: `pcb-ray plan | merge | verify`. Exit code 0 done, 1 failed, 2 the request or an input was wrong."""
+"""The command line: `pcb-ray plan | merge | search | sweep | verify`. Exit code 0 done, 1 failed, 2 the request or an input was wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
@@ -58,6 +58,42 @@ The bytes are the same whatever --workers and --memory are.
 """
 
 
+SEARCH_HELP = """\
+The recipe has a section more:
+
+  search:
+    evaluator: my_eval.py:Accuracy      # load(model_dir) -> torch.nn.Module, score(split) -> dict of numbers; or built in:
+    #   causal_lm: {data: {val: val.txt, test: test.txt}}       loss and perplexity of text or JSONL
+    #   classification: {data: {val: val.jsonl, test: test.jsonl}}
+    #   lm_eval: {tasks: {val: [my_task], test: [arc_easy]}}    EleutherAI's harness
+    #   command: {run: "python eval.py {model} {split}"}        prints JSON last
+    metric: accuracy
+    mode: max
+    split: {search: val, report: test}  # `report` is scored only for base, experts, start and winner
+    space:
+      weight: {lower: 0.0, upper: 2.0, init: 1.0}
+      groups: {attention: "*self_attn*", mlp: "*mlp*", layers: 4}   # optional: coefficients of their own
+      lambda: {lower: 0.5, upper: 2.0}                              # optional
+      density: {lower: 0.02, upper: 0.4}                            # optional
+    budget: 100
+    population: 8
+    resources_per_trial: {cpu: 1, gpu: 0}
+    trial_timeout: 600                  # seconds
+    seed: 0
+
+OUT holds the merged winner, best_recipe.yaml (an ordinary recipe), trials.parquet, report.html and the Tune experiment.
+Each model is read for the analysis only; a candidate updates a model that stays loaded. --resume goes on after a crash with the same candidates.
+"""
+
+SWEEP_HELP = """\
+The recipe has a `search:` section that names the evaluator and the metric (see pcb-ray search --help), and a grid:
+
+  sweep: {density: [0.05, 0.1, 0.2], lambda: [0.8, 1.0, 1.2], variant: [pairwise, released]}
+
+OUT holds the table (sweep.parquet), a heat map (sweep.png), report.html and best_recipe.yaml.
+"""
+
+
 def size(text: str) -> int:
     """'2GB' -> 2000000000; units kB MB GB TB (powers of 1000) and KiB MiB GiB TiB."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
@@ -80,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=RECIPE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="plan | merge | verify")
+    commands = top.add_subparsers(dest="command", required=True, metavar="plan | merge | search | sweep | verify")
 
     def command(name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -109,7 +145,19 @@ def parser() -> argparse.ArgumentParser:
         help="replace OUT if it exists (when the new one is whole), and forget an unfinished merge to it",
     )
 
-    for one in plan, merge:
+    search = command("search", "Search the coefficients of RECIPE, and merge the best into the directory OUT.", SEARCH_HELP)
+    sweep = command("sweep", "Score a grid of densities, lambdas and variants.", SWEEP_HELP)
+    for one, made in (search, "the directory to make: the merged winner and the report"), (sweep, "the directory to make"):
+        one.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
+        one.add_argument("out", metavar="OUT", type=Path, help=made)
+        one.add_argument(
+            "--workers", type=count, metavar="N", help="workers of the analysis (default: one per core of the cluster)"
+        )
+        one.add_argument("--address", help="a Ray cluster to join, such as ray-head:6379 (default: start a local one)")
+        one.add_argument("--resume", action="store_true", help="go on with an unfinished run; what has a score is not scored again")
+        one.add_argument("--overwrite", action="store_true", help="replace OUT if it exists, and forget an unfinished run")
+
+    for one in plan, merge, search:
         one.add_argument(
             "--max-shard-size",
             type=size,
@@ -117,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
             metavar="SIZE",
             help="largest file of the output (default: 5GB)",
         )
+    for one in plan, merge, search, sweep:
         one.add_argument(
             "--memory", type=size, metavar="SIZE", help="bound on a worker's anonymous memory, torch included, such as 2GB"
         )
@@ -124,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
     verify = command("verify", "Check a merged directory: all digests, and a sample of chunks recomputed from the inputs.", "")
     verify.add_argument("out", metavar="OUT", type=Path, help="a directory that pcb-ray merge wrote")
     verify.add_argument("--sample", type=count, default=8, metavar="N", help="chunks to recompute (default: 8)")
-    for one in plan, merge, verify:
+    for one in plan, merge, search, sweep, verify:
         one.add_argument("-v", "--verbose", action="store_true", help="explain what is done")
     return top
 
@@ -136,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("pcb_ray").setLevel(logging.INFO if options.verbose else logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return {"plan": _plan, "merge": _merge, "verify": _verify}[options.command](options)
+        return {"plan": _plan, "merge": _merge, "search": _search, "sweep": _sweep, "verify": _verify}[options.command](options)
     except RequestError as error:
         print(f"pcb-ray: {error}", file=sys.stderr)
         return 2
@@ -227,6 +276,28 @@ def _merge(options: argparse.Namespace) -> int:
         f"a worker took at most {readable_bytes(receipt['peak_worker_bytes'])}"
     )
     return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    from pcb_ray.search import report, search
+
+    found = search(options.recipe, options.out, max_shard_bytes=options.max_shard_size, **_shared(options))
+    print(report.as_text(*report.scoreboard(found["request"], found["scores"])))
+    print(f"{options.out}: the winner of {found['trials']} candidates, merged; {options.out / 'report.html'} shows the search")
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from pcb_ray.search import report, sweep
+
+    found = sweep(options.recipe, options.out, **_shared(options))
+    print(report.as_text(*report.grid_table(found["request"], found["records"])))
+    print(f"{options.out}: {len(found['records'])} points; {options.out / 'report.html'} shows them")
+    return 0
+
+
+def _shared(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("workers", "address", "memory", "resume", "overwrite")}
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcb_ray import output, runtime
-from pcb_ray.analysis import Run, Sweep, digest_of, digests_of_inputs, thresholds_of, warnings_of
+from pcb_ray.analysis import Run, Sweep, check_twins, digest_of, digests_of_inputs, thresholds_of, warnings_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.checkpoint import Checkpoint, Tensor, open_checkpoint, read_header
-from pcb_ray.errors import InputError, RequestError
+from pcb_ray.errors import RequestError
 from pcb_ray.output import RECEIPT, RECIPE, State
 from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, choose_block, plan_of
 from pcb_ray.plan import plan as make_plan
@@ -65,16 +65,10 @@ def merge(
     start = time.monotonic()
     recipe = Recipe.of(recipe)
     out = Path(out)
-    if not out.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise RequestError(
-            f"{out}: inside a Ray job a relative output is written to the job's temporary folder and lost; "
-            "give an absolute path on storage that lasts"
-        )
-    plan = make_plan(recipe, max_shard_bytes=max_shard_bytes)
-    if any(i.commit is not None for i in plan.inputs):
-        plan = make_plan(recipe, max_shard_bytes=max_shard_bytes, download=True)
+    output.check_place(out)
+    plan = fetched_plan(recipe, max_shard_bytes)
     output.check_out(out, plan, overwrite=overwrite, resume=resume)
-    base, tokenizer = _companions(recipe)
+    base, tokenizer = companions(recipe)
     files = output.side_files(recipe, plan, base, tokenizer)
     if memory is not None:
         choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
@@ -82,7 +76,7 @@ def merge(
         log.warning("note: %s", note)
 
     with contextlib.ExitStack() as stack:
-        state = stack.enter_context(State(out, plan, resume=resume, arithmetic=ARITHMETIC))
+        state = stack.enter_context(State(out, output.asked_of(plan, ARITHMETIC), resume=resume))
         stack.enter_context(runtime.cluster(address))
         device = runtime.choose_device(device)
         block = choose_block(plan, device, memory)
@@ -139,7 +133,14 @@ def merge(
     return receipt
 
 
-def _companions(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
+def fetched_plan(recipe: Recipe, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+    """The plan; if it is sound, with the models of the Hub fetched."""
+    plan = make_plan(recipe, max_shard_bytes=max_shard_bytes)
+    hub = any(i.commit is not None for i in plan.inputs)
+    return make_plan(recipe, max_shard_bytes=max_shard_bytes, download=True) if hub else plan
+
+
+def companions(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
     """The checkpoints that config and tokenizer are taken from."""
     base = open_checkpoint(recipe.base_model or recipe.models[0].source, recipe.folder, download=True)
     if recipe.tokenizer_source in ("base", recipe.base_model):
@@ -171,9 +172,7 @@ def _execute(run: Run, state: State, spent: Callable[[], dict[str, Any]]) -> tup
         state.save()
 
     if not before:
-        problems = [p for _, answer in run.owners.ask("differing_twins", range(len(plan.twins))) for p in answer]
-        if problems:
-            raise InputError(problems)
+        check_twins(run)
     thresholds = thresholds_of(run, Thresholds.from_json(found.get("thresholds", {})), keep)
 
     state.make_files(plan)

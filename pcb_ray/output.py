@@ -40,6 +40,15 @@ RECEIPT, RECIPE, CARD = "pcb_receipt.json", "pcb_recipe.yaml", "README.md"
 DTYPE_NAMES = {short: name for name, short in DTYPES.items()}
 
 
+def check_place(out: Path) -> None:
+    """A relative OUT inside a Ray job is a wrong request."""
+    if not out.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise RequestError(
+            f"{out}: inside a Ray job a relative output is written to the job's temporary folder and lost; "
+            "give an absolute path on storage that lasts"
+        )
+
+
 def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool) -> None:
     """Whether OUT can be written, before anything is computed. Raises RequestError with all that is in the way."""
     problems = []
@@ -84,25 +93,29 @@ def existing_parent(path: Path) -> Path:
     return Path("/")
 
 
+def asked_of(plan: Plan, arithmetic: str) -> dict[str, Any]:
+    """What decides the bytes of a merge."""
+    modified = {f.path: os.stat(f.path).st_mtime_ns for i in plan.inputs for f in i.files}
+    return {**plan.fingerprint(), "arithmetic": arithmetic, "modified": modified}
+
+
 def state_folder(out: Path) -> Path:
     out = out.resolve()  # a link to a folder stays, and what it leads to is replaced
     return out.parent / f".{out.name}.pcb-ray"
 
 
 class State:
-    """The state of one merge on disk. `with State(...)` holds its lock: two merges to one OUT can't run at once."""
+    """The state of one merge (or search) on disk. `with State(...)` holds its lock: two to one OUT can't run at once.
 
-    def __init__(self, out: Path, plan: Plan, *, resume: bool, arithmetic: str) -> None:
+    `asked` is what an unfinished one must share with the one that resumes it, as JSON values."""
+
+    def __init__(self, out: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
         self.out = out.resolve()
         self.folder = state_folder(out)
         self.staging = self.folder / "out"
         self.found: dict[str, Any] = {}
         self.journal: dict[str, str] = {}
-        self._asked = {
-            **plan.fingerprint(),
-            "arithmetic": arithmetic,
-            "modified": {f.path: os.stat(f.path).st_mtime_ns for i in plan.inputs for f in i.files},
-        }
+        self._asked = json.loads(json.dumps(asked))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
@@ -130,7 +143,7 @@ class State:
             asked, self.found = saved["asked"], saved["found"]
         except (ValueError, KeyError, TypeError) as error:
             raise RequestError(f"{self.folder / 'state.json'}: can't be read ({error}); start afresh with --overwrite") from None
-        differences = list(_differences(asked, json.loads(json.dumps(self._asked))))
+        differences = list(_differences(asked, self._asked))
         if differences:
             raise RequestError(
                 [f"--resume: this is not the merge that was begun: {d}" for d in differences]

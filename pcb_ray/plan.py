@@ -283,6 +283,8 @@ def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_byte
     n = len(recipe.models)
     assert len(checkpoints) == n + 1
     notes = list(recipe.notes)
+    unused = [key for key in ("search", "sweep") if getattr(recipe, key) is not None]
+    notes += [f"`{key}` has no effect on a merge: it is for `pcb-ray {key}`." for key in unused]
 
     stored = [_untie(c) for c in checkpoints]
     merged_names, copied, dropped = _match(recipe, [tensors for tensors, _, _ in stored], [c.source for c in checkpoints], notes)

@@ -66,3 +66,32 @@ class Progress:
             self._line(
                 f"done, {readable_bytes(self.done)} in {elapsed_s:.1f} s, {readable_bytes(self.done / max(elapsed_s, 1e-9))}/s"
             )
+
+
+class Counted:
+    """Progress of a search over `total` things of a kind, with a few words on how it stands, on standard error."""
+
+    def __init__(self, name: str, total: int, unit: str, *, quiet: bool = False) -> None:
+        self.name, self.total, self.unit, self.quiet, self.done = name, total, unit, quiet, 0
+        self._start = self._last_line = time.monotonic()
+        self._bar: tqdm[Never] | None = None
+        if sys.stderr.isatty() and not quiet:
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}"
+            self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, bar_format=form)
+
+    def advance(self, words: str) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.update()
+        elif not self.quiet and (now - self._last_line >= LOG_PAUSE_S or self.done == self.total):
+            left_s = (now - self._start) / self.done * (self.total - self.done)
+            print(
+                f"{self.name}: {self.done} of {self.total} {self.unit}, {words}, {left_s:.0f} s left", file=sys.stderr, flush=True
+            )
+            self._last_line = now
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -7,10 +7,7 @@ Nothing on disk is asked but the recipe's own file. Everything that is wrong is 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
-import numbers
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from pcb_ray.checks import choice, number, present, section, shown, text, wrong
 from pcb_ray.errors import RequestError
 
 METHODS = ("pcb", "ties", "task_arithmetic", "linear")
@@ -36,7 +34,7 @@ MAX_DEPTH = 32
 
 _TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "exclude", "tokenizer_source",
-    "chat_template", "search",
+    "chat_template", "search", "sweep",
 )  # fmt: skip
 _PARAMETERS = ("density", "lambda", "variant", "weight", "int8_mask", "normalize")
 _HOMES = {**dict.fromkeys(_PARAMETERS, "write it in `parameters`"), **dict.fromkeys(_TOP_KEYS, "write it at the top level")}
@@ -54,6 +52,7 @@ _NORMALIZE = {
     "linear": ("true", "remove it; for a sum of task vectors use `merge_method: task_arithmetic`"),
     "ties": ("false", "remove it; the sum is divided by how many models agree, not by their weights, so let these average 1"),
 }
+_FIXES = _HOMES | _REFUSED_KEYS
 _EQUIVALENTS = {
     "sce": "pcb", "dare_ties": "ties", "della": "ties", "breadcrumbs_ties": "ties", "dare_linear": "task_arithmetic",
     "della_linear": "task_arithmetic", "breadcrumbs": "task_arithmetic", "slerp": "linear", "nuslerp": "linear",
@@ -99,6 +98,9 @@ class Recipe:
     """`base`, or one of the models."""
     chat_template: str | None = None
     """A Jinja template; None: the one among the tokenizer files is copied."""
+    search: Mapping[str, Any] | None = field(default=None, compare=False)
+    """What a search of coefficients is to do (`search.request`): no part of the merge."""
+    sweep: Mapping[str, Any] | None = field(default=None, compare=False)
     folder: Path = field(default=Path("."), compare=False)
     """Relative paths are resolved against it."""
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -108,21 +110,21 @@ class Recipe:
         problems: list[str] = []
         notes = list(self.notes)
         folder = Path(self.folder)
-        method = _choice(self.merge_method, "merge_method", METHODS, problems)
-        base = None if self.base_model is None else _text(self.base_model, "base_model", problems)
+        method = choice(self.merge_method, "merge_method", METHODS, problems, _EQUIVALENTS)
+        base = None if self.base_model is None else text(self.base_model, "base_model", problems)
         if base is None and method in METHODS[:3]:
-            problems.append(_wrong("base_model", "the model that all others come from", None, "add `base_model: PATH`"))
+            problems.append(wrong("base_model", "the model that all others come from", None, "add `base_model: PATH`"))
         models = _models(self.models, base if method != "linear" else None, folder, problems, notes)
         exclude = self.exclude if isinstance(self.exclude, (list, tuple)) else [self.exclude]
         checked = {
             "models": models,
             "base_model": base,
             "merge_method": method,
-            "density": _number(self.density, "parameters.density", problems, is_fraction=True),
-            "lambda_": _number(self.lambda_, "parameters.lambda", problems),
-            "variant": _choice(self.variant, "parameters.variant", VARIANTS, problems),
+            "density": number(self.density, "parameters.density", problems, is_fraction=True),
+            "lambda_": number(self.lambda_, "parameters.lambda", problems),
+            "variant": choice(self.variant, "parameters.variant", VARIANTS, problems, _EQUIVALENTS),
             "dtype": None if self.dtype is None else _dtype(self.dtype, problems),
-            "exclude": tuple(_text(pattern, f"exclude[{i}]", problems) for i, pattern in enumerate(exclude)),
+            "exclude": tuple(text(pattern, f"exclude[{i}]", problems) for i, pattern in enumerate(exclude)),
             "tokenizer_source": _tokenizer_source(self.tokenizer_source, models, base, folder, problems),
             "chat_template": None if self.chat_template is None else _template(self.chat_template, problems),
             "folder": folder,
@@ -163,11 +165,11 @@ class Recipe:
         file = Path(path).absolute()
         try:
             if not file.is_file():  # a pipe would be waited for
-                raise RequestError(f"recipe {_shown(str(path))}: not a regular file, or not there. Fix: name the YAML file.")
+                raise RequestError(f"recipe {shown(str(path))}: not a regular file, or not there. Fix: name the YAML file.")
             with file.open("rb") as stream:
                 data = stream.read(MAX_TEXT_BYTES + 1)
         except OSError as error:
-            raise RequestError(f"recipe {_shown(str(path))}: {error.strerror}. Fix: check its path and rights.") from None
+            raise RequestError(f"recipe {shown(str(path))}: {error.strerror}. Fix: check its path and rights.") from None
         return cls.from_yaml(data, file.parent)
 
     @classmethod
@@ -180,11 +182,11 @@ class Recipe:
         """The recipe in a mapping of the YAML file's layout. Raises RequestError."""
         # Here only keys and sections are looked at, and what they mean in mergekit: the constructor checks the values.
         if not isinstance(mapping, Mapping):
-            raise RequestError(_wrong("recipe", "`key: value` lines", mapping, "start with `merge_method: pcb`"))
+            raise RequestError(wrong("recipe", "`key: value` lines", mapping, "start with `merge_method: pcb`"))
         problems: list[str] = []
         notes: list[str] = []
-        top = _section(mapping, "recipe", _TOP_KEYS, problems)
-        parameters = _section(top.get("parameters", {}), "parameters", _PARAMETERS, problems)
+        top = section(mapping, "recipe", _TOP_KEYS, problems, _FIXES)
+        parameters = section(top.get("parameters", {}), "parameters", _PARAMETERS, problems, _FIXES)
         method = top.get("merge_method", cls.merge_method)
 
         default = _rules(parameters["weight"], "parameters.weight", problems) if "weight" in parameters else ()
@@ -195,15 +197,13 @@ class Recipe:
                 notes.append("`parameters.weight` has no effect: each model has its own.")
             if "density" in parameters and all(model.density is not None for model in models):
                 notes.append("`parameters.density` has no effect: each model has its own.")
-        if "search" in top:
-            notes.append("`search` has no effect on a merge: it is for `pcb-ray search`.")
         if "int8_mask" in parameters:
             notes.append(_INT8_MASK)
         if "normalize" in parameters and parameters["normalize"] == (method == "linear"):
             notes.append(f"`normalize` has no effect: it asks for what `{method}` does anyway.")
         elif "normalize" in parameters and method in METHODS:
             wanted, fix = _NORMALIZE.get(method, ("false", "remove it, and scale the weights by hand"))
-            problems.append(_wrong("parameters.normalize", wanted, parameters["normalize"], fix))
+            problems.append(wrong("parameters.normalize", wanted, parameters["normalize"], fix))
         if "dtype" in top and top.get("out_dtype", top["dtype"]) != top["dtype"]:
             notes.append("`out_dtype` sets the output's dtype; `dtype` has no effect, since the arithmetic is float32 always.")
         asked = {
@@ -216,7 +216,7 @@ class Recipe:
             "notes": tuple(notes),
         }
         try:
-            recipe = cls(**_present({f.name: asked.get(f.name) for f in dataclasses.fields(cls)}))
+            recipe = cls(**present({f.name: asked.get(f.name) for f in dataclasses.fields(cls)}))
         except RequestError as error:
             problems += error.problems
         if problems:
@@ -232,7 +232,7 @@ class Recipe:
         for model in self.models:
             rules = [{"value": value} if part is None else {"filter": part, "value": value} for part, value in model.weight]
             own: dict[str, object] = {"weight": rules if len(rules) > 1 else model.weight[0][1], "density": model.density}
-            models.append({"model": model.source, "parameters": _present(own)})
+            models.append({"model": model.source, "parameters": present(own)})
         layout = {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
@@ -244,7 +244,7 @@ class Recipe:
             "chat_template": self.chat_template,
         }
         # default_flow_style=None puts innermost lists and mappings on one line: `parameters: {weight: 1.0}`.
-        text: str = yaml.safe_dump(_present(layout), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        text: str = yaml.safe_dump(present(layout), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
         return text
 
     def resolved(self) -> Recipe:
@@ -276,124 +276,48 @@ def _path(source: str, folder: Path) -> Path:
     return folder.absolute() / os.path.expanduser(source)
 
 
-# ---------------------------------------------------------------------------------------------- messages
-
-_SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}")
-
-
-def _shown(value: object) -> str:
-    """A value as a message may show it: short, on one line, without a secret or what is inside it."""
-    if isinstance(value, str):
-        text = repr(_SECRET.sub("***", value))
-        return text if len(text) <= 62 else text[:59] + "..."
-    if value is None:
-        return "nothing"
-    if isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() <= 64):
-        return json.dumps(value)
-    return f"a value of type {type(value).__name__}"
-
-
-def _wrong(where: str, wanted: str, found: object, fix: str) -> str:
-    return f"{where}: wanted {wanted}, found {_shown(found)}. Fix: {fix}."
-
-
-def _nearest(found: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(found, known, n=1) if isinstance(found, str) else []
-    return f"write `{near[0]}`" if near else f"use one of {', '.join(known)}"
-
-
-# ---------------------------------------------------------------------------------------------- layout
-
-
-def _section(raw: object, where: str, known: tuple[str, ...], problems: list[str]) -> dict[str, Any]:
-    """What a mapping says under the known keys; `key:` with nothing after it counts as absent."""
-    if not isinstance(raw, Mapping):
-        problems.append(_wrong(where, "`key: value` lines", raw, f"give some of {', '.join(known)}"))
-        return {}
-    for key in raw:
-        if key not in known:
-            fix = _REFUSED_KEYS.get(key) or _HOMES.get(key) or _nearest(key, known)
-            problems.append(f"{where}: unknown key {_shown(key)}. Fix: {fix}.")
-    return _present({key: raw.get(key) for key in known})
-
-
-def _present(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if value is not None}
+# ---------------------------------------------------------------------------------------------- parts of a recipe
 
 
 def _entry(entry: object, where: str, default: tuple[Rule, ...], problems: list[str], notes: list[str]) -> Model:
     """One entry of `models`; but for the layout of its weight it is still unchecked."""
-    section = _section(entry, where, ("model", "parameters"), problems) if isinstance(entry, Mapping) else {"model": entry}
-    own = _section(section.get("parameters", {}), f"{where}.parameters", ("weight", "density", "int8_mask"), problems)
+    says = section(entry, where, ("model", "parameters"), problems, _FIXES) if isinstance(entry, Mapping) else {"model": entry}
+    own = section(says.get("parameters", {}), f"{where}.parameters", ("weight", "density", "int8_mask"), problems, _FIXES)
     if "int8_mask" in own:
         notes.append(_INT8_MASK)
     weight = _rules(own["weight"], f"{where}.parameters.weight", problems) if "weight" in own else ()
     if not _matches_all(weight):  # as in mergekit: where no rule of the model matches, the recipe's own `weight` decides
         weight += default
-    return Model(section.get("model"), weight or Model.weight, own.get("density"))  # type: ignore[arg-type]
+    return Model(says.get("model"), weight or Model.weight, own.get("density"))  # type: ignore[arg-type]
 
 
 def _matches_all(rules: tuple[Rule, ...]) -> bool:
     return bool(rules) and rules[-1][0] is None
 
 
-# ---------------------------------------------------------------------------------------------- values
-# Each takes a raw value and its place, and returns it in one form, or anything after a complaint in `problems`.
-
-_LARGEST = 3.4028234663852886e38  # of float32, in which the merge is computed
-
-
-def _number(raw: object, where: str, problems: list[str], *, is_fraction: bool = False) -> float:
-    try:  # text too: YAML 1.1 reads 1e-3 as text, and people write it
-        value = float(raw) if isinstance(raw, (numbers.Real, str)) and not isinstance(raw, bool) else math.nan
-    except (ValueError, OverflowError):
-        value = math.nan
-    if not (0 < value <= 1 if is_fraction else abs(value) <= _LARGEST):
-        wanted = "a number in (0, 1]" if is_fraction else "a finite float32 number"
-        problems.append(_wrong(where, wanted, raw, "write one number such as 0.5 or 1e-3"))
-    return value
-
-
-def _text(raw: object, where: str, problems: list[str]) -> str:
-    text = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
-    if isinstance(text, str) and text.strip() and text.isprintable():
-        return text
-    fix = "remove what is not printable" if isinstance(text, str) else "write it on one line, in quotes if it looks like a number"
-    problems.append(_wrong(where, "text", raw, fix))
-    return ""
-
-
-def _choice(raw: object, where: str, known: Sequence[str], problems: list[str]) -> str:
-    if isinstance(raw, str) and raw in known:
-        return raw
-    near = _EQUIVALENTS.get(raw) if isinstance(raw, str) else None
-    problems.append(_wrong(where, " | ".join(known), raw, f"`{near}` is the nearest" if near else _nearest(raw, known)))
-    return ""
-
-
 def _dtype(raw: object, problems: list[str]) -> str:
     if isinstance(raw, str):
         name = raw.lower().removeprefix("torch.")
         raw = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(name, name)
-    return _choice(raw, "dtype", tuple(DTYPES), problems)
+    return choice(raw, "dtype", tuple(DTYPES), problems, _EQUIVALENTS)
 
 
 def _template(raw: object, problems: list[str]) -> str:
     if isinstance(raw, str) and "{" in raw and not re.search("[\ud800-\udfff]", raw):  # surrogates can't be written
         return raw
     fix = "remove the line to copy the template of `tokenizer_source`, or give the template itself"  # `auto` or a name
-    problems.append(_wrong("chat_template", "a Jinja template", raw, fix))
+    problems.append(wrong("chat_template", "a Jinja template", raw, fix))
     return ""
 
 
 def _tokenizer_source(raw: object, models: Sequence[Model], base: str | None, folder: Path, problems: list[str]) -> str:
-    text = raw if raw == "base" else _text(raw, "tokenizer_source", problems)
-    if not text or text == "base" or (base and _path(text, folder) == _path(base, folder)):
+    source = raw if raw == "base" else text(raw, "tokenizer_source", problems)
+    if not source or source == "base" or (base and _path(source, folder) == _path(base, folder)):
         return "base"
-    if all(_path(text, folder) != _path(model.source, folder) for model in models):
+    if all(_path(source, folder) != _path(model.source, folder) for model in models):
         fix = "write `base`, or a model as in `models`; vocabularies are not joined here"
-        problems.append(_wrong("tokenizer_source", "base or one of `models`", raw, fix))
-    return text
+        problems.append(wrong("tokenizer_source", "base or one of `models`", raw, fix))
+    return source
 
 
 def _rules(raw: object, where: str, problems: list[str]) -> tuple[Rule, ...]:
@@ -401,29 +325,29 @@ def _rules(raw: object, where: str, problems: list[str]) -> tuple[Rule, ...]:
     items = raw if isinstance(raw, (list, tuple)) else [raw if isinstance(raw, Mapping) else (None, raw)]
     if not items or not all(isinstance(item, Mapping) or (isinstance(item, tuple) and len(item) == 2) for item in items):
         fix = f"lists of numbers over the layers are not known; {_BY_NAME}"
-        problems.append(_wrong(where, "a number or a list of rules", raw, fix))
+        problems.append(wrong(where, "a number or a list of rules", raw, fix))
         return ()
     before = len(problems)
     rules: list[Rule] = []
     for i, item in enumerate(items):
         at = where if len(items) == 1 else f"{where}[{i}]"
         if isinstance(item, Mapping):
-            rule = _section(item, at, ("filter", "value"), problems)
+            rule = section(item, at, ("filter", "value"), problems, _FIXES)
             item, at = (rule.get("filter"), rule.get("value")), f"{at}.value"
         part, value = item
-        part = None if part in (None, "*") else _text(part, f"{at}.filter", problems)  # "*" as in mergekit
+        part = None if part in (None, "*") else text(part, f"{at}.filter", problems)  # "*" as in mergekit
         if part and "*" in part:
-            problems.append(_wrong(f"{at}.filter", "a part of a tensor name", part, "remove the `*`: a part matches anywhere"))
+            problems.append(wrong(f"{at}.filter", "a part of a tensor name", part, "remove the `*`: a part matches anywhere"))
         if rules and rules[-1][0] is None:
             problems.append(f"{at}: never reached, since the rule before it matches every name. Fix: exchange them.")
-        rules.append((part, _number(value, at, problems)))
+        rules.append((part, number(value, at, problems)))
     return tuple(rules) if len(problems) == before else ()
 
 
 def _models(raw: object, base: str | None, folder: Path, problems: list[str], notes: list[str]) -> tuple[Model, ...]:
     """The models, checked, without those that name the base."""
     if not isinstance(raw, (list, tuple)) or not raw:
-        problems.append(_wrong("models", "a list of models", raw or None, "list them, each as `- model: PATH`"))
+        problems.append(wrong("models", "a list of models", raw or None, "list them, each as `- model: PATH`"))
         return ()
     seen: dict[Path, int] = {}
     models = []
@@ -431,23 +355,23 @@ def _models(raw: object, base: str | None, folder: Path, problems: list[str], no
         where = f"models[{i}]"
         if not isinstance(model, Model):
             model = Model(model)
-        source = _text(model.source, f"{where}.model", problems)
+        source = text(model.source, f"{where}.model", problems)
         weight = _rules(model.weight, f"{where}.parameters.weight", problems)
         if not _matches_all(weight):
             weight += Model.weight
             notes.append(f"{where}: tensors that no filter of its `weight` matches get 1.0, the default.")
         density = model.density
         if density is not None:
-            density = _number(density, f"{where}.parameters.density", problems, is_fraction=True)
+            density = number(density, f"{where}.parameters.density", problems, is_fraction=True)
         path = _path(source, folder)
         if source and base and path == _path(base, folder):
-            notes.append(f"{where} {_shown(source)} is the base model: it is left out and not counted.")
+            notes.append(f"{where} {shown(source)} is the base model: it is left out and not counted.")
             continue
         if source and seen.setdefault(path, i) != i:
-            problems.append(f"{where}: {_shown(source)} is given twice; it is models[{seen[path]}] too. Fix: remove one.")
+            problems.append(f"{where}: {shown(source)} is given twice; it is models[{seen[path]}] too. Fix: remove one.")
         models.append(Model(source, weight, density))
     if not models:
-        problems.append(f"models: wanted a fine-tuned model, found only the base {_shown(base)}. Fix: list the others.")
+        problems.append(f"models: wanted a fine-tuned model, found only the base {shown(base)}. Fix: list the others.")
     return tuple(models)
 
 
@@ -463,7 +387,7 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
         keys = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                raise _yaml_error(f"key {_shown(key.value)} is given twice", key)
+                raise _yaml_error(f"key {shown(key.value)} is given twice", key)
             keys.add(str(key.value))
         return super().construct_mapping(node, deep)
 

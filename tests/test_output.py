@@ -17,7 +17,7 @@ from families import Family
 
 from pcb_ray import Recipe, RequestError, output
 from pcb_ray.checkpoint import open_checkpoint
-from pcb_ray.output import State, check_out, model_card, side_files
+from pcb_ray.output import State, asked_of, check_out, model_card, side_files
 from pcb_ray.plan import Plan, plan
 
 
@@ -26,7 +26,7 @@ def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> 
 
 
 def state_of(out: Path, made: Plan, *, resume: bool = False) -> State:
-    return State(out, made, resume=resume, arithmetic="a-1")
+    return State(out, asked_of(made, "a-1"), resume=resume)
 
 
 def beside(out: Path) -> Path:
@@ -185,7 +185,7 @@ def test_a_resume_of_another_merge_tells_every_difference(family, tmp_path):
     with pytest.raises(RequestError, match=re.escape(f"modified.{path} was")):
         state_of(out, planned(one), resume=True)
     with pytest.raises(RequestError, match="arithmetic was 'a-1', now 'a-2'"):
-        State(out, planned(one), resume=True, arithmetic="a-2")
+        State(out, asked_of(planned(one), "a-2"), resume=True)
 
 
 def test_differences_name_the_place_and_both_values():

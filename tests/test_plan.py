@@ -250,6 +250,12 @@ def test_linear_weights_that_cancel_in_one_tensor_are_named(family):
         plan(Recipe.from_dict(recipe))
 
 
+def test_a_search_in_the_recipe_of_a_merge_is_noted(family):
+    made = plan(Recipe.from_dict(family.recipe(search={"budget": 3})))
+    assert any("`search` has no effect on a merge" in note for note in made.notes)
+    assert made == plan(Recipe.from_dict(family.recipe()))
+
+
 def test_an_exclude_pattern_that_matches_nothing_is_noted(family):
     made = planned(family(1), exclude=["rotary.*", "lm_head.*"])
     assert [note for note in made.notes if "exclude" in note] == ["exclude: 'rotary.*' matches no tensor"]

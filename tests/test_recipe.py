@@ -292,7 +292,6 @@ def test_tensors_that_no_filter_matches_get_weight_one_and_a_note():
 def test_what_mergekit_knows_and_has_no_effect_here_is_noted():
     assert "int8_mask" in notes(parameters={"int8_mask": True})
     assert "int8_mask" in notes(models=[{"model": "a", "parameters": {"int8_mask": True}}])
-    assert "search" in notes(search={"trials": 3})
 
 
 def test_out_dtype_decides_and_differing_dtypes_are_noted():

@@ -1,0 +1,84 @@
+"""Checks of what a user wrote: each takes a raw value and its place, and returns it in one form, or anything after a complaint in `problems`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import numbers
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LARGEST = 3.4028234663852886e38  # of float32, in which the merge is computed
+NO_FIXES: Mapping[str, str] = {}
+
+_SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}")
+
+
+def shown(value: object) -> str:
+    """A value as a message may show it: short, on one line, without a secret or what is inside it."""
+    if isinstance(value, str):
+        text = repr(_SECRET.sub("***", value))
+        return text if len(text) <= 62 else text[:59] + "..."
+    if value is None:
+        return "nothing"
+    if isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() <= 64):
+        return json.dumps(value)
+    return f"a value of type {type(value).__name__}"
+
+
+def wrong(where: str, wanted: str, found: object, fix: str) -> str:
+    return f"{where}: wanted {wanted}, found {shown(found)}. Fix: {fix}."
+
+
+def nearest(found: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(found, known, n=1) if isinstance(found, str) else []
+    return f"write `{near[0]}`" if near else f"use one of {', '.join(known)}"
+
+
+def section(
+    raw: object, where: str, known: Sequence[str], problems: list[str], fixes: Mapping[str, str] = NO_FIXES
+) -> dict[str, Any]:
+    """What a mapping says under the known keys; `key:` with nothing after it counts as absent. `fixes` are for keys that are known elsewhere."""
+    if not isinstance(raw, Mapping):
+        problems.append(wrong(where, "`key: value` lines", raw, f"give some of {', '.join(known)}"))
+        return {}
+    for key in raw:
+        if key not in known:
+            fix = fixes.get(key) or nearest(key, known)
+            problems.append(f"{where}: unknown key {shown(key)}. Fix: {fix}.")
+    return present({key: raw.get(key) for key in known})
+
+
+def present(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def number(raw: object, where: str, problems: list[str], *, is_fraction: bool = False) -> float:
+    try:  # text too: YAML 1.1 reads 1e-3 as text, and people write it
+        value = float(raw) if isinstance(raw, (numbers.Real, str)) and not isinstance(raw, bool) else math.nan
+    except (ValueError, OverflowError):
+        value = math.nan
+    if not (0 < value <= 1 if is_fraction else abs(value) <= LARGEST):
+        wanted = "a number in (0, 1]" if is_fraction else "a finite float32 number"
+        problems.append(wrong(where, wanted, raw, "write one number such as 0.5 or 1e-3"))
+    return value
+
+
+def text(raw: object, where: str, problems: list[str]) -> str:
+    text = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
+    if isinstance(text, str) and text.strip() and text.isprintable():
+        return text
+    fix = "remove what is not printable" if isinstance(text, str) else "write it on one line, in quotes if it looks like a number"
+    problems.append(wrong(where, "text", raw, fix))
+    return ""
+
+
+def choice(raw: object, where: str, known: Sequence[str], problems: list[str], equivalents: Mapping[str, str] = NO_FIXES) -> str:
+    if isinstance(raw, str) and raw in known:
+        return raw
+    near = equivalents.get(raw) if isinstance(raw, str) else None
+    problems.append(wrong(where, " | ".join(known), raw, f"`{near}` is the nearest" if near else nearest(raw, known)))
+    return ""

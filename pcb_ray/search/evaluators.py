@@ -1,0 +1,522 @@
+"""Evaluators: what gives a merged model its score.
+
+An evaluator is any object with two methods:
+
+    load(model_dir) -> torch.nn.Module       once per worker: loads model and data; the search updates the module's parameters in place
+    score(split) -> dict[str, float]         after each update
+
+Built in are `causal_lm`, `classification`, `lm_eval` and `command`; others are named `file.py:object` or `module:object` in the recipe, or given
+as an object in Python. A class is called with the options that stand below its name in the recipe.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pcb_ray.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+Metrics = dict[str, float]
+
+
+class Evaluator(Protocol):
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        """Load what is needed to score; return the module whose parameters are those of the model in `model_dir`."""
+        ...
+
+    def score(self, split: str) -> Metrics:
+        """The metrics of the module as its parameters are now, on this split of the data."""
+        ...
+
+
+def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evaluator:
+    """The evaluator that a recipe names. Relative paths are resolved against `folder`. Raises RequestError."""
+    where = "search.evaluator"
+    built_in = {"causal_lm": CausalLM, "classification": Classification, "lm_eval": LMEval, "command": Command}
+    if name in built_in:
+        return checked(_call(built_in[name], {**options, "folder": folder}, where, name), name)
+    source, _, attribute = name.rpartition(":")
+    try:
+        found: Any = _load_file(folder / source) if source.endswith(".py") else _import(source, folder)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        # Whatever the user's file raises: it is theirs, and is told as it is.
+        fix = (
+            "check the name, and that every node sees the file"
+            if isinstance(error, AttributeError | ImportError | OSError)
+            else "mend the file"
+        )
+        raise RequestError(f"{where}: {name} can't be loaded: {type(error).__name__}: {error}. Fix: {fix}.") from error
+    if inspect.isclass(found):
+        found = _call(found, options, where, name)
+    elif options:
+        raise RequestError(
+            f"{where}: {name} is an object and takes no options, found {', '.join(options)}. Fix: remove them, or name its class."
+        )
+    return checked(found, name)
+
+
+def checked(evaluator: Any, name: str) -> Evaluator:
+    """The evaluator, if it has both methods. Raises RequestError."""
+    missing = [method for method in ("load", "score") if not callable(getattr(evaluator, method, None))]
+    if missing:
+        raise RequestError(
+            f"search.evaluator: {name or type(evaluator).__name__} lacks {' and '.join(missing)}. Fix: an evaluator has "
+            "load(model_dir) -> torch.nn.Module and score(split) -> dict[str, float]."
+        )
+    found: Evaluator = evaluator
+    return found
+
+
+def _call(what: Any, options: Mapping[str, Any], where: str, name: str) -> Any:
+    try:
+        inspect.signature(what).bind(**options)
+    except TypeError as error:
+        known = [p for p in inspect.signature(what).parameters if p != "folder"]
+        raise RequestError(
+            f"{where}.{name}: {error}; its options are {', '.join(known) or 'none'}. Fix: write them below its name."
+        ) from None
+    return what(**options)
+
+
+def _load_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"pcb_ray_evaluator_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import(name: str, folder: Path) -> Any:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # beside the recipe, as in the folder that `python` runs in
+    return importlib.import_module(name)
+
+
+def _files(data: Any, folder: Path, where: str) -> dict[str, dict[str, Path]]:
+    """`data: {split: file}` or `{split: {part: file}}` as {split: {part: path}}. Raises RequestError for what is not there."""
+    if not isinstance(data, Mapping) or not data:
+        raise RequestError(
+            f"{where}: wanted a file (or files by name) for each split. Fix: write data: {{val: val.jsonl, test: test.jsonl}}."
+        )
+    result: dict[str, dict[str, Path]] = {}
+    problems = []
+    for split, given in data.items():
+        parts = given if isinstance(given, Mapping) else {"": given}
+        result[split] = {str(part): folder / str(file) for part, file in parts.items()}
+        problems += [
+            f"{where}.{split}: {path} is not a file. Fix: check the path." for path in result[split].values() if not path.is_file()
+        ]
+    if problems:
+        raise RequestError(problems)
+    return result
+
+
+def _split(data: Mapping[str, Any], split: str) -> Any:
+    if split not in data:
+        raise RequestError(
+            f"search.split: there is no data for {split!r}, only for {', '.join(data)}. Fix: name it in `data`, or another split."
+        )
+    return data[split]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL or parquet file."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RequestError(f"{path}, line {number}: is not JSON ({error}). Fix: one object per line.") from None
+        if not isinstance(row, dict):
+            raise RequestError(f"{path}, line {number}: wanted an object, found {type(row).__name__}. Fix: one object per line.")
+        yield row
+
+
+def _field(row: Mapping[str, Any], name: str, path: Path) -> Any:
+    if name not in row:
+        raise RequestError(f"{path}: a row has no {name!r}, only {', '.join(row)}. Fix: name the field in the evaluator's options.")
+    return row[name]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise RequestError(
+            "search.evaluator: causal_lm and classification need transformers. Fix: pip install 'pcb-ray[search]'."
+        ) from None
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
+    return transformers
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load_model(auto_class: Any, model_dir: Path, dtype: str) -> Any:
+    """The model in float32 on a CPU, in its own dtype on a GPU, or as asked."""
+    import torch
+
+    device = _device()
+    kind = {"auto": "auto" if device == "cuda" else torch.float32}.get(dtype, getattr(torch, dtype, None))
+    if kind is None:
+        raise RequestError(f"search.evaluator: dtype {dtype!r} is none of torch's. Fix: auto, float32, bfloat16 or float16.")
+    return auto_class.from_pretrained(model_dir, dtype=kind, local_files_only=True).to(device).eval()
+
+
+class CausalLM:
+    """Mean loss per token (nats) and perplexity of texts under a causal language model of transformers.
+
+    data: {split: file} or {split: {part: file}}: plain text, or JSONL with a `text` field. With parts there is a loss for each (`loss_PART`), and
+    `loss` is their mean. Texts are cut into windows of `length` tokens that overlap by one; `tokens` bounds how many of a file are used.
+    """
+
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        *,
+        length: int = 512,
+        batch: int = 8,
+        text: str = "text",
+        tokens: int | None = None,
+        dtype: str = "auto",
+        folder: Path = Path("."),
+    ) -> None:
+        self.files = _files(data, folder, "search.evaluator.causal_lm.data")
+        self.length, self.batch, self.text, self.tokens, self.dtype = length, batch, text, tokens, dtype
+        self._windows: dict[tuple[str, str], list[torch.Tensor]] = {}
+
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        transformers = _transformers()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        for split, parts in self.files.items():
+            for part, path in parts.items():
+                self._windows[split, part] = self._tokenize(tokenizer, path)
+        self.model = _load_model(transformers.AutoModelForCausalLM, model_dir, self.dtype)
+        model: torch.nn.Module = self.model
+        return model
+
+    def _tokenize(self, tokenizer: Any, path: Path) -> list[torch.Tensor]:
+        import torch
+
+        texts = (
+            [_field(row, self.text, path) for row in _rows(path)]
+            if path.suffix in (".jsonl", ".parquet")
+            else [path.read_text(encoding="utf-8")]
+        )
+        ids: list[int] = []
+        for one in texts:
+            ids += tokenizer(one, verbose=False)["input_ids"]
+            if self.tokens is not None and len(ids) > self.tokens:
+                ids = ids[: self.tokens + 1]
+                break
+        if len(ids) < 2:
+            raise RequestError(f"{path}: has {len(ids)} tokens, two at least are needed. Fix: give a longer text.")
+        return [torch.tensor(ids[at : at + self.length + 1]) for at in range(0, len(ids) - 1, self.length)]
+
+    def score(self, split: str) -> Metrics:
+        losses = {part: self._loss(self._windows[split, part]) for part in _split(self.files, split)}
+        mean = math.fsum(losses.values()) / len(losses)
+        of_parts = {f"loss_{part}": loss for part, loss in losses.items() if part}
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), **of_parts}
+
+    def _loss(self, windows: Sequence[torch.Tensor]) -> float:
+        import torch
+
+        device, total, count = self.model.device, 0.0, 0
+        full = [w for w in windows if len(w) == self.length + 1]
+        batches = [torch.stack(full[at : at + self.batch]) for at in range(0, len(full), self.batch)]
+        batches += [w[None] for w in windows if len(w) <= self.length]
+        with torch.inference_mode():
+            for ids in (b.to(device) for b in batches):
+                logits = self.model(ids[:, :-1], use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+                total, count = total + loss.item(), count + ids[:, 1:].numel()
+        return total / count
+
+
+class Classification:
+    """Accuracy and mean loss of a sequence classifier of transformers.
+
+    data: {split: file} or {split: {part: file}}: JSONL or parquet with a text and an integer label (or one of the config's label names) in each row;
+    with parts there is an accuracy for each (`accuracy_PART`), and `accuracy` and `loss` are means over the parts.
+    """
+
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        *,
+        text: str = "text",
+        label: str = "label",
+        length: int = 512,
+        batch: int = 32,
+        dtype: str = "auto",
+        folder: Path = Path("."),
+    ) -> None:
+        self.files = _files(data, folder, "search.evaluator.classification.data")
+        self.text, self.label, self.length, self.batch, self.dtype = text, label, length, batch, dtype
+        self._batches: dict[tuple[str, str], list[tuple[Any, torch.Tensor]]] = {}
+
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        transformers = _transformers()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self.model = _load_model(transformers.AutoModelForSequenceClassification, model_dir, self.dtype)
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = tokenizer.pad_token_id
+        for split, parts in self.files.items():
+            for part, path in parts.items():
+                self._batches[split, part] = self._read(tokenizer, path)
+        model: torch.nn.Module = self.model
+        return model
+
+    def _read(self, tokenizer: Any, path: Path) -> list[tuple[Any, torch.Tensor]]:
+        import torch
+
+        rows = list(_rows(path))
+        if not rows:
+            raise RequestError(f"{path}: has no rows. Fix: give the split some data.")
+        labels = torch.tensor([self._number_of(_field(row, self.label, path), path) for row in rows])
+        texts = [_field(row, self.text, path) for row in rows]
+        result = []
+        for at in range(0, len(rows), self.batch):
+            inputs = tokenizer(
+                texts[at : at + self.batch], padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+            )
+            result.append((inputs, labels[at : at + self.batch]))
+        return result
+
+    def _number_of(self, label: Any, path: Path) -> int:
+        known = self.model.config.label2id
+        number = known.get(label) if isinstance(label, str) else label
+        if not isinstance(number, int) or not 0 <= number < self.model.config.num_labels:
+            raise RequestError(
+                f"{path}: {label!r} is no label of the model: it knows {', '.join(known)}. Fix: use these, or numbers from 0."
+            )
+        return number
+
+    def score(self, split: str) -> Metrics:
+        parts = {part: self._score(self._batches[split, part]) for part in _split(self.files, split)}
+        means = {key: math.fsum(p[key] for p in parts.values()) / len(parts) for key in ("accuracy", "loss")}
+        return means | {f"accuracy_{part}": found["accuracy"] for part, found in parts.items() if part}
+
+    def _score(self, batches: Sequence[tuple[Any, torch.Tensor]]) -> Metrics:
+        import torch
+
+        right, loss, count = 0, 0.0, 0
+        with torch.inference_mode():
+            for inputs, labels in batches:
+                logits = self.model(**inputs.to(self.model.device)).logits.float().cpu()
+                right += int((logits.argmax(dim=-1) == labels).sum())
+                loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                count += len(labels)
+        return {"accuracy": right / count, "loss": loss / count}
+
+
+class LMEval:
+    """Tasks of EleutherAI's lm-evaluation-harness by name, also from YAML files in a local folder. Needs the extra `lm-eval`.
+
+    tasks: {split: [task, ...]}. Metrics are TASK/METRIC without the filter's name, such as arc_easy/acc, and METRIC the mean over the tasks.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Any],
+        *,
+        include_path: str | None = None,
+        num_fewshot: int | None = None,
+        limit: float | None = None,
+        batch: int = 8,
+        dtype: str = "auto",
+        folder: Path = Path("."),
+    ) -> None:
+        if not isinstance(tasks, Mapping) or not tasks:
+            raise RequestError(
+                "search.evaluator.lm_eval.tasks: wanted tasks for each split. Fix: tasks: {val: [my_task], test: [arc_easy]}."
+            )
+        self.tasks = {split: [names] if isinstance(names, str) else list(names) for split, names in tasks.items()}
+        self.include_path = None if include_path is None else str(folder / include_path)
+        self.num_fewshot, self.limit, self.batch, self.dtype = num_fewshot, limit, batch, dtype
+
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        try:
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise RequestError("search.evaluator: lm_eval is not installed. Fix: pip install 'pcb-ray[lm-eval]'.") from None
+        transformers = _transformers()
+        model = _load_model(transformers.AutoModelForCausalLM, model_dir, self.dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self.harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch)
+        self.manager = TaskManager(include_path=self.include_path)
+        known = set(self.manager.all_tasks)
+        unknown = sorted({t for names in self.tasks.values() for t in names} - known)
+        if unknown:
+            raise RequestError(
+                f"search.evaluator.lm_eval.tasks: unknown: {', '.join(unknown)}. Fix: check the names, or give `include_path`."
+            )
+        module: torch.nn.Module = model
+        return module
+
+    def score(self, split: str) -> Metrics:
+        import lm_eval
+
+        results = lm_eval.simple_evaluate(
+            model=self.harness,
+            tasks=_split(self.tasks, split),
+            task_manager=self.manager,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            log_samples=False,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )["results"]
+        found: Metrics = {}
+        of_metric: dict[str, list[float]] = {}
+        for task, values in results.items():
+            for key, value in values.items():
+                metric = key.split(",")[0]
+                if isinstance(value, int | float) and not metric.endswith("_stderr"):
+                    found[f"{task}/{metric}"] = float(value)
+                    of_metric.setdefault(metric, []).append(float(value))
+        return found | {metric: math.fsum(values) / len(values) for metric, values in of_metric.items()}
+
+
+class Command:
+    """A shell command that scores a model directory; {model} and {split} in it are filled in. Its last line of output is a JSON object of numbers.
+
+    The candidate is written to a scratch folder (below `scratch`, or the system's), and removed when the command has ended.
+    """
+
+    def __init__(self, run: str, *, scratch: str | None = None, timeout: float | None = None, folder: Path = Path(".")) -> None:
+        self.run, self.folder, self.timeout = run, folder, timeout
+        self.scratch = None if scratch is None else folder / scratch
+
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        from safetensors.torch import load_file
+
+        self.model_dir = Path(model_dir)
+        files = sorted(self.model_dir.glob("*.safetensors"))
+        if not files:
+            raise RequestError(
+                "search.evaluator.command: needs a base in safetensors files. Fix: save it with transformers' save_pretrained."
+            )
+        self.files = {file.name: load_file(file) for file in files}
+        return _module_of({name: tensor for tensors in self.files.values() for name, tensor in tensors.items()})
+
+    def score(self, split: str) -> Metrics:
+        from safetensors.torch import save_file
+
+        with tempfile.TemporaryDirectory(prefix="pcb-ray-", dir=self.scratch) as scratch:
+            for path in self.model_dir.iterdir():
+                if path.is_file() and path.name not in self.files:
+                    shutil.copy(path, scratch)
+            for name, tensors in self.files.items():
+                save_file(tensors, Path(scratch) / name, metadata={"format": "pt"})
+            filled = self.run.replace("{model}", scratch).replace("{split}", split)
+            done = subprocess.run(
+                filled,
+                shell=True,
+                cwd=self.folder,
+                capture_output=True,
+                text=True,
+                timeout=self.timeout,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+        lines = done.stdout.strip().splitlines()
+        if done.returncode != 0:
+            raise RuntimeError(
+                f"{filled!r} ended with code {done.returncode}: {(done.stderr.strip().splitlines() or lines or [''])[-1][:300]}"
+            )
+        try:
+            metrics: Metrics = json.loads(lines[-1])
+        except (IndexError, ValueError):
+            raise RuntimeError(
+                f"{filled!r}: its last line is not JSON: {lines[-1][:200] if lines else 'it printed nothing'}"
+            ) from None
+        return metrics
+
+
+def _module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A module whose parameters are these tensors by name."""
+    import torch
+
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        module.register_buffer(last, tensor)
+    return root
+
+
+# --- a module and a checkpoint ------------------------------------------------------------------------------------------------------
+
+
+def match(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The module's parameter or buffer for each of the merge's tensors; a prefix that all names on one side share is found by itself.
+
+    Raises RequestError that lists both sides if any has none, or one of another shape."""
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    to_own = max(_renamings(own, shapes), key=lambda rename: sum(rename(name) in own for name in shapes))
+    found = {name: own[to_own(name)] for name in shapes if to_own(name) in own}
+    lost = [name for name in shapes if name not in found]
+    if lost:
+        unused = sorted(set(own) - {to_own(name) for name in shapes})
+        raise RequestError(
+            f"the evaluator's module lacks {len(lost)} of the {len(shapes)} merged tensors: {_some(lost)}; of its own, nothing was matched to "
+            f"{_some(unused) or 'none'}. Fix: return the module whose state_dict has the checkpoint's names."
+        )
+    problems = [
+        f"{name}: shape {list(shape)} in the merge, {list(found[name].shape)} in the evaluator's module ({to_own(name)}). Fix: load the model as the "
+        "base's config says."
+        for name, shape in shapes.items()
+        if tuple(found[name].shape) != shape
+    ]
+    if problems:
+        raise RequestError(problems)
+    return found
+
+
+def _renamings(own: Mapping[str, Any], shapes: Mapping[str, Any]) -> Iterator[Any]:
+    """Ways to come from the merge's names to the module's: as they are, with a prefix more, with a prefix less."""
+    yield lambda name: name
+    first = next(iter(shapes))
+    for prefix in {name.removesuffix(first) for name in own if name.endswith("." + first)}:
+        yield lambda name, prefix=prefix: prefix + name
+    parts = first.split(".")
+    for count in range(1, len(parts)):
+        prefix = ".".join(parts[:count]) + "."
+        yield lambda name, prefix=prefix: name.removeprefix(prefix)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,263 @@
+"""What a search leaves for people and for their tools: a table of all candidates, plots, and one page that shows both."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pcb_ray.errors import RequestError
+from pcb_ray.search.request import Config, Search, Space
+
+Record = Mapping[str, Any]
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"  # told apart by colour-blind readers (Okabe and Ito)
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: bold; }
+img { max-width: 100%; } pre { background: #f6f6f6; padding: 1em; }
+"""
+
+
+def write_search(folder: Path, request: Search, space: Space, records: Sequence[Record], found: Mapping[str, Any]) -> None:
+    """trials.parquet, the plots as PNG, and report.html."""
+    write_table(folder / "trials.parquet", records)
+    plots = {
+        "best_so_far.png": ("Best so far", _best_so_far(request, records, found)),
+        "coefficients.png": ("Coefficients over time", _coefficients(request, space, records)),
+        "parallel.png": ("All candidates", _parallel(request, space, records)),
+    }
+    for name, (_, data) in plots.items():
+        (folder / name).write_bytes(data)
+    header, rows = scoreboard(request, found["scores"])
+    best = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found["best"].items()
+    )
+    summary = f"{found['trials']} candidates, {found['failed']} failed, {found['elapsed_s']:.0f} s. Winner: {best}."
+    sections = [
+        f"<p>{html.escape(summary)}</p>",
+        _html_table(header, rows, best="winner"),
+        *(
+            f"<h2>{title}</h2><img alt='{title}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
+            for title, data in plots.values()
+        ),
+        f"<h2>Recipe of the winner</h2><pre>{html.escape(found['recipe'].to_yaml())}</pre>",
+    ]
+    _write_page(folder, "Search of merge coefficients", sections)
+
+
+def write_sweep(
+    folder: Path, request: Search, points: Sequence[Config], records: Sequence[Record], base: Mapping[str, Any]
+) -> None:
+    """sweep.parquet, sweep.png (a heat map, or a line for one axis), and report.html."""
+    write_table(folder / "sweep.parquet", records)
+    plot = _heat_map(request, points, records)
+    (folder / "sweep.png").write_bytes(plot)
+    header, rows = grid_table(request, records)
+    on_base = base[request.search_split][request.metric]
+    sections = [
+        f"<p>{len(records)} points, {request.metric} on {html.escape(request.search_split)}; base {on_base:.5g}.</p>",
+        f"<img alt='heat map' src='data:image/png;base64,{base64.b64encode(plot).decode()}'>",
+        _html_table(header, rows, best=None),
+    ]
+    _write_page(folder, "Sweep", sections)
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, records: Sequence[Record]) -> None:
+    """A row for each candidate: number, coefficients, metrics, seconds, node, error."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise RequestError("pyarrow is not installed. Fix: pip install 'pcb-ray[search]'.") from None
+    rows = [
+        {
+            "number": r["number"],
+            **r["config"],
+            **{f"metric.{name}": value for name, value in r["metrics"].items()},
+            "objective": r["objective"],
+            **{k: r.get(k, math.nan) for k in ("seconds", "load_s", "apply_s", "score_s")},
+            "node": r.get("node", ""),
+            "error": r["error"],
+        }
+        for r in records
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), path)
+
+
+def scoreboard(request: Search, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> tuple[list[str], dict[str, list[str]]]:
+    """Base, experts, start and winner: the metric on both splits, and all others on the report split."""
+    splits = (request.search_split, request.report_split)
+    others = [m for m in scores["base"][splits[1]] if m != request.metric]
+    header = [*(f"{request.metric} ({split})" for split in splits), *(f"{m} ({splits[1]})" for m in others)]
+    rows = {
+        name: [f"{of_split[split][request.metric]:.4f}" for split in splits]
+        + [f"{of_split[splits[1]].get(m, math.nan):.4f}" for m in others]
+        for name, of_split in scores.items()
+    }
+    return header, rows
+
+
+def grid_table(request: Search, records: Sequence[Record]) -> tuple[list[str], dict[str, list[str]]]:
+    """The points of a sweep, best first."""
+    order = sorted(records, key=lambda r: -request.better * r["objective"] if not r["error"] else math.inf)
+    rows = {
+        ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in r["config"].items()): [
+            f"{r['objective']:.5f}" if not r["error"] else r["error"][:60]
+        ]
+        for r in order
+    }
+    return [request.metric], rows
+
+
+def as_text(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table for a terminal."""
+    first = max(map(len, rows))
+    widths = [max(len(h), *(len(row[k]) for row in rows.values())) for k, h in enumerate(header)]
+    lines = [("", header), *rows.items()]
+    return "\n".join(
+        f"{name:{first}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)) for name, cells in lines
+    )
+
+
+def _html_table(header: Sequence[str], rows: Mapping[str, Sequence[str]], *, best: str | None) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in ("", *header))
+    body = "".join(
+        f"<tr{' class=best' if name == best else ''}>" + "".join(f"<td>{html.escape(c)}</td>" for c in (name, *cells)) + "</tr>"
+        for name, cells in rows.items()
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _write_page(folder: Path, title: str, sections: Sequence[str]) -> None:
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
+    (folder / "report.html").write_text(page + "\n".join(sections) + "</html>\n", encoding="utf-8")
+
+
+# --- plots --------------------------------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float, columns: int = 1) -> Any:
+    """A figure and its axes; without pyplot, whose state belongs to the caller."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RequestError("matplotlib is not installed. Fix: pip install 'pcb-ray[search]'.") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _best_so_far(request: Search, records: Sequence[Record], found: Mapping[str, Any]) -> bytes:
+    figure, (axis,) = _figure(8, 4)
+    scored = [r for r in records if not r["error"]]
+    axis.plot([r["number"] for r in scored], [r["objective"] for r in scored], "o", ms=4, color=GREY, label="candidates")
+    best, line = -math.inf, []
+    for r in scored:
+        best = max(best, request.better * r["objective"])
+        line.append(request.better * best)
+    axis.step([r["number"] for r in scored], line, where="post", color=BLUE, label="best so far")
+    for name, style in (("base", ":"), ("start", "--")):
+        axis.axhline(found["scores"][name][request.search_split][request.metric], ls=style, lw=1, color=ORANGE, label=name)
+    axis.set(xlabel="candidate", ylabel=f"{request.metric} ({request.search_split})")
+    axis.legend(frameon=False)
+    return _png(figure)
+
+
+def _coefficients(request: Search, space: Space, records: Sequence[Record]) -> bytes:
+    figure, (axis,) = _figure(8, 4)
+    numbers = [r["number"] for r in records]
+    names = list(space.bounds)
+    for name in names:
+        axis.plot(numbers, [r["config"][name] for r in records], "o", ms=2.5, alpha=0.35)
+        colour = axis.lines[-1].get_color()
+        means = [sum(r["config"][name] for r in part) / len(part) for part in _generations(records, request.population)]
+        middles = [sum(r["number"] for r in part) / len(part) for part in _generations(records, request.population)]
+        axis.plot(middles, means, color=colour, lw=1.6, label=name if len(names) <= 16 else None)
+    axis.set(xlabel="candidate", ylabel="coefficient (line: mean of a generation)")
+    if len(names) <= 16:
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _png(figure)
+
+
+def _generations(records: Sequence[Record], size: int) -> list[Sequence[Record]]:
+    return [records[at : at + size] for at in range(0, len(records), size)]
+
+
+def _parallel(request: Search, space: Space, records: Sequence[Record]) -> bytes:
+    """Parallel coordinates: a line per candidate, the better the darker."""
+    names = list(space.bounds)
+    figure, (axis,) = _figure(max(6.0, 1.1 * len(names) + 2), 4.5)
+    scored = sorted((r for r in records if not r["error"]), key=lambda r: request.better * r["objective"])
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis_r"]
+    for place, r in enumerate(scored):
+        heights = [(r["config"][n] - space.bounds[n].lower) / (space.bounds[n].upper - space.bounds[n].lower) for n in names]
+        share = place / max(1, len(scored) - 1)
+        last = place == len(scored) - 1
+        axis.plot(
+            heights, color=ORANGE if last else colours(share), lw=2.5 if last else 0.9, alpha=1.0 if last else 0.3 + 0.5 * share
+        )
+    axis.set_xticks(range(len(names)), [f"{n}\n[{space.bounds[n].lower:g}, {space.bounds[n].upper:g}]" for n in names], fontsize=8)
+    if len(names) > 8:
+        axis.tick_params(axis="x", rotation=60)
+    axis.set_yticks([])
+    axis.set_title("orange: the best candidate; darker: better", fontsize=9, loc="left")
+    return _png(figure)
+
+
+def _heat_map(request: Search, points: Sequence[Config], records: Sequence[Record]) -> bytes:
+    """One panel per variant: density across, lambda upwards; with one of them alone, a line per variant."""
+    axes_of = {name: sorted({p[name] for p in points if name in p}) for name in ("density", "lambda")}
+    variants = list(dict.fromkeys(p.get("variant", "") for p in points))
+    value = {
+        (r["config"].get("variant", ""), r["config"].get("density"), r["config"].get("lambda")): r["objective"] for r in records
+    }
+    names = [name for name, values in axes_of.items() if values]
+    if len(names) == 2:
+        figure, axes = _figure(4.2 * len(variants) + 1, 3.8, len(variants))
+        finite = [v for v in value.values() if math.isfinite(v)]
+        for axis, variant in zip(axes, variants, strict=True):
+            rows = [[value.get((variant, d, k), math.nan) for d in axes_of["density"]] for k in axes_of["lambda"]]
+            image = axis.imshow(
+                rows, origin="lower", aspect="auto", vmin=min(finite, default=0), vmax=max(finite, default=1), cmap="viridis"
+            )
+            for y, row in enumerate(rows):
+                for x, cell in enumerate(row):
+                    axis.text(x, y, f"{cell:.4g}", ha="center", va="center", color="white", fontsize=8)
+            axis.set_xticks(range(len(axes_of["density"])), [f"{d:g}" for d in axes_of["density"]])
+            axis.set_yticks(range(len(axes_of["lambda"])), [f"{k:g}" for k in axes_of["lambda"]])
+            axis.set(xlabel="density", ylabel="lambda", title=variant)
+        figure.colorbar(image, ax=list(axes), label=f"{request.metric} ({request.search_split})")
+        return _png(figure)
+    figure, (axis,) = _figure(7, 4)
+    if not names:
+        axis.bar(variants, [value[variant, None, None] for variant in variants], color=BLUE)
+    for variant in variants if names else ():
+        xs = axes_of[names[0]]
+        keys = [(variant, x, None) if names[0] == "density" else (variant, None, x) for x in xs]
+        axis.plot(xs, [value.get(key, math.nan) for key in keys], "o-", label=variant or None)
+    axis.set(xlabel=names[0] if names else "variant", ylabel=f"{request.metric} ({request.search_split})")
+    if any(variants) and names:
+        axis.legend(frameon=False)
+    return _png(figure)

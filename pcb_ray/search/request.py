@@ -1,0 +1,430 @@
+"""What a search is to do: the `search:` and `sweep:` sections of a recipe, checked, and the coefficients that they open."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pcb_ray.checks import choice, number, section, shown, text, wrong
+from pcb_ray.errors import RequestError
+from pcb_ray.plan import Plan
+from pcb_ray.recipe import VARIANTS, Recipe, Rule
+
+BUILT_IN = ("causal_lm", "classification", "lm_eval", "command")
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+REST = "rest"  # the group of what no pattern matches
+
+_KEYS = (
+    *("evaluator", "split", "metric", "mode", "space", "optimizer", "budget", "population", "concurrency"),
+    *("resources_per_trial", "seed", "trial_timeout", "loggers"),
+)
+_SWEEP_KEYS = ("density", "lambda", "variant")
+
+Config = Mapping[str, Any]
+"""The coefficients of one candidate by name, as Tune and Nevergrad see them."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    lower: float
+    upper: float
+    init: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the space."""
+
+    lambdas: tuple[tuple[float, ...], ...] | None
+    """lambda_i by group, then model; None: the recipe's."""
+    lambda_: float
+    density: float | None
+    """The mask ratio of all models; None: the recipe's."""
+    variant: str | None
+    """None: the recipe's."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A valid `search:` section. Raises RequestError with all that is wrong with one that is not."""
+
+    evaluator: str
+    """A built-in name, `module:object` or `file.py:object`; empty: an object that Python code gave."""
+    options: Mapping[str, Any]
+    metric: str
+    mode: str
+    search_split: str = "val"
+    report_split: str = "test"
+    weight: Bounds = Bounds(0.0, 2.0, 1.0)
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(name, patterns of tensor names); the first that matches wins."""
+    layers: int = 1
+    """Parts into which the stack of layers is cut, each with coefficients of its own."""
+    lambda_: Bounds | None = None
+    density: Bounds | None = None
+    variants: tuple[str, ...] = ()
+    optimizer: str = "CMA"
+    budget: int = 100
+    population: int = 8
+    concurrency: int | None = None
+    """Trials at a time; None: as many as the cluster holds."""
+    cpu: float = 1.0
+    gpu: float = 0.0
+    seed: int = 0
+    trial_timeout_s: float | None = None
+    loggers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, has_evaluator: bool) -> Search:
+        """The recipe's `search:` section; with `has_evaluator` it need not name one."""
+        if recipe.search is None:
+            fix = "add `search: {evaluator: ..., metric: ..., budget: 100}`; see pcb-ray search --help"
+            raise RequestError(wrong("search", "what to search, and by which score", None, fix))
+        problems: list[str] = []
+        top = section(recipe.search, "search", _KEYS, problems)
+        evaluator, options = _evaluator(top.get("evaluator"), has_evaluator, problems)
+        split = section(top.get("split", {}), "search.split", ("search", "report"), problems)
+        space = section(top.get("space", {}), "search.space", ("weight", "groups", "lambda", "density", "variant"), problems)
+        weight = section(space.get("weight", {}), "search.space.weight", ("lower", "upper", "init", "groups"), problems)
+        groups, layers = _groups(weight.pop("groups", space.get("groups", {})), problems)
+        resources = section(top.get("resources_per_trial", {}), "search.resources_per_trial", ("cpu", "gpu"), problems)
+        metric = (
+            text(top.get("metric"), "search.metric", problems) if "metric" in top else _DEFAULT_METRIC.get(evaluator, ("", ""))[0]
+        )
+        if not metric:
+            problems.append(wrong("search.metric", "a key of what the evaluator returns", None, "name it: `metric: accuracy`"))
+        budget = _whole(top.get("budget", cls.budget), "search.budget", 1, problems)
+        population = _whole(top.get("population", min(cls.population, max(budget, 1))), "search.population", 2, problems)
+        concurrency = top.get("concurrency", "auto")
+        found = cls(
+            evaluator=evaluator,
+            options=options,
+            metric=metric,
+            mode=choice(top.get("mode", _DEFAULT_METRIC.get(evaluator, ("", "max"))[1]), "search.mode", ("max", "min"), problems),
+            search_split=text(split.get("search", cls.search_split), "search.split.search", problems),
+            report_split=text(split.get("report", cls.report_split), "search.split.report", problems),
+            weight=_bounds(weight, "search.space.weight", problems, cls.weight),
+            groups=groups,
+            layers=layers,
+            lambda_=_optional(space, "lambda", problems, Bounds(0.0, 2.0, recipe.lambda_)),
+            density=_optional(space, "density", problems, Bounds(0.01, 0.5, recipe.density), is_fraction=True),
+            variants=_variants(space.get("variant", ()), "search.space.variant", problems),
+            optimizer=text(top.get("optimizer", cls.optimizer), "search.optimizer", problems),
+            budget=budget,
+            population=population,
+            concurrency=None if concurrency == "auto" else _whole(concurrency, "search.concurrency", 1, problems),
+            cpu=_amount(resources.get("cpu", cls.cpu), "search.resources_per_trial.cpu", problems),
+            gpu=_amount(resources.get("gpu", cls.gpu), "search.resources_per_trial.gpu", problems),
+            seed=_whole(top.get("seed", cls.seed), "search.seed", 0, problems),
+            trial_timeout_s=None if "trial_timeout" not in top else _amount(top["trial_timeout"], "search.trial_timeout", problems),
+            loggers=_loggers(top.get("loggers", ()), problems),
+        )
+        if budget < population:
+            problems.append(
+                f"search.budget: {budget} is less than the population of {population}. Fix: at least one generation, or several."
+            )
+        for name, asked in (("density", found.density is not None), ("variant", found.variants)):
+            if asked and recipe.merge_method != "pcb":
+                problems.append(
+                    f"search.space.{name}: is searched for `merge_method: pcb` only, not {recipe.merge_method}. Fix: remove it."
+                )
+        if recipe.merge_method == "linear":
+            problems.append(
+                "merge_method: `linear` can't be searched, it has no base. Fix: `task_arithmetic` reaches the same merges."
+            )
+        if problems:
+            raise RequestError(problems)
+        return found
+
+    @property
+    def better(self) -> float:
+        """The sign that makes a score one to maximise."""
+        return 1.0 if self.mode == "max" else -1.0
+
+
+_DEFAULT_METRIC = {"causal_lm": ("loss", "min"), "classification": ("accuracy", "max")}
+
+
+def _evaluator(raw: object, has_evaluator: bool, problems: list[str]) -> tuple[str, Mapping[str, Any]]:
+    options: Mapping[str, Any] = {}
+    if raw is None and has_evaluator:
+        return "", options
+    if isinstance(raw, Mapping) and len(raw) == 1:
+        ((raw, given),) = raw.items()
+        if isinstance(given, Mapping):
+            options = given
+        elif given is not None:
+            problems.append(wrong(f"search.evaluator.{raw}", "`option: value` lines", given, "write its options below its name"))
+    if not (isinstance(raw, str) and (raw in BUILT_IN or re.fullmatch(r"[^:]+:[A-Za-z_][\w.]*", raw))):
+        wanted = f"{' | '.join(BUILT_IN)}, file.py:object or module:object"
+        problems.append(
+            wrong("search.evaluator", wanted, raw, "name one, with its options below: `causal_lm: {data: {val: val.txt}}`")
+        )
+        return "", options
+    return raw, options
+
+
+def _whole(raw: object, where: str, least: int, problems: list[str]) -> int:
+    if isinstance(raw, int) and not isinstance(raw, bool) and raw >= least:
+        return raw
+    problems.append(wrong(where, f"a whole number of at least {least}", raw, f"write one such as {max(least, 8)}"))
+    return least
+
+
+def _amount(raw: object, where: str, problems: list[str]) -> float:
+    value = number(raw, where, problems)
+    if value < 0:
+        problems.append(wrong(where, "a number that is not negative", raw, "write one such as 1"))
+    return value
+
+
+def _bounds(raw: Mapping[str, Any], where: str, problems: list[str], default: Bounds, *, is_fraction: bool = False) -> Bounds:
+    asked = {**dataclasses.asdict(default), **raw}
+    if "init" not in raw and not asked["lower"] <= default.init <= asked["upper"]:
+        asked["init"] = (
+            (asked["lower"] + asked["upper"]) / 2 if all(isinstance(asked[k], int | float) for k in ("lower", "upper")) else 0.0
+        )
+    before = len(problems)
+    found = Bounds(**{k: number(asked[k], f"{where}.{k}", problems, is_fraction=is_fraction) for k in ("lower", "upper", "init")})
+    if len(problems) == before and not (found.lower <= found.init <= found.upper and found.lower < found.upper):
+        values = f"lower {found.lower:g}, init {found.init:g}, upper {found.upper:g}"
+        problems.append(
+            f"{where}: wanted lower <= init <= upper, and lower < upper, found {values}. Fix: widen the bounds or move init."
+        )
+    return found
+
+
+def _optional(
+    space: Mapping[str, Any], name: str, problems: list[str], default: Bounds, *, is_fraction: bool = False
+) -> Bounds | None:
+    if name not in space:
+        return None
+    where = f"search.space.{name}"
+    return _bounds(
+        section(space[name], where, ("lower", "upper", "init"), problems), where, problems, default, is_fraction=is_fraction
+    )
+
+
+def _groups(raw: object, problems: list[str]) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], int]:
+    where = "search.space.groups"
+    if not isinstance(raw, Mapping):
+        fix = 'write {attention: "*self_attn*", mlp: "*mlp*", layers: 4}'
+        problems.append(wrong(where, "`name: pattern` lines", raw, fix))
+        return (), 1
+    groups, layers = [], 1
+    for name, patterns in raw.items():
+        if name == "layers":
+            layers = _whole(patterns, f"{where}.layers", 1, problems)
+            continue
+        listed = patterns if isinstance(patterns, list | tuple) else [patterns]
+        if name == REST:
+            problems.append(f"{where}: `{REST}` is the group of all that no pattern matches. Fix: choose another name.")
+        groups.append((text(name, where, problems), tuple(text(p, f"{where}.{name}", problems) for p in listed)))
+    return tuple(groups), layers
+
+
+def _variants(raw: object, where: str, problems: list[str]) -> tuple[str, ...]:
+    listed = raw if isinstance(raw, list | tuple) else [raw]
+    return tuple(dict.fromkeys(choice(v, where, VARIANTS, problems) for v in listed))
+
+
+def _loggers(raw: object, problems: list[str]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """`loggers: [tensorboard, {wandb: {project: merges}}]`."""
+    found = []
+    for one in raw if isinstance(raw, list | tuple) else [raw]:
+        name, options = next(iter(one.items())) if isinstance(one, Mapping) and len(one) == 1 else (one, {})
+        found.append((choice(name, "search.loggers", LOGGERS, problems), options if isinstance(options, Mapping) else {}))
+    return tuple(found)
+
+
+# --- the space ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Space:
+    """The coefficients by name, and what a value of each means for each tensor of the plan."""
+
+    recipe: Recipe
+    bounds: Mapping[str, Bounds]
+    """Of the numbers: `weight.MODEL[.GROUP]`, `lambda`, `density`."""
+    variants: tuple[str, ...]
+    """Of `variant`, where there is a choice."""
+    labels: tuple[str, ...]
+    """A short name for each model."""
+    groups: tuple[str, ...]
+    group_of: tuple[int, ...]
+    """The group of each of the plan's tensors."""
+    names: tuple[str, ...]
+    """The tensors."""
+
+    @classmethod
+    def of(cls, search: Search, plan: Plan) -> Space:
+        """Raises RequestError for patterns that match nothing, and for a space that the optimizer can't search."""
+        names = tuple(t.name for t in plan.tensors)
+        labels = _labels([m.source for m in plan.recipe.models])
+        group_names = _group_names(search, names)
+        groups = tuple(dict.fromkeys(group_names))
+        problems = [
+            f"search.space.groups.{name}: {shown(', '.join(patterns))} matches none of the {len(names)} merged tensors, such as {names[0]}. "
+            "Fix: patterns are like *self_attn*"
+            for name, patterns in search.groups
+            if not any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)
+        ]
+        weights = [f"weight.{label}" + (f".{group}" if len(groups) > 1 else "") for label in labels for group in groups]
+        bounds = dict.fromkeys(weights, search.weight)
+        if search.lambda_ is not None:
+            bounds["lambda"] = search.lambda_
+        if search.density is not None:
+            bounds["density"] = search.density
+        variants = search.variants if len(search.variants) > 1 else ()
+        if len(bounds) + bool(variants) < 2 and search.optimizer == "CMA":
+            problems.append(
+                "search.space: CMA needs at least two coefficients, there is one. Fix: add `lambda`, or use `optimizer: OnePlusOne`."
+            )
+        if problems:
+            raise RequestError(problems)
+        return cls(plan.recipe, bounds, variants, labels, groups, tuple(groups.index(g) for g in group_names), names)
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The candidate that the search begins with."""
+        return {name: b.init for name, b in self.bounds.items()} | ({"variant": self.recipe.variant} if self.variants else {})
+
+    def candidate(self, config: Config) -> Candidate:
+        """The point that a config describes; what it does not name is the recipe's."""
+
+        weights = any(name.startswith("weight.") for name in config)
+
+        def weight(i: int, group: str) -> float:
+            name = f"weight.{self.labels[i]}"
+            return float(config[name] if name in config else config[f"{name}.{group}"])
+
+        return Candidate(
+            lambdas=tuple(tuple(weight(i, group) for i in range(len(self.labels))) for group in self.groups) if weights else None,
+            lambda_=float(config.get("lambda", self.recipe.lambda_)),
+            density=config.get("density"),
+            variant=config.get("variant"),
+        )
+
+    def lambdas(self, candidate: Candidate) -> list[tuple[float, ...]]:
+        """lambda_i of each tensor of the plan."""
+        if candidate.lambdas is None:
+            return [tuple(self.recipe.weight(i, name) for i in range(len(self.labels))) for name in self.names]
+        return [candidate.lambdas[g] for g in self.group_of]
+
+    def recipe_of(self, candidate: Candidate) -> Recipe:
+        """An ordinary recipe of the candidate, with `filter` rules where the groups differ."""
+        of_tensor = self.lambdas(candidate)
+        models = tuple(
+            dataclasses.replace(
+                model,
+                weight=model.weight if candidate.lambdas is None else _rules(self.names, [row[i] for row in of_tensor]),
+                density=model.density if candidate.density is None else None,
+            )
+            for i, model in enumerate(self.recipe.models)
+        )
+        return dataclasses.replace(
+            self.recipe,
+            models=models,
+            lambda_=candidate.lambda_,
+            density=self.recipe.density if candidate.density is None else candidate.density,
+            variant=candidate.variant or self.recipe.variant,
+            search=None,
+            sweep=None,
+            notes=(),
+        )
+
+
+def _labels(sources: Sequence[str]) -> tuple[str, ...]:
+    """The last part of each source, or as many parts as tell them apart."""
+    parts = [re.sub(r"\.safetensors$", "", s.rstrip("/").split("@")[0]).split("/") for s in sources]
+    for count in range(1, max(map(len, parts)) + 1):
+        labels = ["_".join(p[-count:]) for p in parts]
+        if len(set(labels)) == len(labels):
+            return tuple(labels)
+    return tuple(f"{i}_{p[-1]}" for i, p in enumerate(parts))
+
+
+def _layer(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to: the first number among the parts of its name."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _group_names(search: Search, names: Sequence[str]) -> list[str]:
+    """The group of each tensor: the first pattern that matches it; within that, the part of the stack of layers."""
+    layers = {name: _layer(name) for name in names}
+    count = 1 + max((k for k in layers.values() if k is not None), default=0)
+    result = []
+    for name in names:
+        group = next((g for g, patterns in search.groups if any(fnmatch.fnmatchcase(name, p) for p in patterns)), REST)
+        layer = layers[name]
+        if search.layers > 1 and layer is not None:
+            part = layer * search.layers // count
+            group = f"layers{part}" if group == REST else f"{group}.layers{part}"
+        result.append(group)
+    return result
+
+
+def _rules(names: Sequence[str], weights: Sequence[float]) -> tuple[Rule, ...]:
+    """Filter rules that give each name its weight: the most frequent as the default, and few others."""
+    common = max(set(weights), key=lambda w: (weights.count(w), w))
+    of_name = dict(zip(names, weights, strict=True))
+    rules: list[tuple[str, float]] = []
+    left = {name for name in names if of_name[name] != common}
+    # Parts of names, the longest stretch of whole name parts first to last: short ones serve more tensors.
+    parts: dict[str, None] = {}
+    for name in sorted(left):
+        pieces = name.split(".")
+        for length in range(1, len(pieces) + 1):
+            parts |= {
+                ".".join(pieces[at : at + length]) + ("." if at + length < len(pieces) else ""): None
+                for at in range(len(pieces) - length + 1)
+            }
+    found = {part: [name for name in names if part in name] for part in parts}
+    useful = {part: hit for part, hit in found.items() if len({of_name[name] for name in hit}) == 1}
+    while useful and left:
+        part = max(useful, key=lambda p: (len(left.intersection(useful[p])), -len(p), p))
+        if not left.intersection(useful[part]):
+            break
+        rules.append((part, of_name[useful[part][0]]))
+        left -= set(useful[part])
+    # Names that are part of other names: whole, longest first, before all others.
+    hiding = [name for name in names if any(other in name for other in left)]
+    whole: list[Rule] = [(name, of_name[name]) for name in sorted(hiding, key=len, reverse=True)]
+    return (*whole, *rules, (None, common))
+
+
+# --- the grid -----------------------------------------------------------------------------------------------------------------------
+
+
+def grid_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """The points of the recipe's `sweep:` section, in order. Raises RequestError."""
+    if recipe.sweep is None:
+        fix = "add `sweep: {density: [0.05, 0.1, 0.2], lambda: [0.8, 1.0, 1.2]}`"
+        raise RequestError(wrong("sweep", "lists of values", None, fix))
+    problems: list[str] = []
+    axes: dict[str, tuple[Any, ...]] = {}
+    for name, values in section(recipe.sweep, "sweep", _SWEEP_KEYS, problems).items():
+        listed = values if isinstance(values, list | tuple) else [values]
+        if name == "variant":
+            axes[name] = _variants(listed, "sweep.variant", problems)
+        else:
+            axes[name] = tuple(dict.fromkeys(number(v, f"sweep.{name}", problems, is_fraction=name == "density") for v in listed))
+        if name != "lambda" and recipe.merge_method != "pcb":
+            problems.append(f"sweep.{name}: is swept for `merge_method: pcb` only, not {recipe.merge_method}. Fix: remove it.")
+    if not axes and not problems:
+        problems.append(wrong("sweep", "lists of values", recipe.sweep, "give some of density, lambda, variant"))
+    if problems:
+        raise RequestError(problems)
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def key_of(config: Config) -> str:
+    """A config as text: equal configs have equal keys."""
+    return json.dumps(dict(config), sort_keys=True)

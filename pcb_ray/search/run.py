@@ -1,0 +1,396 @@
+"""A search from its request to its output: dry score, analysis, basis, trials, winner, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pcb_ray import output, runtime
+from pcb_ray.analysis import Run, check_twins, thresholds_of
+from pcb_ray.answers import Thresholds
+from pcb_ray.checkpoint import Checkpoint
+from pcb_ray.errors import RequestError, RunError
+from pcb_ray.merge import ARITHMETIC, companions, fetched_plan, merge
+from pcb_ray.output import RECIPE, State
+from pcb_ray.plan import CPU_BLOCK, DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
+from pcb_ray.progress import readable_bytes
+from pcb_ray.recipe import Recipe
+from pcb_ray.search.request import Config, Search, Space, grid_of
+from pcb_ray.search.worker import Arm, Job
+
+log = logging.getLogger("pcb_ray")
+
+BEST = "best_recipe.yaml"
+Scores = dict[str, dict[str, Any]]
+"""Metrics by split."""
+
+
+def search(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    evaluator: Any = None,
+    workers: int | None = None,
+    address: str | None = None,
+    memory: int | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Search the coefficients that the recipe's `search:` section opens, and merge the best candidate into the directory `out`.
+
+    `evaluator` is an object with `load` and `score` (see `search.evaluators`), instead of the one that the recipe names. `workers`, `address` and
+    `memory` are for the analysis, as in `merge`. `out` also holds best_recipe.yaml, trials.parquet, report.html and the Tune experiment.
+
+    Returns what was found: the best config, its recipe, and the scores of base, experts, start and winner on both splits. Raises RequestError if
+    the request, an input or the evaluator is wrong (before the first trial), RunError if the run can't be finished; `resume` goes on with it.
+    """
+    from pcb_ray.search import report, tune
+
+    start = time.monotonic()
+    recipe, out = Recipe.of(recipe), Path(out)
+    request = Search.of(recipe, has_evaluator=evaluator is not None)
+    tune.optimizer_of(request)
+    variants = request.variants or (recipe.variant,)
+    with _prepared(
+        recipe, request, out, variants, evaluator, max_shard_bytes, resume=resume, overwrite=overwrite, address=address
+    ) as (
+        state,
+        job,
+    ):
+        base = _dry_score(job, state)
+        job = _with_bases(job, state, request.density is not None, workers=workers, memory=memory, quiet=quiet)
+        known = _known_trials(state)
+        progress = tune.Progress(request.budget, request, _keeper(state), known, quiet=quiet)
+        shutil.rmtree(state.folder / "tune", ignore_errors=True)
+        asker = tune.Generations(request, job.space, progress)
+        records = tune.run_trials(job, asker, progress, request.budget, storage=state.folder, known=known, name="tune")
+        if progress.best is None:
+            raise RunError(f"none of {len(records)} trials has a score; the last: {records[-1]['error']}")
+        scores, best = _references(job, base, progress.best)
+        winner = job.space.recipe_of(job.space.candidate(best))
+        _merge_winner(winner, job, best, state, workers=workers, memory=memory, max_shard_bytes=max_shard_bytes, quiet=quiet)
+        (state.staging / BEST).write_text(winner.resolved().to_yaml())
+        found = {
+            "request": request,
+            "best": best,
+            "recipe": winner,
+            "scores": scores,
+            "trials": len(records),
+            "failed": sum(bool(r["error"]) for r in records),
+            "elapsed_s": time.monotonic() - start,
+        }
+        report.write_search(state.staging, request, job.space, records, found)
+        (state.folder / "tune").rename(state.staging / "tune")
+        state.commit()
+    return found
+
+
+def sweep(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    evaluator: Any = None,
+    workers: int | None = None,
+    address: str | None = None,
+    memory: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section: one analysis per variant, nothing read again.
+
+    `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Returns the best point and all records. Raises as `search` does.
+    """
+    from pcb_ray.search import report, tune
+
+    recipe, out = Recipe.of(recipe), Path(out)
+    points = grid_of(recipe)
+    request = dataclasses.replace(Search.of(recipe, has_evaluator=evaluator is not None), lambda_=None, density=None, variants=())
+    variants = tuple(dict.fromkeys(p.get("variant", recipe.variant) for p in points))
+    largest = max((p["density"] for p in points if "density" in p), default=None)
+    swept = recipe if largest is None else _at_density(recipe, largest)
+    with _prepared(
+        swept, request, out, variants, evaluator, DEFAULT_SHARD_BYTES, resume=resume, overwrite=overwrite, address=address
+    ) as (
+        state,
+        job,
+    ):
+        base = _dry_score(job, state)
+        job = _with_bases(job, state, largest is not None, workers=workers, memory=memory, quiet=quiet)
+        known = _known_trials(state)
+        progress = tune.Progress(len(points), request, _keeper(state), known, quiet=quiet)
+        shutil.rmtree(state.folder / "tune", ignore_errors=True)
+        asker = tune.Listed(points, request.mode, progress)
+        records = tune.run_trials(job, asker, progress, len(points), storage=state.folder, known=known, name="tune")
+        if progress.best is None:
+            raise RunError(f"none of {len(records)} points has a score; the last: {records[-1]['error']}")
+        best = progress.best["config"]
+        winner = job.space.recipe_of(job.space.candidate(best))
+        (state.staging / BEST).write_text(winner.resolved().to_yaml())
+        found = {"request": request, "best": best, "recipe": winner, "base": base, "records": records}
+        report.write_sweep(state.staging, request, points, records, base)
+        (state.folder / "tune").rename(state.staging / "tune")
+        state.commit()
+    return found
+
+
+@contextlib.contextmanager
+def _prepared(
+    recipe: Recipe,
+    request: Search,
+    out: Path,
+    variants: tuple[str, ...],
+    evaluator: Any,
+    max_shard_bytes: int,
+    *,
+    resume: bool,
+    overwrite: bool,
+    address: str | None,
+) -> Iterator[tuple[State, Job]]:
+    """The state on disk, the cluster, and a job without bases."""
+    from pcb_ray.search import tune
+
+    output.check_place(out)
+    plans = {v: fetched_plan(_analysed(recipe, request, v), max_shard_bytes) for v in variants}
+    plan = next(iter(plans.values()))
+    output.check_out(out, plan, overwrite=overwrite, resume=resume)
+    space = Space.of(request, plan)
+    base, tokenizer = companions(recipe)
+    files = output.side_files(recipe, plan, base, tokenizer)
+    for note in plan.notes:
+        log.warning("note: %s", note)
+    asked = {
+        **output.asked_of(plan, ARITHMETIC),
+        "search": json.loads(json.dumps(asdict(request))),
+        "evaluator": _identity(request, recipe, evaluator),
+    }
+    with contextlib.ExitStack() as stack:
+        state = stack.enter_context(State(out, asked, resume=resume))
+        model_dir = state.folder / "model"
+        _make_model_dir(model_dir, base, files)
+        stack.enter_context(runtime.cluster(address))
+        tune.check_resources(request)
+        arms = {v: Arm(p, str(state.folder / f"basis-{v}"), Thresholds()) for v, p in plans.items()}
+        yield state, Job(request, space, arms, str(model_dir), str(recipe.folder.absolute()), evaluator)
+
+
+def _analysed(recipe: Recipe, request: Search, variant: str) -> Recipe:
+    """The recipe whose thresholds serve all candidates: at the largest mask ratio."""
+    if request.density is not None:
+        recipe = _at_density(recipe, request.density.upper)
+    return dataclasses.replace(recipe, search=None, sweep=None, variant=variant)
+
+
+def _at_density(recipe: Recipe, density: float) -> Recipe:
+    """The recipe with one mask ratio for all models."""
+    return dataclasses.replace(recipe, models=tuple(dataclasses.replace(m, density=None) for m in recipe.models), density=density)
+
+
+def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
+    """What a resumed search must find unchanged: the evaluator's source."""
+    if evaluator is not None:
+        return type(evaluator).__qualname__
+    source = recipe.folder / request.evaluator.rpartition(":")[0]
+    return hashlib.sha256(source.read_bytes()).hexdigest() if source.suffix == ".py" and source.is_file() else request.evaluator
+
+
+def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) -> None:
+    """The base as an evaluator loads it: its weights by link, with the config and tokenizer that the merge will have."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    weights = [Path(f.path) for f in base.files]
+    if base.folder is None:
+        (folder / f"model{weights[0].suffix}").symlink_to(weights[0].absolute())
+    else:
+        for path in (*weights, *base.folder.glob("*.index.json")):
+            (folder / path.name).symlink_to(path.absolute())
+    output.write_side_files(folder, {n: d for n, d in files.items() if n != RECIPE and not n.endswith(".index.json")})
+
+
+# --- the steps ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Scorer:
+    """A worker as a Ray actor, for what is scored outside of trials."""
+
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        from pcb_ray.search.worker import Worker
+
+        torch.set_num_threads(max(1, int(job.search.cpu)))
+        self._start = lambda: Worker(job)
+        self._worker: Any = None
+
+    def score(self, what: int | Config, split: str) -> dict[str, float]:
+        """Of the base (0), a model (1..N), or a candidate."""
+        self._worker = self._worker or self._start()
+        if isinstance(what, int):
+            return dict(self._worker.score_input(what, split))
+        return dict(self._worker.score(self._worker.job.space.candidate(what), split)[0])
+
+
+def _scorer(job: Job) -> Any:
+    import ray
+
+    return ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu).remote(job)
+
+
+def _dry_score(job: Job, state: State) -> Scores:
+    """The base on both splits, before anything expensive: a wrong evaluator shows itself here."""
+    import ray
+
+    if "base" in state.found:
+        known: Scores = state.found["base"]
+        return known
+    scorer = _scorer(job)
+    try:
+        scores = {split: ray.get(scorer.score.remote(0, split)) for split in (job.search.search_split, job.search.report_split)}
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, RequestError):
+            raise cause from None
+        fix = "Fix: make the evaluator score the base model."
+        raise RequestError(f"search.evaluator: scoring the base failed: {type(cause).__name__}: {cause}. {fix}") from error
+    except ray.exceptions.RayActorError as error:
+        raise RequestError(
+            f"search.evaluator: its process died while it scored the base ({str(error).splitlines()[0]}). Fix: see that the model fits in memory."
+        ) from error
+    finally:
+        ray.kill(scorer)
+    state.found["base"] = scores
+    state.save()
+    return scores
+
+
+def _with_bases(job: Job, state: State, scored: bool, *, workers: int | None, memory: int | None, quiet: bool) -> Job:
+    """The job with a basis for each variant: analysed and built, or taken from an earlier run."""
+    arms = {v: _with_basis(arm, state, v, scored, workers=workers, memory=memory, quiet=quiet) for v, arm in job.arms.items()}
+    return dataclasses.replace(job, arms=arms)
+
+
+def _with_basis(arm: Arm, state: State, variant: str, scored: bool, *, workers: int | None, memory: int | None, quiet: bool) -> Arm:
+    from pcb_ray.basis import chunk_file
+
+    plan, folder = arm.plan, Path(arm.folder)
+    folder.mkdir(exist_ok=True)
+    found: dict[str, Any] = state.found.setdefault("arms", {}).setdefault(variant, {})
+    block = choose_block(plan, "cpu", memory)
+    needed = worker_bytes(plan, block) + _writer_bytes(plan, scored)
+    owners = runtime.RayOwners(
+        *(plan, str(folder)),
+        workers=runtime.choose_workers(workers, "cpu", needed, plan.chunks),
+        device="cpu",
+        worker_bytes=needed,
+        block_elements=block,
+    )
+    try:
+        owners.wait_until_ready()
+        run = Run(plan, owners, quiet=quiet)
+        run.inputs = found.get("inputs", [])
+        if not found:
+            check_twins(run)
+
+        def keep(thresholds: Thresholds) -> None:
+            found.update(
+                thresholds=thresholds.to_json(), inputs=run.inputs, sweeps=found.get("sweeps", []) + [asdict(s) for s in run.sweeps]
+            )
+            run.sweeps.clear()
+            state.save()
+
+        thresholds = thresholds_of(run, Thresholds.from_json(found.get("thresholds", {})), keep)
+        names = {chunk: f"basis {variant} {chunk}" for chunk in range(plan.chunks)}
+        earlier = [chunk for chunk, name in names.items() if name in state.journal]
+        here = {chunk: digest.hex() for _, part in owners.ask("basis_digests", earlier) for chunk, digest in part.items()}
+        missing = [chunk for chunk, name in names.items() if chunk not in here or state.journal[name] != here[chunk]]
+        for _, built in run.sweep("basis", "basis", thresholds, scored, chunks=missing):
+            state.wrote({names[chunk]: digest.hex() for chunk, (_, digest) in built.items()})
+    finally:
+        owners.close()
+    size = sum(chunk_file(folder, chunk).stat().st_size for chunk in range(plan.chunks))
+    log.info("basis %s: %s for %d models of %d elements", variant, readable_bytes(size), plan.N, plan.D)
+    return dataclasses.replace(arm, thresholds=thresholds)
+
+
+def _writer_bytes(plan: Plan, scored: bool) -> int:
+    """What gathering the basis of one chunk takes at most: positions, values, scores, and the file's bytes."""
+    share = max(plan.densities) if plan.method.startswith("pcb") else 1.0
+    return int(plan.chunk_elements * (plan.N * (share * (24 if scored else 12) + 0.25) + 2) + CPU_BLOCK)
+
+
+def _keeper(state: State) -> Any:
+    return lambda key, record: state.wrote({f"trial {key}": json.dumps(record)})
+
+
+def _known_trials(state: State) -> dict[str, Any]:
+    """The trials of an earlier run that had a score."""
+    records = {key.removeprefix("trial "): json.loads(text) for key, text in state.journal.items() if key.startswith("trial ")}
+    return {key: record for key, record in records.items() if not record["error"]}
+
+
+def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[str, Scores], dict[str, Any]]:
+    """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials."""
+    import ray
+
+    from pcb_ray.search import tune
+
+    request, space = job.search, job.space
+    scorers = [
+        _scorer(job) for _ in range(min(tune.check_resources(request), request.concurrency or 1 << 20, len(space.labels) + 1))
+    ]
+    asked: dict[str, int | Config] = {label: i + 1 for i, label in enumerate(space.labels)}
+    asked["start"] = space.start
+    splits = (request.search_split, request.report_split)
+    try:
+        pending = {
+            (name, split): scorers[k % len(scorers)].score.remote(what, split)
+            for k, (name, what) in enumerate(asked.items())
+            for split in splits
+        }
+        scores: dict[str, Scores] = {"base": base}
+        for (name, split), reference in pending.items():
+            scores.setdefault(name, {})[split] = ray.get(reference)
+        sign, metric = request.better, request.metric
+        if sign * scores["start"][splits[0]][metric] >= sign * best["objective"]:
+            return scores | {"winner": scores["start"]}, space.start
+        on_report = ray.get(scorers[0].score.remote(best["config"], splits[1]))
+        return scores | {"winner": {splits[0]: best["metrics"], splits[1]: on_report}}, dict(best["config"])
+    except ray.exceptions.RayError as error:
+        raise RunError(
+            f"scoring base, experts and winner failed: {str(error).splitlines()[0]}; --resume goes on with the trials done"
+        ) from error
+    finally:
+        for scorer in scorers:
+            ray.kill(scorer)
+
+
+def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_shard_bytes: int, **options: Any) -> None:
+    """The ordinary merge of the winner into the staging folder. It knows the thresholds already, as a resumed merge does."""
+    from pcb_ray.basis import Basis
+
+    place = state.folder / "winner"
+    shutil.rmtree(place, ignore_errors=True)
+    candidate = job.space.candidate(best)
+    arm = job.arms[winner.variant]
+    thresholds = Basis(arm.plan, arm.folder, arm.thresholds).thresholds(candidate.density)
+    found = state.found["arms"][winner.variant]
+    plan = fetched_plan(winner, max_shard_bytes)
+    if found:
+        with State(place, output.asked_of(plan, ARITHMETIC), resume=False) as merging:
+            merging.found = {"thresholds": thresholds.to_json(), "inputs": found["inputs"], "sweeps": found["sweeps"]}
+            merging.save()
+    merge(winner, place, max_shard_bytes=max_shard_bytes, resume=bool(found), **options)
+    shutil.rmtree(state.staging, ignore_errors=True)
+    place.rename(state.staging)

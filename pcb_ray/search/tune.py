@@ -1,0 +1,362 @@
+"""All of Ray Tune and Nevergrad: candidates asked generation by generation, scored by trials that keep their model, told in the order asked."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables would print over our progress; it reads this when imported
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+from ray.tune.search.nevergrad import NevergradSearch
+
+from pcb_ray.errors import RequestError, RunError
+from pcb_ray.search.request import Config, Search, Space, key_of
+from pcb_ray.search.worker import Job, Worker
+
+log = logging.getLogger("pcb_ray")
+
+OBJECTIVE = "objective"  # what Tune sees as the metric of a trial: the user's metric, NaN for a trial that failed
+# Of CMA's first generation: a standard deviation of 0.15 of the range between the bounds (Nevergrad's own is 0.05, too timid for a budget of 100).
+INITIAL_SCALE = 3.0
+HANG_GRACE_S = 5.0  # after its time a trial is interrupted; one that does not mind is ended this much later, with its worker
+
+Record = dict[str, Any]
+"""What became of a candidate: config, metrics, objective, error, seconds, node."""
+
+
+class _Trial(tune.Trainable):
+    """One candidate after another, in a process that loads model and data once."""
+
+    def setup(self, config: dict[str, Any], job: Job | None = None, known: Mapping[str, Record] | None = None) -> None:
+        import torch
+
+        assert job is not None
+        torch.set_num_threads(max(1, int(job.search.cpu)))
+        self._job, self._known = job, known or {}
+        self._worker: Worker | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        return True  # Tune has put it into self.config
+
+    def step(self) -> dict[str, Any]:
+        start = time.monotonic()
+        found = dict(self._known.get(key_of(self.config), {}))
+        if not found:
+            found = {"metrics": {}, OBJECTIVE: math.nan, "error": "", "node": ray.util.get_node_ip_address(), "pid": os.getpid()}
+            try:
+                found |= self._score()
+            except Exception as error:  # the evaluator's: any of them costs its trial only
+                found["error"] = f"{type(error).__name__}: {error}"[:1000]
+            found["seconds"] = time.monotonic() - start
+        return {**{k: v for k, v in found["metrics"].items() if k not in found}, **found, "done": True}
+
+    def _score(self) -> dict[str, Any]:
+        search = self._job.search
+        with _TimeLimit(search.trial_timeout_s):
+            start = time.monotonic()
+            if self._worker is None:
+                self._worker = Worker(self._job)
+            load_s = time.monotonic() - start
+            candidate = self._job.space.candidate(self.config)
+            metrics, spent = self._worker.score(candidate, search.search_split)
+        value = metrics[search.metric]
+        error = "" if math.isfinite(value) else f"{search.metric} is {value}"
+        return {"metrics": metrics, OBJECTIVE: math.nan if error else value, "error": error, "load_s": load_s, **spent}
+
+
+class _TimeLimit:
+    """Raises TimeoutError in this (the main) thread after so many seconds, and ends the process if that does not help."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        if self.seconds is not None:
+            self._before = signal.signal(signal.SIGALRM, self._ring)
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)
+            self._last = threading.Timer(self.seconds + HANG_GRACE_S, os._exit, (1,))
+            self._last.daemon = True
+            self._last.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+            self._last.cancel()
+
+    def _ring(self, _number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"the trial took longer than {self.seconds:g} s (trial_timeout)")
+
+
+# --- who asks -----------------------------------------------------------------------------------------------------------------------
+
+
+def nevergrad_space(space: Space, seed: int) -> Any:
+    import nevergrad as ng
+
+    parameters: dict[str, Any] = {}
+    for name, b in space.bounds.items():
+        kind = ng.p.Log if name == "density" else ng.p.Scalar
+        parameters[name] = kind(init=b.init, lower=b.lower, upper=b.upper)
+    if space.variants:
+        parameters["variant"] = ng.p.Choice(list(space.variants), deterministic=True)
+    result = ng.p.Dict(**parameters)
+    result.random_state.seed(seed)
+    return result
+
+
+def optimizer_of(search: Search) -> Any:
+    """The optimizer that the recipe names: CMA is CMA-ES (Nevergrad's own `CMA` is a choice among several). Raises RequestError."""
+    import difflib
+
+    import nevergrad as ng
+
+    if search.optimizer == "CMA":
+        return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=INITIAL_SCALE)
+    if search.optimizer not in ng.optimizers.registry:
+        near = difflib.get_close_matches(search.optimizer, list(ng.optimizers.registry), n=1)
+        raise RequestError(
+            f"search.optimizer: {search.optimizer!r} is none of Nevergrad's. Fix: "
+            + (f"write {near[0]}." if near else "CMA, or a name of nevergrad.optimizers.registry.")
+        )
+    return ng.optimizers.registry[search.optimizer]
+
+
+class Generations(NevergradSearch):
+    """Nevergrad, one generation at a time. Its results are told in the order in which it was asked, once all are there: so a seed gives the same
+    candidates whatever finishes first. A trial that failed is told as the worst score so far."""
+
+    def __init__(self, search: Search, space: Space, progress: Progress) -> None:
+        kwargs = {} if search.optimizer == "CMA" else {"budget": search.budget, "num_workers": search.population}
+        super().__init__(
+            optimizer=optimizer_of(search),
+            optimizer_kwargs=kwargs,
+            space=nevergrad_space(space, search.seed),
+            metric=OBJECTIVE,
+            mode=search.mode,
+        )
+        self._search, self._progress = search, progress
+        self._generation: list[str] = []
+        self._losses: dict[str, float | None] = {}
+        self._worst = 0.0
+        self._failed_in_a_row = 0
+        self.stopped = False
+
+    def suggest(self, trial_id: str) -> Any:
+        if self.stopped:
+            return Searcher.FINISHED
+        if len(self._generation) == self._search.population:
+            return None  # until all its results are there
+        config = dict(super().suggest(trial_id) or {})
+        self._generation.append(trial_id)
+        self._progress.asked(trial_id, config)
+        return config
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        value = math.nan if error or result is None else float(result[OBJECTIVE])
+        self._losses[trial_id] = -self._search.better * value if math.isfinite(value) else None
+        if len(self._losses) == self._search.population:
+            for one in self._generation:
+                self._tell(one, self._losses[one])
+            self._generation, self._losses = [], {}
+
+    def _tell(self, trial_id: str, loss: float | None) -> None:
+        self._failed_in_a_row = self._failed_in_a_row + 1 if loss is None else 0
+        self._worst = max(self._worst, loss) if loss is not None else self._worst
+        self.stopped |= 4 * self._failed_in_a_row > self._search.budget
+        assert self._nevergrad_opt is not None
+        self._nevergrad_opt.tell(self._live_trial_mapping.pop(trial_id), self._worst if loss is None else loss)
+
+
+class Listed(Searcher):
+    """These configs, in order."""
+
+    def __init__(self, configs: Sequence[Config], mode: str, progress: Progress) -> None:
+        super().__init__(metric=OBJECTIVE, mode=mode)
+        self._left, self._progress, self.stopped = list(configs), progress, False
+
+    def suggest(self, trial_id: str) -> Any:
+        if not self._left:
+            return Searcher.FINISHED
+        config = dict(self._left.pop(0))
+        self._progress.asked(trial_id, config)
+        return config
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+# --- who watches --------------------------------------------------------------------------------------------------------------------
+
+
+class Progress(tune.Callback):
+    """Keeps a record of every candidate as it ends, and shows how far the search has come."""
+
+    def __init__(
+        self, total: int, search: Search, keep: Callable[[str, Record], None], known: Mapping[str, Record], *, quiet: bool
+    ) -> None:
+        from pcb_ray.progress import Counted
+
+        self.records: dict[int, Record] = {}
+        self._numbers: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._search, self._keep, self._known, self._running = search, keep, known, 0
+        self._bar = Counted("search", total, "trials", quiet=quiet)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its callbacks from time to time; a resumed search makes its own
+
+    def asked(self, trial_id: str, config: dict[str, Any]) -> None:
+        self._numbers[trial_id] = (len(self._numbers), dict(config))
+
+    @property
+    def best(self) -> Record | None:
+        """The record with the best score; of equals the first."""
+        scored = [r for _, r in sorted(self.records.items()) if not r["error"]]
+        return max(scored, key=lambda r: self._search.better * r[OBJECTIVE], default=None)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running += 1
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        kept = ("metrics", OBJECTIVE, "error", "node", "pid", "seconds", "load_s", "apply_s", "score_s")
+        self._ended(trial.trial_id, {k: trial.last_result[k] for k in kept if k in trial.last_result})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
+        error = f"the worker died: {lines[-1][:300] if lines else 'no reason was given'}"
+        self._ended(trial.trial_id, {"metrics": {}, OBJECTIVE: math.nan, "error": error, "node": "", "seconds": math.nan})
+
+    def _ended(self, trial_id: str, found: Record) -> None:
+        number, config = self._numbers[trial_id]
+        record = self.records[number] = {"number": number, "config": config, **found}
+        key = key_of(config)
+        if key not in self._known:
+            self._keep(key, record)
+        self._running = max(0, self._running - 1)
+        best = self.best
+        failed = sum(bool(r["error"]) for r in self.records.values())
+        self._bar.advance(
+            (f"best {self._search.metric} {best[OBJECTIVE]:.5g}" if best else "no score yet")
+            + f", {self._running} running"
+            + (f", {failed} failed" if failed else "")
+        )
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+# --- the run ------------------------------------------------------------------------------------------------------------------------
+
+
+def check_resources(search: Search) -> int:
+    """How many trials the cluster can hold at a time. Raises RequestError if it is none."""
+    from pcb_ray.runtime import nodes
+
+    found = nodes()
+    fits = [
+        min(int(n["CPU"] // search.cpu) if search.cpu else 1 << 20, int(n["GPU"] // search.gpu) if search.gpu else 1 << 20)
+        for n in found
+    ]
+    if sum(fits) == 0:
+        raise RequestError(
+            f"search.resources_per_trial: {search.cpu:g} CPUs and {search.gpu:g} GPUs fit no node: "
+            + ", ".join(f"{n['CPU']:g} CPUs and {n['GPU']:g} GPUs" for n in found)
+            + ". Fix: ask for less, or join a cluster that has them by --address."
+        )
+    return sum(fits)
+
+
+def run_trials(
+    job: Job,
+    asker: Searcher,
+    progress: Progress,
+    total: int,
+    *,
+    storage: Path,
+    known: Mapping[str, Record],
+    name: str,
+) -> list[Record]:
+    """Have all candidates scored, as a Tune experiment in storage/name; their records in the order asked.
+
+    A candidate that is `known` is not scored again. Raises RunError if too many fail in a row."""
+    search = job.search
+    # One result per trial: nothing to buffer, and a driver that looks more often starts the next trial sooner.
+    os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
+    trainable = tune.with_resources(
+        tune.with_parameters(_Trial, job=job, known=dict(known)), {"cpu": search.cpu, "gpu": search.gpu}
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            metric=OBJECTIVE,
+            mode=search.mode,
+            search_alg=asker,
+            num_samples=total,
+            reuse_actors=True,
+            max_concurrent_trials=search.concurrency,
+            trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(storage),
+            callbacks=[progress, *_loggers(search)],
+            # A worker that dies may have lost its node: its trial has a second chance.
+            failure_config=tune.FailureConfig(max_failures=1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the records hold the errors
+    try:
+        tuner.fit()
+    finally:
+        progress.close()
+    records = [record for _, record in sorted(progress.records.items())]
+    if getattr(asker, "stopped", False):
+        raise RunError(
+            f"more than a quarter of the {total} trials failed in a row, the last with: {records[-1]['error']}; "
+            "mend the cause, then --resume goes on with what succeeded"
+        )
+    return records
+
+
+def _loggers(search: Search) -> list[Any]:
+    """The loggers that the recipe asks for, beside those that Tune always has."""
+    result: list[Any] = []
+    for name, options in search.loggers:
+        try:
+            if name == "wandb":
+                from ray.air.integrations.wandb import WandbLoggerCallback
+
+                result.append(WandbLoggerCallback(**options))
+            elif name == "mlflow":
+                from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+                result.append(MLflowLoggerCallback(**options))
+            else:
+                import tensorboardX  # noqa: F401  # Tune writes its files where it is installed
+        except ImportError as error:
+            raise RequestError(
+                f"search.loggers: {name} is not installed ({error}). Fix: pip install it, or remove the logger."
+            ) from None
+        except TypeError as error:
+            raise RequestError(f"search.loggers.{name}: {error}. Fix: its options are those of Ray's logger callback.") from None
+    return result

@@ -1,0 +1,110 @@
+"""A worker of a search: an evaluator whose model stays loaded, and the bases that candidates are made from. No Ray in it."""
+
+from __future__ import annotations
+
+import numbers
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pcb_ray.answers import Thresholds
+from pcb_ray.errors import RequestError
+from pcb_ray.plan import Plan
+from pcb_ray.search.evaluators import Evaluator, Metrics, checked, make_evaluator, match
+from pcb_ray.search.request import Candidate, Search, Space
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant of the method: its plan, and the basis in `folder`."""
+
+    plan: Plan
+    folder: str
+    thresholds: Thresholds
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs; the same for all."""
+
+    search: Search
+    space: Space
+    arms: Mapping[str, Arm]
+    """By variant."""
+    model_dir: str
+    """The base as the evaluator loads it."""
+    folder: str
+    """Of the recipe."""
+    evaluator: Any = None
+    """One that Python code gave; None: the one that the recipe names."""
+
+
+class Worker:
+    """Loads the model once; then each candidate is an update of it."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self._bases = job, dict[str, Any]()
+        search = job.search
+        self.evaluator: Evaluator = (
+            make_evaluator(search.evaluator, search.options, Path(job.folder))
+            if job.evaluator is None
+            else checked(job.evaluator, "")
+        )
+        module = self.evaluator.load(Path(job.model_dir))
+        plan = next(iter(job.arms.values())).plan
+        shapes = {t.name: next(s.shape for s in t.sources if s is not None) for t in plan.tensors}
+        if not callable(getattr(module, "named_parameters", None)):
+            raise RequestError(
+                f"search.evaluator: load() returned {type(module).__name__}. Fix: return the torch.nn.Module whose parameters are to be updated."
+            )
+        self.parameters = match(module, shapes)
+
+    def score(self, candidate: Candidate, split: str) -> tuple[Metrics, dict[str, float]]:
+        """The metrics of a candidate, and how long applying and scoring took. Raises whatever the evaluator raises."""
+        import torch
+
+        from pcb_ray.basis import Basis
+
+        start = time.monotonic()
+        variant = candidate.variant or self.job.space.recipe.variant
+        arm = self.job.arms[variant]
+        basis = self._bases.get(variant) or self._bases.setdefault(variant, Basis(arm.plan, arm.folder, arm.thresholds))
+        basis.apply(
+            self.parameters,
+            self.job.space.lambdas(candidate),
+            candidate.lambda_,
+            basis.thresholds(candidate.density),
+            threads=torch.get_num_threads(),
+        )
+        applied = time.monotonic()
+        metrics = self._metrics(split)
+        return metrics, {"apply_s": applied - start, "score_s": time.monotonic() - applied}
+
+    def score_input(self, source: int, split: str) -> Metrics:
+        """The metrics of the base (0) or a model (1..N): its merged tensors in the base's place."""
+        from pcb_ray.basis import copy_input
+
+        copy_input(next(iter(self.job.arms.values())).plan, source, self.parameters)
+        return self._metrics(split)
+
+    def _metrics(self, split: str) -> Metrics:
+        found = self.evaluator.score(split)
+        metric = self.job.search.metric
+        if not isinstance(found, Mapping):
+            raise RequestError(
+                f"search.evaluator: score({split!r}) returned {type(found).__name__}. Fix: return a dict of numbers with {metric!r}."
+            )
+        if metric not in found:
+            raise RequestError(
+                f"search.metric: score({split!r}) returned {', '.join(map(str, found)) or 'nothing'}, not {metric!r}. Fix: name one of these, "
+                "or return it."
+            )
+        bad = {k: v for k, v in found.items() if isinstance(v, bool) or not isinstance(v, numbers.Real)}
+        if bad:
+            key, value = next(iter(bad.items()))
+            raise RequestError(
+                f"search.evaluator: score({split!r}) returned {key} = {value!r}. Fix: return numbers, such as float(x)."
+            )
+        return {str(k): float(v) for k, v in found.items()}

@@ -1,0 +1,201 @@
+"""A search's request: what a `search:` section may say, the coefficients it opens, and the recipe that a candidate is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pcb_ray import Recipe, RequestError
+from pcb_ray.plan import Plan, plan
+from pcb_ray.search.request import Search, Space, _labels, _rules, grid_of, key_of
+
+VALID: dict[str, Any] = {"evaluator": "my_eval.py:Accuracy", "metric": "accuracy"}
+
+
+def searched(family: families.Family, **search: Any) -> tuple[Search, Plan]:
+    recipe = Recipe.from_dict(family.recipe(search=VALID | search))
+    return Search.of(recipe, has_evaluator=False), plan(recipe)
+
+
+def problems_of(recipe: dict[str, Any]) -> str:
+    with pytest.raises(RequestError) as caught:
+        Search.of(Recipe.from_dict(recipe), has_evaluator=False)
+    return "\n".join(caught.value.problems)
+
+
+def test_defaults_are_a_search_of_one_weight_per_model(family):
+    search, made = searched(family(3))
+    assert (search.budget, search.population, search.optimizer, search.mode, search.seed) == (100, 8, "CMA", "max", 0)
+    assert (search.search_split, search.report_split) == ("val", "test")
+    space = Space.of(search, made)
+    assert space.start == {"weight.model0": 1.0, "weight.model1": 1.0, "weight.model2": 1.0}
+    assert set(space.lambdas(space.candidate(space.start))) == {(1.0, 1.0, 1.0)}
+
+
+def test_built_in_evaluators_know_their_metric(family):
+    search, _ = searched(family(2), evaluator={"causal_lm": {"data": {"val": "v.txt"}}}, metric=None)
+    assert (search.metric, search.mode, search.options) == ("loss", "min", {"data": {"val": "v.txt"}})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"evaluator": None}, "search.evaluator"),
+        ({"evaluator": "accuracy"}, "file.py:object"),
+        ({"evaluator": {"causal_lm": 3}}, "option"),
+        ({"metric": None}, "search.metric"),
+        ({"mode": "maximum"}, "write `max`"),
+        ({"budgets": 3}, "write `budget`"),
+        ({"budget": 4, "population": 8}, "less than the population of 8"),
+        ({"budget": 0}, "at least 1"),
+        ({"population": 1}, "at least 2"),
+        ({"space": {"weight": {"lower": 1.5, "init": 1.0}}}, "lower <= init <= upper"),
+        ({"space": {"weight": {"lower": 1.2, "upper": 1.1, "init": 1.15}}}, "lower < upper"),
+        ({"space": {"density": {"lower": 0.0, "upper": 0.4}}}, "search.space.density.lower"),
+        ({"space": {"density": {"lower": 0.1, "upper": 1.4}}}, "search.space.density.upper"),
+        ({"space": {"lamda": {"lower": 0.1}}}, "write `lambda`"),
+        ({"space": {"variant": ["pairwise", "release"]}}, "write `released`"),
+        ({"space": {"groups": ["*mlp*"]}}, "search.space.groups"),
+        ({"space": {"groups": {"rest": "*mlp*"}}}, "choose another name"),
+        ({"space": {"groups": {"layers": 0}}}, "search.space.groups.layers"),
+        ({"resources_per_trial": {"cpus": 1}}, "write `cpu`"),
+        ({"resources_per_trial": {"cpu": -1}}, "not negative"),
+        ({"concurrency": "all"}, "search.concurrency"),
+        ({"trial_timeout": "an hour"}, "search.trial_timeout"),
+        ({"loggers": ["wandbs"]}, "write `wandb`"),
+        ({"seed": -1}, "search.seed"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place_and_a_fix(family, wrong, complaint):
+    search = {k: v for k, v in (VALID | wrong).items() if v is not None}
+    found = problems_of(family(2).recipe(search=search))
+    assert complaint in found
+    assert "Fix:" in found
+
+
+def test_init_moves_into_bounds_that_leave_it_out(family):
+    search, _ = searched(family(2), space={"weight": {"lower": 1.2, "upper": 1.6}})
+    assert search.weight.init == pytest.approx(1.4)
+
+
+def test_all_that_is_wrong_is_said_at_once(family):
+    found = problems_of(family(2).recipe(search={"evaluator": "x", "mode": "up", "budget": -1}))
+    assert all(place in found for place in ("search.evaluator", "search.metric", "search.mode", "search.budget"))
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
+def test_density_and_variant_are_searched_for_pcb_only(family, method):
+    found = problems_of(family(2).recipe(merge_method=method, search=VALID | {"space": {"density": {}, "variant": ["paper"]}}))
+    assert "search.space.density" in found
+    assert "search.space.variant" in found
+
+
+def test_linear_is_refused_with_what_reaches_the_same_merges(family):
+    assert "task_arithmetic" in problems_of(family(2).recipe(merge_method="linear", search=VALID))
+
+
+def test_no_section_says_what_one_looks_like(family):
+    assert "search" in problems_of(family(2).recipe())
+    assert "search" in problems_of(family(2).recipe(search=[1]))
+
+
+def test_cma_needs_two_coefficients(family):
+    search, made = searched(family(1))
+    with pytest.raises(RequestError, match="at least two coefficients"):
+        Space.of(search, made)
+    assert Space.of(searched(family(1), optimizer="OnePlusOne")[0], made).start == {"weight.model0": 1.0}
+
+
+# --- groups -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_patterns_cut_along_the_layers(family):
+    search, made = searched(family(2), space={"groups": {"attention": "*self_attn*", "mlp": ["*mlp*"], "layers": 2}})
+    space = Space.of(search, made)
+    of_name = {name: space.groups[g] for name, g in zip(space.names, space.group_of, strict=True)}
+    assert of_name["model.layers.0.self_attn.q_proj.weight"] == "attention.layers0"
+    assert of_name["model.layers.1.self_attn.q_proj.weight"] == "attention.layers1"
+    assert of_name["model.layers.1.mlp.up_proj.weight"] == "mlp.layers1"
+    assert of_name["model.layers.0.input_layernorm.weight"] == "layers0"
+    assert of_name["lm_head.weight"] == "rest"
+    assert len(space.bounds) == 2 * len(set(of_name.values()))
+
+
+def test_a_pattern_that_matches_nothing_is_refused(family):
+    search, made = searched(family(2), space={"groups": {"experts": "*block_sparse*"}})
+    with pytest.raises(RequestError, match=r"groups.experts.*matches none"):
+        Space.of(search, made)
+
+
+def test_the_recipe_of_a_candidate_gives_each_tensor_its_weight(family):
+    search, made = searched(
+        family(2),
+        space={"groups": {"attention": "*self_attn*", "layers": 2}, "lambda": {}, "density": {}, "variant": ["paper", "released"]},
+    )
+    space = Space.of(search, made)
+    config = {name: 0.1 + 0.01 * k for k, name in enumerate(space.bounds)} | {"variant": "released"}
+    candidate = space.candidate(config)
+    recipe = space.recipe_of(candidate)
+    assert (recipe.lambda_, recipe.density, recipe.variant) == (config["lambda"], config["density"], "released")
+    for name, weights in zip(space.names, space.lambdas(candidate), strict=True):
+        assert tuple(recipe.weight(i, name) for i in range(2)) == weights
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert recipe.search is None
+
+
+parts = st.sampled_from(["a", "b", "ab", "layers", "0", "1", "10", "weight", "bias"])
+tensor_names = st.lists(st.lists(parts, min_size=1, max_size=4).map(".".join), min_size=1, max_size=12, unique=True)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(names=tensor_names, data=st.data())
+def test_filter_rules_give_any_names_any_weights(names, data):
+    weights = [data.draw(st.sampled_from([0.5, 1.0, 2.0])) for _ in names]
+    rules = _rules(names, weights)
+    for name, weight in zip(names, weights, strict=True):
+        assert next(value for part, value in rules if part is None or part in name) == weight
+
+
+def test_rules_are_few_where_names_are_alike():
+    names = [f"model.layers.{k}.{part}.weight" for k in range(30) for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up")]
+    rules = _rules(names, [0.5 if "self_attn" in name else 1.0 for name in names])
+    assert rules == (("self_attn.", 0.5), (None, 1.0)) or len(rules) == 2
+
+
+def test_labels_are_as_short_as_tells_models_apart():
+    assert _labels(["models/math", "models/code"]) == ("math", "code")
+    assert _labels(["a/math", "b/math/"]) == ("a_math", "b_math")
+    assert _labels(["org/name@main", "org/name2"]) == ("name", "name2")
+
+
+def test_equal_configs_have_equal_keys():
+    assert key_of({"b": 1.0, "a": 0.1}) == key_of({"a": 0.1, "b": 1.0})
+
+
+# --- the grid -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_the_product_of_its_axes(family):
+    recipe = Recipe.from_dict(family(2).recipe(sweep={"density": [0.1, 0.2], "lambda": [0.5, 1], "variant": ["paper"]}))
+    points = grid_of(recipe)
+    assert len(points) == 4
+    assert points[0] == {"density": 0.1, "lambda": 0.5, "variant": "paper"}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "complaint"),
+    [
+        (None, "sweep"),
+        ({}, "sweep"),
+        ({"density": [0.0]}, "sweep.density"),
+        ({"lambdas": [1]}, "write `lambda`"),
+        ({"variant": "x"}, "variant"),
+    ],
+)
+def test_a_wrong_grid_is_refused(family, sweep, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        grid_of(Recipe.from_dict(family(2).recipe(sweep=sweep)))
