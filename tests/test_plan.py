@@ -251,6 +251,7 @@ def test_linear_weights_that_cancel_in_one_tensor_are_named(family):
 
 
 def test_a_search_in_the_recipe_of_a_merge_is_noted(family):
+    family = family(2)
     made = plan(Recipe.from_dict(family.recipe(search={"budget": 3})))
     assert any("`search` has no effect on a merge" in note for note in made.notes)
     assert made == plan(Recipe.from_dict(family.recipe()))

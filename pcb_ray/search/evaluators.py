@@ -11,13 +11,16 @@ as an object in Python. A class is called with the options that stand below its 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,6 +124,7 @@ def _files(data: Any, folder: Path, where: str) -> dict[str, dict[str, Path]]:
     for split, given in data.items():
         parts = given if isinstance(given, Mapping) else {"": given}
         result[split] = {str(part): folder / str(file) for part, file in parts.items()}
+        problems += [f"{where}.{split}: has no file. Fix: name one, or remove the split."] * (not parts)
         problems += [
             f"{where}.{split}: {path} is not a file. Fix: check the path." for path in result[split].values() if not path.is_file()
         ]
@@ -427,7 +431,7 @@ class Command:
                 "search.evaluator.command: needs a base in safetensors files. Fix: save it with transformers' save_pretrained."
             )
         self.files = {file.name: load_file(file) for file in files}
-        return _module_of({name: tensor for tensors in self.files.values() for name, tensor in tensors.items()})
+        return module_of({name: tensor for tensors in self.files.values() for name, tensor in tensors.items()})
 
     def score(self, split: str) -> Metrics:
         from safetensors.torch import save_file
@@ -438,21 +442,11 @@ class Command:
                     shutil.copy(path, scratch)
             for name, tensors in self.files.items():
                 save_file(tensors, Path(scratch) / name, metadata={"format": "pt"})
-            filled = self.run.replace("{model}", scratch).replace("{split}", split)
-            done = subprocess.run(
-                filled,
-                shell=True,
-                cwd=self.folder,
-                capture_output=True,
-                text=True,
-                timeout=self.timeout,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            )
-        lines = done.stdout.strip().splitlines()
-        if done.returncode != 0:
-            raise RuntimeError(
-                f"{filled!r} ended with code {done.returncode}: {(done.stderr.strip().splitlines() or lines or [''])[-1][:300]}"
-            )
+            filled = self.run.replace("{model}", shlex.quote(scratch)).replace("{split}", shlex.quote(split))
+            code, output, errors = _run_shell(filled, self.folder, self.timeout)
+        lines = output.strip().splitlines()
+        if code != 0:
+            raise RuntimeError(f"{filled!r} ended with code {code}: {(errors.strip().splitlines() or lines or [''])[-1][:300]}")
         try:
             metrics: Metrics = json.loads(lines[-1])
         except (IndexError, ValueError):
@@ -462,7 +456,22 @@ class Command:
         return metrics
 
 
-def _module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+def _run_shell(command: str, folder: Path, timeout: float | None) -> tuple[int, str, str]:
+    """Exit code, output and errors. Its `python` is this one; whatever it has started ends with it."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    with subprocess.Popen(
+        *(command,), shell=True, cwd=folder, env=os.environ | {"PATH": path}, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output, errors
+
+
+def module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     """A module whose parameters are these tensors by name."""
     import torch
 
@@ -513,9 +522,9 @@ def _renamings(own: Mapping[str, Any], shapes: Mapping[str, Any]) -> Iterator[An
     for prefix in {name.removesuffix(first) for name in own if name.endswith("." + first)}:
         yield lambda name, prefix=prefix: prefix + name
     parts = first.split(".")
-    for count in range(1, len(parts)):
-        prefix = ".".join(parts[:count]) + "."
-        yield lambda name, prefix=prefix: name.removeprefix(prefix)
+    for prefix in (".".join(parts[:count]) + "." for count in range(1, len(parts))):
+        if all(name.startswith(prefix) for name in shapes):
+            yield lambda name, prefix=prefix: name.removeprefix(prefix)
 
 
 def _some(names: Sequence[str]) -> str:

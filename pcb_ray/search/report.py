@@ -100,7 +100,7 @@ def scoreboard(request: Search, scores: Mapping[str, Mapping[str, Mapping[str, f
     others = [m for m in scores["base"][splits[1]] if m != request.metric]
     header = [*(f"{request.metric} ({split})" for split in splits), *(f"{m} ({splits[1]})" for m in others)]
     rows = {
-        name: [f"{of_split[split][request.metric]:.4f}" for split in splits]
+        name: [f"{of_split[split].get(request.metric, math.nan):.4f}" for split in splits]
         + [f"{of_split[splits[1]].get(m, math.nan):.4f}" for m in others]
         for name, of_split in scores.items()
     }
@@ -177,7 +177,9 @@ def _best_so_far(request: Search, records: Sequence[Record], found: Mapping[str,
         line.append(request.better * best)
     axis.step([r["number"] for r in scored], line, where="post", color=BLUE, label="best so far")
     for name, style in (("base", ":"), ("start", "--")):
-        axis.axhline(found["scores"][name][request.search_split][request.metric], ls=style, lw=1, color=ORANGE, label=name)
+        axis.axhline(
+            found["scores"][name][request.search_split].get(request.metric, math.nan), ls=style, lw=1, color=ORANGE, label=name
+        )
     axis.set(xlabel="candidate", ylabel=f"{request.metric} ({request.search_split})")
     axis.legend(frameon=False)
     return _png(figure)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -245,7 +246,7 @@ class _Scorer:
 def _scorer(job: Job) -> Any:
     import ray
 
-    return ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu).remote(job)
+    return ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, max_restarts=-1).remote(job)
 
 
 def _dry_score(job: Job, state: State) -> Scores:
@@ -265,9 +266,8 @@ def _dry_score(job: Job, state: State) -> Scores:
         fix = "Fix: make the evaluator score the base model."
         raise RequestError(f"search.evaluator: scoring the base failed: {type(cause).__name__}: {cause}. {fix}") from error
     except ray.exceptions.RayActorError as error:
-        raise RequestError(
-            f"search.evaluator: its process died while it scored the base ({str(error).splitlines()[0]}). Fix: see that the model fits in memory."
-        ) from error
+        fix = "Fix: see that it can be pickled, and that the model fits in memory."
+        raise RequestError(f"search.evaluator: its process died while it scored the base ({_last_line(error)}). {fix}") from error
     finally:
         ray.kill(scorer)
     state.found["base"] = scores
@@ -341,18 +341,25 @@ def _known_trials(state: State) -> dict[str, Any]:
 
 
 def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[str, Scores], dict[str, Any]]:
-    """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials."""
+    """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials.
+
+    What can't be scored has no metrics, with a warning: the search is not lost for it."""
     import ray
 
     from pcb_ray.search import tune
 
     request, space = job.search, job.space
-    scorers = [
-        _scorer(job) for _ in range(min(tune.check_resources(request), request.concurrency or 1 << 20, len(space.labels) + 1))
-    ]
-    asked: dict[str, int | Config] = {label: i + 1 for i, label in enumerate(space.labels)}
-    asked["start"] = space.start
     splits = (request.search_split, request.report_split)
+    asked: dict[str, int | Config] = {label: i + 1 for i, label in enumerate(space.labels)} | {"start": space.start}
+    scorers = [_scorer(job) for _ in range(min(tune.check_resources(request), request.concurrency or 1 << 20, len(asked)))]
+
+    def score(name: str, split: str, pending: Any) -> dict[str, float]:
+        try:
+            return dict(ray.get(pending))
+        except ray.exceptions.RayError as error:
+            log.warning("%s has no score on %s: %s", name, split, _last_line(error))
+            return {}
+
     try:
         pending = {
             (name, split): scorers[k % len(scorers)].score.remote(what, split)
@@ -360,20 +367,21 @@ def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[s
             for split in splits
         }
         scores: dict[str, Scores] = {"base": base}
-        for (name, split), reference in pending.items():
-            scores.setdefault(name, {})[split] = ray.get(reference)
-        sign, metric = request.better, request.metric
-        if sign * scores["start"][splits[0]][metric] >= sign * best["objective"]:
+        for (name, split), one in pending.items():
+            scores.setdefault(name, {})[split] = score(name, split, one)
+        of_start = scores["start"][splits[0]].get(request.metric, math.nan)
+        if request.better * of_start >= request.better * best["objective"]:
             return scores | {"winner": scores["start"]}, space.start
-        on_report = ray.get(scorers[0].score.remote(best["config"], splits[1]))
+        on_report = score("winner", splits[1], scorers[0].score.remote(best["config"], splits[1]))
         return scores | {"winner": {splits[0]: best["metrics"], splits[1]: on_report}}, dict(best["config"])
-    except ray.exceptions.RayError as error:
-        raise RunError(
-            f"scoring base, experts and winner failed: {str(error).splitlines()[0]}; --resume goes on with the trials done"
-        ) from error
     finally:
         for scorer in scorers:
             ray.kill(scorer)
+
+
+def _last_line(error: Exception) -> str:
+    """What happened, of an error that Ray has wrapped."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[:300]
 
 
 def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_shard_bytes: int, **options: Any) -> None:

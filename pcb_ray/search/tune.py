@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables would print over our progress; it reads this when imported
@@ -29,7 +26,6 @@ log = logging.getLogger("pcb_ray")
 OBJECTIVE = "objective"  # what Tune sees as the metric of a trial: the user's metric, NaN for a trial that failed
 # Of CMA's first generation: a standard deviation of 0.15 of the range between the bounds (Nevergrad's own is 0.05, too timid for a budget of 100).
 INITIAL_SCALE = 3.0
-HANG_GRACE_S = 5.0  # after its time a trial is interrupted; one that does not mind is ended this much later, with its worker
 
 Record = dict[str, Any]
 """What became of a candidate: config, metrics, objective, error, seconds, node."""
@@ -63,40 +59,14 @@ class _Trial(tune.Trainable):
 
     def _score(self) -> dict[str, Any]:
         search = self._job.search
-        with _TimeLimit(search.trial_timeout_s):
-            start = time.monotonic()
-            if self._worker is None:
-                self._worker = Worker(self._job)
-            load_s = time.monotonic() - start
-            candidate = self._job.space.candidate(self.config)
-            metrics, spent = self._worker.score(candidate, search.search_split)
+        start = time.monotonic()
+        if self._worker is None:
+            self._worker = Worker(self._job)
+        load_s = time.monotonic() - start
+        metrics, spent = self._worker.score(self._job.space.candidate(self.config), search.search_split)
         value = metrics[search.metric]
         error = "" if math.isfinite(value) else f"{search.metric} is {value}"
         return {"metrics": metrics, OBJECTIVE: math.nan if error else value, "error": error, "load_s": load_s, **spent}
-
-
-class _TimeLimit:
-    """Raises TimeoutError in this (the main) thread after so many seconds, and ends the process if that does not help."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
-
-    def __enter__(self) -> None:
-        if self.seconds is not None:
-            self._before = signal.signal(signal.SIGALRM, self._ring)
-            signal.setitimer(signal.ITIMER_REAL, self.seconds)
-            self._last = threading.Timer(self.seconds + HANG_GRACE_S, os._exit, (1,))
-            self._last.daemon = True
-            self._last.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self.seconds is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._before)
-            self._last.cancel()
-
-    def _ring(self, _number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"the trial took longer than {self.seconds:g} s (trial_timeout)")
 
 
 # --- who asks -----------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numbers
+import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pcb_ray.answers import Thresholds
@@ -14,6 +18,8 @@ from pcb_ray.errors import RequestError
 from pcb_ray.plan import Plan
 from pcb_ray.search.evaluators import Evaluator, Metrics, checked, make_evaluator, match
 from pcb_ray.search.request import Candidate, Search, Space
+
+HANG_GRACE_S = 5.0  # after its time scoring is interrupted; one that does not mind is ended this much later, with its process
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ class Worker:
         return self._metrics(split)
 
     def _metrics(self, split: str) -> Metrics:
-        found = self.evaluator.score(split)
+        with _TimeLimit(self.job.search.trial_timeout_s):
+            found = self.evaluator.score(split)
         metric = self.job.search.metric
         if not isinstance(found, Mapping):
             raise RequestError(
@@ -108,3 +115,27 @@ class Worker:
                 f"search.evaluator: score({split!r}) returned {key} = {value!r}. Fix: return numbers, such as float(x)."
             )
         return {str(k): float(v) for k, v in found.items()}
+
+
+class _TimeLimit:
+    """Raises TimeoutError in this (the main) thread after so many seconds, and ends the process if that does not help."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        if self.seconds is not None:
+            self._before = signal.signal(signal.SIGALRM, self._ring)
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)
+            self._last = threading.Timer(self.seconds + HANG_GRACE_S, os._exit, (1,))
+            self._last.daemon = True
+            self._last.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+            self._last.cancel()
+
+    def _ring(self, _number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"the trial took longer than {self.seconds:g} s (trial_timeout)")

@@ -1,0 +1,98 @@
+"""Evaluators that searches of the tests use, by `file.py:object`. Their module is the model's tensors, without transformers."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pcb_ray.search.evaluators import module_of
+
+
+class Near:
+    """Minus the squared distance to a model that the tests have hidden: the best coefficients are known."""
+
+    def __init__(self, target: str, digits: int = 6, uneven_s: float = 0.0, log: str = "") -> None:
+        self.target, self.digits, self.uneven_s, self.log = target, digits, uneven_s, log
+
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        if self.log:
+            with open(self.log, "a") as log:
+                log.write(f"load {os.getpid()}\n")
+        self.wanted = load_file(self.target)
+        self.module = module_of(
+            {k: v.float() for path in Path(model_dir).glob("*.safetensors") for k, v in load_file(path).items()}
+        )
+        return self.module
+
+    def score(self, split: str) -> dict[str, float]:
+        if self.log:
+            with open(self.log, "a") as log:
+                log.write(f"score {split}\n")
+        time.sleep(random.random() * self.uneven_s)
+        distance = sum(float(((p - self.wanted[name].float()) ** 2).sum()) for name, p in self.module.named_buffers())
+        return {"near": round(-distance, self.digits), "split_length": float(len(split))}
+
+
+class Sick(Near):
+    """Scores the base; of all else only what is asked for: raises, gives NaN, hangs, or ends its process, in turn by what the score would be."""
+
+    def __init__(self, target: str, ways: tuple[str, ...] = ("raise", "nan", "hang", "die", "")) -> None:
+        super().__init__(target)
+        self.ways = ways
+
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        module = super().load(model_dir)
+        self.of_base = super().score("val")["near"]
+        return module
+
+    def score(self, split: str) -> dict[str, float]:
+        found = super().score(split)
+        way = "" if found["near"] == self.of_base else self.ways[int(-found["near"] * 1e6) % len(self.ways)]
+        if way == "raise":
+            raise ValueError(f"no score for {found['near']}")
+        if way == "hang":
+            time.sleep(3600)
+        if way == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found | ({"near": float("nan")} if way == "nan" else {})
+
+
+class Lacking:
+    def load(self, model_dir: Path) -> None: ...
+
+
+class WrongModule(Near):
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        super().load(model_dir)
+        return torch.nn.Linear(2, 2)
+
+
+class NoModule(Near):
+    def load(self, model_dir: Path) -> str:  # type: ignore[override]
+        return "a model"
+
+
+class NoNumber(Near):
+    def score(self, split: str) -> dict[str, float]:
+        return {"near": "high"}  # type: ignore[dict-item]
+
+
+class NoDict(Near):
+    def score(self, split: str) -> dict[str, float]:
+        return 3.0  # type: ignore[return-value]
+
+
+class ValOnly(Near):
+    def score(self, split: str) -> dict[str, float]:
+        if split != "val":
+            raise KeyError(split)
+        return super().score(split)
+
+
+not_an_evaluator = 3

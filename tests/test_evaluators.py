@@ -1,0 +1,271 @@
+"""Evaluators: which are refused and how, how their module is matched to the merge, and what the built-in ones score; without Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from families import Family
+
+from pcb_ray import Recipe, RequestError
+from pcb_ray.answers import Thresholds
+from pcb_ray.plan import plan
+from pcb_ray.search.evaluators import make_evaluator, match, module_of
+from pcb_ray.search.request import Search, Space
+from pcb_ray.search.worker import Arm, Job, Worker
+
+EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
+
+
+def job_of(family: Family, evaluator: Any, metric: str = "near") -> Job:
+    recipe = Recipe.from_dict(family.recipe(search={"evaluator": evaluator, "metric": metric}))
+    made = plan(recipe)
+    search = Search.of(recipe, has_evaluator=False)
+    arm = Arm(made, "nowhere", Thresholds())
+    return Job(search, Space.of(search, made), {"pairwise": arm}, str(family.folder / "base"), str(family.folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("Lacking", False, "Lacking lacks score"),
+        ("not_an_evaluator", False, "lacks load and score"),
+        ("not_an_evaluator", True, "takes no options"),
+        ("Nearest", True, "has no attribute 'Nearest'"),
+        ("Near", False, "missing a required argument: 'target'"),
+        ("WrongModule", True, "of the 11 merged tensors"),
+        ("NoModule", True, "load() returned str"),
+        ("NoNumber", True, "near = 'high'"),
+        ("NoDict", True, "returned float"),
+    ],
+)
+def test_a_wrong_evaluator_is_refused_with_a_fix(family, name, options, complaint):
+    made = family(2)
+    given = {"target": str(made.folder / "model0" / "model.safetensors")}
+    evaluator = {f"{EVALUATORS}:{name}": given} if options else f"{EVALUATORS}:{name}"
+    with pytest.raises(RequestError) as caught:
+        Worker(job_of(made, evaluator)).score_input(0, "val")
+    assert complaint in str(caught.value)
+    assert "Fix:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("nowhere.py:X", "no such file"), ("no_such_module:X", "ModuleNotFoundError"), ("broken.py:X", "ZeroDivisionError")],
+)
+def test_an_evaluator_that_cant_be_loaded_is_named_with_what_happened(tmp_path, name, complaint):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(RequestError, match=complaint):
+        make_evaluator(name, {}, tmp_path)
+
+
+def test_a_module_beside_the_recipe_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", ["/usr/lib"])
+    (tmp_path / "beside_the_recipe.py").write_text("class E:\n    def load(self, d): ...\n    def score(self, s): ...\n")
+    assert make_evaluator("beside_the_recipe:E", {}, tmp_path).__class__.__name__ == "E"
+
+
+def test_a_model_is_scored_by_its_merged_tensors_and_the_base_comes_back(family):
+    made = family(2)
+    target = str(made.folder / "model0" / "model.safetensors")
+    worker = Worker(job_of(made, {f"{EVALUATORS}:Near": {"target": target}}))
+    of_base = worker.score_input(0, "val")["near"]
+    assert of_base < 0.0
+    assert worker.score_input(1, "val")["near"] == 0.0
+    assert worker.score_input(2, "val")["near"] < 0.0
+    assert worker.score_input(0, "val")["near"] == of_base
+
+
+# --- names --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_match_finds_a_prefix_on_either_side():
+    module = torch.nn.Module()
+    module.add_module("model", torch.nn.Linear(2, 3))
+    assert match(module, {"weight": (3, 2), "bias": (3,)})["weight"] is module.model.weight
+    shapes = {"outer.model.weight": (3, 2), "outer.model.bias": (3,)}
+    assert match(module, shapes)["outer.model.bias"] is module.model.bias
+
+
+def test_match_takes_buffers_and_both_names_of_tied_parameters():
+    module = torch.nn.Module()
+    module.a, module.b = (torch.nn.Embedding(4, 2) for _ in range(2))
+    module.b.weight = module.a.weight
+    module.register_buffer("mean", torch.zeros(2))
+    found = match(module, {"b.weight": (4, 2), "mean": (2,)})
+    assert found["b.weight"] is module.a.weight
+    assert found["mean"] is module.mean
+
+
+def test_tensors_that_match_nothing_are_listed_with_the_modules_own():
+    module = module_of({"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)})
+    with pytest.raises(RequestError, match=r"lacks 1 of the 2 merged tensors: c.weight.*b.weight"):
+        match(module, {"a.weight": (2,), "c.weight": (2,)})
+
+
+def test_another_shape_is_an_error_with_both():
+    with pytest.raises(RequestError, match=r"\[3\] in the merge, \[2\] in the evaluator"):
+        match(module_of({"a.weight": torch.zeros(2)}), {"a.weight": (3,)})
+
+
+# --- built in -----------------------------------------------------------------------------------------------------------------------
+
+WORDS = [
+    "the",
+    "merge",
+    "of",
+    "many",
+    "models",
+    "keeps",
+    "what",
+    "each",
+    "of",
+    "them",
+    "knows",
+    "and",
+    "drops",
+    "what",
+    "they",
+    "fight",
+    "about",
+]
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and its tokenizer, as transformers saves them."""
+    return saved_model(tmp_path_factory.mktemp("lm"), "LlamaForCausalLM")
+
+
+def saved_model(folder: Path, architecture: str) -> Path:
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: k for k, word in enumerate(["[UNK]", "[PAD]", *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+    fast.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=len(vocabulary),
+        pad_token_id=1,
+        num_labels=3,
+        id2label={0: "short", 1: "middle", 2: "long"},
+        label2id={"short": 0, "middle": 1, "long": 2},
+    )
+    torch.manual_seed(0)
+    getattr(transformers, architecture)(config).save_pretrained(folder)
+    return folder
+
+
+def test_causal_lm_is_the_mean_loss_per_token_of_transformers(language_model, tmp_path):
+    import transformers
+
+    text = " ".join(WORDS * 3)
+    (tmp_path / "val.txt").write_text(text)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": text}) + "\n")
+    evaluator = make_evaluator(
+        "causal_lm", {"data": {"val": "val.txt", "test": {"a": "test.jsonl", "b": "val.txt"}}, "length": 7, "batch": 2}, tmp_path
+    )
+    evaluator.load(language_model)
+    found = evaluator.score("val")
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+    ids = transformers.AutoTokenizer.from_pretrained(language_model)(text, return_tensors="pt")["input_ids"][0]
+    total, count = 0.0, 0
+    model.requires_grad_(False)
+    for at in range(0, len(ids) - 1, 7):
+        window = ids[None, at : at + 8]
+        total += float(model(window, labels=window).loss) * (window.shape[1] - 1)
+        count += window.shape[1] - 1
+    assert count == len(ids) - 1
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    of_test = evaluator.score("test")
+    assert of_test["loss_b"] == found["loss"]
+    assert of_test["loss"] == pytest.approx((of_test["loss_a"] + of_test["loss_b"]) / 2)
+
+
+def test_classification_is_accuracy_and_loss_of_transformers(tmp_path):
+    import transformers
+
+    folder = saved_model(tmp_path / "model", "LlamaForSequenceClassification")
+    rows = [{"text": " ".join(WORDS[: 1 + k % 7]), "label": ("short", "middle", "long")[k % 3]} for k in range(10)]
+    (tmp_path / "val.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    numbered = [{"sentence": row["text"], "y": ("short", "middle", "long").index(row["label"])} for row in rows]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(numbered), tmp_path / "val.parquet")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        logits = torch.cat([model(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+    labels = torch.tensor([row["y"] for row in numbered])
+    for file, fields in (("val.jsonl", {}), ("val.parquet", {"text": "sentence", "label": "y"})):
+        evaluator = make_evaluator("classification", {"data": {"val": file}, "batch": 4, **fields}, tmp_path)
+        evaluator.load(folder)
+        found = evaluator.score("val")
+        assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
+        assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
+
+
+def test_command_scores_a_model_directory_and_removes_it(language_model, tmp_path):
+    (tmp_path / "eval.py").write_text(
+        "import sys, json, transformers, pathlib\n"
+        "m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "pathlib.Path('seen').write_text(sys.argv[1])\n"
+        "print('some noise'); print(json.dumps({'sum': float(m.lm_head.weight.sum()), 'split': len(sys.argv[2])}))\n"
+    )
+    evaluator = make_evaluator("command", {"run": "python eval.py {model} {split}"}, tmp_path)
+    module = evaluator.load(language_model)
+    parameter = match(module, {"lm_head.weight": tuple(module.get_submodule("lm_head").weight.shape)})["lm_head.weight"]
+    parameter.fill_(0.5)
+    assert evaluator.score("test") == {"sum": 0.5 * parameter.numel(), "split": 4}
+    assert not Path((tmp_path / "seen").read_text()).exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "complaint"), [("exit 3", "ended with code 3"), ("echo done", "last line is not JSON"), ("true", "printed nothing")]
+)
+def test_a_command_that_fails_says_how(language_model, tmp_path, run, complaint):
+    evaluator = make_evaluator("command", {"run": run}, tmp_path)
+    evaluator.load(language_model)
+    with pytest.raises(RuntimeError, match=complaint):
+        evaluator.score("val")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("causal_lm", {}, "missing a required argument: 'data'"),
+        ("causal_lm", {"data": {"val": "none.txt"}}, "none.txt is not a file"),
+        ("causal_lm", {"data": "val.txt"}, "for each split"),
+        ("causal_lm", {"data": {"val": "val.txt"}, "lenght": 3}, "unexpected keyword argument 'lenght'"),
+        ("classification", {"data": {"val": {}}}, "no file"),
+        ("lm_eval", {"tasks": {}}, "wanted tasks"),
+        ("command", {}, "missing a required argument: 'run'"),
+    ],
+)
+def test_wrong_options_are_told_with_a_fix(tmp_path, name, options, complaint):
+    (tmp_path / "val.txt").write_text("x")
+    with pytest.raises(RequestError, match=complaint):
+        make_evaluator(name, options, tmp_path)
+
+
+def test_a_split_without_data_is_told(language_model, tmp_path):
+    (tmp_path / "val.txt").write_text(" ".join(WORDS))
+    (tmp_path / "empty.txt").write_text("")
+    evaluator = make_evaluator("causal_lm", {"data": {"val": "val.txt"}}, tmp_path)
+    evaluator.load(language_model)
+    with pytest.raises(RequestError, match=r"no data for 'test', only for val"):
+        evaluator.score("test")
+    with pytest.raises(RequestError, match=r"has 0 tokens"):
+        make_evaluator("causal_lm", {"data": {"val": "empty.txt"}}, tmp_path).load(language_model)

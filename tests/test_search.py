@@ -1,0 +1,272 @@
+"""The search on Ray: what it finds, that a seed decides it, that failures cost their trials only, and that it reads no model twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import families
+import pyarrow.parquet
+import pytest
+import torch
+from clusters import DEADLINE_S, await_that, digests, pcb_ray, ray_address, receipt_of, running, state_of
+from families import Family
+
+import pcb_ray as package
+from pcb_ray import RequestError, RunError
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+HIDDEN = [1.4, 0.3, 0.8]
+EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_ray() -> str:
+    """Ray is running in this process: `search` uses it."""
+    return ray_address()
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Three models, and the merge with hidden coefficients beside them."""
+    made = Family(tmp_path_factory.mktemp("search") / "family", *families.fine_tuned(3, scale=4))
+    families.write(made.folder / "hidden", package.merge_state_dicts(made.base, made.models, weights=HIDDEN))
+    return made
+
+
+def recipe_of(family: Family, name: str = "Near", options: dict[str, Any] | None = None, **search: Any) -> dict[str, Any]:
+    given = {"target": str(family.folder / "hidden" / "model.safetensors")} | (options or {})
+    return family.recipe(
+        search={"evaluator": {f"{EVALUATORS}:{name}": given}, "metric": "near", "budget": 16, "population": 8, "concurrency": 1}
+        | search
+    )
+
+
+def trials_of(out: Path) -> list[dict[str, Any]]:
+    return list(pyarrow.parquet.read_table(out / "trials.parquet").to_pylist())
+
+
+def coefficients(out: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in row.items() if k.startswith("weight") or k in ("lambda", "density", "variant")} for row in trials_of(out)
+    ]
+
+
+def searched(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, Any]:
+    return package.search(recipe, out, workers=1, quiet=True, **options)
+
+
+def near_of(recipe: Path, family: Family, folder: Path) -> float:
+    """What `Near` says of a recipe's merge, by the ordinary path, in float32 as its module is."""
+    wide = dataclasses.replace(package.Recipe.from_file(recipe), dtype="float32")
+    package.merge(wide, folder / "wide", workers=1, quiet=True)
+    hidden = families.load(family.folder / "hidden")
+    return -sum(float(((t - hidden[name].float()) ** 2).sum()) for name, t in families.load(folder / "wide").items())
+
+
+# --- what it finds ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
+    from ray import tune
+
+    out, log = tmp_path / "out", tmp_path / "log"
+    recipe = recipe_of(family, options={"log": str(log)}, budget=80, concurrency=2, loggers=["tensorboard"])
+    found = searched(recipe, out)
+    metric = {name: scores["val"]["near"] for name, scores in found["scores"].items()}
+    assert metric["winner"] > 0.05 * metric["start"], metric
+    weights = [found["recipe"].models[i].weight[0][1] for i in range(3)]
+    assert weights == pytest.approx(HIDDEN, abs=0.15)
+
+    rows = trials_of(out)
+    assert [row["number"] for row in rows] == list(range(80))
+    assert max(row["objective"] for row in rows) == metric["winner"]
+    assert all(row["error"] == "" and row["seconds"] > 0 and row["node"] for row in rows)
+    # The model is what the ordinary merge of best_recipe.yaml gives, and what was scored.
+    again = tmp_path / "again"
+    package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert package.verify(out, quiet=True) == []
+    assert near_of(out / "best_recipe.yaml", family, tmp_path) == pytest.approx(metric["winner"], abs=2e-6)
+
+    lines = log.read_text().splitlines()
+    assert sum(line.startswith("load") for line in lines) <= 1 + 2 + 4, (
+        "once for the dry score, per trial worker, and per scorer of references"
+    )
+    assert lines.count("score test") == 1 + 3 + 1 + 1, "base, experts, start, winner"
+    for name in ("report.html", "best_so_far.png", "coefficients.png", "parallel.png"):
+        assert (out / name).stat().st_size > 1000, name
+    assert "http" not in (out / "report.html").read_text().replace("http-equiv", ""), "self-contained"
+    assert not state_of(out).exists()
+
+    # Tune's own tools and TensorBoard read the experiment.
+    analysis = tune.ExperimentAnalysis(str(out / "tune"), default_metric="objective", default_mode="max")
+    assert sorted(analysis.dataframe()["objective"]) == sorted(row["objective"] for row in rows)
+    assert analysis.best_config["weight.model0"] == weights[0]
+    assert len(list(out.glob("tune/*/events.out.tfevents*"))) == 80
+
+
+def test_groups_lambda_density_and_variant_are_searched_and_the_recipe_reproduces_the_bytes(family, tmp_path):
+    out = tmp_path / "out"
+    space = {
+        "groups": {"attention": "*self_attn*", "layers": 2},
+        "lambda": {"lower": 0.5, "upper": 1.5},
+        "density": {"lower": 0.02, "upper": 0.4},
+        "variant": ["pairwise", "released"],
+    }
+    found = searched(recipe_of(family, space=space), out)
+    rows = trials_of(out)
+    assert {row["variant"] for row in rows} <= {"pairwise", "released"}
+    assert all(0.02 <= row["density"] <= 0.4 and 0.5 <= row["lambda"] <= 1.5 for row in rows)
+    assert len({row["density"] for row in rows}) > 8
+    again = tmp_path / "again"
+    package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    thresholds = [receipt_of(folder)["thresholds"] for folder in (out, again)]
+    assert thresholds[0] == thresholds[1]
+    # Not only its bytes: the score that the search saw is the merged model's.
+    assert near_of(out / "best_recipe.yaml", family, tmp_path) == pytest.approx(found["scores"]["winner"]["val"]["near"], abs=2e-6)
+
+
+def test_an_evaluator_can_be_an_object_of_python(family, tmp_path):
+    class Norm:
+        """The smaller the model, the better. Pickled by value: it names nothing of the tests."""
+
+        def load(self, model_dir: Path) -> torch.nn.Module:
+            from safetensors.torch import load_file
+
+            from pcb_ray.search.evaluators import module_of
+
+            self.module = module_of({name: t.float() for name, t in load_file(Path(model_dir) / "model.safetensors").items()})
+            return self.module
+
+        def score(self, split: str) -> dict[str, float]:
+            return {"norm": sum(float((b**2).sum()) for b in self.module.buffers())}
+
+    recipe = family.recipe(search={"metric": "norm", "mode": "min", "budget": 8, "concurrency": 1})
+    found = searched(recipe, tmp_path / "out", evaluator=Norm())
+    assert found["scores"]["winner"]["val"]["norm"] <= found["scores"]["start"]["val"]["norm"]
+
+
+# --- a seed decides -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, tmp_path):
+    """With scores that tie often, and trials of uneven length on one and on three workers."""
+    options = {"digits": 1, "uneven_s": 0.15}
+    for name, concurrency, seed in (("one", 1, 3), ("three", 3, 3), ("other", 3, 4)):
+        searched(recipe_of(family, options=options, budget=40, concurrency=concurrency, seed=seed), tmp_path / name)
+    one, three, other = (coefficients(tmp_path / name) for name in ("one", "three", "other"))
+    assert one == three
+    assert one != other
+    assert len({row["objective"] for row in trials_of(tmp_path / "one")}) < 14, "the test wants ties"
+    assert digests(tmp_path / "one")["model.safetensors"] == digests(tmp_path / "three")["model.safetensors"]
+
+
+# --- failures -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_raises_hangs_dies_or_gives_nan_costs_itself_only(family, tmp_path):
+    out = tmp_path / "out"
+    ways = ["raise", "nan", "hang", "die", "", "", "", "", ""]
+    recipe = recipe_of(family, "Sick", {"ways": ways}, budget=20, trial_timeout=0.5, concurrency=2)
+    found = searched(recipe, out)
+    errors = [row["error"] for row in trials_of(out)]
+    assert len(errors) == 20
+    for sign in ("ValueError: no score", "TimeoutError", "near is nan", "the worker died"):
+        assert any(sign in error for error in errors), (sign, errors)
+    healthy = [row["objective"] for row in trials_of(out) if not row["error"]]
+    assert healthy
+    assert found["failed"] == sum(map(bool, errors))
+    assert all(math.isnan(row["objective"]) for row in trials_of(out) if row["error"])
+
+
+def test_more_than_a_quarter_failing_in_a_row_stops_the_search_with_the_reason(family, tmp_path):
+    out, mine = tmp_path / "out", tmp_path / "mine.py"
+    mine.write_text(EVALUATORS.read_text())
+    recipe = recipe_of(family, budget=200)
+    recipe["search"]["evaluator"] = {
+        f"{mine}:Sick": {"target": str(family.folder / "hidden" / "model.safetensors"), "ways": ["raise"]}
+    }
+    with pytest.raises(RunError, match=r"more than a quarter of the 200 trials failed in a row.*no score for"):
+        searched(recipe, out)
+    assert not out.exists()
+    mine.write_text(EVALUATORS.read_text() + "\n# changed\n")
+    with pytest.raises(RequestError, match="evaluator was"):
+        searched(recipe, out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "search", "complaint"),
+    [
+        ("Nearest", {}, "has no attribute 'Nearest'"),
+        ("Near", {"metric": "nearness"}, "search.metric"),
+        ("ValOnly", {}, "KeyError: 'test'"),
+        ("Near", {"resources_per_trial": {"cpu": 5}}, "fit no node"),
+        ("Near", {"resources_per_trial": {"gpu": 1}}, "fit no node"),
+        ("Near", {"optimizer": "CMAs"}, "none of Nevergrad's"),
+    ],
+)
+def test_a_wrong_evaluator_or_request_is_told_before_anything_is_computed(family, tmp_path, name, search, complaint):
+    out = tmp_path / "out"
+    recipe = recipe_of(family, name, **search)
+    with pytest.raises(RequestError) as caught:
+        searched(recipe, out)
+    assert complaint in str(caught.value)
+    assert "Fix:" in str(caught.value)
+    assert not out.exists()
+    assert not state_of(out).exists(), "nothing to resume"
+
+
+def test_a_killed_driver_is_resumed_with_the_same_candidates(family, tmp_path):
+    """`kill -9` in the middle of the trials; then --resume, and beside it a run that nothing happened to."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_of(family, options={"uneven_s": 0.2, "digits": 1}, budget=24, concurrency=2, seed=5)))
+    killed, calm = tmp_path / "killed", tmp_path / "calm"
+    journal = state_of(killed) / "journal.jsonl"
+    with running("search", recipe, killed, "--workers", 1, "--address", ray_address()) as run:
+        await_that("seven trials", lambda: journal.exists() and journal.read_text().count('"trial ') >= 7)
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait(DEADLINE_S)
+    done = journal.read_text().count('"trial ')
+    assert 7 <= done < 24
+    log = pcb_ray("search", recipe, killed, "--workers", 1, "--address", ray_address(), "--resume", "-v")
+    pcb_ray("search", recipe, calm, "--workers", 1, "--address", ray_address())
+    assert coefficients(killed) == coefficients(calm)
+    assert [row["objective"] for row in trials_of(killed)] == [row["objective"] for row in trials_of(calm)]
+    assert (killed / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
+    assert not any("ranks of" in line for line in log.lines), "the analysis is kept"
+
+
+# --- the grid -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
+    out = tmp_path / "out"
+    grid = {"density": [0.05, 0.2], "lambda": [0.8, 1.2], "variant": ["pairwise", "released"]}
+    recipe = recipe_of(family) | {"sweep": grid}
+    found = package.sweep(recipe, out, workers=1, quiet=True)
+    rows = pyarrow.parquet.read_table(out / "sweep.parquet").to_pylist()
+    assert len(rows) == 8
+    hidden = families.load(family.folder / "hidden")
+    for row in rows:
+        merged = package.merge_state_dicts(
+            family.base, family.models, mask_ratio=row["density"], variant=row["variant"], lambda_=row["lambda"], dtype="float32"
+        )
+        distance = sum(float(((t - hidden[name].float()) ** 2).sum()) for name, t in merged.items())
+        assert row["objective"] == pytest.approx(-distance, abs=2e-6)
+    assert found["best"] == {k: max(rows, key=lambda r: r["objective"])[k] for k in grid}
+    assert (out / "sweep.png").stat().st_size > 1000
+    again = package.merge(out / "best_recipe.yaml", tmp_path / "best", workers=1, quiet=True)
+    assert again["thresholds"]
+    assert not state_of(out).exists()
