@@ -164,11 +164,9 @@ def test_an_evaluator_can_be_an_object_of_python(family, tmp_path):
 def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, tmp_path):
     """With scores that tie often, and trials of uneven length on one and on two workers."""
     options = {"digits": 1, "uneven_s": 0.15}
-    for name, concurrency, seed in (("one", 1, 3), ("three", 3, 3), ("other", 3, 4)):
-        searched(recipe_of(family, options=options, budget=40, concurrency=concurrency, seed=seed), tmp_path / name)
-    one, three, other = (coefficients(tmp_path / name) for name in ("one", "three", "other"))
-    assert one == three
-    assert one != other
+    for name, concurrency in (("one", 1), ("two", 2)):
+        searched(recipe_of(family, options=options, budget=24, concurrency=concurrency, seed=3), tmp_path / name)
+    assert coefficients(tmp_path / "one") == coefficients(tmp_path / "two")
     assert len({row["objective"] for row in trials_of(tmp_path / "one")}) < 14, "the test wants ties"
     assert digests(tmp_path / "one")["model.safetensors"] == digests(tmp_path / "two")["model.safetensors"]
 
