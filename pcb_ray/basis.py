@@ -202,18 +202,19 @@ class Basis:
         self._base = {
             tensor.file: np.memmap(tensor.file, dtype=np.uint8, mode="r") for t in plan.tensors if (tensor := t.sources[0])
         }
-        self._thresholds_at = functools.lru_cache(maxsize=64)(self._find_thresholds)
+        self._known: dict[float, Thresholds] = {}
 
     def thresholds(self, mask_ratio: float | None) -> Thresholds:
         """The thresholds of a mask ratio for all tasks, at most the one that this (scored) basis was made for; None: those it was made for.
 
         Exact: the drop threshold of a smaller ratio is the element of the same rank among the kept betas."""
-        return self.made_for if mask_ratio is None else self._thresholds_at(mask_ratio)
-
-    def _find_thresholds(self, mask_ratio: float) -> Thresholds:
-        D = self.plan.D
-        kept = D - min(int(D * (1 - mask_ratio)), D - 1)  # the threshold is the kept-th largest score
-        return self.made_for.replace(t=tuple(self._largest(i, kept) for i in range(self.plan.N)))
+        if mask_ratio is None:
+            return self.made_for
+        if mask_ratio not in self._known:
+            D = self.plan.D
+            kept = D - min(int(D * (1 - mask_ratio)), D - 1)  # the threshold is the kept-th largest score
+            self._known[mask_ratio] = self.made_for.replace(t=tuple(self._largest(i, kept) for i in range(self.plan.N)))
+        return self._known[mask_ratio]
 
     def _largest(self, task: int, rank: int) -> float:
         """The rank-th largest score of a task; the threshold this was made for if fewer lie above it (they are tied with it)."""

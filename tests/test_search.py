@@ -14,7 +14,7 @@ import families
 import pyarrow.parquet
 import pytest
 import torch
-from clusters import DEADLINE_S, await_that, digests, pcb_ray, ray_address, receipt_of, running, state_of
+from clusters import DEADLINE_S, await_that, pcb_ray, ray_address, receipt_of, running, state_of
 from families import Family
 
 import pcb_ray as package
@@ -161,14 +161,44 @@ def test_an_evaluator_can_be_an_object_of_python(family, tmp_path):
 # --- a seed decides -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, tmp_path):
-    """With scores that tie often, and trials of uneven length on one and on two workers."""
-    options = {"digits": 1, "uneven_s": 0.15}
-    for name, concurrency in (("one", 1), ("two", 2)):
-        searched(recipe_of(family, options=options, budget=24, concurrency=concurrency, seed=3), tmp_path / name)
-    assert coefficients(tmp_path / "one") == coefficients(tmp_path / "two")
-    assert len({row["objective"] for row in trials_of(tmp_path / "one")}) < 14, "the test wants ties"
-    assert digests(tmp_path / "one")["model.safetensors"] == digests(tmp_path / "two")["model.safetensors"]
+def uneven(family: Family, concurrency: int) -> dict[str, Any]:
+    """Trials of uneven length, and scores that tie often."""
+    return recipe_of(family, options={"digits": 1, "uneven_s": 0.15}, budget=24, concurrency=concurrency, seed=3)
+
+
+@pytest.fixture(scope="module")
+def calm(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What such a search gives on one worker, when nothing happens to it."""
+    out = tmp_path_factory.mktemp("calm") / "out"
+    searched(uneven(family, 1), out)
+    assert len({row["objective"] for row in trials_of(out)}) < 14, "the tests want ties"
+    return out
+
+
+def assert_same_search(one: Path, other: Path) -> None:
+    assert coefficients(one) == coefficients(other)
+    assert [row["objective"] for row in trials_of(one)] == [row["objective"] for row in trials_of(other)]
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, calm, tmp_path):
+    searched(uneven(family, 2), tmp_path / "two")
+    assert_same_search(tmp_path / "two", calm)
+
+
+def test_a_killed_driver_is_resumed_with_the_same_candidates(family, calm, tmp_path):
+    """`kill -9` in the middle of the trials; then --resume."""
+    recipe, killed = tmp_path / "recipe.yaml", tmp_path / "killed"
+    recipe.write_text(json.dumps(uneven(family, 2)))
+    journal = state_of(killed) / "journal.jsonl"
+    with running("search", recipe, killed, "--workers", 1, "--address", ray_address()) as run:
+        await_that("seven trials", lambda: journal.exists() and journal.read_text().count('"trial ') >= 7, DEADLINE_S)
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait(DEADLINE_S)
+    assert 7 <= journal.read_text().count('"trial ') < 24
+    resumed = pcb_ray("search", recipe, killed, "--workers", 1, "--address", ray_address(), "--resume", "-v")
+    assert not any("ranks of" in line for line in resumed.lines), "the analysis is kept"
+    assert_same_search(killed, calm)
 
 
 # --- failures -----------------------------------------------------------------------------------------------------------------------
@@ -224,26 +254,6 @@ def test_a_wrong_evaluator_or_request_is_told_before_anything_is_computed(family
     assert "Fix:" in str(caught.value)
     assert not out.exists()
     assert not state_of(out).exists(), "nothing to resume"
-
-
-def test_a_killed_driver_is_resumed_with_the_same_candidates(family, tmp_path):
-    """`kill -9` in the middle of the trials; then --resume, and beside it a run that nothing happened to."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(recipe_of(family, options={"uneven_s": 0.2, "digits": 1}, budget=24, concurrency=2, seed=5)))
-    killed, calm = tmp_path / "killed", tmp_path / "calm"
-    journal = state_of(killed) / "journal.jsonl"
-    with running("search", recipe, killed, "--workers", 1, "--address", ray_address()) as run:
-        await_that("seven trials", lambda: journal.exists() and journal.read_text().count('"trial ') >= 7)
-        os.killpg(run.process.pid, signal.SIGKILL)
-        run.process.wait(DEADLINE_S)
-    done = journal.read_text().count('"trial ')
-    assert 7 <= done < 24
-    log = pcb_ray("search", recipe, killed, "--workers", 1, "--address", ray_address(), "--resume", "-v")
-    pcb_ray("search", recipe, calm, "--workers", 1, "--address", ray_address())
-    assert coefficients(killed) == coefficients(calm)
-    assert [row["objective"] for row in trials_of(killed)] == [row["objective"] for row in trials_of(calm)]
-    assert (killed / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
-    assert not any("ranks of" in line for line in log.lines), "the analysis is kept"
 
 
 # --- the grid -----------------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def write_sweep(
 
 
 def write_table(path: Path, records: Sequence[Record]) -> None:
-    """A row for each candidate: number, coefficients, metrics, seconds, node, error."""
+    """A row for each candidate: number, coefficients, metrics, seconds, when it ended (Unix time), node, error."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -85,6 +85,7 @@ def write_table(path: Path, records: Sequence[Record]) -> None:
             **{f"metric.{name}": value for name, value in r["metrics"].items()},
             "objective": r["objective"],
             **{k: r.get(k, math.nan) for k in ("seconds", "load_s", "apply_s", "score_s")},
+            "ended": r["ended"],
             "node": r.get("node", ""),
             "error": r["error"],
         }

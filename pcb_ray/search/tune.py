@@ -215,7 +215,7 @@ class Progress(tune.Callback):
 
     def _ended(self, trial_id: str, found: Record) -> None:
         number, config = self._numbers[trial_id]
-        record = self.records[number] = {"number": number, "config": config, **found}
+        record = self.records[number] = {"number": number, "config": config, "ended": time.time(), **found}
         key = key_of(config)
         if key not in self._known:
             self._keep(key, record)

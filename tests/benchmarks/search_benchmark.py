@@ -155,7 +155,7 @@ def trials(scratch: Path) -> str:
     for workers in (1, 2):
         search |= {"evaluator": {f"{__file__}:Second": {"seconds": 1.0}}, "concurrency": workers, "budget": 40}
         pcb_ray.search(family.recipe(search=search), scratch / f"second{workers}", quiet=True)
-        rows = sorted(table(scratch / f"second{workers}"), key=lambda r: r["ended"])
+        rows = table(scratch / f"second{workers}")
         steady = rows[2 * workers :]  # both workers are up
         rates[workers] = 60 * len(steady) / (steady[-1]["ended"] - rows[2 * workers - 1]["ended"])
     lines.append(
@@ -165,18 +165,9 @@ def trials(scratch: Path) -> str:
 
 
 def table(out: Path) -> list[dict[str, Any]]:
-    """The rows of trials.parquet, with the time of each trial's end from Tune's own results."""
     import pyarrow.parquet
 
-    ended = {}
-    for path in out.glob("tune/*/result.json"):
-        result = json.loads(path.read_text().splitlines()[-1])
-        ended[json.dumps(result["config"], sort_keys=True)] = result["date"], path.stat().st_mtime
-    rows = pyarrow.parquet.read_table(out / "trials.parquet").to_pylist()
-    for row in rows:
-        config = {k: v for k, v in row.items() if k.startswith("weight.")}
-        row["ended"] = ended[json.dumps(config, sort_keys=True)][1]
-    return list(rows)
+    return sorted(pyarrow.parquet.read_table(out / "trials.parquet").to_pylist(), key=lambda row: row["ended"])
 
 
 WORKER = """
