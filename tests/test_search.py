@@ -186,19 +186,30 @@ def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, calm, 
     assert_same_search(tmp_path / "two", calm)
 
 
-def test_a_killed_driver_is_resumed_with_the_same_candidates(family, calm, tmp_path):
-    """`kill -9` in the middle of the trials; then --resume."""
-    recipe, killed = tmp_path / "recipe.yaml", tmp_path / "killed"
+def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candidates(family, calm, tmp_path):
+    """`kill -9` in the middle of the trials, then Ctrl-C on the run that goes on, then one that ends."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(json.dumps(uneven(family, 2)))
-    journal = state_of(killed) / "journal.jsonl"
-    with running("search", recipe, killed, "--workers", 1, "--address", ray_address()) as run:
-        await_that("seven trials", lambda: journal.exists() and journal.read_text().count('"trial ') >= 7, DEADLINE_S)
+    journal = state_of(out) / "journal.jsonl"
+    command = ("search", recipe, out, "--workers", 1, "--address", ray_address())
+
+    def trials() -> int:
+        return journal.read_text().count('"trial ') if journal.exists() else 0
+
+    with running(*command) as run:
+        await_that("five trials", lambda: trials() >= 5, DEADLINE_S)
         os.killpg(run.process.pid, signal.SIGKILL)
         run.process.wait(DEADLINE_S)
-    assert 7 <= journal.read_text().count('"trial ') < 24
-    resumed = pcb_ray("search", recipe, killed, "--workers", 1, "--address", ray_address(), "--resume", "-v")
+    killed_at = trials()
+    with running(*command, "--resume") as run:
+        await_that("three trials more", lambda: trials() >= killed_at + 3, DEADLINE_S)
+        os.killpg(run.process.pid, signal.SIGINT)
+        assert run.process.wait(DEADLINE_S) == 130
+    assert not out.exists()
+    assert trials() < 24
+    resumed = pcb_ray(*command, "--resume", "-v")
     assert not any("ranks of" in line for line in resumed.lines), "the analysis is kept"
-    assert_same_search(killed, calm)
+    assert_same_search(out, calm)
 
 
 # --- failures -----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # on Ctrl-C it would end the trials and return as if all were done
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables would print over our progress; it reads this when imported
 
 import ray
@@ -305,6 +306,8 @@ def run_trials(
             f"more than a quarter of the {total} trials failed in a row, the last with: {records[-1]['error']}; "
             "mend the cause, then --resume goes on with what succeeded"
         )
+    if len(records) < total:
+        raise RunError(f"Tune ended after {len(records)} of {total} trials; --resume goes on with those done")
     return records
 
 
