@@ -186,7 +186,7 @@ def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, calm, 
     assert_same_search(tmp_path / "two", calm)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candidates(family, calm, tmp_path):
     """`kill -9` in the middle of the trials, then Ctrl-C on the run that goes on, then one that ends."""
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
@@ -216,7 +216,7 @@ def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candid
 # --- failures -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_trial_that_raises_hangs_dies_or_gives_nan_costs_itself_only(family, tmp_path):
     out = tmp_path / "out"
     ways = ["raise", "nan", "hang", "die", "", "", "", "", ""]
