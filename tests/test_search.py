@@ -138,6 +138,7 @@ def test_groups_lambda_density_and_variant_are_searched_and_the_recipe_reproduce
     assert near_of(out / "best_recipe.yaml", family, tmp_path) == pytest.approx(found["scores"]["winner"]["val"]["near"], abs=2e-6)
 
 
+@pytest.mark.very_slow
 def test_an_evaluator_can_be_an_object_of_python(family, tmp_path):
     class Norm:
         """The smaller the model, the better. Pickled by value: it names nothing of the tests."""
@@ -181,6 +182,7 @@ def assert_same_search(one: Path, other: Path) -> None:
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
+@pytest.mark.very_slow
 def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, calm, tmp_path):
     searched(uneven(family, 2), tmp_path / "two")
     assert_same_search(tmp_path / "two", calm)
