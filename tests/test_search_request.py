@@ -199,3 +199,24 @@ def test_a_grid_is_the_product_of_its_axes(family):
 def test_a_wrong_grid_is_refused(family, sweep, complaint):
     with pytest.raises(RequestError, match=complaint):
         grid_of(Recipe.from_dict(family(2).recipe(sweep=sweep)))
+
+
+# --- what the optimizer is told -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("mode", "scores"), [("min", [None, 4.8, 5.1, 4.9]), ("max", [None, 0.7, None, 0.2])])
+def test_a_trial_that_failed_is_told_as_the_worst_also_when_it_was_asked_first(family, monkeypatch, mode, scores):
+    from pcb_ray.search.tune import Generations, Progress
+
+    search, made = searched(family(2), mode=mode, budget=8, population=4)
+    asker = Generations(search, Space.of(search, made), Progress(8, search, lambda key, record: None, {}, quiet=True))
+    told: list[float] = []
+    monkeypatch.setattr(asker._nevergrad_opt, "tell", lambda candidate, loss: told.append(loss))
+    for k in range(4):
+        asker.suggest(str(k))
+    for k in (2, 0, 3, 1):
+        asker.on_trial_complete(str(k), None if scores[k] is None else {"objective": scores[k]}, error=scores[k] is None)
+    signed = [None if x is None else x if mode == "min" else -x for x in scores]
+    worst = max(x for x in signed if x is not None)
+    assert told == [worst if x is None else x for x in signed]

@@ -120,7 +120,7 @@ class Generations(NevergradSearch):
         self._search, self._progress = search, progress
         self._generation: list[str] = []
         self._losses: dict[str, float | None] = {}
-        self._worst = 0.0
+        self._worst = -math.inf
         self._failed_in_a_row = 0
         self.stopped = False
 
@@ -138,16 +138,18 @@ class Generations(NevergradSearch):
         value = math.nan if error or result is None else float(result[OBJECTIVE])
         self._losses[trial_id] = -self._search.better * value if math.isfinite(value) else None
         if len(self._losses) == self._search.population:
+            # Of the whole generation first: one that failed may have been asked before any that has a score.
+            self._worst = max([self._worst, *(loss for loss in self._losses.values() if loss is not None)])
             for one in self._generation:
                 self._tell(one, self._losses[one])
             self._generation, self._losses = [], {}
 
     def _tell(self, trial_id: str, loss: float | None) -> None:
         self._failed_in_a_row = self._failed_in_a_row + 1 if loss is None else 0
-        self._worst = max(self._worst, loss) if loss is not None else self._worst
         self.stopped |= 4 * self._failed_in_a_row > self._search.budget
         assert self._nevergrad_opt is not None
-        self._nevergrad_opt.tell(self._live_trial_mapping.pop(trial_id), self._worst if loss is None else loss)
+        worst = self._worst if math.isfinite(self._worst) else 0.0
+        self._nevergrad_opt.tell(self._live_trial_mapping.pop(trial_id), worst if loss is None else loss)
 
 
 class Listed(Searcher):
