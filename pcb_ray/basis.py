@@ -37,7 +37,6 @@ from pcb_ray.errors import RunError
 from pcb_ray.plan import Plan, Segment
 
 ARRAYS = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F64": np.float64}
-STRIP_BYTES = kernels.STRIP // 8  # of a mask
 PADDING = 16  # values beyond the last: _native.c reads them in vectors
 
 

@@ -72,17 +72,11 @@ def search(
     ):
         base = _dry_score(job, state)
         job = _with_bases(job, state, request.density is not None, workers=workers, memory=memory, quiet=quiet)
-        known = _known_trials(state)
-        progress = tune.Progress(request.budget, request, _keeper(state), known, quiet=quiet)
-        shutil.rmtree(state.folder / "tune", ignore_errors=True)
-        asker = tune.Generations(request, job.space, progress)
-        records = tune.run_trials(job, asker, progress, request.budget, storage=state.folder, known=known, name="tune")
-        if progress.best is None:
-            raise RunError(f"none of {len(records)} trials has a score; the last: {records[-1]['error']}")
-        scores, best = _references(job, base, progress.best)
+        progress = tune.Progress(request.budget, request, _keeper(state), known := _known_trials(state), quiet=quiet)
+        records, best_trial = _tried(job, state, tune.Generations(request, job.space, progress), progress, request.budget, known)
+        scores, best = _references(job, base, best_trial)
         winner = job.space.recipe_of(job.space.candidate(best))
         _merge_winner(winner, job, best, state, workers=workers, memory=memory, max_shard_bytes=max_shard_bytes, quiet=quiet)
-        (state.staging / BEST).write_text(winner.resolved().to_yaml())
         found = {
             "request": request,
             "best": best,
@@ -93,8 +87,7 @@ def search(
             "elapsed_s": time.monotonic() - start,
         }
         report.write_search(state.staging, request, job.space, records, found)
-        (state.folder / "tune").rename(state.staging / "tune")
-        state.commit()
+        _commit(state, winner)
     return found
 
 
@@ -130,20 +123,13 @@ def sweep(
     ):
         base = _dry_score(job, state)
         job = _with_bases(job, state, largest is not None, workers=workers, memory=memory, quiet=quiet)
-        known = _known_trials(state)
-        progress = tune.Progress(len(points), request, _keeper(state), known, quiet=quiet)
-        shutil.rmtree(state.folder / "tune", ignore_errors=True)
-        asker = tune.Listed(points, request.mode, progress)
-        records = tune.run_trials(job, asker, progress, len(points), storage=state.folder, known=known, name="tune")
-        if progress.best is None:
-            raise RunError(f"none of {len(records)} points has a score; the last: {records[-1]['error']}")
-        best = progress.best["config"]
+        progress = tune.Progress(len(points), request, _keeper(state), known := _known_trials(state), quiet=quiet)
+        records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
+        best = best_trial["config"]
         winner = job.space.recipe_of(job.space.candidate(best))
-        (state.staging / BEST).write_text(winner.resolved().to_yaml())
         found = {"request": request, "best": best, "recipe": winner, "base": base, "records": records}
         report.write_sweep(state.staging, request, points, records, base)
-        (state.folder / "tune").rename(state.staging / "tune")
-        state.commit()
+        _commit(state, winner)
     return found
 
 
@@ -174,7 +160,7 @@ def _prepared(
         log.warning("note: %s", note)
     asked = {
         **output.asked_of(plan, ARITHMETIC),
-        "search": json.loads(json.dumps(asdict(request))),
+        "search": asdict(request),
         "evaluator": _identity(request, recipe, evaluator),
     }
     with contextlib.ExitStack() as stack:
@@ -328,6 +314,26 @@ def _writer_bytes(plan: Plan, scored: bool) -> int:
     """What gathering the basis of one chunk takes at most: positions, values, scores, and the file's bytes."""
     share = max(plan.densities) if plan.method.startswith("pcb") else 1.0
     return int(plan.chunk_elements * (plan.N * (share * (24 if scored else 12) + 0.25) + 2) + CPU_BLOCK)
+
+
+def _tried(
+    job: Job, state: State, asker: Any, progress: Any, total: int, known: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The records of all trials, and the best. Raises RunError if there is none with a score."""
+    from pcb_ray.search import tune
+
+    shutil.rmtree(state.folder / "tune", ignore_errors=True)
+    records = tune.run_trials(job, asker, progress, total, storage=state.folder, known=known, name="tune")
+    if progress.best is None:
+        raise RunError(f"none of {len(records)} trials has a score; the last: {records[-1]['error']}")
+    return records, progress.best
+
+
+def _commit(state: State, winner: Recipe) -> None:
+    """Add what search and sweep both leave, and give the output its name."""
+    (state.staging / BEST).write_text(winner.resolved().to_yaml())
+    (state.folder / "tune").rename(state.staging / "tune")
+    state.commit()
 
 
 def _keeper(state: State) -> Any:
