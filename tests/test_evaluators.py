@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 import torch
 from families import Family
 
@@ -93,6 +94,38 @@ def test_match_finds_a_prefix_on_either_side():
     assert match(module, shapes)["outer.model.bias"] is module.model.bias
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    "architecture", ["ViTForImageClassification", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "GPT2LMHeadModel"]
+)
+def test_match_finds_what_transformers_has_renamed_or_fused(tmp_path, architecture, wrapped):
+    """The claim: what is written through the match is what the module would have loaded from a file that says so."""
+    import transformers
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    mixture = small | {
+        "num_key_value_heads": 1,
+        "vocab_size": 32,
+        "num_local_experts": 3,
+        "num_experts": 3,
+        "moe_intermediate_size": 8,
+    }
+    gpt2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32}
+    kind = getattr(transformers, architecture)
+    config = {"ViT": small | {"image_size": 8, "patch_size": 4}, "GPT": gpt2}.get(architecture[:3], mixture)
+    kind(kind.config_class(**config)).save_pretrained(tmp_path / "model")
+    model = kind.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    saved = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    found = match(torch.nn.ModuleDict({"inner": model}) if wrapped else model, {name: tuple(t.shape) for name, t in saved.items()})
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
+    other = {name: torch.randn_like(tensor) for name, tensor in saved.items()}
+    for name, tensor in found.items():
+        tensor.data.copy_(other[name])
+    safetensors.torch.save_file(other, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    expected = kind.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 def test_match_takes_buffers_and_both_names_of_tied_parameters():
     module = torch.nn.Module()
     module.a, module.b = (torch.nn.Embedding(4, 2) for _ in range(2))
@@ -150,7 +183,7 @@ def saved_model(folder: Path, architecture: str) -> Path:
     vocabulary = {word: k for k, word in enumerate(["[UNK]", "[PAD]", *dict.fromkeys(WORDS)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[PAD]")
     fast.save_pretrained(folder)
     config = transformers.LlamaConfig(
         hidden_size=16,
@@ -232,6 +265,52 @@ def test_command_scores_a_model_directory_and_removes_it(language_model, tmp_pat
     assert not Path((tmp_path / "seen").read_text()).exists()
 
 
+def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(language_model, tmp_path):
+    """The harness itself, with a multiple-choice task in YAML; the oracle adds up the log-probabilities of each choice's tokens."""
+    import transformers
+
+    rows = [
+        {"question": " ".join(WORDS[k : k + 3]), "choices": [WORDS[k + 4], WORDS[k + 7], WORDS[k + 9]], "answer": k % 3}
+        for k in range(7)
+    ]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks" / "words.yaml").write_text(
+        "task: words\ndataset_path: json\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{validation: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "validation_split: validation\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: answer\n'
+        "metric_list: [{metric: acc}]\n"
+    )
+    (tmp_path / "tasks" / "both.yaml").write_text(
+        "group: both\ntask: [words, firsts]\naggregate_metric_list: [{metric: acc, weight_by_size: false}]\n"
+    )
+    (tmp_path / "tasks" / "firsts.yaml").write_text("include: words.yaml\ntask: firsts\ndoc_to_target: 0\n")
+    evaluator = make_evaluator("lm_eval", {"tasks": {"val": "words", "test": "both"}, "include_path": "tasks"}, tmp_path)
+    updated = evaluator.load(language_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
+    for scale in (1.0, -3.0):
+        # After an update in place, as the search does it.
+        for module in (updated, model):
+            with torch.no_grad():
+                module.get_parameter("lm_head.weight").mul_(scale)
+        right = 0
+        for row in rows:
+            ids = [tokenizer(f"{row['question']} {c}", return_tensors="pt")["input_ids"] for c in row["choices"]]
+            with torch.inference_mode():
+                last = [model(i[:, :-1]).logits[0, -1].log_softmax(-1)[i[0, -1]].item() for i in ids]
+            right += last.index(max(last)) == row["answer"]
+        found = evaluator.score("val")
+        assert found["words/acc"] == found["acc"] == pytest.approx(right / len(rows))
+        assert set(found) == {"words/acc", "acc"}
+        of_group = evaluator.score("test")
+        assert of_group["words/acc"] == found["acc"]
+        assert of_group["acc"] == of_group["both/acc"] == pytest.approx((of_group["words/acc"] + of_group["firsts/acc"]) / 2)
+    with pytest.raises(RequestError, match="unknown: no_such_task"):
+        make_evaluator("lm_eval", {"tasks": {"val": "no_such_task"}}, tmp_path).load(language_model)
+
+
 @pytest.mark.parametrize(
     ("run", "complaint"), [("exit 3", "ended with code 3"), ("echo done", "last line is not JSON"), ("true", "printed nothing")]
 )
@@ -251,6 +330,7 @@ def test_a_command_that_fails_says_how(language_model, tmp_path, run, complaint)
         ("causal_lm", {"data": {"val": "val.txt"}, "lenght": 3}, "unexpected keyword argument 'lenght'"),
         ("classification", {"data": {"val": {}}}, "no file"),
         ("lm_eval", {"tasks": {}}, "wanted tasks"),
+        ("lm_eval", {"tasks": {"val": "x"}, "include_path": "nowhere"}, "nowhere is not a folder"),
         ("command", {}, "missing a required argument: 'run'"),
     ],
 )

@@ -345,7 +345,8 @@ class Classification:
 class LMEval:
     """Tasks of EleutherAI's lm-evaluation-harness by name, also from YAML files in a local folder. Needs the extra `lm-eval`.
 
-    tasks: {split: [task, ...]}. Metrics are TASK/METRIC without the filter's name, such as arc_easy/acc, and METRIC the mean over the tasks.
+    tasks: {split: [task, ...]}. Metrics are TASK/METRIC without the filter's name, such as arc_easy/acc, and METRIC the mean over the tasks of the
+    split that have it. Tasks and data are loaded once; `num_fewshot` and the harness's own seed of 1234 decide the examples in the prompts.
     """
 
     def __init__(
@@ -355,60 +356,71 @@ class LMEval:
         include_path: str | None = None,
         num_fewshot: int | None = None,
         limit: float | None = None,
+        chat_template: bool = False,
         batch: int = 8,
         dtype: str = "auto",
         folder: Path = Path("."),
     ) -> None:
+        where = "search.evaluator.lm_eval"
         if not isinstance(tasks, Mapping) or not tasks:
-            raise RequestError(
-                "search.evaluator.lm_eval.tasks: wanted tasks for each split. Fix: tasks: {val: [my_task], test: [arc_easy]}."
-            )
+            raise RequestError(f"{where}.tasks: wanted tasks for each split. Fix: tasks: {{val: [my_task], test: [arc_easy]}}.")
         self.tasks = {split: [names] if isinstance(names, str) else list(names) for split, names in tasks.items()}
-        self.include_path = None if include_path is None else str(folder / include_path)
-        self.num_fewshot, self.limit, self.batch, self.dtype = num_fewshot, limit, batch, dtype
+        self.include_path = None if include_path is None else folder / include_path
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise RequestError(f"{where}.include_path: {self.include_path} is not a folder. Fix: name the one with the task files.")
+        self.num_fewshot, self.limit, self.chat_template = num_fewshot, limit, chat_template
+        self.batch, self.dtype = batch, dtype
 
     def load(self, model_dir: Path) -> torch.nn.Module:
         try:
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
-        except ImportError:
-            raise RequestError("search.evaluator: lm_eval is not installed. Fix: pip install 'pcb-ray[lm-eval]'.") from None
-        transformers = _transformers()
-        model = _load_model(transformers.AutoModelForCausalLM, model_dir, self.dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        self.harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch)
-        self.manager = TaskManager(include_path=self.include_path)
-        known = set(self.manager.all_tasks)
-        unknown = sorted({t for names in self.tasks.values() for t in names} - known)
+        except ImportError as error:
+            raise RequestError(
+                f"search.evaluator: lm_eval can't be loaded: {error}. Fix: pip install 'pcb-ray[lm-eval]'."
+            ) from None
+        manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
+        unknown = sorted({name for names in self.tasks.values() for name in names} - set(manager.all_tasks))
         if unknown:
             raise RequestError(
                 f"search.evaluator.lm_eval.tasks: unknown: {', '.join(unknown)}. Fix: check the names, or give `include_path`."
             )
+        self._loaded = {split: manager.load(names) for split, names in self.tasks.items()}
+        for task in (task for loaded in self._loaded.values() for task in loaded["tasks"].values()):
+            own = task.get_config("num_fewshot")
+            if own != 0:  # a task that says 0 means it, as in the harness's own command
+                task.set_config(key="num_fewshot", value=(own or 0) if self.num_fewshot is None else self.num_fewshot)
+        transformers = _transformers()
+        model = _load_model(transformers.AutoModelForCausalLM, model_dir, self.dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self._harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch)
         module: torch.nn.Module = model
         return module
 
     def score(self, split: str) -> Metrics:
         import lm_eval
+        import torch
 
-        results = lm_eval.simple_evaluate(
-            model=self.harness,
-            tasks=_split(self.tasks, split),
-            task_manager=self.manager,
-            num_fewshot=self.num_fewshot,
-            limit=self.limit,
-            log_samples=False,
-            bootstrap_iters=0,
-            verbosity="ERROR",
+        loaded = _split(self._loaded, split)
+        torch.manual_seed(1234)  # for tasks that sample what they generate
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=1234)
+        # Not `simple_evaluate`: it would load the tasks again and describe the machine, for a second and more in each trial.
+        results = lm_eval.evaluate(
+            *(self._harness, loaded), limit=self.limit, log_samples=False, bootstrap_iters=0, apply_chat_template=self.chat_template
         )["results"]
         found: Metrics = {}
         of_metric: dict[str, list[float]] = {}
+        of_named: dict[str, list[float]] = {}  # a group stands beside its members: it is not to count twice
         for task, values in results.items():
             for key, value in values.items():
-                metric = key.split(",")[0]
-                if isinstance(value, int | float) and not metric.endswith("_stderr"):
+                metric, is_filtered, _ = key.partition(",")
+                if is_filtered and isinstance(value, int | float) and not metric.endswith("_stderr"):
                     found[f"{task}/{metric}"] = float(value)
                     of_metric.setdefault(metric, []).append(float(value))
-        return found | {metric: math.fsum(values) / len(values) for metric, values in of_metric.items()}
+                    if task in self.tasks[split]:
+                        of_named.setdefault(metric, []).append(float(value))
+        return found | {metric: math.fsum(values) / len(values) for metric, values in (of_metric | of_named).items()}
 
 
 class Command:
@@ -491,10 +503,12 @@ def module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
 
 
 def match(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The module's parameter or buffer for each of the merge's tensors; a prefix that all names on one side share is found by itself.
+    """The module's parameter or buffer for each of the merge's tensors, or the part of one that holds it. A prefix that all names on one side share
+    is found by itself, and so are the names under which transformers saves what it has renamed or fused.
 
     Raises RequestError that lists both sides if any has none, or one of another shape."""
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    own = _as_saved(module, own) | own
     to_own = max(_renamings(own, shapes), key=lambda rename: sum(rename(name) in own for name in shapes))
     found = {name: own[to_own(name)] for name in shapes if to_own(name) in own}
     lost = [name for name in shapes if name not in found]
@@ -525,6 +539,36 @@ def _renamings(own: Mapping[str, Any], shapes: Mapping[str, Any]) -> Iterator[An
     for prefix in (".".join(parts[:count]) + "." for count in range(1, len(parts))):
         if all(name.startswith(prefix) for name in shapes):
             yield lambda name, prefix=prefix: name.removeprefix(prefix)
+
+
+def _as_saved(module: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the transformers models in the module by the names that `save_pretrained` gives them, as views of their parameters.
+
+    On loading, transformers renames some and fuses others (the experts of a mixture become one parameter); its way back is run here on the parameters
+    themselves. What it can't give back without a copy is left out, since an update of a copy would be lost."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Uncopied(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0] if func in (torch.Tensor.contiguous, torch.Tensor.clone) else func(*args, **(kwargs or {}))
+
+    if "transformers" not in sys.modules:
+        return {}
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    result: dict[str, torch.Tensor] = {}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
+    outermost: list[str] = []
+    for prefix, part in module.named_modules():
+        if isinstance(part, PreTrainedModel) and not any(prefix.startswith(outer) for outer in outermost):
+            outermost.append(f"{prefix}." if prefix else "")
+            tensors = {name.removeprefix(outermost[-1]): t.detach() for name, t in own.items() if name.startswith(outermost[-1])}
+            with Uncopied():
+                saved = revert_weight_conversion(part, tensors)
+            result |= {outermost[-1] + name: t for name, t in saved.items() if t.untyped_storage().data_ptr() in storages}
+    return result
 
 
 def _some(names: Sequence[str]) -> str:

@@ -13,62 +13,19 @@ from typing import Any
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # on Ctrl-C it would end the trials and return as if all were done
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables would print over our progress; it reads this when imported
 
-import ray
 from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.nevergrad import NevergradSearch
 
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.search.request import Config, Search, Space, key_of
-from pcb_ray.search.worker import Job, Worker
+from pcb_ray.search.trial import OBJECTIVE, Record, Trial
+from pcb_ray.search.worker import Job
 
 log = logging.getLogger("pcb_ray")
 
-OBJECTIVE = "objective"  # what Tune sees as the metric of a trial: the user's metric, NaN for a trial that failed
 # Of CMA's first generation: a standard deviation of 0.15 of the range between the bounds (Nevergrad's own is 0.05, too timid for a budget of 100).
 INITIAL_SCALE = 3.0
-
-Record = dict[str, Any]
-"""What became of a candidate: config, metrics, objective, error, seconds, node."""
-
-
-class _Trial(tune.Trainable):
-    """One candidate after another, in a process that loads model and data once."""
-
-    def setup(self, config: dict[str, Any], job: Job | None = None, known: Mapping[str, Record] | None = None) -> None:
-        import torch
-
-        assert job is not None
-        torch.set_num_threads(max(1, int(job.search.cpu)))
-        self._job, self._known = job, known or {}
-        self._worker: Worker | None = None
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        return True  # Tune has put it into self.config
-
-    def step(self) -> dict[str, Any]:
-        start = time.monotonic()
-        found = dict(self._known.get(key_of(self.config), {}))
-        if not found:
-            found = {"metrics": {}, OBJECTIVE: math.nan, "error": "", "node": ray.util.get_node_ip_address(), "pid": os.getpid()}
-            try:
-                found |= self._score()
-            except Exception as error:  # the evaluator's: any of them costs its trial only
-                found["error"] = f"{type(error).__name__}: {error}"[:1000]
-            found["seconds"] = time.monotonic() - start
-        return {**{k: v for k, v in found["metrics"].items() if k not in found}, **found, "done": True}
-
-    def _score(self) -> dict[str, Any]:
-        search = self._job.search
-        start = time.monotonic()
-        if self._worker is None:
-            self._worker = Worker(self._job)
-        load_s = time.monotonic() - start
-        metrics, spent = self._worker.score(self._job.space.candidate(self.config), search.search_split)
-        value = metrics[search.metric]
-        error = "" if math.isfinite(value) else f"{search.metric} is {value}"
-        return {"metrics": metrics, OBJECTIVE: math.nan if error else value, "error": error, "load_s": load_s, **spent}
-
 
 # --- who asks -----------------------------------------------------------------------------------------------------------------------
 
@@ -272,9 +229,10 @@ def run_trials(
     search = job.search
     # One result per trial: nothing to buffer, and a driver that looks more often starts the next trial sooner.
     os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
-    trainable = tune.with_resources(
-        tune.with_parameters(_Trial, job=job, known=dict(known)), {"cpu": search.cpu, "gpu": search.gpu}
-    )
+    # Tune would ask for one trial more than those that run. That one is then given to a worker that has just become free, and its own worker, which
+    # takes seconds to start, is called off: so trials of a second or less would never be run by more than one.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(check_resources(search))
+    trainable = tune.with_resources(tune.with_parameters(Trial, job=job, known=dict(known)), {"cpu": search.cpu, "gpu": search.gpu})
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
