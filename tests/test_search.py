@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -186,6 +187,10 @@ def assert_same_search(one: Path, other: Path) -> None:
 def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, calm, tmp_path):
     searched(uneven(family, 2), tmp_path / "two")
     assert_same_search(tmp_path / "two", calm)
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("two/tune/*/result.json")]
+    workers = collections.Counter(result["pid"] for result in results)
+    assert len(workers) == 2, "each keeps its model from the first generation to the last"
+    assert min(workers.values()) >= 4, "trials shorter than the start of a worker are run by both all the same"
 
 
 @pytest.mark.very_slow

@@ -210,13 +210,17 @@ def test_a_trial_that_failed_is_told_as_the_worst_also_when_it_was_asked_first(f
     from pcb_ray.search.tune import Generations, Progress
 
     search, made = searched(family(2), mode=mode, budget=8, population=4)
-    asker = Generations(search, Space.of(search, made), Progress(8, search, lambda key, record: None, {}, quiet=True))
+    asker = Generations(search, Space.of(search, made), Progress(8, search, lambda key, record: None, {}, room=8, quiet=True))
     told: list[float] = []
     monkeypatch.setattr(asker._nevergrad_opt, "tell", lambda candidate, loss: told.append(loss))
     for k in range(4):
         asker.suggest(str(k))
     for k in (2, 0, 3, 1):
-        asker.on_trial_complete(str(k), None if scores[k] is None else {"objective": scores[k]}, error=scores[k] is None)
+        if scores[k] is None:
+            asker.on_trial_complete(str(k), None, error=True)
+        else:
+            asker.on_trial_result(str(k), {"objective": scores[k]})
+    asker.on_trial_complete("2", {"objective": scores[2]})  # when the worker goes to another trial: nothing is told twice
     signed = [None if x is None else x if mode == "min" else -x for x in scores]
     worst = max(x for x in signed if x is not None)
     assert told == [worst if x is None else x for x in signed]

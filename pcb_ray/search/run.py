@@ -72,7 +72,7 @@ def search(
     ):
         base = _dry_score(job, state)
         job = _with_bases(job, state, request.density is not None, workers=workers, memory=memory, quiet=quiet)
-        progress = tune.Progress(request.budget, request, _keeper(state), known := _known_trials(state), quiet=quiet)
+        progress, known = _progress(request.budget, request, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Generations(request, job.space, progress), progress, request.budget, known)
         scores, best = _references(job, base, best_trial)
         winner = job.space.recipe_of(job.space.candidate(best))
@@ -123,7 +123,7 @@ def sweep(
     ):
         base = _dry_score(job, state)
         job = _with_bases(job, state, largest is not None, workers=workers, memory=memory, quiet=quiet)
-        progress = tune.Progress(len(points), request, _keeper(state), known := _known_trials(state), quiet=quiet)
+        progress, known = _progress(len(points), request, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
         best = best_trial["config"]
         winner = job.space.recipe_of(job.space.candidate(best))
@@ -336,8 +336,15 @@ def _commit(state: State, winner: Recipe) -> None:
     state.commit()
 
 
-def _keeper(state: State) -> Any:
-    return lambda key, record: state.wrote({f"trial {key}": json.dumps(record)})
+def _progress(total: int, request: Search, state: State, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
+    """What keeps a record of each trial as it ends, and the records of an earlier run."""
+    from pcb_ray.search import tune
+
+    def keep(key: str, record: Mapping[str, Any]) -> None:
+        state.wrote({f"trial {key}": json.dumps(record)})
+
+    known = _known_trials(state)
+    return tune.Progress(total, request, keep, known, room=tune.check_resources(request), quiet=quiet), known
 
 
 def _known_trials(state: State) -> dict[str, Any]:
@@ -357,7 +364,7 @@ def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[s
     request, space = job.search, job.space
     splits = (request.search_split, request.report_split)
     asked: dict[str, int | Config] = {label: i + 1 for i, label in enumerate(space.labels)} | {"start": space.start}
-    scorers = [_scorer(job) for _ in range(min(tune.check_resources(request), request.concurrency or 1 << 20, len(asked)))]
+    scorers = [_scorer(job) for _ in range(min(tune.check_resources(request), len(asked)))]
 
     def score(name: str, split: str, pending: Any) -> dict[str, float]:
         try:

@@ -44,7 +44,7 @@ class Trial(tune.Trainable):
             except Exception as error:  # the evaluator's: any of them costs its trial only
                 found["error"] = f"{type(error).__name__}: {error}"[:1000]
             found["seconds"] = time.monotonic() - start
-        return {**{k: v for k, v in found["metrics"].items() if k not in found}, **found, "done": True}
+        return {**{k: v for k, v in found["metrics"].items() if k not in found}, **found}
 
     def _score(self) -> dict[str, Any]:
         search = self._job.search

@@ -14,6 +14,7 @@ os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # on Ctrl-C it would end the tr
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables would print over our progress; it reads this when imported
 
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.nevergrad import NevergradSearch
 
@@ -26,6 +27,7 @@ log = logging.getLogger("pcb_ray")
 
 # Of CMA's first generation: a standard deviation of 0.15 of the range between the bounds (Nevergrad's own is 0.05, too timid for a budget of 100).
 INITIAL_SCALE = 3.0
+START_PATIENCE_S = 20.0  # how long idle workers wait for one more to start
 
 # --- who asks -----------------------------------------------------------------------------------------------------------------------
 
@@ -84,15 +86,22 @@ class Generations(NevergradSearch):
     def suggest(self, trial_id: str) -> Any:
         if self.stopped:
             return Searcher.FINISHED
-        if len(self._generation) == self._search.population:
-            return None  # until all its results are there
+        if len(self._generation) == self._search.population or self._progress.is_full:
+            return None  # until all its results are there, or a worker is free
         config = dict(super().suggest(trial_id) or {})
         self._generation.append(trial_id)
         self._progress.asked(trial_id, config)
         return config
 
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._ended(trial_id, float(result[OBJECTIVE]))
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        value = math.nan if error or result is None else float(result[OBJECTIVE])
+        self._ended(trial_id, math.nan)
+
+    def _ended(self, trial_id: str, value: float) -> None:
+        if trial_id not in self._generation or trial_id in self._losses:
+            return  # told already: what comes now is only its worker's end
         self._losses[trial_id] = -self._search.better * value if math.isfinite(value) else None
         if len(self._losses) == self._search.population:
             # Of the whole generation first: one that failed may have been asked before any that has a score.
@@ -119,6 +128,8 @@ class Listed(Searcher):
     def suggest(self, trial_id: str) -> Any:
         if not self._left:
             return Searcher.FINISHED
+        if self._progress.is_full:
+            return None
         config = dict(self._left.pop(0))
         self._progress.asked(trial_id, config)
         return config
@@ -140,13 +151,21 @@ class Progress(tune.Callback):
     """Keeps a record of every candidate as it ends, and shows how far the search has come."""
 
     def __init__(
-        self, total: int, search: Search, keep: Callable[[str, Record], None], known: Mapping[str, Record], *, quiet: bool
+        self,
+        total: int,
+        search: Search,
+        keep: Callable[[str, Record], None],
+        known: Mapping[str, Record],
+        *,
+        room: int,
+        quiet: bool,
     ) -> None:
         from pcb_ray.progress import Counted
 
+        self.total, self.room = total, room
         self.records: dict[int, Record] = {}
         self._numbers: dict[str, tuple[int, dict[str, Any]]] = {}
-        self._search, self._keep, self._known, self._running = search, keep, known, 0
+        self._search, self._keep, self._known = search, keep, known
         self._bar = Counted("search", total, "trials", quiet=quiet)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,18 +174,31 @@ class Progress(tune.Callback):
     def asked(self, trial_id: str, config: dict[str, Any]) -> None:
         self._numbers[trial_id] = (len(self._numbers), dict(config))
 
+    def number(self, trial_id: str) -> int:
+        return self._numbers[trial_id][0]
+
+    @property
+    def is_full(self) -> bool:
+        """As many trials are without a result as may run at a time."""
+        return self.in_flight >= self.room
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._numbers) - len(self.records)
+
+    @property
+    def all_asked(self) -> bool:
+        return len(self._numbers) == self.total
+
     @property
     def best(self) -> Record | None:
         """The record with the best score; of equals the first."""
         scored = [r for _, r in sorted(self.records.items()) if not r["error"]]
         return max(scored, key=lambda r: self._search.better * r[OBJECTIVE], default=None)
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._running += 1
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Record, **info: Any) -> None:
         kept = ("metrics", OBJECTIVE, "error", "node", "pid", "seconds", "load_s", "apply_s", "score_s")
-        self._ended(trial.trial_id, {k: trial.last_result[k] for k in kept if k in trial.last_result})
+        self._ended(trial.trial_id, {k: result[k] for k in kept if k in result})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
@@ -175,16 +207,17 @@ class Progress(tune.Callback):
 
     def _ended(self, trial_id: str, found: Record) -> None:
         number, config = self._numbers[trial_id]
+        if number in self.records:
+            return  # its worker died after it
         record = self.records[number] = {"number": number, "config": config, "ended": time.time(), **found}
         key = key_of(config)
         if key not in self._known:
             self._keep(key, record)
-        self._running = max(0, self._running - 1)
         best = self.best
         failed = sum(bool(r["error"]) for r in self.records.values())
         self._bar.advance(
             (f"best {self._search.metric} {best[OBJECTIVE]:.5g}" if best else "no score yet")
-            + f", {self._running} running"
+            + f", {self.in_flight} running"
             + (f", {failed} failed" if failed else "")
         )
 
@@ -192,11 +225,68 @@ class Progress(tune.Callback):
         self._bar.close()
 
 
+# --- who works ----------------------------------------------------------------------------------------------------------------------
+
+
+class Workers(FIFOScheduler):
+    """Keeps the workers, with the model that each has loaded, from the first trial to the last.
+
+    By itself Tune ends all idle workers but one whenever there is no trial to run, as at the end of each generation. And a worker that becomes free
+    gets the trial that another is just starting for, and that one is called off: trials shorter than such a start would be run by one worker only.
+    Here a trial that has its result stays with its worker until another waits for it, and a starting worker is waited for."""
+
+    def __init__(self, asker: Generations | Listed, progress: Progress) -> None:
+        super().__init__()
+        self._asker, self._progress = asker, progress
+        self._held: list[Any] = []
+        self._idle_since: float | None = None
+        self._announced: Any = None
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Record) -> str:
+        self._held.append(trial)
+        return TrialScheduler.NOOP
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        for trial in [t for t in self._held if t.status != "RUNNING"]:  # its worker died after it: it is not to run again
+            self._release(tune_controller, trial)
+        trials = tune_controller.get_live_trials()
+        pending = [t for t in trials if t.status == "PENDING"]
+        if not pending:
+            if self._progress.all_asked or self._asker.stopped:
+                for trial in list(self._held):
+                    self._release(tune_controller, trial)
+            return None
+        running = len(trials) - len(pending)
+        if self._held and (len(pending) > self._progress.room - running or self._is_vain(running)):
+            last = max(pending, key=lambda t: self._progress.number(t.trial_id))  # no worker is starting for it
+            # When no more will be asked, Tune keeps a worker only for a trial that it has been told to run.
+            if not self._progress.all_asked or last is self._announced:
+                self._release(tune_controller, self._held[0])
+            self._announced = last
+            return last
+        return None
+
+    def _release(self, tune_controller: Any, trial: Any) -> None:
+        self._held.remove(trial)
+        tune_controller.stop_trial(trial)
+
+    def _is_vain(self, running: int) -> bool:
+        """A worker has been waited for too long, with nothing else to do: others use what the cluster has."""
+        if len(self._held) < running:
+            self._idle_since = None
+            return False
+        self._idle_since = self._idle_since or time.monotonic()
+        if time.monotonic() - self._idle_since < START_PATIENCE_S:
+            return False
+        self._progress.room = running
+        return True
+
+
 # --- the run ------------------------------------------------------------------------------------------------------------------------
 
 
 def check_resources(search: Search) -> int:
-    """How many trials the cluster can hold at a time. Raises RequestError if it is none."""
+    """How many trials run at a time: what the recipe says, or the cluster holds. Raises RequestError if it is none."""
     from pcb_ray.runtime import nodes
 
     found = nodes()
@@ -210,12 +300,12 @@ def check_resources(search: Search) -> int:
             + ", ".join(f"{n['CPU']:g} CPUs and {n['GPU']:g} GPUs" for n in found)
             + ". Fix: ask for less, or join a cluster that has them by --address."
         )
-    return sum(fits)
+    return min(sum(fits), search.concurrency or sum(fits))
 
 
 def run_trials(
     job: Job,
-    asker: Searcher,
+    asker: Generations | Listed,
     progress: Progress,
     total: int,
     *,
@@ -229,9 +319,7 @@ def run_trials(
     search = job.search
     # One result per trial: nothing to buffer, and a driver that looks more often starts the next trial sooner.
     os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
-    # Tune would ask for one trial more than those that run. That one is then given to a worker that has just become free, and its own worker, which
-    # takes seconds to start, is called off: so trials of a second or less would never be run by more than one.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(check_resources(search))
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(progress.room)  # so that all workers start together
     trainable = tune.with_resources(tune.with_parameters(Trial, job=job, known=dict(known)), {"cpu": search.cpu, "gpu": search.gpu})
     tuner = tune.Tuner(
         trainable,
@@ -239,9 +327,9 @@ def run_trials(
             metric=OBJECTIVE,
             mode=search.mode,
             search_alg=asker,
+            scheduler=Workers(asker, progress),
             num_samples=total,
             reuse_actors=True,
-            max_concurrent_trials=search.concurrency,
             trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
         ),
@@ -261,7 +349,7 @@ def run_trials(
     finally:
         progress.close()
     records = [record for _, record in sorted(progress.records.items())]
-    if getattr(asker, "stopped", False):
+    if asker.stopped:
         raise RunError(
             f"more than a quarter of the {total} trials failed in a row, the last with: {records[-1]['error']}; "
             "mend the cause, then --resume goes on with what succeeded"
