@@ -19,7 +19,6 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +51,7 @@ BUDGET = 60
 SEEDS = (0, 1, 2)
 
 Images = torch.Tensor  # (B, 1, 8, 8), 0 to 1
+Accuracies = dict[str, float]  # domain or "mean" -> fraction
 
 
 def warped(images: Images, degrees: Any = 0.0, scale: Any = 1.0, dx: Any = 0.0, dy: Any = 0.0) -> Images:
@@ -169,25 +169,67 @@ class Accuracy:
         return self.model
 
     @torch.inference_mode()
-    def score(self, split: str) -> dict[str, float]:
+    def score(self, split: str) -> Accuracies:
         data = self.data[split]
         found = {name: float((self.model(data[name]).logits.argmax(-1) == data["labels"]).float().mean()) for name in DOMAINS}
         return found | {"mean": statistics.fmean(found.values())}
 
 
-def recipe_of(family: Path, method: str, **sections: Any) -> dict[str, Any]:
+def recipe_of(family: Path, method: str, search: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A recipe as it would stand in a file; `pcb-ray search` and `pcb-ray sweep` take the same."""
     return {
         "merge_method": method,
         "base_model": str(family / "base"),
         "models": [{"model": str(family / domain)} for domain in EXPERTS],
         "parameters": {"density": DENSITY} if method in ("ties", "pcb") else {},
-        "search": {"evaluator": {f"{__file__}:Accuracy": {"family": str(family)}}, "metric": "mean"} | sections.pop("search", {}),
-        **sections,
+        "search": {"evaluator": {f"{__file__}:Accuracy": {"family": str(family)}}, "metric": "mean", **search},
+        **more,
     }
 
 
-def main() -> None:
+def evaluate(folder: Path, evaluator: Accuracy) -> dict[str, Accuracies]:
+    evaluator.load(folder)
+    return {split: evaluator.score(split) for split in ("val", "test")}
+
+
+def merge_and_score(family: Path, out: Path) -> dict[str, list[dict[str, Accuracies]]]:
+    """For each row of the table its accuracies on both splits: one, or one for each seed of a search."""
     import pcb_ray
+
+    evaluator = Accuracy(str(family))
+    rows = {
+        name: [evaluate(family / name.removeprefix("expert "), evaluator)] for name in ("base", *(f"expert {d}" for d in EXPERTS))
+    }
+    for method in ("linear", "task_arithmetic", "ties", "pcb"):
+        recipe: Any = recipe_of(family, method, {})
+        if method != "linear":  # a mean, which has no lambda
+            swept = out / f"{method}-sweep"
+            found = pcb_ray.sweep(recipe | {"sweep": {"lambda": LAMBDAS}}, swept, overwrite=True, quiet=True)
+            recipe = swept / "best_recipe.yaml"
+            print(f"  {method:<24} lambda {found['best']['lambda']}", flush=True)
+        pcb_ray.merge(recipe, out / method, overwrite=True, quiet=True)
+        rows[method] = [evaluate(out / method, evaluator)]
+    space = {"density": {"lower": 0.05, "upper": 0.6}}
+    for method, opened in (("task_arithmetic", {}), ("pcb", space)):
+        name = f"{method} + search"
+        for seed in SEEDS:
+            searched = out / f"{method}-search-{seed}"
+            recipe = recipe_of(family, method, {"budget": BUDGET, "seed": seed, "space": opened})
+            found = pcb_ray.search(recipe, searched, overwrite=True, quiet=True)
+            best = ", ".join(f"{key.removeprefix('weight.')} {value:.2f}" for key, value in found["best"].items())
+            print(f"  {name:<24} seed {seed}: {best}", flush=True)
+            rows.setdefault(name, []).append(evaluate(searched, evaluator))
+    return rows
+
+
+def cells(scores: list[dict[str, Accuracies]]) -> list[str]:
+    """The mean on the validation split, then the test split: each domain, and the mean of all; of several seeds their mean and spread."""
+    columns = [[s["val"]["mean"] for s in scores], *([s["test"][name] for s in scores] for name in (*DOMAINS, "mean"))]
+    spread = f" ±{(max(columns[-1]) - min(columns[-1])) / 2:.3f}" if len(scores) > 1 else ""
+    return [f"{statistics.fmean(column):.3f}" for column in columns[:-1]] + [f"{statistics.fmean(columns[-1]):.3f}{spread}"]
+
+
+def main() -> None:
     from quickstart import table
 
     parser = argparse.ArgumentParser(description="Train a base and five experts on digits, merge them, search the coefficients.")
@@ -207,34 +249,17 @@ def main() -> None:
         shutil.rmtree(family, ignore_errors=True)
         train_family(family)
 
-    print("\n2. Merges: lambda from a grid, then the lambda_i from a search\n")
-    runs: dict[str, dict[str, Any]] = {}
-    for method in ("task_arithmetic", "ties", "pcb"):
-        recipe = recipe_of(family, method, sweep={"lambda": LAMBDAS})
-        runs[method] = pcb_ray.sweep(recipe, out / method, overwrite=True)
-    for method in ("task_arithmetic", "pcb"):
-        for seed in SEEDS:
-            recipe = recipe_of(family, method, search={"budget": BUDGET, "seed": seed})
-            runs[f"{method} + search, seed {seed}"] = pcb_ray.search(recipe, out / f"{method}-search-{seed}", overwrite=True)
-    rows: dict[str, dict[str, float]] = {}
-    of_test = Accuracy(str(family))
-    inputs = next(run["scores"] for run in runs.values() if "scores" in run)
-    for name in ("base", *EXPERTS):
-        rows[name] = inputs[name]
-    for name, run in runs.items():
-        rows[name] = run["scores"]["winner"] if "scores" in run else scored(out / name / "best_recipe.yaml", of_test)
-    for name, splits in rows.items():
-        print(f"{name:30s}", *(f"{splits[s]['mean']:.3f}" for s in ("val", "test")), runs.get(name, {}).get("best"))
+    print("\n2. Merges: lambda from a grid of 12, or the lambda_i (and the density of pcb) from a search with a budget of 60\n")
+    rows = merge_and_score(family, out)
 
-
-def scored(recipe: Path, evaluator: Accuracy) -> dict[str, dict[str, float]]:
-    import pcb_ray
-
-    merged = recipe.parent / "merged"
-    pcb_ray.merge(recipe, merged, overwrite=True, quiet=True)
-    evaluator.load(merged)
-    return {split: evaluator.score(split) for split in ("val", "test")}
+    print("\n3. Accuracy: mean on the validation split, by which everything was chosen; then on the test split\n")
+    results = table("model", ["val", *DOMAINS, "mean"], {name: cells(scores) for name, scores in rows.items()})
+    print(results)
+    print(f"\n  Searches: mean of {len(SEEDS)} seeds ± half their range. Each has a report.html in {os.path.relpath(out)}.")
+    (out / "results.txt").write_text(results + "\n")
+    (out / "results.json").write_text(json.dumps(rows, indent=2))
+    print(f"\nDone in {time.perf_counter() - started_s:.0f} s.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

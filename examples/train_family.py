@@ -190,6 +190,22 @@ def read_held_out(family: Path, split: str) -> Windows:
     return {domain: torch.from_numpy(tokens) for domain, tokens in load_file(family / f"{split}.safetensors").items()}
 
 
+class HeldOutLoss:
+    """The evaluator of the search: the loss on each domain of a split, and their mean."""
+
+    def __init__(self, family: str) -> None:
+        self.family = Path(family)
+
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        self.splits = {split: read_held_out(self.family, split) for split in ("validation", "test")}
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        return self.model
+
+    def score(self, split: str) -> dict[str, float]:
+        losses = held_out_loss(self.model, self.splits[split])
+        return {**losses, "mean": sum(losses.values()) / len(losses)}
+
+
 def settings() -> dict[str, object]:
     """What the family depends on: a saved one is used again only if this is unchanged."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -14,6 +14,19 @@ from typing import Any
 LARGEST = 3.4028234663852886e38  # of float32, in which the merge is computed
 NO_FIXES: Mapping[str, str] = {}
 
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
+
 _SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}")
 
 
@@ -65,6 +78,14 @@ def number(raw: object, where: str, problems: list[str], *, is_fraction: bool = 
         wanted = "a number in (0, 1]" if is_fraction else "a finite float32 number"
         problems.append(wrong(where, wanted, raw, "write one number such as 0.5 or 1e-3"))
     return value
+
+
+def size_of(raw: object) -> int | None:
+    """'2GB' -> 2000000000; units kB MB GB TB (powers of 1000) and KiB MiB GiB TiB. None for what is no size."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(raw))
+    if not match or match[2].upper() not in UNITS:
+        return None
+    return int(float(match[1]) * UNITS[match[2].upper()]) or None
 
 
 def text(raw: object, where: str, problems: list[str]) -> str:

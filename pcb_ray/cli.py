@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import shutil
 import signal
 import sys
@@ -14,22 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from pcb_ray.checks import size_of
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
 from pcb_ray.progress import readable_bytes
-
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-    "TIB": 1 << 40,
-}
 
 RECIPE_HELP = """\
 A recipe is a YAML file:
@@ -77,7 +64,7 @@ The recipe has a section more:
       density: {lower: 0.02, upper: 0.4}                            # optional
     budget: 100
     population: 8
-    resources_per_trial: {cpu: 1, gpu: 0}
+    resources_per_trial: {cpu: 1, gpu: 0, memory: 16GB}   # memory: by default the model in float32, without a GPU
     trial_timeout: 600                  # seconds
     seed: 0
 
@@ -95,9 +82,8 @@ OUT holds the table (sweep.parquet), a heat map (sweep.png), report.html and bes
 
 
 def size(text: str) -> int:
-    """'2GB' -> 2000000000; units kB MB GB TB (powers of 1000) and KiB MiB GiB TiB."""
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS or not (value := int(float(match[1]) * UNITS[match[2].upper()])):
+    value = size_of(text)
+    if value is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB, 2GB or 1.5GiB")
     return value
 

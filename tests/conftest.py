@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import families
+import psutil
 import pytest
+from clusters import await_end
 from families import Family, MakeFamily
 
 
@@ -23,3 +27,22 @@ def family(tmp_path: Path) -> MakeFamily:
         return Family(where, *families.fine_tuned(n, **options), shards=shards, config=config)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def three_nodes() -> Iterator[Any]:
+    """A cluster of three nodes of one core each, all on this machine."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    # A dead node is noticed within seconds; by default it takes Ray 15.
+    impatient = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False, "_system_config": impatient})
+    try:
+        for _ in range(2):
+            cluster.add_node(**node)
+        yield cluster
+    finally:
+        processes = [p for n in cluster.list_all_nodes() for infos in n.all_processes.values() for p in infos]
+        cluster.shutdown()
+        await_end([psutil.Process(p.process.pid) for p in processes if psutil.pid_exists(p.process.pid)])

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import families
 import psutil
+import pyarrow.parquet
 import pytest
 from clusters import DEADLINE_S, await_end, await_that, descendants, free_ports, owners_under, receipt_of, title
 from families import Family
@@ -147,6 +148,22 @@ def test_a_job_merges_on_the_cluster_that_it_was_submitted_to(head: Head, family
     local = families.merge_locally(plan(Recipe.from_dict(family.recipe(parameters={"density": 0.2}), tmp_path)), tmp_path / "local")
     assert (out / "model.safetensors").read_bytes() == local.files["model.safetensors"]
     assert pcb_ray.verify(out, quiet=True) == []
+
+
+def test_a_job_searches_with_the_evaluator_that_was_submitted_with_it(head: Head, family: Family, tmp_path: Path) -> None:
+    folder, out = job_folder(tmp_path, family), tmp_path / "out"
+    shutil.copy(Path(__file__).with_name("evaluators_of_tests.py"), folder / "near.py")
+    target = family.folder / "model1" / "model.safetensors"
+    with (folder / "recipe.yaml").open("a") as recipe:
+        recipe.write(
+            f"search: {{evaluator: {{near.py:Near: {{target: {target}}}}}, metric: near, budget: 6, population: 3, concurrency: 1}}\n"
+        )
+    job = submit(head, folder, "search", "recipe.yaml", out)
+    text = told(job)
+    assert job.returncode == 0, text
+    assert "winner" in text
+    assert len(pyarrow.parquet.read_table(out / "trials.parquet")) == 6
+    assert receipt_of(out)["workers"] == 2
 
 
 def test_a_job_with_a_relative_output_is_refused(head: Head, family: Family, tmp_path: Path) -> None:

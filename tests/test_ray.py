@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -341,25 +340,6 @@ def test_a_link_to_a_folder_elsewhere_stays_a_link_when_its_folder_is_replaced(
         assert not (target / "old").exists()
         assert digests(target) == digests(merged)
         assert [p.name for p in Path(elsewhere).iterdir()] == ["target"]
-
-
-@pytest.fixture(scope="module")
-def three_nodes() -> Iterator[Any]:
-    """A cluster of three nodes of one core each, all on this machine."""
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    # A dead node is noticed within seconds; by default it takes Ray 15.
-    impatient = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False, "_system_config": impatient})
-    try:
-        for _ in range(2):
-            cluster.add_node(**node)
-        yield cluster
-    finally:
-        processes = [p for n in cluster.list_all_nodes() for infos in n.all_processes.values() for p in infos]
-        cluster.shutdown()
-        await_end([psutil.Process(p.process.pid) for p in processes if psutil.pid_exists(p.process.pid)])
 
 
 @pytest.mark.slow

@@ -183,7 +183,6 @@ def assert_same_search(one: Path, other: Path) -> None:
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-@pytest.mark.very_slow
 def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, calm, tmp_path):
     searched(uneven(family, 2), tmp_path / "two")
     assert_same_search(tmp_path / "two", calm)
@@ -217,6 +216,18 @@ def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candid
     assert trials() < 24
     resumed = pcb_ray(*command, "--resume", "-v")
     assert not any("ranks of" in line for line in resumed.lines), "the analysis is kept"
+    assert_same_search(out, calm)
+
+
+def test_a_lost_node_costs_no_trial_and_changes_no_candidate(family, calm, three_nodes, tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(json.dumps(uneven(family, 3)))
+    journal = state_of(out) / "journal.jsonl"
+    with running("search", recipe, out, "--workers", 1, "--address", three_nodes.address) as run:
+        await_that("five trials", lambda: journal.exists() and journal.read_text().count('"trial ') >= 5, DEADLINE_S)
+        three_nodes.remove_node(next(iter(three_nodes.worker_nodes)), allow_graceful=False)
+        assert run.finish() == 0, run.text
+    assert all(row["error"] == "" for row in trials_of(out))
     assert_same_search(out, calm)
 
 
@@ -262,6 +273,7 @@ def test_more_than_a_quarter_failing_in_a_row_stops_the_search_with_the_reason(f
         ("ValOnly", {}, "KeyError: 'test'"),
         ("Near", {"resources_per_trial": {"cpu": 5}}, "fit no node"),
         ("Near", {"resources_per_trial": {"gpu": 1}}, "fit no node"),
+        ("Near", {"resources_per_trial": {"memory": "9TB"}}, "9 TB of memory fit no node"),
         ("Near", {"optimizer": "CMAs"}, "none of Nevergrad's"),
     ],
 )

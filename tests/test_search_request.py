@@ -64,6 +64,7 @@ def test_built_in_evaluators_know_their_metric(family):
         ({"space": {"groups": {"layers": 0}}}, "search.space.groups.layers"),
         ({"resources_per_trial": {"cpus": 1}}, "write `cpu`"),
         ({"resources_per_trial": {"cpu": -1}}, "not negative"),
+        ({"resources_per_trial": {"memory": "much"}}, "wanted a size"),
         ({"concurrency": "all"}, "search.concurrency"),
         ({"trial_timeout": "an hour"}, "search.trial_timeout"),
         ({"loggers": ["wandbs"]}, "write `wandb`"),

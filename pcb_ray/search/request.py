@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pcb_ray.checks import choice, number, section, shown, text, wrong
+from pcb_ray.checks import choice, number, section, shown, size_of, text, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.plan import Plan
 from pcb_ray.recipe import VARIANTS, Recipe, Rule
@@ -76,6 +76,8 @@ class Search:
     """Trials at a time; None: as many as the cluster holds."""
     cpu: float = 1.0
     gpu: float = 0.0
+    memory: int | None = None
+    """Bytes that a trial is given; None: the model's in float32 where it is on a CPU."""
     seed: int = 0
     trial_timeout_s: float | None = None
     loggers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
@@ -93,7 +95,7 @@ class Search:
         space = section(top.get("space", {}), "search.space", ("weight", "groups", "lambda", "density", "variant"), problems)
         weight = section(space.get("weight", {}), "search.space.weight", ("lower", "upper", "init", "groups"), problems)
         groups, layers = _groups(weight.pop("groups", space.get("groups", {})), problems)
-        resources = section(top.get("resources_per_trial", {}), "search.resources_per_trial", ("cpu", "gpu"), problems)
+        resources = section(top.get("resources_per_trial", {}), "search.resources_per_trial", ("cpu", "gpu", "memory"), problems)
         metric = (
             text(top.get("metric"), "search.metric", problems) if "metric" in top else _DEFAULT_METRIC.get(evaluator, ("", ""))[0]
         )
@@ -121,6 +123,7 @@ class Search:
             concurrency=None if concurrency == "auto" else _whole(concurrency, "search.concurrency", 1, problems),
             cpu=_amount(resources.get("cpu", cls.cpu), "search.resources_per_trial.cpu", problems),
             gpu=_amount(resources.get("gpu", cls.gpu), "search.resources_per_trial.gpu", problems),
+            memory=_size(resources.get("memory"), "search.resources_per_trial.memory", problems),
             seed=_whole(top.get("seed", cls.seed), "search.seed", 0, problems),
             trial_timeout_s=None if "trial_timeout" not in top else _amount(top["trial_timeout"], "search.trial_timeout", problems),
             loggers=_loggers(top.get("loggers", ()), problems),
@@ -181,6 +184,13 @@ def _amount(raw: object, where: str, problems: list[str]) -> float:
     value = number(raw, where, problems)
     if value < 0:
         problems.append(wrong(where, "a number that is not negative", raw, "write one such as 1"))
+    return value
+
+
+def _size(raw: object, where: str, problems: list[str]) -> int | None:
+    value = None if raw is None else size_of(raw)
+    if raw is not None and value is None:
+        problems.append(wrong(where, "a size", raw, "write one such as 16GB"))
     return value
 
 

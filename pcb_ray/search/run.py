@@ -32,6 +32,14 @@ from pcb_ray.search.worker import Arm, Job
 log = logging.getLogger("pcb_ray")
 
 BEST = "best_recipe.yaml"
+_HOW = (
+    "concurrency",
+    "cpu",
+    "gpu",
+    "memory",
+    "trial_timeout_s",
+    "loggers",
+)  # of a request: may differ when it is resumed, the candidates do not
 Scores = dict[str, dict[str, Any]]
 """Metrics by split."""
 
@@ -70,6 +78,7 @@ def search(
         state,
         job,
     ):
+        request = job.search
         base = _dry_score(job, state)
         job = _with_bases(job, state, request.density is not None, workers=workers, memory=memory, quiet=quiet)
         progress, known = _progress(request.budget, request, state, quiet=quiet)
@@ -121,6 +130,7 @@ def sweep(
         state,
         job,
     ):
+        request = job.search
         base = _dry_score(job, state)
         job = _with_bases(job, state, largest is not None, workers=workers, memory=memory, quiet=quiet)
         progress, known = _progress(len(points), request, state, quiet=quiet)
@@ -160,7 +170,7 @@ def _prepared(
         log.warning("note: %s", note)
     asked = {
         **output.asked_of(plan, ARITHMETIC),
-        "search": asdict(request),
+        "search": {k: v for k, v in asdict(request).items() if k not in _HOW},
         "evaluator": _identity(request, recipe, evaluator),
     }
     with contextlib.ExitStack() as stack:
@@ -168,7 +178,11 @@ def _prepared(
         model_dir = state.folder / "model"
         _make_model_dir(model_dir, base, files)
         stack.enter_context(runtime.cluster(address))
-        tune.check_resources(request)
+        if request.memory is None and not request.gpu:
+            request = dataclasses.replace(request, memory=4 * (plan.D + sum(math.prod(c.source.shape) for c in plan.copies)))
+        at_a_time = tune.check_resources(request)
+        each = tune.shown_resources(request.cpu, request.gpu, request.memory)
+        log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), each)
         arms = {v: Arm(p, str(state.folder / f"basis-{v}"), Thresholds()) for v, p in plans.items()}
         yield state, Job(request, space, arms, str(model_dir), str(recipe.folder.absolute()), evaluator)
 
@@ -232,7 +246,11 @@ class _Scorer:
 def _scorer(job: Job) -> Any:
     import ray
 
-    return ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, max_restarts=-1).remote(job)
+    return (
+        ray.remote(_Scorer)
+        .options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory, max_restarts=-1)
+        .remote(job)
+    )
 
 
 def _dry_score(job: Job, state: State) -> Scores:

@@ -19,6 +19,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.nevergrad import NevergradSearch
 
 from pcb_ray.errors import RequestError, RunError
+from pcb_ray.progress import readable_bytes
 from pcb_ray.search.request import Config, Search, Space, key_of
 from pcb_ray.search.trial import OBJECTIVE, Record, Trial
 from pcb_ray.search.worker import Job
@@ -291,16 +292,23 @@ def check_resources(search: Search) -> int:
 
     found = nodes()
     fits = [
-        min(int(n["CPU"] // search.cpu) if search.cpu else 1 << 20, int(n["GPU"] // search.gpu) if search.gpu else 1 << 20)
+        min(
+            int(n[kind] // asked) if asked else 1 << 20
+            for kind, asked in (("CPU", search.cpu), ("GPU", search.gpu), ("memory", search.memory))
+        )
         for n in found
     ]
     if sum(fits) == 0:
         raise RequestError(
-            f"search.resources_per_trial: {search.cpu:g} CPUs and {search.gpu:g} GPUs fit no node: "
-            + ", ".join(f"{n['CPU']:g} CPUs and {n['GPU']:g} GPUs" for n in found)
-            + ". Fix: ask for less, or join a cluster that has them by --address."
+            f"search.resources_per_trial: {shown_resources(search.cpu, search.gpu, search.memory)} fit no node: "
+            + "; ".join(shown_resources(n["CPU"], n["GPU"], n["memory"]) for n in found)
+            + ". Fix: ask for less (memory: by default the model in float32), or join a cluster that has them by --address."
         )
     return min(sum(fits), search.concurrency or sum(fits))
+
+
+def shown_resources(cpu: float, gpu: float, memory: float | None) -> str:
+    return f"{cpu:g} CPUs, {gpu:g} GPUs" + (f" and {readable_bytes(int(memory))} of memory" if memory else "")
 
 
 def run_trials(
@@ -320,7 +328,10 @@ def run_trials(
     # One result per trial: nothing to buffer, and a driver that looks more often starts the next trial sooner.
     os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(progress.room)  # so that all workers start together
-    trainable = tune.with_resources(tune.with_parameters(Trial, job=job, known=dict(known)), {"cpu": search.cpu, "gpu": search.gpu})
+    trainable = tune.with_resources(
+        tune.with_parameters(Trial, job=job, known=dict(known)),
+        {"cpu": search.cpu, "gpu": search.gpu, "memory": search.memory or 0},
+    )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
