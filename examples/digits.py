@@ -202,7 +202,9 @@ def merge_and_score(family: Path, out: Path) -> dict[str, list[dict[str, Accurac
     }
     for method in ("linear", "task_arithmetic", "ties", "pcb"):
         recipe: Any = recipe_of(family, method, {})
-        if method != "linear":  # a mean, which has no lambda
+        if method == "linear":
+            del recipe["search"]  # a mean: it has no lambda
+        else:
             swept = out / f"{method}-sweep"
             found = pcb_ray.sweep(recipe | {"sweep": {"lambda": LAMBDAS}}, swept, overwrite=True, quiet=True)
             recipe = swept / "best_recipe.yaml"

@@ -219,6 +219,26 @@ def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candid
     assert_same_search(out, calm)
 
 
+@pytest.mark.very_slow
+def test_a_worker_that_dies_while_it_idles_costs_no_trial(family, tmp_path):
+    """Two workers and generations of two: one has its result and is held, the other is still at it. The idle one is killed."""
+    recipe, out, pids = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "pids"
+    pids.mkdir()
+    asked = recipe_of(family, "SlowOnce", options={"folder": str(pids)}, budget=8, population=2, concurrency=2)
+    recipe.write_text(json.dumps(asked))
+    journal = state_of(out) / "journal.jsonl"
+    with running("search", recipe, out, "--workers", 1, "--address", ray_address()) as run:
+        await_that("a trial of a quick worker", lambda: journal.exists() and '"trial ' in journal.read_text(), DEADLINE_S)
+        slow = os.readlink(pids / "slow")
+        quick = next(p.name[4:] for p in pids.glob("pid-*") if p.name[4:] != slow)
+        os.kill(int(quick), signal.SIGKILL)
+        assert run.finish() == 0, run.text
+    rows = trials_of(out)
+    assert [row["number"] for row in rows] == list(range(8))
+    assert all(row["error"] == "" for row in rows)
+
+
+@pytest.mark.very_slow
 def test_a_lost_node_costs_no_trial_and_changes_no_candidate(family, calm, three_nodes, tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(json.dumps(uneven(family, 3)))

@@ -65,6 +65,9 @@ def test_built_in_evaluators_know_their_metric(family):
         ({"resources_per_trial": {"cpus": 1}}, "write `cpu`"),
         ({"resources_per_trial": {"cpu": -1}}, "not negative"),
         ({"resources_per_trial": {"memory": "much"}}, "wanted a size"),
+        ({"resources_per_trial": {"cpu": 0}}, "neither CPU nor GPU"),
+        ({"trial_timeout": 0}, "leaves no time"),
+        ({"space": {"groups": {"a/b": "*mlp*"}}}, "rename the group"),
         ({"concurrency": "all"}, "search.concurrency"),
         ({"trial_timeout": "an hour"}, "search.trial_timeout"),
         ({"loggers": ["wandbs"]}, "write `wandb`"),
@@ -217,11 +220,46 @@ def test_a_trial_that_failed_is_told_as_the_worst_also_when_it_was_asked_first(f
     for k in range(4):
         asker.suggest(str(k))
     for k in (2, 0, 3, 1):
-        if scores[k] is None:
-            asker.on_trial_complete(str(k), None, error=True)
-        else:
-            asker.on_trial_result(str(k), {"objective": scores[k]})
+        asker.on_trial_result(str(k), {"objective": float("nan") if scores[k] is None else scores[k]})
     asker.on_trial_complete("2", {"objective": scores[2]})  # when the worker goes to another trial: nothing is told twice
     signed = [None if x is None else x if mode == "min" else -x for x in scores]
     worst = max(x for x in signed if x is not None)
     assert told == [worst if x is None else x for x in signed]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_candidate_of_a_worker_that_died_goes_to_another_unless_it_was_at_work_twice(family, monkeypatch):
+    from types import SimpleNamespace
+
+    from pcb_ray.search.tune import Generations, Progress
+
+    search, made = searched(family(2), budget=2, population=2)
+    progress = Progress(2, search, lambda key, record: None, {}, room=8, quiet=True)
+    asker = Generations(search, Space.of(search, made), progress)
+    told: list[float] = []
+    monkeypatch.setattr(asker._nevergrad_opt, "tell", lambda candidate, loss: told.append(loss))
+
+    def trial(name: str) -> SimpleNamespace:
+        return SimpleNamespace(trial_id=name, error_file=None)
+
+    def dies(name: str, *, at_work: bool) -> None:
+        if at_work:
+            progress.on_trial_start(0, [], trial(name))
+        asker.on_trial_complete(name, None, error=True)
+        progress.on_trial_error(0, [], trial(name))
+
+    first, second = asker.suggest("a"), asker.suggest("b")
+    assert asker.suggest("none") is None
+    for k in range(4):  # four workers that had died while they were idle
+        dies("a" if k == 0 else f"a{k - 1}", at_work=False)
+        assert asker.suggest(f"a{k}") == first
+    dies("a3", at_work=True)
+    assert asker.suggest("again") == first
+    asker.on_trial_result("b", {"objective": 0.5})
+    progress.on_trial_result(0, [], trial("b"), {"metrics": {}, "objective": 0.5, "error": ""})
+    assert told == []
+    dies("again", at_work=True)
+    assert told == [-0.5, -0.5]
+    assert progress.is_over
+    assert [progress.records[k]["config"] for k in (0, 1)] == [first, second]
+    assert "died" in progress.records[0]["error"]

@@ -345,8 +345,9 @@ class Classification:
 class LMEval:
     """Tasks of EleutherAI's lm-evaluation-harness by name, also from YAML files in a local folder. Needs the extra `lm-eval`.
 
-    tasks: {split: [task, ...]}. Metrics are TASK/METRIC without the filter's name, such as arc_easy/acc, and METRIC the mean over the tasks of the
-    split that have it. Tasks and data are loaded once; `num_fewshot` and the harness's own seed of 1234 decide the examples in the prompts.
+    tasks: {split: [task, ...]}. Metrics are TASK/METRIC, such as arc_easy/acc (of a task with several filters the first one's; each is there as
+    TASK/METRIC,FILTER too), and METRIC the mean over the tasks of the split that have it. Tasks and data are loaded once;
+    `num_fewshot` and the harness's own seed of 1234 decide the examples in the prompts.
     """
 
     def __init__(
@@ -414,8 +415,12 @@ class LMEval:
         of_named: dict[str, list[float]] = {}  # a group stands beside its members: it is not to count twice
         for task, values in results.items():
             for key, value in values.items():
-                metric, is_filtered, _ = key.partition(",")
+                metric, is_filtered, by = key.partition(",")
                 if is_filtered and isinstance(value, int | float) and not metric.endswith("_stderr"):
+                    if by != "none":
+                        found[f"{task}/{key}"] = float(value)
+                    if f"{task}/{metric}" in found:
+                        continue
                     found[f"{task}/{metric}"] = float(value)
                     of_metric.setdefault(metric, []).append(float(value))
                     if task in self.tasks[split]:

@@ -128,6 +128,12 @@ class Search:
             trial_timeout_s=None if "trial_timeout" not in top else _amount(top["trial_timeout"], "search.trial_timeout", problems),
             loggers=_loggers(top.get("loggers", ()), problems),
         )
+        if not found.cpu and not found.gpu:
+            problems.append("search.resources_per_trial: neither CPU nor GPU. Fix: ask for one at least.")
+        if found.trial_timeout_s == 0:
+            problems.append("search.trial_timeout: 0 s leaves no time. Fix: remove it, or write seconds such as 600.")
+        if any("/" in name for name, _ in found.groups):
+            problems.append("search.space.groups: names may not have a `/`. Fix: rename the group.")
         if budget < population:
             problems.append(
                 f"search.budget: {budget} is less than the population of {population}. Fix: at least one generation, or several."

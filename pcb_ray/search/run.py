@@ -120,7 +120,9 @@ def sweep(
 
     recipe, out = Recipe.of(recipe), Path(out)
     points = grid_of(recipe)
-    request = dataclasses.replace(Search.of(recipe, has_evaluator=evaluator is not None), lambda_=None, density=None, variants=())
+    request = dataclasses.replace(
+        Search.of(recipe, has_evaluator=evaluator is not None), lambda_=None, density=None, variants=(), optimizer=""
+    )
     variants = tuple(dict.fromkeys(p.get("variant", recipe.variant) for p in points))
     largest = max((p["density"] for p in points if "density" in p), default=None)
     swept = recipe if largest is None else _at_density(recipe, largest)
@@ -229,8 +231,10 @@ class _Scorer:
     def __init__(self, job: Job) -> None:
         import torch
 
+        from pcb_ray.search.trial import hide_gpus_unless
         from pcb_ray.search.worker import Worker
 
+        hide_gpus_unless(job.search.gpu)
         torch.set_num_threads(max(1, int(job.search.cpu)))
         self._start = lambda: Worker(job)
         self._worker: Any = None
@@ -269,7 +273,7 @@ def _dry_score(job: Job, state: State) -> Scores:
             raise cause from None
         fix = "Fix: make the evaluator score the base model."
         raise RequestError(f"search.evaluator: scoring the base failed: {type(cause).__name__}: {cause}. {fix}") from error
-    except ray.exceptions.RayActorError as error:
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         fix = "Fix: see that it can be pickled, and that the model fits in memory."
         raise RequestError(f"search.evaluator: its process died while it scored the base ({_last_line(error)}). {fix}") from error
     finally:
@@ -361,14 +365,16 @@ def _progress(total: int, request: Search, state: State, *, quiet: bool) -> tupl
     def keep(key: str, record: Mapping[str, Any]) -> None:
         state.wrote({f"trial {key}": json.dumps(record)})
 
-    known = _known_trials(state)
+    known = _known_trials(state, request.population)
     return tune.Progress(total, request, keep, known, room=tune.check_resources(request), quiet=quiet), known
 
 
-def _known_trials(state: State) -> dict[str, Any]:
-    """The trials of an earlier run that had a score."""
+def _known_trials(state: State, population: int) -> dict[str, Any]:
+    """The trials of an earlier run that had a score, and those without one that later generations have been told of: scored now, they would change
+    what was asked since."""
     records = {key.removeprefix("trial "): json.loads(text) for key, text in state.journal.items() if key.startswith("trial ")}
-    return {key: record for key, record in records.items() if not record["error"]}
+    last = max((r["number"] // population for r in records.values() if not r["error"]), default=0)
+    return {key: record for key, record in records.items() if not record["error"] or record["number"] // population < last}
 
 
 def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[str, Scores], dict[str, Any]]:

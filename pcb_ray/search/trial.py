@@ -22,11 +22,18 @@ Record = dict[str, Any]
 """What became of a candidate: config, metrics, objective, error, seconds, node."""
 
 
+def hide_gpus_unless(asked: float) -> None:
+    """A process that has not asked for a GPU must not see those that Ray may have lent to others. To be called before torch looks for them."""
+    if not asked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 class Trial(tune.Trainable):
     def setup(self, config: dict[str, Any], job: Job | None = None, known: Mapping[str, Record] | None = None) -> None:
         import torch
 
         assert job is not None
+        hide_gpus_unless(job.search.gpu)
         torch.set_num_threads(max(1, int(job.search.cpu)))
         self._job, self._known = job, known or {}
         self._worker: Worker | None = None
@@ -44,7 +51,10 @@ class Trial(tune.Trainable):
             except Exception as error:  # the evaluator's: any of them costs its trial only
                 found["error"] = f"{type(error).__name__}: {error}"[:1000]
             found["seconds"] = time.monotonic() - start
-        return {**{k: v for k, v in found["metrics"].items() if k not in found}, **found}
+        own = {
+            k: v for k, v in found["metrics"].items() if k not in (*found, "done", "should_checkpoint")
+        }  # those mean something to Tune
+        return {**own, **found}
 
     def _score(self) -> dict[str, Any]:
         search = self._job.search

@@ -28,7 +28,8 @@ log = logging.getLogger("pcb_ray")
 
 # Of CMA's first generation: a standard deviation of 0.15 of the range between the bounds (Nevergrad's own is 0.05, too timid for a budget of 100).
 INITIAL_SCALE = 3.0
-START_PATIENCE_S = 20.0  # how long idle workers wait for one more to start
+START_PATIENCE_S = 60.0  # how long idle workers wait for one more to start
+MOST_DEATHS = 10  # of workers that were to score the same candidate, also of those that died before
 
 # --- who asks -----------------------------------------------------------------------------------------------------------------------
 
@@ -85,10 +86,16 @@ class Generations(NevergradSearch):
         self.stopped = False
 
     def suggest(self, trial_id: str) -> Any:
-        if self.stopped:
+        if self.stopped or self._progress.is_over:
             return Searcher.FINISHED
-        if len(self._generation) == self._search.population or self._progress.is_full:
-            return None  # until all its results are there, or a worker is free
+        if self._progress.is_full:
+            return None  # until a worker is free
+        if lost := self._progress.next_lost():
+            self._generation[self._generation.index(lost)] = trial_id
+            self._live_trial_mapping[trial_id] = self._live_trial_mapping.pop(lost)
+            return self._progress.asked_again(trial_id, lost)
+        if self._progress.all_asked or len(self._generation) == self._search.population:
+            return None  # until all its results are there
         config = dict(super().suggest(trial_id) or {})
         self._generation.append(trial_id)
         self._progress.asked(trial_id, config)
@@ -98,7 +105,8 @@ class Generations(NevergradSearch):
         self._ended(trial_id, float(result[OBJECTIVE]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._ended(trial_id, math.nan)
+        if trial_id in self._generation and not (error and self._progress.may_try_again(trial_id)):
+            self._ended(trial_id, math.nan)
 
     def _ended(self, trial_id: str, value: float) -> None:
         if trial_id not in self._generation or trial_id in self._losses:
@@ -127,16 +135,21 @@ class Listed(Searcher):
         self._left, self._progress, self.stopped = list(configs), progress, False
 
     def suggest(self, trial_id: str) -> Any:
-        if not self._left:
+        if self._progress.is_over:
             return Searcher.FINISHED
         if self._progress.is_full:
+            return None
+        if lost := self._progress.next_lost():
+            return self._progress.asked_again(trial_id, lost)
+        if not self._left:
             return None
         config = dict(self._left.pop(0))
         self._progress.asked(trial_id, config)
         return config
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        pass
+        if error:
+            self._progress.may_try_again(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         pass
@@ -166,6 +179,9 @@ class Progress(tune.Callback):
         self.total, self.room = total, room
         self.records: dict[int, Record] = {}
         self._numbers: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._started: set[str] = set()
+        self._deaths: dict[int, list[bool]] = {}
+        self._lost: list[str] = []
         self._search, self._keep, self._known = search, keep, known
         self._bar = Counted("search", total, "trials", quiet=quiet)
 
@@ -174,6 +190,27 @@ class Progress(tune.Callback):
 
     def asked(self, trial_id: str, config: dict[str, Any]) -> None:
         self._numbers[trial_id] = (len(self._numbers), dict(config))
+
+    def may_try_again(self, trial_id: str) -> bool:
+        """Whether the candidate of a trial whose worker died is to have another: not if it was at work for the second time: it may be the cause.
+
+        A worker may have died, with its node, while it was idle: then the next trial only finds it so."""
+        number = self._numbers[trial_id][0]
+        if number in self.records or trial_id in self._lost:
+            return False
+        deaths = self._deaths.setdefault(number, [])
+        deaths.append(trial_id in self._started)
+        again = sum(deaths) < 2 and len(deaths) < MOST_DEATHS
+        self._lost += [trial_id] * again
+        return again
+
+    def next_lost(self) -> str | None:
+        return self._lost[0] if self._lost else None
+
+    def asked_again(self, trial_id: str, lost: str) -> dict[str, Any]:
+        self._lost.remove(lost)
+        self._numbers[trial_id] = self._numbers.pop(lost)
+        return dict(self._numbers[trial_id][1])
 
     def number(self, trial_id: str) -> int:
         return self._numbers[trial_id][0]
@@ -185,7 +222,11 @@ class Progress(tune.Callback):
 
     @property
     def in_flight(self) -> int:
-        return len(self._numbers) - len(self.records)
+        return len(self._numbers) - len(self.records) - len(self._lost)
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.records) == self.total
 
     @property
     def all_asked(self) -> bool:
@@ -197,11 +238,16 @@ class Progress(tune.Callback):
         scored = [r for _, r in sorted(self.records.items()) if not r["error"]]
         return max(scored, key=lambda r: self._search.better * r[OBJECTIVE], default=None)
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._started.add(trial.trial_id)
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Record, **info: Any) -> None:
         kept = ("metrics", OBJECTIVE, "error", "node", "pid", "seconds", "load_s", "apply_s", "score_s")
         self._ended(trial.trial_id, {k: result[k] for k in kept if k in result})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if trial.trial_id in self._lost or trial.trial_id not in self._numbers:
+            return  # another worker will have it
         lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
         error = f"the worker died: {lines[-1][:300] if lines else 'no reason was given'}"
         self._ended(trial.trial_id, {"metrics": {}, OBJECTIVE: math.nan, "error": error, "node": "", "seconds": math.nan})
@@ -241,45 +287,37 @@ class Workers(FIFOScheduler):
         self._asker, self._progress = asker, progress
         self._held: list[Any] = []
         self._idle_since: float | None = None
-        self._announced: Any = None
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Record) -> str:
         self._held.append(trial)
         return TrialScheduler.NOOP
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        for trial in [t for t in self._held if t.status != "RUNNING"]:  # its worker died after it: it is not to run again
-            self._release(tune_controller, trial)
-        trials = tune_controller.get_live_trials()
+        trials = tune_controller.get_live_trials()  # those that failed among them
         pending = [t for t in trials if t.status == "PENDING"]
-        if not pending:
-            if self._progress.all_asked or self._asker.stopped:
-                for trial in list(self._held):
-                    self._release(tune_controller, trial)
-            return None
-        running = len(trials) - len(pending)
-        if self._held and (len(pending) > self._progress.room - running or self._is_vain(running)):
-            last = max(pending, key=lambda t: self._progress.number(t.trial_id))  # no worker is starting for it
-            # When no more will be asked, Tune keeps a worker only for a trial that it has been told to run.
-            if not self._progress.all_asked or last is self._announced:
-                self._release(tune_controller, self._held[0])
-            self._announced = last
-            return last
+        running = sum(t.status == "RUNNING" for t in trials)
+        if self._progress.is_over or self._asker.stopped:
+            while self._held:
+                self._release(tune_controller)
+        elif pending and self._held and (len(pending) > self._progress.room - running or self._is_vain(running)):
+            self._release(tune_controller)
+            return max(pending, key=lambda t: self._progress.number(t.trial_id))  # the last asked: no worker is starting for it
+        if not pending or len(self._held) < running:
+            self._idle_since = None
         return None
 
-    def _release(self, tune_controller: Any, trial: Any) -> None:
-        self._held.remove(trial)
-        tune_controller.stop_trial(trial)
+    def _release(self, tune_controller: Any) -> None:
+        tune_controller.stop_trial(self._held.pop(0))
 
     def _is_vain(self, running: int) -> bool:
         """A worker has been waited for too long, with nothing else to do: others use what the cluster has."""
         if len(self._held) < running:
-            self._idle_since = None
             return False
         self._idle_since = self._idle_since or time.monotonic()
         if time.monotonic() - self._idle_since < START_PATIENCE_S:
             return False
-        self._progress.room = running
+        log.warning("no further worker started within %g s: the search goes on with %d", START_PATIENCE_S, running)
+        self._progress.room, self._idle_since = running, None
         return True
 
 
@@ -339,7 +377,7 @@ def run_trials(
             mode=search.mode,
             search_alg=asker,
             scheduler=Workers(asker, progress),
-            num_samples=total,
+            num_samples=-1,  # the asker says when all are done
             reuse_actors=True,
             trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
@@ -348,8 +386,7 @@ def run_trials(
             name=name,
             storage_path=str(storage),
             callbacks=[progress, *_loggers(search)],
-            # A worker that dies may have lost its node: its trial has a second chance.
-            failure_config=tune.FailureConfig(max_failures=1),
+            failure_config=tune.FailureConfig(max_failures=0),  # the asker gives a lost candidate to another worker
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
@@ -357,6 +394,12 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the records hold the errors
     try:
         tuner.fit()
+    except (tune.TuneError, RuntimeError) as error:
+        # Tune does not expect, among others, that Ray ends a process which takes too much memory.
+        raise RunError(
+            f"Tune gave up: {str(error).strip().splitlines()[-1][:300]}. If memory was short, ask for more by resources_per_trial.memory, or for "
+            "fewer trials at a time by concurrency; --resume goes on with what was scored"
+        ) from error
     finally:
         progress.close()
     records = [record for _, record in sorted(progress.records.items())]
