@@ -150,6 +150,7 @@ def test_a_job_merges_on_the_cluster_that_it_was_submitted_to(head: Head, family
     assert pcb_ray.verify(out, quiet=True) == []
 
 
+@pytest.mark.very_slow
 def test_a_job_searches_with_the_evaluator_that_was_submitted_with_it(head: Head, family: Family, tmp_path: Path) -> None:
     folder, out = job_folder(tmp_path, family), tmp_path / "out"
     shutil.copy(Path(__file__).with_name("evaluators_of_tests.py"), folder / "near.py")
