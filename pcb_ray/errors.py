@@ -35,3 +35,8 @@ class InputError(RequestError):
 
 class RunError(RuntimeError):
     """The request was right but the run could not be finished (exit code 1): a full disk, a lost cluster."""
+
+
+def last_line(error: Exception) -> str:
+    """What happened, of an error that Ray or Tune has wrapped."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[:300]

@@ -40,17 +40,19 @@ class Near:
         return {"near": round(-distance, self.digits), "split_length": float(len(split))}
 
 
-class SlowOnce(Near):
+class KnowsBase(Near):
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        module = super().load(model_dir)
+        self.of_base = super().score("val")["near"]
+        return module
+
+
+class SlowOnce(KnowsBase):
     """The worker that is first to score a candidate takes 8 s for it, so that the other idles at the end of the generation; both leave their pid."""
 
     def __init__(self, target: str, folder: str) -> None:
         super().__init__(target, digits=1)
         self.folder = Path(folder)
-
-    def load(self, model_dir: Path) -> torch.nn.Module:
-        module = super().load(model_dir)
-        self.of_base = super().score("val")["near"]
-        return module
 
     def score(self, split: str) -> dict[str, float]:
         found = super().score(split)
@@ -62,17 +64,12 @@ class SlowOnce(Near):
         return found
 
 
-class Sick(Near):
+class Sick(KnowsBase):
     """Scores the base; of all else only what is asked for: raises, gives NaN, hangs, or ends its process, in turn by what the score would be."""
 
     def __init__(self, target: str, ways: tuple[str, ...] = ("raise", "nan", "hang", "die", "")) -> None:
         super().__init__(target)
         self.ways = ways
-
-    def load(self, model_dir: Path) -> torch.nn.Module:
-        module = super().load(model_dir)
-        self.of_base = super().score("val")["near"]
-        return module
 
     def score(self, split: str) -> dict[str, float]:
         found = super().score(split)

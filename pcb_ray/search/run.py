@@ -20,7 +20,7 @@ from pcb_ray import output, runtime
 from pcb_ray.analysis import Run, check_twins, thresholds_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.checkpoint import Checkpoint
-from pcb_ray.errors import RequestError, RunError
+from pcb_ray.errors import RequestError, RunError, last_line
 from pcb_ray.merge import ARITHMETIC, companions, fetched_plan, merge
 from pcb_ray.output import RECIPE, State
 from pcb_ray.plan import CPU_BLOCK, DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
@@ -32,14 +32,8 @@ from pcb_ray.search.worker import Arm, Job
 log = logging.getLogger("pcb_ray")
 
 BEST = "best_recipe.yaml"
-_HOW = (
-    "concurrency",
-    "cpu",
-    "gpu",
-    "memory",
-    "trial_timeout_s",
-    "loggers",
-)  # of a request: may differ when it is resumed, the candidates do not
+# Of a request: may differ when it is resumed, the candidates do not.
+_HOW = ("concurrency", "cpu", "gpu", "memory", "trial_timeout_s", "loggers")
 Scores = dict[str, dict[str, Any]]
 """Metrics by split."""
 
@@ -120,9 +114,9 @@ def sweep(
 
     recipe, out = Recipe.of(recipe), Path(out)
     points = grid_of(recipe)
-    request = dataclasses.replace(
-        Search.of(recipe, has_evaluator=evaluator is not None), lambda_=None, density=None, variants=(), optimizer=""
-    )
+    asked = Search.of(recipe, has_evaluator=evaluator is not None)
+    # Without an optimizer there are no generations: all points are one.
+    request = dataclasses.replace(asked, lambda_=None, density=None, variants=(), optimizer="", population=len(points))
     variants = tuple(dict.fromkeys(p.get("variant", recipe.variant) for p in points))
     largest = max((p["density"] for p in points if "density" in p), default=None)
     swept = recipe if largest is None else _at_density(recipe, largest)
@@ -275,7 +269,7 @@ def _dry_score(job: Job, state: State) -> Scores:
         raise RequestError(f"search.evaluator: scoring the base failed: {type(cause).__name__}: {cause}. {fix}") from error
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         fix = "Fix: see that it can be pickled, and that the model fits in memory."
-        raise RequestError(f"search.evaluator: its process died while it scored the base ({_last_line(error)}). {fix}") from error
+        raise RequestError(f"search.evaluator: its process died while it scored the base ({last_line(error)}). {fix}") from error
     finally:
         ray.kill(scorer)
     state.found["base"] = scores
@@ -394,7 +388,7 @@ def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[s
         try:
             return dict(ray.get(pending))
         except ray.exceptions.RayError as error:
-            log.warning("%s has no score on %s: %s", name, split, _last_line(error))
+            log.warning("%s has no score on %s: %s", name, split, last_line(error))
             return {}
 
     try:
@@ -414,11 +408,6 @@ def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[s
     finally:
         for scorer in scorers:
             ray.kill(scorer)
-
-
-def _last_line(error: Exception) -> str:
-    """What happened, of an error that Ray has wrapped."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[:300]
 
 
 def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_shard_bytes: int, **options: Any) -> None:

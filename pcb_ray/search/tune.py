@@ -18,7 +18,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.nevergrad import NevergradSearch
 
-from pcb_ray.errors import RequestError, RunError
+from pcb_ray.errors import RequestError, RunError, last_line
 from pcb_ray.progress import readable_bytes
 from pcb_ray.search.request import Config, Search, Space, key_of
 from pcb_ray.search.trial import OBJECTIVE, Record, Trial
@@ -397,7 +397,7 @@ def run_trials(
     except (tune.TuneError, RuntimeError) as error:
         # Tune does not expect, among others, that Ray ends a process which takes too much memory.
         raise RunError(
-            f"Tune gave up: {str(error).strip().splitlines()[-1][:300]}. If memory was short, ask for more by resources_per_trial.memory, or for "
+            f"Tune gave up: {last_line(error)}. If memory was short, ask for more by resources_per_trial.memory, or for "
             "fewer trials at a time by concurrency; --resume goes on with what was scored"
         ) from error
     finally:
