@@ -248,13 +248,13 @@ def await_that(what: str, condition: Any, timeout_s: float = 60.0) -> None:
 def await_end(processes: Sequence[psutil.Process], timeout_s: float = 30.0) -> None:
     """Wait until all these processes have ended; fail with those that haven't."""
     deadline = time.monotonic() + timeout_s
-    while left := [p for p in processes if _lives(p)]:
+    while left := [p for p in processes if lives(p.pid)]:
         assert time.monotonic() < deadline, f"still there after {timeout_s:.0f} s: {left}"
         time.sleep(0.05)
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(pid: int) -> bool:
     try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

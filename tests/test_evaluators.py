@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
+from clusters import DEADLINE_S, await_that, lives
 from families import Family
 
 from pcb_ray import Recipe, RequestError
@@ -263,6 +266,25 @@ def test_command_scores_a_model_directory_and_removes_it(language_model, tmp_pat
     parameter.fill_(0.5)
     assert evaluator.score("test") == {"sum": 0.5 * parameter.numel(), "split": 4}
     assert not Path((tmp_path / "seen").read_text()).exists()
+
+
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(1)"])
+def test_a_command_and_its_model_go_with_the_process_that_ran_it(language_model, tmp_path, how):
+    (tmp_path / "scratch").mkdir()
+    code = (
+        "import os, signal, sys, threading, time; from pathlib import Path; from pcb_ray.search.evaluators import Command\n"
+        "def end():\n"
+        "    while not Path('pid').exists() or not Path('pid').read_text(): time.sleep(0.01)\n"
+        f"    {how}\n"
+        "threading.Thread(target=end).start()\n"
+        "command = Command('sleep 600 & echo $! > pid; wait', scratch='scratch')\n"
+        f"command.load(Path({str(language_model)!r}))\n"
+        "command.score('val')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode != 0
+    pid = int((tmp_path / "pid").read_text())
+    await_that("the model is removed", lambda: not any((tmp_path / "scratch").iterdir()), DEADLINE_S)
+    await_that("its process ends", lambda: not lives(pid), DEADLINE_S)
 
 
 def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(language_model, tmp_path):

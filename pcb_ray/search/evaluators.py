@@ -26,7 +26,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from pcb_ray.errors import RequestError
 
@@ -431,7 +431,8 @@ class LMEval:
 class Command:
     """A shell command that scores a model directory; {model} and {split} in it are filled in. Its last line of output is a JSON object of numbers.
 
-    The candidate is written to a scratch folder (below `scratch`, or the system's), and removed when the command has ended.
+    The candidate is written to a scratch folder (below `scratch`, or the system's), and removed when the command has ended, or the process that
+    ran it, however that ended.
     """
 
     def __init__(self, run: str, *, scratch: str | None = None, timeout: float | None = None, folder: Path = Path(".")) -> None:
@@ -453,14 +454,14 @@ class Command:
     def score(self, split: str) -> Metrics:
         from safetensors.torch import save_file
 
-        with tempfile.TemporaryDirectory(prefix="pcb-ray-", dir=self.scratch) as scratch:
+        with _scratch(self.scratch) as (scratch, to_guard):
             for path in self.model_dir.iterdir():
                 if path.is_file() and path.name not in self.files:
                     shutil.copy(path, scratch)
             for name, tensors in self.files.items():
-                save_file(tensors, Path(scratch) / name, metadata={"format": "pt"})
-            filled = self.run.replace("{model}", shlex.quote(scratch)).replace("{split}", shlex.quote(split))
-            code, output, errors = _run_shell(filled, self.folder, self.timeout)
+                save_file(tensors, scratch / name, metadata={"format": "pt"})
+            filled = self.run.replace("{model}", shlex.quote(str(scratch))).replace("{split}", shlex.quote(split))
+            code, output, errors = _run_shell(filled, self.folder, self.timeout, to_guard)
         lines = output.strip().splitlines()
         if code != 0:
             raise RuntimeError(f"{filled!r} ended with code {code}: {(errors.strip().splitlines() or lines or [''])[-1][:300]}")
@@ -473,13 +474,30 @@ class Command:
         return metrics
 
 
-def _run_shell(command: str, folder: Path, timeout: float | None) -> tuple[int, str, str]:
+# Its input ends when this process does, however that ends: then it ends the command's processes and removes the model.
+# In the background, since Ray ends the children of a worker with it.
+_GUARD = """exec 3<&0; { read -r group; cat >/dev/null; [ -z "$group" ] || kill -9 "-$group"; rm -rf -- "$0"; } <&3 3<&- &"""
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path | None) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A folder that is removed, also if this process is killed; and where to write the process group that is to end with it."""
+    with tempfile.TemporaryDirectory(prefix="pcb-ray-", dir=folder) as place:
+        options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(["sh", "-c", _GUARD, place], start_new_session=True, **options) as guard:
+            assert guard.stdin is not None
+            yield Path(place), guard.stdin
+
+
+def _run_shell(command: str, folder: Path, timeout: float | None, to_guard: IO[bytes]) -> tuple[int, str, str]:
     """Exit code, output and errors. Its `python` is this one; whatever it has started ends with it."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     with subprocess.Popen(
         *(command,), shell=True, cwd=folder, env=os.environ | {"PATH": path}, text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
+        to_guard.write(b"%d\n" % process.pid)
+        to_guard.flush()
         try:
             output, errors = process.communicate(timeout=timeout)
         finally:
