@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import families
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pcb_ray import Recipe, RequestError
 from pcb_ray.plan import Plan, plan
 from pcb_ray.search.request import Search, Space, _labels, _rules, grid_of, key_of
 
+NAN = math.nan
 VALID: dict[str, Any] = {"evaluator": "my_eval.py:Accuracy", "metric": "accuracy"}
 
 
@@ -58,6 +62,7 @@ def test_built_in_evaluators_know_their_metric(family):
         ({"space": {"density": {"lower": 0.0, "upper": 0.4}}}, "search.space.density.lower"),
         ({"space": {"density": {"lower": 0.1, "upper": 1.4}}}, "search.space.density.upper"),
         ({"space": {"lamda": {"lower": 0.1}}}, "write `lambda`"),
+        ({"loggers": [{"wandb": {"api_key": "s3cret"}}]}, "set WANDB_API_KEY in the environment"),
         ({"space": {"variant": ["pairwise", "release"]}}, "write `released`"),
         ({"space": {"groups": ["*mlp*"]}}, "search.space.groups"),
         ({"space": {"groups": {"rest": "*mlp*"}}}, "choose another name"),
@@ -180,6 +185,32 @@ def test_equal_configs_have_equal_keys():
     assert key_of({"b": 1.0, "a": 0.1}) == key_of({"a": 0.1, "b": 1.0})
 
 
+@given(count=st.integers(2, 20), seed=st.integers(0, 9), lower=st.floats(-1.0, 0.9), upper=st.floats(1.1, 3.0))
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_first_generation_is_a_latin_hypercube_of_uniform_coefficients_with_the_start_in_it(family, count, seed, lower, upper):
+    asked = {
+        "weight": {"lower": lower, "upper": upper},
+        "lambda": {"lower": 0.5, "upper": 2.0},
+        "density": {"lower": 0.02, "upper": 0.4},
+        "groups": {"attention": "*self_attn*"},
+        "variant": ["paper", "pairwise"],
+    }
+    search, made = searched(family(2), space=asked)
+    space = Space.of(search, made)
+    start, *others = space.first_generation(count, seed)
+    assert start == space.start
+    assert space.first_generation(count, seed) == [start, *others]
+    for point in others:
+        assert len({v for k, v in point.items() if k.startswith("weight.")}) == 1
+        assert point.keys() == start.keys()
+    bounds = {"weight.model0.attention": (lower, upper), "lambda": (0.5, 2.0), "density": (math.log(0.02), math.log(0.4))}
+    for name, (least, most) in bounds.items():
+        values = np.array([math.log(p[name]) if name == "density" else p[name] for p in (start, *others)])
+        parts = ((values - least) / (most - least) * count).astype(int).clip(max=count - 1)
+        assert np.array_equal(np.sort(parts), np.arange(count)), "one in each part"
+    assert [p["variant"] for p in others] == [asked["variant"][k % 2] for k in range(count - 1)]
+
+
 # --- the grid -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -208,13 +239,75 @@ def test_a_wrong_grid_is_refused(family, sweep, complaint):
 # --- what the optimizer is told -----------------------------------------------------------------------------------------------------
 
 
+def asked(search: Search, made: Plan) -> Any:
+    """A searcher, and its progress."""
+    from pcb_ray.search.tune import Generations, Progress
+
+    progress = Progress(search.budget, search, lambda key, record: None, {}, room=8, quiet=True)
+    return Generations(search, Space.of(search, made), progress), progress
+
+
+def score(asker: Any, progress: Any, scores: list[float]) -> list[dict[str, Any]]:
+    """A whole generation: its configs."""
+    names = [f"{len(progress.records)}+{k}" for k in range(len(scores))]
+    configs = [asker.suggest(name) for name in names]
+    for name, value in zip(names, scores, strict=True):
+        result = {"metrics": {}, "objective": value, "error": "" if value == value else "failed"}
+        asker.on_trial_result(name, result)
+        progress.on_trial_result(0, [], SimpleNamespace(trial_id=name), result)
+    return configs
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_or_not_reached_is_told(family, name, monkeypatch):
+    from pcb_ray.search import tune
+
+    search, _ = searched(family(2), loggers=["tensorboard", name])
+    with pytest.raises(RequestError, match=f"search.loggers: {name} is not installed.*Fix: pip install"):
+        tune.check_loggers(search)
+
+    class Unreached(tune.tune.Callback):
+        def setup(self, *_: object, **__: object) -> None:
+            raise ConnectionError("http://127.0.0.1:9: refused")
+
+    monkeypatch.setattr(tune, "_loggers", lambda _: [tune.tune.Callback(), Unreached()])
+    with pytest.raises(RequestError, match=f"search.loggers.{name}: ConnectionError: http://127.0.0.1:9: refused. Fix"):
+        tune.check_loggers(search)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("scores", [[0.1, 0.3, 0.9, NAN], [NAN, NAN, 0.0, 0.0], [NAN] * 4])
+def test_nevergrad_begins_at_the_best_of_the_first_generation_or_at_the_start_if_all_of_it_failed(family, scores):
+    space = {"density": {"lower": 0.02, "upper": 0.4}, "variant": ["paper", "released", "pairwise"]}
+    search, made = searched(family(2), budget=40, population=4, space=space)
+    asker, progress = asked(search, made)
+    configs = score(asker, progress, scores)
+    assert configs == Space.of(search, made).first_generation(4, search.seed)
+    wanted = configs[max((k for k in range(4) if not math.isnan(scores[k])), key=lambda k: scores[k], default=0)]
+    found = asker._nevergrad_opt.parametrization.value
+    assert found["variant"] == wanted["variant"]
+    assert {k: v for k, v in found.items() if k != "variant"} == pytest.approx({k: v for k, v in wanted.items() if k != "variant"})
+    assert all(config not in configs for config in score(asker, progress, [0.5] * 4))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("space", [{}, {"groups": {"layers": 2, "attention": "*self_attn*"}}, {"variant": ["paper", "pairwise"]}])
+def test_cma_begins_with_a_standard_deviation_of_10_percent_of_the_range(family, space):
+    search, made = searched(family(5), budget=500, population=200, space=space)
+    asker, progress = asked(search, made)
+    progress.room = 500
+    score(asker, progress, [1.0] * 200)
+    drawn = [[v for k, v in config.items() if k != "variant"] for config in score(asker, progress, [0.5] * 200)]
+    assert np.std(drawn) == pytest.approx(0.1 * 2.0, rel=0.08)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("mode", "scores"), [("min", [None, 4.8, 5.1, 4.9]), ("max", [None, 0.7, None, 0.2])])
 def test_a_trial_that_failed_is_told_as_the_worst_also_when_it_was_asked_first(family, monkeypatch, mode, scores):
-    from pcb_ray.search.tune import Generations, Progress
-
     search, made = searched(family(2), mode=mode, budget=8, population=4)
-    asker = Generations(search, Space.of(search, made), Progress(8, search, lambda key, record: None, {}, room=8, quiet=True))
+    asker, progress = asked(search, made)
+    score(asker, progress, [5.0] * 4)
     told: list[float] = []
     monkeypatch.setattr(asker._nevergrad_opt, "tell", lambda candidate, loss: told.append(loss))
     for k in range(4):
@@ -229,13 +322,9 @@ def test_a_trial_that_failed_is_told_as_the_worst_also_when_it_was_asked_first(f
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_candidate_of_a_worker_that_died_goes_to_another_unless_it_was_at_work_twice(family, monkeypatch):
-    from types import SimpleNamespace
-
-    from pcb_ray.search.tune import Generations, Progress
-
-    search, made = searched(family(2), budget=2, population=2)
-    progress = Progress(2, search, lambda key, record: None, {}, room=8, quiet=True)
-    asker = Generations(search, Space.of(search, made), progress)
+    search, made = searched(family(2), budget=4, population=2)
+    asker, progress = asked(search, made)
+    score(asker, progress, [1.0, 1.0])
     told: list[float] = []
     monkeypatch.setattr(asker._nevergrad_opt, "tell", lambda candidate, loss: told.append(loss))
 
@@ -261,5 +350,5 @@ def test_the_candidate_of_a_worker_that_died_goes_to_another_unless_it_was_at_wo
     dies("again", at_work=True)
     assert told == [-0.5, -0.5]
     assert progress.is_over
-    assert [progress.records[k]["config"] for k in (0, 1)] == [first, second]
-    assert "died" in progress.records[0]["error"]
+    assert [progress.records[k]["config"] for k in (2, 3)] == [first, second]
+    assert "died" in progress.records[2]["error"]

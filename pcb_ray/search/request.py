@@ -6,9 +6,11 @@ import dataclasses
 import fnmatch
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from pcb_ray.checks import choice, number, section, shown, size_of, text, wrong
@@ -24,6 +26,7 @@ _KEYS = (
     *("evaluator", "split", "metric", "mode", "space", "optimizer", "budget", "population", "concurrency"),
     *("resources_per_trial", "seed", "trial_timeout", "loggers"),
 )
+_SECRETS = {"api_key": "WANDB_API_KEY", "tracking_token": "MLFLOW_TRACKING_TOKEN"}
 _SWEEP_KEYS = ("density", "lambda", "variant")
 
 Config = Mapping[str, Any]
@@ -255,7 +258,13 @@ def _loggers(raw: object, problems: list[str]) -> tuple[tuple[str, Mapping[str, 
     found = []
     for one in raw if isinstance(raw, list | tuple) else [raw]:
         name, options = next(iter(one.items())) if isinstance(one, Mapping) and len(one) == 1 else (one, {})
-        found.append((choice(name, "search.loggers", LOGGERS, problems), options if isinstance(options, Mapping) else {}))
+        options = options if isinstance(options, Mapping) else {}
+        problems += [
+            f"search.loggers.{name}.{key}: would be kept with the output. Fix: set {variable} in the environment."
+            for key, variable in _SECRETS.items()
+            if key in options
+        ]
+        found.append((choice(name, "search.loggers", LOGGERS, problems), options))
     return tuple(found)
 
 
@@ -312,6 +321,22 @@ class Space:
         """The candidate that the search begins with."""
         return {name: b.init for name, b in self.bounds.items()} | ({"variant": self.recipe.variant} if self.variants else {})
 
+    def first_generation(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """The start, and with it a Latin hypercube over what acts on all tensors alike: one lambda_i for all models and groups, lambda, and the
+        logarithm of the density. The variants take turns."""
+        random = Random(seed)
+        values: dict[str, list[float]] = {}
+        for name, b in self.bounds.items():
+            to, back = (math.log, math.exp) if name == "density" else (float, float)
+            low, width = to(b.lower), (to(b.upper) - to(b.lower)) / count
+            of_start = min(int((to(b.init) - low) / width), count - 1)
+            values[_axis(name)] = [back(low + (k + 0.5) * width) for k in range(count) if k != of_start]
+        for of_axis in values.values():
+            random.shuffle(of_axis)
+        others = [{name: values[_axis(name)][k] for name in self.bounds} for k in range(count - 1)]
+        turns = [{"variant": self.variants[k % len(self.variants)]} if self.variants else {} for k in range(count - 1)]
+        return [self.start, *(point | turn for point, turn in zip(others, turns, strict=True))]
+
     def candidate(self, config: Config) -> Candidate:
         """The point that a config describes; what it does not name is the recipe's."""
 
@@ -355,6 +380,11 @@ class Space:
             sweep=None,
             notes=(),
         )
+
+
+def _axis(name: str) -> str:
+    """What a coefficient varies with when all models and groups are treated alike."""
+    return name.split(".")[0]
 
 
 def _labels(sources: Sequence[str]) -> tuple[str, ...]:

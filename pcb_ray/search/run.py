@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -32,8 +33,8 @@ from pcb_ray.search.worker import Arm, Job
 log = logging.getLogger("pcb_ray")
 
 BEST = "best_recipe.yaml"
-# Of a request: may differ when it is resumed, the candidates do not.
-_HOW = ("concurrency", "cpu", "gpu", "memory", "trial_timeout_s", "loggers")
+# Of a request: may differ when it is resumed. The candidates do not depend on it; or, of the evaluator, they are scored again.
+_MAY_DIFFER = ("concurrency", "cpu", "gpu", "memory", "trial_timeout_s", "loggers", "evaluator", "options")
 Scores = dict[str, dict[str, Any]]
 """Metrics by split."""
 
@@ -64,7 +65,7 @@ def search(
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
     request = Search.of(recipe, has_evaluator=evaluator is not None)
-    tune.optimizer_of(request)
+    tune.check_optimizer(request)
     variants = request.variants or (recipe.variant,)
     with _prepared(
         recipe, request, out, variants, evaluator, max_shard_bytes, resume=resume, overwrite=overwrite, address=address
@@ -73,9 +74,10 @@ def search(
         job,
     ):
         request = job.search
+        tune.check_loggers(request)
         base = _dry_score(job, state)
         job = _with_bases(job, state, request.density is not None, workers=workers, memory=memory, quiet=quiet)
-        progress, known = _progress(request.budget, request, state, quiet=quiet)
+        progress, known = _progress(request.budget, job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Generations(request, job.space, progress), progress, request.budget, known)
         scores, best = _references(job, base, best_trial)
         winner = job.space.recipe_of(job.space.candidate(best))
@@ -127,9 +129,10 @@ def sweep(
         job,
     ):
         request = job.search
+        tune.check_loggers(request)
         base = _dry_score(job, state)
         job = _with_bases(job, state, largest is not None, workers=workers, memory=memory, quiet=quiet)
-        progress, known = _progress(len(points), request, state, quiet=quiet)
+        progress, known = _progress(len(points), job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
         best = best_trial["config"]
         winner = job.space.recipe_of(job.space.candidate(best))
@@ -166,8 +169,7 @@ def _prepared(
         log.warning("note: %s", note)
     asked = {
         **output.asked_of(plan, ARITHMETIC),
-        "search": {k: v for k, v in asdict(request).items() if k not in _HOW},
-        "evaluator": _identity(request, recipe, evaluator),
+        "search": {k: v for k, v in asdict(request).items() if k not in _MAY_DIFFER},
     }
     with contextlib.ExitStack() as stack:
         state = stack.enter_context(State(out, asked, resume=resume))
@@ -180,7 +182,8 @@ def _prepared(
         each = tune.shown_resources(request.cpu, request.gpu, request.memory)
         log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), each)
         arms = {v: Arm(p, str(state.folder / f"basis-{v}"), Thresholds()) for v, p in plans.items()}
-        yield state, Job(request, space, arms, str(model_dir), str(recipe.folder.absolute()), evaluator)
+        scored_by = _identity(request, recipe, evaluator)
+        yield state, Job(request, space, arms, str(model_dir), str(recipe.folder.absolute()), scored_by, evaluator)
 
 
 def _analysed(recipe: Recipe, request: Search, variant: str) -> Recipe:
@@ -196,11 +199,19 @@ def _at_density(recipe: Recipe, density: float) -> Recipe:
 
 
 def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
-    """What a resumed search must find unchanged: the evaluator's source."""
+    """Tells an evaluator from what it was before it was changed, as far as its name, its options and its own source do."""
     if evaluator is not None:
-        return type(evaluator).__qualname__
-    source = recipe.folder / request.evaluator.rpartition(":")[0]
-    return hashlib.sha256(source.read_bytes()).hexdigest() if source.suffix == ".py" and source.is_file() else request.evaluator
+        name = type(evaluator).__qualname__
+        try:
+            source = inspect.getsource(type(evaluator))
+        except (OSError, TypeError):
+            source = ""  # typed into a prompt
+    else:
+        name, file = request.evaluator, request.evaluator.rpartition(":")[0]
+        path = recipe.folder / (file if file.endswith(".py") else file.replace(".", "/") + ".py")
+        source = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    told = json.dumps([name, request.options, source], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) -> None:
@@ -255,8 +266,8 @@ def _dry_score(job: Job, state: State) -> Scores:
     """The base on both splits, before anything expensive: a wrong evaluator shows itself here."""
     import ray
 
-    if "base" in state.found:
-        known: Scores = state.found["base"]
+    if state.found.get("base", {}).get("by") == job.scored_by:
+        known: Scores = state.found["base"]["scores"]
         return known
     scorer = _scorer(job)
     try:
@@ -272,7 +283,7 @@ def _dry_score(job: Job, state: State) -> Scores:
         raise RequestError(f"search.evaluator: its process died while it scored the base ({last_line(error)}). {fix}") from error
     finally:
         ray.kill(scorer)
-    state.found["base"] = scores
+    state.found["base"] = {"by": job.scored_by, "scores": scores}
     state.save()
     return scores
 
@@ -352,23 +363,28 @@ def _commit(state: State, winner: Recipe) -> None:
     state.commit()
 
 
-def _progress(total: int, request: Search, state: State, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
+def _progress(total: int, job: Job, state: State, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
     """What keeps a record of each trial as it ends, and the records of an earlier run."""
     from pcb_ray.search import tune
 
     def keep(key: str, record: Mapping[str, Any]) -> None:
-        state.wrote({f"trial {key}": json.dumps(record)})
+        state.wrote({f"trial {job.scored_by} {key}": json.dumps(record)})
 
-    known = _known_trials(state, request.population)
-    return tune.Progress(total, request, keep, known, room=tune.check_resources(request), quiet=quiet), known
+    known = _known_trials(job, state)
+    return tune.Progress(total, job.search, keep, known, room=tune.check_resources(job.search), quiet=quiet), known
 
 
-def _known_trials(state: State, population: int) -> dict[str, Any]:
+def _known_trials(job: Job, state: State) -> dict[str, Any]:
     """The trials of an earlier run that had a score, and those without one that later generations have been told of: scored now, they would change
-    what was asked since."""
-    records = {key.removeprefix("trial "): json.loads(text) for key, text in state.journal.items() if key.startswith("trial ")}
-    last = max((r["number"] // population for r in records.values() if not r["error"]), default=0)
-    return {key: record for key, record in records.items() if not record["error"] or record["number"] // population < last}
+    what was asked since. What the evaluator scored before it was changed is not known any more."""
+    of_trials = {key: text for key, text in state.journal.items() if key.startswith("trial ")}
+    mine = f"trial {job.scored_by} "
+    records = {key.removeprefix(mine): json.loads(text) for key, text in of_trials.items() if key.startswith(mine)}
+    if len(records) < len(of_trials):
+        log.warning("the evaluator has changed: %d candidates that were scored before count no more", len(of_trials) - len(records))
+    generation = {key: record["number"] // job.search.population for key, record in records.items()}
+    last = max((generation[key] for key, record in records.items() if not record["error"]), default=0)
+    return {key: record for key, record in records.items() if not record["error"] or generation[key] < last}
 
 
 def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[str, Scores], dict[str, Any]]:

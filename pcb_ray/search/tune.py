@@ -26,64 +26,78 @@ from pcb_ray.search.worker import Job
 
 log = logging.getLogger("pcb_ray")
 
-# Of CMA's first generation: a standard deviation of 0.15 of the range between the bounds (Nevergrad's own is 0.05, too timid for a budget of 100).
-INITIAL_SCALE = 3.0
+INITIAL_STD = 0.1  # of CMA, in ranges between bounds; Nevergrad's own, 0.05 or 0.025, is too timid for a budget of 100
 START_PATIENCE_S = 60.0  # how long idle workers wait for one more to start
 MOST_DEATHS = 10  # of workers that were to score the same candidate, also of those that died before
 
 # --- who asks -----------------------------------------------------------------------------------------------------------------------
 
 
-def nevergrad_space(space: Space, seed: int) -> Any:
+def nevergrad_space(space: Space, seed: int, start: Config) -> Any:
+    """The space as Nevergrad's, to be searched from `start`."""
     import nevergrad as ng
 
     parameters: dict[str, Any] = {}
     for name, b in space.bounds.items():
         kind = ng.p.Log if name == "density" else ng.p.Scalar
-        parameters[name] = kind(init=b.init, lower=b.lower, upper=b.upper)
+        parameters[name] = kind(init=start[name], lower=b.lower, upper=b.upper)
     if space.variants:
         parameters["variant"] = ng.p.Choice(list(space.variants), deterministic=True)
     result = ng.p.Dict(**parameters)
+    if space.variants:
+        result["variant"].value = start["variant"]
     result.random_state.seed(seed)
     return result
 
 
-def optimizer_of(search: Search) -> Any:
-    """The optimizer that the recipe names: CMA is CMA-ES (Nevergrad's own `CMA` is a choice among several). Raises RequestError."""
+def check_optimizer(search: Search) -> None:
+    """Raises RequestError for a name that Nevergrad does not have."""
     import difflib
 
     import nevergrad as ng
 
-    if search.optimizer == "CMA":
-        return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=INITIAL_SCALE)
-    if search.optimizer not in ng.optimizers.registry:
-        near = difflib.get_close_matches(search.optimizer, list(ng.optimizers.registry), n=1)
+    names = list(ng.optimizers.registry)
+    if search.optimizer not in names:
+        near = difflib.get_close_matches(search.optimizer, names, n=1)
         raise RequestError(
             f"search.optimizer: {search.optimizer!r} is none of Nevergrad's. Fix: "
             + (f"write {near[0]}." if near else "CMA, or a name of nevergrad.optimizers.registry.")
         )
-    return ng.optimizers.registry[search.optimizer]
+
+
+def optimizer_of(search: Search, space: Space) -> Any:
+    """The optimizer that the recipe names: CMA is CMA-ES (Nevergrad's own `CMA` is a choice among several)."""
+    import nevergrad as ng
+
+    if search.optimizer != "CMA":
+        return ng.optimizers.registry[search.optimizer]
+    # In Nevergrad's unit, a sixth of the range; it multiplies the scale by this where all is bounded, and a choice of variants is not.
+    multiplied_by = 1.0 if space.variants else 0.3 if len(space.bounds) < 18 else 0.15
+    return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=6 * INITIAL_STD / multiplied_by)
 
 
 class Generations(NevergradSearch):
-    """Nevergrad, one generation at a time. Its results are told in the order in which it was asked, once all are there: so a seed gives the same
-    candidates whatever finishes first. A trial that failed is told as the worst score so far."""
+    """Nevergrad, one generation at a time, from the best of a first one that is spread over the uniform coefficients.
+
+    Results are told in the order in which they were asked for, once a generation's are all there: so a seed gives the same candidates whatever
+    finishes first. A trial that failed is told as the worst score so far."""
 
     def __init__(self, search: Search, space: Space, progress: Progress) -> None:
-        kwargs = {} if search.optimizer == "CMA" else {"budget": search.budget, "num_workers": search.population}
-        super().__init__(
-            optimizer=optimizer_of(search),
-            optimizer_kwargs=kwargs,
-            space=nevergrad_space(space, search.seed),
-            metric=OBJECTIVE,
-            mode=search.mode,
-        )
-        self._search, self._progress = search, progress
+        self._search, self._coefficients, self._progress = search, space, progress
+        self._first = space.first_generation(search.population, search.seed)
         self._generation: list[str] = []
         self._losses: dict[str, float | None] = {}
         self._worst = -math.inf
         self._failed_in_a_row = 0
         self.stopped = False
+        kwargs = {} if search.optimizer == "CMA" else {"budget": search.budget, "num_workers": search.population}
+        super().__init__(
+            optimizer=optimizer_of(search, space),
+            optimizer_kwargs=kwargs,
+            space=nevergrad_space(space, search.seed, space.start),
+            metric=OBJECTIVE,
+            mode=search.mode,
+        )
 
     def suggest(self, trial_id: str) -> Any:
         if self.stopped or self._progress.is_over:
@@ -92,11 +106,12 @@ class Generations(NevergradSearch):
             return None  # until a worker is free
         if lost := self._progress.next_lost():
             self._generation[self._generation.index(lost)] = trial_id
-            self._live_trial_mapping[trial_id] = self._live_trial_mapping.pop(lost)
+            if lost in self._live_trial_mapping:
+                self._live_trial_mapping[trial_id] = self._live_trial_mapping.pop(lost)
             return self._progress.asked_again(trial_id, lost)
         if self._progress.all_asked or len(self._generation) == self._search.population:
             return None  # until all its results are there
-        config = dict(super().suggest(trial_id) or {})
+        config = self._first.pop(0) if self._first else dict(super().suggest(trial_id) or {})
         self._generation.append(trial_id)
         self._progress.asked(trial_id, config)
         return config
@@ -113,18 +128,26 @@ class Generations(NevergradSearch):
             return  # told already: what comes now is only its worker's end
         self._losses[trial_id] = -self._search.better * value if math.isfinite(value) else None
         if len(self._losses) == self._search.population:
-            # Of the whole generation first: one that failed may have been asked before any that has a score.
-            self._worst = max([self._worst, *(loss for loss in self._losses.values() if loss is not None)])
-            for one in self._generation:
-                self._tell(one, self._losses[one])
+            self._learn([(one, self._losses[one]) for one in self._generation])
             self._generation, self._losses = [], {}
 
-    def _tell(self, trial_id: str, loss: float | None) -> None:
-        self._failed_in_a_row = self._failed_in_a_row + 1 if loss is None else 0
-        self.stopped |= 4 * self._failed_in_a_row > self._search.budget
-        assert self._nevergrad_opt is not None
-        worst = self._worst if math.isfinite(self._worst) else 0.0
-        self._nevergrad_opt.tell(self._live_trial_mapping.pop(trial_id), worst if loss is None else loss)
+    def _learn(self, generation: Sequence[tuple[str, float | None]]) -> None:
+        for _, loss in generation:
+            self._failed_in_a_row = self._failed_in_a_row + 1 if loss is None else 0
+            self.stopped |= 4 * self._failed_in_a_row > self._search.budget
+        scored = {one: loss for one, loss in generation if loss is not None}
+        # Of the whole generation first: one that failed may have been asked before any that has a score.
+        self._worst = max([self._worst, *scored.values()])
+        if not self._live_trial_mapping:  # the first: Nevergrad was not asked for it
+            best = min(scored, key=lambda one: scored[one], default=None)
+            start = self._coefficients.start if best is None else self._progress.config(best)
+            self._space = nevergrad_space(self._coefficients, self._search.seed, start)
+            self._setup_nevergrad()
+        for one, loss in generation:
+            if one in self._live_trial_mapping:
+                assert self._nevergrad_opt is not None
+                worst = self._worst if math.isfinite(self._worst) else 0.0
+                self._nevergrad_opt.tell(self._live_trial_mapping.pop(one), worst if loss is None else loss)
 
 
 class Listed(Searcher):
@@ -211,6 +234,9 @@ class Progress(tune.Callback):
         self._lost.remove(lost)
         self._numbers[trial_id] = self._numbers.pop(lost)
         return dict(self._numbers[trial_id][1])
+
+    def config(self, trial_id: str) -> dict[str, Any]:
+        return self._numbers[trial_id][1]
 
     def number(self, trial_id: str) -> int:
         return self._numbers[trial_id][0]
@@ -413,8 +439,18 @@ def run_trials(
     return records
 
 
+def check_loggers(search: Search) -> None:
+    """Have those that the recipe asks for set up once, as Tune will. Raises RequestError."""
+    for (name, _), logger in zip(search.loggers, _loggers(search), strict=True):
+        try:
+            logger.setup()
+        except Exception as error:  # the service's own: a wrong address, a missing key
+            fix = "see that its service can be reached and its key is in the environment, or remove the logger"
+            raise RequestError(f"search.loggers.{name}: {type(error).__name__}: {last_line(error)}. Fix: {fix}.") from error
+
+
 def _loggers(search: Search) -> list[Any]:
-    """The loggers that the recipe asks for, beside those that Tune always has."""
+    """The loggers that the recipe asks for. Raises RequestError."""
     result: list[Any] = []
     for name, options in search.loggers:
         try:
@@ -427,8 +463,10 @@ def _loggers(search: Search) -> list[Any]:
 
                 result.append(MLflowLoggerCallback(**options))
             else:
-                import tensorboardX  # noqa: F401  # Tune writes its files where it is installed
-        except ImportError as error:
+                import tensorboardX  # noqa: F401  # Tune's own logger writes its files where it is installed
+
+                result.append(tune.Callback())
+        except (ImportError, RuntimeError) as error:
             raise RequestError(
                 f"search.loggers: {name} is not installed ({error}). Fix: pip install it, or remove the logger."
             ) from None

@@ -43,6 +43,8 @@ class Job:
     """The base as the evaluator loads it."""
     folder: str
     """Of the recipe."""
+    scored_by: str = ""
+    """Tells the evaluator from what it was before it was changed: their scores don't mix."""
     evaluator: Any = None
     """One that Python code gave; None: the one that the recipe names."""
 
