@@ -613,13 +613,13 @@ INLINE uint16_t narrowed(float x) {
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-/* theta + lambda sum (over total, if there is one), rounded once; theta where there is nothing to add. */
+/* theta + lambda sum (over total, if there is one) of the strip at `at`, rounded once -> out [m]; theta where there is nothing to add. */
 INLINE void finish_strip(const void *base, int64_t at, int64_t m, const float *restrict sum, float lambda, const float *restrict total, float floor_,
                          void *out, const int base_bfloat16, const int bfloat16) {
     const uint16_t *restrict theta16 = (const uint16_t *)base + at;
     const float *restrict theta32 = (const float *)base + at;
-    uint16_t *restrict out16 = (uint16_t *)out + at;
-    float *restrict out32 = (float *)out + at;
+    uint16_t *restrict out16 = out;
+    float *restrict out32 = out;
     if (total)
         for (int64_t b = 0; b < m; b++) {
             const float theta = base_bfloat16 ? widened(theta16[b]) : theta32[b];
@@ -638,16 +638,34 @@ INLINE void finish_strip(const void *base, int64_t at, int64_t m, const float *r
         }
 }
 
+static void put(void *to, const void *from, int64_t bytes) { memcpy(to, from, bytes); }
+
+#ifdef __x86_64__
+/* The same past the caches, so that what was there is not fetched first. */
+AVX512 static void put_avx512(void *to, const void *from, int64_t bytes) {
+    const int64_t whole = (uintptr_t)to % 64 == 0 ? bytes / 64 * 64 : 0;
+    for (int64_t b = 0; b < whole; b += 64)
+        _mm512_stream_si512((void *)((char *)to + b), _mm512_loadu_si512((const char *)from + b));
+    memcpy((char *)to + whole, (const char *)from + whole, bytes - whole);
+}
+#endif
+
 /* theta + lambda sum_i weights_i C_i of a segment of `size` elements, or with scores what combine_strip gives, rounded once -> out. */
 EXPORT CLONES void pcb_apply(const void *base, int64_t base_bfloat16, int64_t size, Sparse *tasks, int64_t n, const float *weights, float lambda,
                              const Thresholds *known, int64_t paper, float floor_, int64_t bfloat16, void *out) {
     void (*sum_up)(Sparse *, int64_t, const float *, float *restrict) = weighted_sum;
+    void (*put_strip)(void *, const void *, int64_t) = put;
 #ifdef __x86_64__
-    if (__builtin_cpu_supports("avx512f")) sum_up = weighted_sum_avx512;
+    if (__builtin_cpu_supports("avx512f")) sum_up = weighted_sum_avx512, put_strip = put_avx512;
 #endif
+    const int64_t read_size = base_bfloat16 ? 2 : 4, write_size = bfloat16 ? 2 : 4;
     for (int64_t at = 0; at < size; at += STRIP) {
         const int64_t m = size - at < STRIP ? size - at : STRIP;
         float sum[STRIP], total[STRIP], x[STRIP], scale[STRIP];
+        union { float of32[STRIP]; uint16_t of16[STRIP]; } merged;
+        /* What the processor foresees by itself ends with each page of memory. */
+        for (int64_t line = 0; line < STRIP * read_size; line += 64)
+            __builtin_prefetch((const char *)base + (at + 4 * STRIP) * read_size + line);
         if (!known)
             sum_up(tasks, n, weights, sum);
         for (int64_t i = 0; known && i < n; i++) {
@@ -656,14 +674,18 @@ EXPORT CLONES void pcb_apply(const void *base, int64_t base_bfloat16, int64_t si
             for (int64_t b = 0; b < STRIP; b++) sum[b] = i == 0 ? x[b] : sum[b] + x[b];
         }
         if (base_bfloat16 && bfloat16)
-            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, out, 1, 1);
+            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 1, 1);
         else if (base_bfloat16)
-            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, out, 1, 0);
+            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 1, 0);
         else if (bfloat16)
-            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, out, 0, 1);
+            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 0, 1);
         else
-            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, out, 0, 0);
+            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 0, 0);
+        put_strip((char *)out + at * write_size, &merged, m * write_size);
     }
+#ifdef __x86_64__
+    _mm_sfence();
+#endif
 }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Native kernels of pcb_ray, called through ctypes.", -1, NULL, NULL, NULL, NULL, NULL};

@@ -55,9 +55,7 @@ def positions_of(mask: Tensor) -> Tensor:
 
 def keys_of(scores: NDArray[Any]) -> NDArray[np.int64]:
     """`kernels.keys` of float32 or float64 scores, as int64."""
-    signed, largest = (np.int32, 0x7FFFFFFF) if scores.itemsize == 4 else (np.int64, 0x7FFFFFFFFFFFFFFF)
-    bits = scores.view(signed).astype(np.int64)
-    keys: NDArray[np.int64] = np.where(bits >= 0, bits, -(bits & largest))
+    keys: NDArray[np.int64] = kernels.keys(torch.from_numpy(scores), magnitude=False).to(torch.int64).numpy()
     return keys
 
 
@@ -305,17 +303,13 @@ class Basis:
                 weights.ctypes.data,
                 lambda_,
             ),
-            *(None if in_c is None else ctypes.byref(in_c[0]), self._paper, self._floor),
+            *(None if in_c is None else ctypes.byref(in_c[0]), self._paper, pcb.floor_of(self.plan.method)),
             *(out_B.dtype == torch.bfloat16, out_B.data_ptr()),
         )
 
     @property
     def _paper(self) -> bool:
         return self.plan.method == "pcb-paper"
-
-    @property
-    def _floor(self) -> float:
-        return 0.0 if self._paper else pcb.DENOMINATOR_FLOOR
 
     def _base_of(self, segment: Segment) -> tuple[NDArray[np.uint8], torch.dtype]:
         """The bytes of the base where they are mapped, and their dtype."""
@@ -342,7 +336,9 @@ class Basis:
                 scores[i, at] = torch.tensor(piece.scores, device=device)
         if self.scored:
             scale_of = pcb.scale_of_paper if self._paper else pcb.scale_of
-            return pcb.combine(theta_B, dense, scale_of(scores, thresholds), weights.tolist(), lambda_, self._floor)
+            return pcb.combine(
+                theta_B, dense, scale_of(scores, thresholds), weights.tolist(), lambda_, pcb.floor_of(self.plan.method)
+            )
         sum_B = torch.zeros_like(theta_B)
         for x_B, weight in zip(dense, torch.from_numpy(weights).to(device), strict=True):
             sum_B.add_(x_B * weight)

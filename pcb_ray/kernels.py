@@ -137,12 +137,7 @@ class TorchKernel:
             x_NB, scale_NB = tau_NB, pcb.scale_of_paper(beta_NB, thresholds)
         else:
             x_NB, scale_NB = pcb.clip(tau_NB, thresholds)[1], pcb.scale_of(beta_NB, thresholds)
-        return lambda theta_B, lambdas, lambda_: pcb.combine(theta_B, x_NB, scale_NB, lambdas, lambda_, self.floor)
-
-    @property
-    def floor(self) -> float:
-        """Below the sum of scales in the denominator."""
-        return 0.0 if self.method == "pcb-paper" else pcb.DENOMINATOR_FLOOR
+        return lambda theta_B, lambdas, lambda_: pcb.combine(theta_B, x_NB, scale_NB, lambdas, lambda_, pcb.floor_of(self.method))
 
 
 class _Block(ctypes.Structure):
@@ -259,7 +254,7 @@ class NativeKernel(TorchKernel):
         factor = math.fsum(lambdas) if self.method == "linear" else lambda_
         infinite = self._library.pcb_merge(
             *(block, self._thresholds_in_c(thresholds), self._question, weights_N.data_ptr()),
-            *(factor, self.floor, bfloat16, rounded_B.data_ptr()),
+            *(factor, pcb.floor_of(self.method), bfloat16, rounded_B.data_ptr()),
         )
         if dtype in (torch.bfloat16, torch.float32):
             return rounded_B, not infinite
@@ -269,7 +264,9 @@ class NativeKernel(TorchKernel):
     def basis(self, sources: Sources, thresholds: Thresholds) -> tuple[Tensor, bool]:
         block = self._in_c(sources)
         out_NB = torch.empty(self.n, self._block.size)
-        infinite = self._library.pcb_basis(block, self._thresholds_in_c(thresholds), self._question, self.floor, out_NB.data_ptr())
+        infinite = self._library.pcb_basis(
+            block, self._thresholds_in_c(thresholds), self._question, pcb.floor_of(self.method), out_NB.data_ptr()
+        )
         return out_NB, not infinite
 
 

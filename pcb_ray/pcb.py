@@ -25,9 +25,6 @@ from torch import Tensor
 
 from pcb_ray.answers import Thresholds
 
-DENOMINATOR_FLOOR = 1e-12
-
-
 # --- exp and tanh in IEEE operations ----------------------------------------------------------------------------------------------
 # Minimax polynomials of our own fit (Remez, relative error): exp(r) = 1 + r + r^2 q(r) on |r| <= ln(2)/2, within 0.05 (float32) and 0.001
 # (float64) of half an ulp before rounding; tanh(x) = x + x^3 q(x^2) on [0, 1], 0.08. All float32 constants are exact in float32.
@@ -200,6 +197,11 @@ def paper_t(thresholds: Thresholds, n: int) -> list[float]:
     """t of each task; infinite, which makes every scale 0, where the task equals the base."""
     diagonal = [thresholds.pair_max[p] for p, (i, j) in enumerate(pairs(n)) if i == j]
     return [t if largest > 0.0 else math.inf for t, largest in zip(thresholds.t, diagonal, strict=True)]
+
+
+def floor_of(method: str) -> float:
+    """The least denominator of `combine`: the release's, which the paper's formula does not have."""
+    return 0.0 if method == "pcb-paper" else 1e-12
 
 
 def combine(theta_B: Tensor, tauc_NB: Tensor, scale_NB: Tensor, lambdas: Sequence[float], lambda_: float, floor: float) -> Tensor:

@@ -59,7 +59,7 @@ def test_the_released_functions_are_reproduced(path, variant):
     assert torch.equal(ours_NB > 0, scale_NB > 0), "an element is kept differently"
     assert (ours_NB - scale_NB).abs().max() <= 1e-6
     theta_B = torch.zeros_like(merged_B)
-    ours_B = pcb.combine(theta_B, tauc_NB, ours_NB, [1.0] * len(tau_NB), 1.0, pcb.DENOMINATOR_FLOOR)
+    ours_B = pcb.combine(theta_B, tauc_NB, ours_NB, [1.0] * len(tau_NB), 1.0, pcb.floor_of("pcb-pairwise"))
     assert (ours_B - merged_B).abs().max() <= 3e-7 * merged_B.abs().max()
 
 
@@ -87,7 +87,11 @@ def test_scores_scales_and_merge_are_the_oracles(n, variant):
         torch.testing.assert_close(scale_NB, want.scale_ND.float(), rtol=1e-6, atol=0)
     else:
         beta_NB = BETA[variant](tau_NB, thresholds)
-        scale_NB, (z_NB, tauc_NB), floor = pcb.scale_of(beta_NB, thresholds), pcb.clip(tau_NB, thresholds), pcb.DENOMINATOR_FLOOR
+        scale_NB, (z_NB, tauc_NB), floor = (
+            pcb.scale_of(beta_NB, thresholds),
+            pcb.clip(tau_NB, thresholds),
+            pcb.floor_of("pcb-pairwise"),
+        )
         assert list(thresholds.low) == want.thresholds["low"]
         assert list(thresholds.high) == want.thresholds["high"]
         assert torch.equal(tauc_NB, want.tauc_ND)

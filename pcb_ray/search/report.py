@@ -169,20 +169,31 @@ def _png(figure: Any) -> bytes:
 
 
 def _best_so_far(request: Search, records: Sequence[Record], found: Mapping[str, Any]) -> bytes:
+    """The scores, and the best so far. Far below base and lower quartile they stand at the edge: ruined merges would leave the others no room."""
     figure, (axis,) = _figure(8, 4)
     scored = [r for r in records if not r["error"]]
-    axis.plot([r["number"] for r in scored], [r["objective"] for r in scored], "o", ms=4, color=GREY, label="candidates")
+    lines = {name: found["scores"][name][request.search_split].get(request.metric, math.nan) for name in ("base", "start")}
+    goodness = sorted(request.better * r["objective"] for r in scored)
+    shown = [goodness[-1], goodness[len(goodness) // 4], *(request.better * x for x in (lines["base"],) if math.isfinite(x))]
+    room = (max(shown) - min(shown) or abs(max(shown)) or 1.0) * 0.25
+    edge = request.better * max(min(shown) - room, min(*shown, *goodness) - room / 4)
+    beyond = [r for r in scored if request.better * (r["objective"] - edge) < 0]
+    within = [r for r in scored if r not in beyond]
+    axis.plot([r["number"] for r in within], [r["objective"] for r in within], "o", ms=4, color=GREY, label="candidates")
+    if beyond:
+        marker = "v" if request.better > 0 else "^"
+        label = f"{len(beyond)} worse than is shown"
+        axis.plot([r["number"] for r in beyond], [edge] * len(beyond), marker, ms=6, color=GREY, clip_on=False, label=label)
     best, line = -math.inf, []
     for r in scored:
         best = max(best, request.better * r["objective"])
         line.append(request.better * best)
     axis.step([r["number"] for r in scored], line, where="post", color=BLUE, label="best so far")
-    for name, style in (("base", ":"), ("start", "--")):
-        axis.axhline(
-            found["scores"][name][request.search_split].get(request.metric, math.nan), ls=style, lw=1, color=ORANGE, label=name
-        )
+    for (name, value), style in zip(lines.items(), (":", "--"), strict=True):
+        axis.axhline(value, ls=style, lw=1, color=ORANGE, label=f"{name} {value:.5g}")
     axis.set(xlabel="candidate", ylabel=f"{request.metric} ({request.search_split})")
-    axis.legend(frameon=False)
+    axis.set_ylim(*sorted((edge, request.better * (max(shown) + room / 4))))
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
 
