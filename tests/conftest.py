@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import psutil
 import pytest
 from clusters import await_end
 from families import Family, MakeFamily
+
+# What a shell starts in the background ignores Ctrl-C, and hands that on to the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
