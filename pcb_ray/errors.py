@@ -37,6 +37,7 @@ class RunError(RuntimeError):
     """The request was right but the run could not be finished (exit code 1): a full disk, a lost cluster."""
 
 
-def last_line(error: Exception) -> str:
-    """What happened, of an error that Ray or Tune has wrapped."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[:300]
+def reason_in(error: Exception | str) -> str:
+    """What happened, of an error that Ray or Tune has wrapped: the last line, or the one that says that memory was short."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "low on memory" in line), lines[-1])[:300]

@@ -65,7 +65,8 @@ class SlowOnce(KnowsBase):
 
 
 class Sick(KnowsBase):
-    """Scores the base; of all else only what is asked for: raises, gives NaN, hangs, or ends its process, in turn by what the score would be."""
+    """Scores the base; of all else only what is asked for: raises, gives NaN, hangs, ends its process or takes 6 GB, in turn by what the score
+    would be."""
 
     def __init__(self, target: str, ways: tuple[str, ...] = ("raise", "nan", "hang", "die", "")) -> None:
         super().__init__(target)
@@ -80,7 +81,24 @@ class Sick(KnowsBase):
             time.sleep(3600)
         if way == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if way == "hog":
+            self.hoard = [(time.sleep(0.04), torch.ones(25_000_000)) for _ in range(60)]  # 6 GB
         return found | ({"near": float("nan")} if way == "nan" else {})
+
+
+class DiesOnce(KnowsBase):
+    """The first process to score anything but the base on the report split ends."""
+
+    def __init__(self, target: str, marker: str) -> None:
+        super().__init__(target)
+        self.marker = Path(marker)
+
+    def score(self, split: str) -> dict[str, float]:
+        found = super().score(split)
+        if split == "test" and found["near"] != self.of_base and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
 
 
 class Lacking:

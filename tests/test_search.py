@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import psutil
 import pyarrow.parquet
 import pytest
 import torch
@@ -268,6 +269,40 @@ def test_a_trial_that_raises_hangs_dies_or_gives_nan_costs_itself_only(family, t
     assert healthy
     assert found["failed"] == sum(map(bool, errors))
     assert all(math.isnan(row["objective"]) for row in trials_of(out) if row["error"])
+
+
+@pytest.mark.very_slow
+def test_a_trial_that_takes_the_memory_of_its_node_costs_itself_only(family, tmp_path, monkeypatch):
+    """Ray ends its process when more than 3 GB above what is in use now are taken."""
+    from ray.cluster_utils import Cluster
+
+    memory = psutil.virtual_memory()
+    monkeypatch.setenv("RAY_memory_usage_threshold", str((memory.total - memory.available + 3e9) / memory.total))
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20}
+    )
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(json.dumps(recipe_of(family, "Sick", {"ways": ["hog", *[""] * 5]}, budget=8)))
+    try:
+        with running("search", recipe, out, "--workers", 1, "--address", cluster.address) as run:
+            assert run.finish() == 0, run.text
+    finally:
+        cluster.shutdown()
+    errors = [row["error"] for row in trials_of(out)]
+    assert len(errors) == 8
+    assert 0 < sum("low on memory" in error for error in errors) == sum(map(bool, errors)) < 8, errors
+
+
+@pytest.mark.very_slow
+def test_a_scorer_of_the_references_that_dies_is_replaced(family, tmp_path, caplog):
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    found = searched(recipe_of(family, "DiesOnce", {"marker": str(marker)}, budget=8), out)
+    assert marker.exists()
+    assert "has no score" not in caplog.text
+    for name in ("base", "model0", "model1", "model2", "start", "winner"):
+        assert set(found["scores"][name]) == {"val", "test"}
+        assert all("near" in metrics for metrics in found["scores"][name].values())
 
 
 def test_a_search_that_fails_too_often_stops_with_the_reason_and_goes_on_when_its_evaluator_is_mended(family, tmp_path, caplog):

@@ -21,7 +21,7 @@ from pcb_ray import output, runtime
 from pcb_ray.analysis import Run, check_twins, thresholds_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.checkpoint import Checkpoint
-from pcb_ray.errors import RequestError, RunError, last_line
+from pcb_ray.errors import RequestError, RunError, reason_in
 from pcb_ray.merge import ARITHMETIC, companions, fetched_plan, merge
 from pcb_ray.output import RECIPE, State
 from pcb_ray.plan import CPU_BLOCK, DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
@@ -255,11 +255,7 @@ class _Scorer:
 def _scorer(job: Job) -> Any:
     import ray
 
-    return (
-        ray.remote(_Scorer)
-        .options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory, max_restarts=-1)
-        .remote(job)
-    )
+    return ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory).remote(job)
 
 
 def _dry_score(job: Job, state: State) -> Scores:
@@ -280,7 +276,7 @@ def _dry_score(job: Job, state: State) -> Scores:
         raise RequestError(f"search.evaluator: scoring the base failed: {type(cause).__name__}: {cause}. {fix}") from error
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         fix = "Fix: see that it can be pickled, and that the model fits in memory."
-        raise RequestError(f"search.evaluator: its process died while it scored the base ({last_line(error)}). {fix}") from error
+        raise RequestError(f"search.evaluator: its process died while it scored the base ({reason_in(error)}). {fix}") from error
     finally:
         ray.kill(scorer)
     state.found["base"] = {"by": job.scored_by, "scores": scores}
@@ -397,33 +393,50 @@ def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[s
 
     request, space = job.search, job.space
     splits = (request.search_split, request.report_split)
-    asked: dict[str, int | Config] = {label: i + 1 for i, label in enumerate(space.labels)} | {"start": space.start}
-    scorers = [_scorer(job) for _ in range(min(tune.check_resources(request), len(asked)))]
-
-    def score(name: str, split: str, pending: Any) -> dict[str, float]:
-        try:
-            return dict(ray.get(pending))
-        except ray.exceptions.RayError as error:
-            log.warning("%s has no score on %s: %s", name, split, last_line(error))
-            return {}
-
+    inputs: dict[str, int | Config] = {label: i + 1 for i, label in enumerate(space.labels)} | {"start": space.start}
+    asked = {(name, split): what for name, what in inputs.items() for split in splits}
+    scorers = [_scorer(job) for _ in range(min(tune.check_resources(request), len(inputs)))]
     try:
-        pending = {
-            (name, split): scorers[k % len(scorers)].score.remote(what, split)
-            for k, (name, what) in enumerate(asked.items())
-            for split in splits
-        }
-        scores: dict[str, Scores] = {"base": base}
-        for (name, split), one in pending.items():
-            scores.setdefault(name, {})[split] = score(name, split, one)
+        found = _scored(job, scorers, asked)
+        scores: dict[str, Scores] = {"base": base} | {name: {split: found[name, split] for split in splits} for name in inputs}
         of_start = scores["start"][splits[0]].get(request.metric, math.nan)
         if request.better * of_start >= request.better * best["objective"]:
             return scores | {"winner": scores["start"]}, space.start
-        on_report = score("winner", splits[1], scorers[0].score.remote(best["config"], splits[1]))
+        on_report = _scored(job, scorers, {("winner", splits[1]): best["config"]})["winner", splits[1]]
         return scores | {"winner": {splits[0]: best["metrics"], splits[1]: on_report}}, dict(best["config"])
     finally:
         for scorer in scorers:
             ray.kill(scorer)
+
+
+def _scored(job: Job, scorers: list[Any], asked: Mapping[tuple[str, str], int | Config]) -> dict[tuple[str, str], dict[str, float]]:
+    """The metrics of each (name, split), one at a time by each scorer; none, with a warning, where there are none.
+
+    A scorer that died gets a successor, which is asked once more."""
+    import ray
+
+    waiting, idle = [(one, True) for one in asked], list(range(len(scorers)))
+    running: dict[Any, tuple[int, tuple[str, str], bool]] = {}
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    while waiting or running:
+        while waiting and idle:
+            (one, again), k = waiting.pop(0), idle.pop(0)
+            running[scorers[k].score.remote(asked[one], one[1])] = (k, one, again)
+        [pending], _ = ray.wait(list(running))
+        k, one, again = running.pop(pending)
+        idle.append(k)
+        try:
+            found[one] = dict(ray.get(pending))
+        except ray.exceptions.RayError as error:
+            died = not isinstance(error, ray.exceptions.RayTaskError)
+            if died:
+                scorers[k] = _scorer(job)
+            if died and again:
+                waiting.append((one, False))
+            else:
+                log.warning("%s has no score on %s: %s", *one, reason_in(error))
+                found[one] = {}
+    return found
 
 
 def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_shard_bytes: int, **options: Any) -> None:

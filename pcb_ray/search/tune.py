@@ -14,17 +14,24 @@ os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # on Ctrl-C it would end the tr
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables would print over our progress; it reads this when imported
 
 from ray import tune
+from ray.air.execution._internal import actor_manager
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.nevergrad import NevergradSearch
 
-from pcb_ray.errors import RequestError, RunError, last_line
+from pcb_ray.errors import RequestError, RunError, reason_in
 from pcb_ray.progress import readable_bytes
 from pcb_ray.search.request import Config, Search, Space, key_of
 from pcb_ray.search.trial import OBJECTIVE, Record, Trial
 from pcb_ray.search.worker import Job
 
 log = logging.getLogger("pcb_ray")
+
+# Of a process that Ray ends because memory is short, Ray raises an error that Tune does not take for the death of an actor: it would end the search.
+for module in (actor_manager, tune_controller):
+    vars(module)["RayActorError"] = (RayActorError, OutOfMemoryError)
 
 INITIAL_STD = 0.1  # of CMA, in ranges between bounds; Nevergrad's own, 0.05 or 0.025, is too timid for a budget of 100
 START_PATIENCE_S = 60.0  # how long idle workers wait for one more to start
@@ -274,8 +281,8 @@ class Progress(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id in self._lost or trial.trial_id not in self._numbers:
             return  # another worker will have it
-        lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
-        error = f"the worker died: {lines[-1][:300] if lines else 'no reason was given'}"
+        reason = reason_in(Path(trial.error_file).read_text()) if trial.error_file else "no reason was given"
+        error = f"the worker died: {reason}"
         self._ended(trial.trial_id, {"metrics": {}, OBJECTIVE: math.nan, "error": error, "node": "", "seconds": math.nan})
 
     def _ended(self, trial_id: str, found: Record) -> None:
@@ -421,11 +428,7 @@ def run_trials(
     try:
         tuner.fit()
     except (tune.TuneError, RuntimeError) as error:
-        # Tune does not expect, among others, that Ray ends a process which takes too much memory.
-        raise RunError(
-            f"Tune gave up: {last_line(error)}. If memory was short, ask for more by resources_per_trial.memory, or for "
-            "fewer trials at a time by concurrency; --resume goes on with what was scored"
-        ) from error
+        raise RunError(f"Tune gave up: {reason_in(error)}; --resume goes on with what was scored") from error
     finally:
         progress.close()
     records = [record for _, record in sorted(progress.records.items())]
@@ -446,7 +449,7 @@ def check_loggers(search: Search) -> None:
             logger.setup()
         except Exception as error:  # the service's own: a wrong address, a missing key
             fix = "see that its service can be reached and its key is in the environment, or remove the logger"
-            raise RequestError(f"search.loggers.{name}: {type(error).__name__}: {last_line(error)}. Fix: {fix}.") from error
+            raise RequestError(f"search.loggers.{name}: {type(error).__name__}: {reason_in(error)}. Fix: {fix}.") from error
 
 
 def _loggers(search: Search) -> list[Any]:
