@@ -171,10 +171,10 @@ class _Chunk:
         (m, e), (m_stop, e_stop) = self.starts[number * self.n + task : number * self.n + task + 2].tolist()
         return Piece(self.masks[m:m_stop], self.values[e:e_stop], None if self.scores is None else self.scores[e:e_stop])
 
-    def keys_of_task(self, task: int) -> NDArray[np.int64]:
-        """The keys of all scores of a task."""
+    def scores_between(self, task: int, low: float, high: float) -> NDArray[Any]:
+        """The scores of a task from low to high, both included."""
         scores = [self.piece(number, task).scores for number in range(len(self.segments))]
-        return keys_of(np.concatenate([x for x in scores if x is not None]))
+        return np.concatenate([x[(x >= low) & (x <= high)] for x in scores if x is not None])
 
 
 def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor]) -> None:
@@ -201,7 +201,7 @@ class Basis:
         }
         self._known: dict[float, Thresholds] = {}
 
-    def thresholds(self, mask_ratio: float | None) -> Thresholds:
+    def thresholds(self, mask_ratio: float | None, *, threads: int = 1) -> Thresholds:
         """The thresholds of a mask ratio for all tasks, at most the one that this (scored) basis was made for; None: those it was made for.
 
         Exact: the drop threshold of a smaller ratio is the element of the same rank among the kept betas."""
@@ -210,24 +210,38 @@ class Basis:
         if mask_ratio not in self._known:
             D = self.plan.D
             kept = D - min(int(D * (1 - mask_ratio)), D - 1)  # the threshold is the kept-th largest score
-            self._known[mask_ratio] = self.made_for.replace(t=tuple(self._largest(i, kept) for i in range(self.plan.N)))
+            with ThreadPoolExecutor(threads) as pool:
+                found = tuple(self._largest(i, kept, pool) for i in range(self.plan.N))
+            self._known[mask_ratio] = self.made_for.replace(t=found)
         return self._known[mask_ratio]
 
-    def _largest(self, task: int, rank: int) -> float:
+    @functools.cached_property
+    def _histograms(self) -> NDArray[np.int64]:
+        """How many scores of each task have each value of their keys' upper bits, all chunks together; the lowest key first."""
+        half = 1 << (self._score_bits - 1 - SAMPLE_SHIFT[self._score_bits])
+        counts = np.zeros((self.plan.N, 2 * half), dtype=np.int64)
+        for chunk in self._chunks:
+            assert chunk.histogram is not None, "one mask ratio only: this basis holds no scores"
+            task, upper, count = chunk.histogram.T
+            counts[task, upper + half] += count
+        return counts
+
+    @property
+    def _score_bits(self) -> int:
+        return 64 if self._paper else 32
+
+    def _largest(self, task: int, rank: int, pool: ThreadPoolExecutor) -> float:
         """The rank-th largest score of a task; the threshold this was made for if fewer lie above it (they are tied with it)."""
-        scores = self._chunks[0].scores
-        assert scores is not None, "one mask ratio only: this basis holds no scores"
-        bits = 8 * scores.itemsize
-        table = np.concatenate([c.histogram[c.histogram[:, 0] == task, 1:] for c in self._chunks if c.histogram is not None])
-        bins, where = np.unique(table[:, 0], return_inverse=True)
-        above = np.cumsum(np.bincount(where, weights=table[:, 1], minlength=len(bins))[::-1]) if len(bins) else np.zeros(0)
-        if not len(above) or rank > above[-1]:
+        counts, bits = self._histograms[task], self._score_bits
+        at_least = np.cumsum(counts[::-1])  # of the largest upper bits and those below
+        if rank > at_least[-1]:
             return self.made_for.t[task]
-        at = int(np.searchsorted(above, rank))
-        wanted, rank = bins[::-1][at], rank - int(above[at - 1] if at else 0)
-        found = [k[k >> SAMPLE_SHIFT[bits] == wanted] for k in (c.keys_of_task(task) for c in self._chunks)]
-        keys = np.concatenate(found)
-        return value_of_key(int(np.partition(keys, len(keys) - rank)[len(keys) - rank]), bits)
+        below = int(np.searchsorted(at_least, rank))
+        upper, rank = len(counts) // 2 - 1 - below, rank - int(at_least[below - 1] if below else 0)
+        shift = SAMPLE_SHIFT[bits]
+        low, high = value_of_key(upper << shift, bits), value_of_key((upper + 1 << shift) - 1, bits)
+        scores = np.concatenate(list(pool.map(lambda chunk: chunk.scores_between(task, low, high), self._chunks)))
+        return float(np.partition(scores, len(scores) - rank)[len(scores) - rank]) + 0.0  # -0 is 0
 
     def apply(
         self,

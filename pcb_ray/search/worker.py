@@ -79,13 +79,9 @@ class Worker:
         variant = candidate.variant or self.job.space.recipe.variant
         arm = self.job.arms[variant]
         basis = self._bases.get(variant) or self._bases.setdefault(variant, Basis(arm.plan, arm.folder, arm.thresholds))
-        basis.apply(
-            self.parameters,
-            self.job.space.lambdas(candidate),
-            candidate.lambda_,
-            basis.thresholds(candidate.density),
-            threads=torch.get_num_threads(),
-        )
+        threads = torch.get_num_threads()
+        thresholds = basis.thresholds(candidate.density, threads=threads)
+        basis.apply(self.parameters, self.job.space.lambdas(candidate), candidate.lambda_, thresholds, threads=threads)
         applied = time.monotonic()
         metrics = self._metrics(split)
         return metrics, {"apply_s": applied - start, "score_s": time.monotonic() - applied}
