@@ -59,6 +59,7 @@ def test_built_in_evaluators_know_their_metric(family):
         ({"population": 1}, "at least 2"),
         ({"space": {"weight": {"lower": 1.5, "init": 1.0}}}, "lower <= init <= upper"),
         ({"space": {"weight": {"lower": 1.2, "upper": 1.1, "init": 1.15}}}, "lower < upper"),
+        ({"space": {"weight": {"lower": "low"}}}, "search.space.weight.lower"),
         ({"space": {"density": {"lower": 0.0, "upper": 0.4}}}, "search.space.density.lower"),
         ({"space": {"density": {"lower": 0.1, "upper": 1.4}}}, "search.space.density.upper"),
         ({"space": {"lamda": {"lower": 0.1}}}, "write `lambda`"),
@@ -84,6 +85,61 @@ def test_what_is_wrong_is_said_with_its_place_and_a_fix(family, wrong, complaint
     found = problems_of(family(2).recipe(search=search))
     assert complaint in found
     assert "Fix:" in found
+
+
+FULL: dict[str, Any] = {
+    "evaluator": {"causal_lm": {"data": {"val": "val.txt", "test": "test.txt"}}},
+    "split": {"search": "val", "report": "test"},
+    "metric": "loss",
+    "mode": "min",
+    "space": {
+        "weight": {"lower": 0.0, "upper": 2.0, "init": 1.0},
+        "groups": {"attention": "*self_attn*", "mlp": ["*mlp*"], "layers": 4},
+        "lambda": {"lower": 0.5, "upper": 2.0},
+        "density": {"lower": 0.02, "upper": 0.4},
+        "variant": ["pairwise", "released"],
+    },
+    "optimizer": "CMA",
+    "budget": 100,
+    "population": 8,
+    "concurrency": "auto",
+    "resources_per_trial": {"cpu": 1, "gpu": 0, "memory": "4GB"},
+    "seed": 0,
+    "trial_timeout": 60,
+    "loggers": ["tensorboard", {"wandb": {"project": "merges"}}],
+}
+
+
+def places(of: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inside = of.items() if isinstance(of, dict) else enumerate(of) if isinstance(of, list) else ()
+    return [at, *(place for key, value in inside for place in places(value, (*at, key)))]
+
+
+def replaced(of: Any, at: tuple[Any, ...], junk: Any) -> Any:
+    if not at:
+        return junk
+    inside = replaced(of[at[0]], at[1:], junk)
+    return of | {at[0]: inside} if isinstance(of, dict) else [*of[: at[0]], inside, *of[at[0] + 1 :]]
+
+
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["*", "a:b", "1e-3", "pcb"])
+)
+junk = st.recursive(
+    scalars, lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3) | st.integers(), x, max_size=2)
+)
+
+
+@given(place=st.sampled_from(places(FULL)[1:]), value=junk)
+@settings(max_examples=400, deadline=None)
+def test_whatever_stands_in_a_section_is_taken_or_refused_with_a_fix(place, value):
+    asked = {"base_model": "b", "models": ["m", "n"], "merge_method": "pcb", "search": replaced(FULL, place, value)}
+    problems: list[str] = []
+    try:
+        Search.of(Recipe.from_dict(asked), has_evaluator=False)
+    except RequestError as error:
+        problems = error.problems
+    assert all("Fix:" in problem for problem in problems)
 
 
 def test_init_moves_into_bounds_that_leave_it_out(family):

@@ -204,13 +204,13 @@ def _size(raw: object, where: str, problems: list[str]) -> int | None:
 
 
 def _bounds(raw: Mapping[str, Any], where: str, problems: list[str], default: Bounds, *, is_fraction: bool = False) -> Bounds:
-    asked = {**dataclasses.asdict(default), **raw}
-    if "init" not in raw and not asked["lower"] <= default.init <= asked["upper"]:
-        asked["init"] = (
-            (asked["lower"] + asked["upper"]) / 2 if all(isinstance(asked[k], int | float) for k in ("lower", "upper")) else 0.0
-        )
+    def value(key: str) -> float:
+        return number(raw.get(key, getattr(default, key)), f"{where}.{key}", problems, is_fraction=is_fraction)
+
     before = len(problems)
-    found = Bounds(**{k: number(asked[k], f"{where}.{k}", problems, is_fraction=is_fraction) for k in ("lower", "upper", "init")})
+    lower, upper = value("lower"), value("upper")
+    init = value("init") if "init" in raw or lower <= default.init <= upper else (lower + upper) / 2
+    found = Bounds(lower, upper, init)
     if len(problems) == before and not (found.lower <= found.init <= found.upper and found.lower < found.upper):
         values = f"lower {found.lower:g}, init {found.init:g}, upper {found.upper:g}"
         problems.append(
