@@ -79,6 +79,11 @@ class Counted:
             form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}"
             self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, bar_format=form)
 
+    def note(self, words: str) -> None:
+        """How it stands by now; a log has it with the next thing done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(words)
+
     def advance(self, words: str) -> None:
         self.done += 1
         now = time.monotonic()

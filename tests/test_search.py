@@ -234,6 +234,7 @@ def test_a_worker_that_dies_while_it_idles_costs_no_trial(family, tmp_path):
         quick = next(p.name[4:] for p in pids.glob("pid-*") if p.name[4:] != slow)
         os.kill(int(quick), signal.SIGKILL)
         assert run.finish() == 0, run.text
+    assert ", 2 running" in run.text
     rows = trials_of(out)
     assert [row["number"] for row in rows] == list(range(8))
     assert all(row["error"] == "" for row in rows)

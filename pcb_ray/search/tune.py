@@ -220,6 +220,7 @@ class Progress(tune.Callback):
 
     def asked(self, trial_id: str, config: dict[str, Any]) -> None:
         self._numbers[trial_id] = (len(self._numbers), dict(config))
+        self._bar.note(self._words)
 
     def may_try_again(self, trial_id: str) -> bool:
         """Whether the candidate of a trial whose worker died is to have another: not if it was at work for the second time: it may be the cause.
@@ -293,13 +294,15 @@ class Progress(tune.Callback):
         key = key_of(config)
         if key not in self._known:
             self._keep(key, record)
-        best = self.best
-        failed = sum(bool(r["error"]) for r in self.records.values())
-        self._bar.advance(
-            (f"best {self._search.metric} {best[OBJECTIVE]:.5g}" if best else "no score yet")
-            + f", {self.in_flight} running"
-            + (f", {failed} failed" if failed else "")
-        )
+        self._bar.advance(self._words)
+
+    @property
+    def _words(self) -> str:
+        best, failed = self.best, sum(bool(r["error"]) for r in self.records.values())
+        words = [f"best {self._search.metric} {best[OBJECTIVE]:.5g}" if best else "no score yet"]
+        words += [f"{self.in_flight} running"] if self.in_flight else []
+        words += [f"{failed} failed"] if failed else []
+        return ", ".join(words)
 
     def close(self) -> None:
         self._bar.close()
