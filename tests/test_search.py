@@ -222,10 +222,10 @@ def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candid
 
 @pytest.mark.very_slow
 def test_a_worker_that_dies_while_it_idles_costs_no_trial(family, tmp_path):
-    """Two workers and generations of two: one has its result and is held, the other is still at it. The idle one is killed."""
+    """Two workers and generations of three: one has its results and is held, the other is still at its first. The idle one is killed."""
     recipe, out, pids = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "pids"
     pids.mkdir()
-    asked = recipe_of(family, "SlowOnce", options={"folder": str(pids)}, budget=8, population=2, concurrency=2)
+    asked = recipe_of(family, "SlowOnce", options={"folder": str(pids)}, budget=9, population=3, concurrency=2)
     recipe.write_text(json.dumps(asked))
     journal = state_of(out) / "journal.jsonl"
     with running("search", recipe, out, "--workers", 1, "--address", ray_address()) as run:
@@ -236,7 +236,7 @@ def test_a_worker_that_dies_while_it_idles_costs_no_trial(family, tmp_path):
         assert run.finish() == 0, run.text
     assert ", 2 running" in run.text
     rows = trials_of(out)
-    assert [row["number"] for row in rows] == list(range(8))
+    assert [row["number"] for row in rows] == list(range(9))
     assert all(row["error"] == "" for row in rows)
 
 

@@ -55,8 +55,8 @@ def test_built_in_evaluators_know_their_metric(family):
         ({"mode": "maximum"}, "write `max`"),
         ({"budgets": 3}, "write `budget`"),
         ({"budget": 4, "population": 8}, "less than the population of 8"),
-        ({"budget": 0}, "at least 1"),
-        ({"population": 1}, "at least 2"),
+        ({"budget": 2}, "search.budget: wanted a whole number of at least 3"),
+        ({"population": 2}, "search.population: wanted a whole number of at least 3"),
         ({"space": {"weight": {"lower": 1.5, "init": 1.0}}}, "lower <= init <= upper"),
         ({"space": {"weight": {"lower": 1.2, "upper": 1.1, "init": 1.15}}}, "lower < upper"),
         ({"space": {"weight": {"lower": "low"}}}, "search.space.weight.lower"),
@@ -359,6 +359,22 @@ def test_cma_begins_with_a_standard_deviation_of_10_percent_of_the_range(family,
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("population", [3, 4, 5, 8])
+def test_cma_comes_nearer_generation_by_generation_also_in_small_ones(family, population):
+    """And without a warning: what CMA asks comes back to it as it was."""
+    search, made = searched(family(2), budget=40 * population, population=population)
+    asker, progress = asked(search, made)
+    progress.room = 40 * population
+    for generation in range(40):
+        names = [f"{generation}+{k}" for k in range(population)]
+        distances = [sum((x - 1.7) ** 2 for x in asker.suggest(name).values()) for name in names]
+        for name, distance in zip(names, distances, strict=True):
+            asker.on_trial_result(name, {"objective": -distance})
+            progress.on_trial_result(0, [], SimpleNamespace(trial_id=name), {"metrics": {}, "objective": -distance, "error": ""})
+    assert min(distances) < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("mode", "scores"), [("min", [None, 4.8, 5.1, 4.9]), ("max", [None, 0.7, None, 0.2])])
 def test_a_trial_that_failed_is_told_as_the_worst_also_when_it_was_asked_first(family, monkeypatch, mode, scores):
     search, made = searched(family(2), mode=mode, budget=8, population=4)
@@ -378,9 +394,9 @@ def test_a_trial_that_failed_is_told_as_the_worst_also_when_it_was_asked_first(f
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_candidate_of_a_worker_that_died_goes_to_another_unless_it_was_at_work_twice(family, monkeypatch):
-    search, made = searched(family(2), budget=4, population=2)
+    search, made = searched(family(2), budget=6, population=3)
     asker, progress = asked(search, made)
-    score(asker, progress, [1.0, 1.0])
+    score(asker, progress, [1.0] * 3)
     told: list[float] = []
     monkeypatch.setattr(asker._nevergrad_opt, "tell", lambda candidate, loss: told.append(loss))
 
@@ -393,18 +409,19 @@ def test_the_candidate_of_a_worker_that_died_goes_to_another_unless_it_was_at_wo
         asker.on_trial_complete(name, None, error=True)
         progress.on_trial_error(0, [], trial(name))
 
-    first, second = asker.suggest("a"), asker.suggest("b")
+    first, *others = asker.suggest("a"), asker.suggest("b"), asker.suggest("c")
     assert asker.suggest("none") is None
     for k in range(4):  # four workers that had died while they were idle
         dies("a" if k == 0 else f"a{k - 1}", at_work=False)
         assert asker.suggest(f"a{k}") == first
     dies("a3", at_work=True)
     assert asker.suggest("again") == first
-    asker.on_trial_result("b", {"objective": 0.5})
-    progress.on_trial_result(0, [], trial("b"), {"metrics": {}, "objective": 0.5, "error": ""})
+    for name, value in (("b", 0.5), ("c", 0.6)):
+        asker.on_trial_result(name, {"objective": value})
+        progress.on_trial_result(0, [], trial(name), {"metrics": {}, "objective": value, "error": ""})
     assert told == []
     dies("again", at_work=True)
-    assert told == [-0.5, -0.5]
+    assert told == [-0.5, -0.5, -0.6]
     assert progress.is_over
-    assert [progress.records[k]["config"] for k in (2, 3)] == [first, second]
-    assert "died" in progress.records[2]["error"]
+    assert [progress.records[k]["config"] for k in (3, 4, 5)] == [first, *others]
+    assert "died" in progress.records[3]["error"]

@@ -20,6 +20,7 @@ from pcb_ray.recipe import VARIANTS, Recipe, Rule
 
 BUILT_IN = ("causal_lm", "classification", "lm_eval", "command")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
+SMALLEST_POPULATION = 3  # of CMA-ES
 REST = "rest"  # the group of what no pattern matches
 
 _KEYS = (
@@ -104,8 +105,8 @@ class Search:
         )
         if not metric:
             problems.append(wrong("search.metric", "a key of what the evaluator returns", None, "name it: `metric: accuracy`"))
-        budget = _whole(top.get("budget", cls.budget), "search.budget", 1, problems)
-        population = _whole(top.get("population", min(cls.population, max(budget, 1))), "search.population", 2, problems)
+        budget = _whole(top.get("budget", cls.budget), "search.budget", SMALLEST_POPULATION, problems)
+        population = _whole(top.get("population", min(cls.population, budget)), "search.population", SMALLEST_POPULATION, problems)
         concurrency = top.get("concurrency", "auto")
         found = cls(
             evaluator=evaluator,

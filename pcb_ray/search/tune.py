@@ -80,7 +80,9 @@ def optimizer_of(search: Search, space: Space) -> Any:
         return ng.optimizers.registry[search.optimizer]
     # In Nevergrad's unit, a sixth of the range; it multiplies the scale by this where all is bounded, and a choice of variants is not.
     multiplied_by = 1.0 if space.variants else 0.3 if len(space.bounds) < 18 else 0.15
-    return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=6 * INITIAL_STD / multiplied_by)
+    # Below a population of 6 it would mirror samples, and then not know them again, with a warning, after their way through Nevergrad.
+    inopts = {"CMA_mirrors": 0}
+    return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=6 * INITIAL_STD / multiplied_by, inopts=inopts)
 
 
 class Generations(NevergradSearch):
