@@ -190,9 +190,17 @@ def test_groups_are_patterns_cut_along_the_layers(family):
     assert len(space.bounds) == 2 * len(set(of_name.values()))
 
 
-def test_a_pattern_that_matches_nothing_is_refused(family):
-    search, made = searched(family(2), space={"groups": {"experts": "*block_sparse*"}})
-    with pytest.raises(RequestError, match=r"groups.experts.*matches none"):
+@pytest.mark.parametrize(
+    ("groups", "complaint"),
+    [
+        ({"experts": "*experts*"}, r"groups.experts.*matches none"),
+        ({"all": "*", "mlp": "*mlp*"}, r"groups.mlp.*no group above it has taken"),
+        ({"layers": 9}, r"groups.layers: 9 parts of 2 layers. Fix: 2 parts at most"),
+    ],
+)
+def test_a_group_that_would_have_no_tensor_is_refused(family, groups, complaint):
+    search, made = searched(family(2), space={"groups": groups})
+    with pytest.raises(RequestError, match=complaint):
         Space.of(search, made)
 
 

@@ -296,12 +296,15 @@ class Space:
         labels = _labels([m.source for m in plan.recipe.models])
         group_names = _group_names(search, names)
         groups = tuple(dict.fromkeys(group_names))
+        matched = {_group(search, name) for name in names}
         problems = [
-            f"search.space.groups.{name}: {shown(', '.join(patterns))} matches none of the {len(names)} merged tensors, such as {names[0]}. "
-            "Fix: patterns are like *self_attn*"
+            f"search.space.groups.{name}: {shown(', '.join(patterns))} matches none of the {len(names)} merged tensors, such as {names[0]}, "
+            "that no group above it has taken. Fix: patterns are like *self_attn*, the first that matches wins."
             for name, patterns in search.groups
-            if not any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)
+            if name not in matched
         ]
+        if search.layers > (stack := _stack(names)):
+            problems.append(f"search.space.groups.layers: {search.layers} parts of {stack} layers. Fix: {stack} parts at most.")
         weights = [f"weight.{label}" + (f".{group}" if len(groups) > 1 else "") for label in labels for group in groups]
         bounds = dict.fromkeys(weights, search.weight)
         if search.lambda_ is not None:
@@ -403,16 +406,23 @@ def _layer(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
+def _stack(names: Sequence[str]) -> int:
+    """How many layers the model has."""
+    return 1 + max((k for k in map(_layer, names) if k is not None), default=0)
+
+
+def _group(search: Search, name: str) -> str:
+    """The first group with a pattern that matches a tensor."""
+    return next((g for g, patterns in search.groups if any(fnmatch.fnmatchcase(name, p) for p in patterns)), REST)
+
+
 def _group_names(search: Search, names: Sequence[str]) -> list[str]:
-    """The group of each tensor: the first pattern that matches it; within that, the part of the stack of layers."""
-    layers = {name: _layer(name) for name in names}
-    count = 1 + max((k for k in layers.values() if k is not None), default=0)
-    result = []
+    """The group of each tensor; within that, the part of the stack of layers."""
+    stack, result = _stack(names), []
     for name in names:
-        group = next((g for g, patterns in search.groups if any(fnmatch.fnmatchcase(name, p) for p in patterns)), REST)
-        layer = layers[name]
+        group, layer = _group(search, name), _layer(name)
         if search.layers > 1 and layer is not None:
-            part = layer * search.layers // count
+            part = layer * search.layers // stack
             group = f"layers{part}" if group == REST else f"{group}.layers{part}"
         result.append(group)
     return result

@@ -60,11 +60,11 @@ def search(
     Returns what was found: the best config, its recipe, and the scores of base, experts, start and winner on both splits. Raises RequestError if
     the request, an input or the evaluator is wrong (before the first trial), RunError if the run can't be finished; `resume` goes on with it.
     """
-    from pcb_ray.search import report, tune
-
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
     request = Search.of(recipe, has_evaluator=evaluator is not None)
+    from pcb_ray.search import report, tune  # seconds of imports, once the request is known to be right
+
     tune.check_optimizer(request)
     variants = request.variants or (recipe.variant,)
     with _prepared(
@@ -112,11 +112,11 @@ def sweep(
 
     `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Returns the best point and all records. Raises as `search` does.
     """
-    from pcb_ray.search import report, tune
-
     recipe, out = Recipe.of(recipe), Path(out)
     points = grid_of(recipe)
     asked = Search.of(recipe, has_evaluator=evaluator is not None)
+    from pcb_ray.search import report, tune
+
     # Without an optimizer there are no generations: all points are one.
     request = dataclasses.replace(asked, lambda_=None, density=None, variants=(), optimizer="", population=len(points))
     variants = tuple(dict.fromkeys(p.get("variant", recipe.variant) for p in points))
