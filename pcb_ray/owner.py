@@ -452,7 +452,7 @@ class Owner:
 
     def _index(self, segment: Segment, at: int) -> list[int]:
         """Where element `at` of a segment lies in its tensor."""
-        shape = next(t.shape for t in self.plan.tensors[segment.tensor].sources if t is not None)
+        shape = self.plan.tensors[segment.tensor].shape
         return [int(k) for k in np.unravel_index(segment.start + at, shape)] if shape else []
 
     def _source(self, source: int) -> str:

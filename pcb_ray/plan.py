@@ -75,6 +75,10 @@ class MergedTensor:
     slot: Slot
     lambdas: tuple[float, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return next(source.shape for source in self.sources if source is not None)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CopiedTensor:

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from clusters import DEADLINE_S, await_that, lives
-from families import Family
+from families import CONFIG, Family, fine_tuned
 
 from pcb_ray import Recipe, RequestError
 from pcb_ray.answers import Thresholds
@@ -84,6 +84,24 @@ def test_a_model_is_scored_by_its_merged_tensors_and_the_base_comes_back(family)
     assert worker.score_input(1, "val")["near"] == 0.0
     assert worker.score_input(2, "val")["near"] < 0.0
     assert worker.score_input(0, "val")["near"] == of_base
+
+
+@pytest.mark.parametrize("source", [0, 1])
+def test_a_stored_copy_of_a_tied_tensor_follows_its_original(tmp_path, source):
+    """`command` writes the files that the base has: a copy that stayed behind would be scored by whoever reads it."""
+    shapes = {"model.embed_tokens.weight": (8, 4), "model.norm.weight": (4,), "lm_head.weight": (8, 4)}
+    base, models = fine_tuned(2, shapes=shapes)
+    for state in (base, *models):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    made = Family(tmp_path, base, models, config=CONFIG | {"tie_word_embeddings": True})
+    (tmp_path / "base" / "sums.py").write_text(
+        "import sys, json; from safetensors.torch import load_file\n"
+        "print(json.dumps({k: float(v.double().sum()) for k, v in load_file(sys.argv[1] + '/model.safetensors').items()}))"
+    )
+    run = f"python {tmp_path / 'base' / 'sums.py'} {{model}}"
+    found = Worker(job_of(made, {"command": {"run": run}}, "lm_head.weight")).score_input(source, "val")
+    expected = (base, *models)[source]
+    assert found == {name: float(t.double().sum()) for name, t in expected.items()}
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 Metrics = dict[str, float]
+NONE: Mapping[str, tuple[int, ...]] = {}
 
 
 class Evaluator(Protocol):
@@ -525,15 +526,18 @@ def module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
 # --- a module and a checkpoint ------------------------------------------------------------------------------------------------------
 
 
-def match(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The module's parameter or buffer for each of the merge's tensors, or the part of one that holds it. A prefix that all names on one side share
-    is found by itself, and so are the names under which transformers saves what it has renamed or fused.
+def match(
+    module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]] = NONE
+) -> dict[str, torch.Tensor]:
+    """The module's parameter or buffer for each of the merge's tensors, or the part of one that holds it; also for those of `optional` that it has.
+    A prefix that all names on one side share is found by itself, and so are the names under which transformers saves what it has renamed or fused.
 
     Raises RequestError that lists both sides if any has none, or one of another shape."""
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     own = _as_saved(module, own) | own
     to_own = max(_renamings(own, shapes), key=lambda rename: sum(rename(name) in own for name in shapes))
-    found = {name: own[to_own(name)] for name in shapes if to_own(name) in own}
+    wanted = {**shapes, **optional}
+    found = {name: own[to_own(name)] for name in wanted if to_own(name) in own}
     lost = [name for name in shapes if name not in found]
     if lost:
         unused = sorted(set(own) - {to_own(name) for name in shapes})
@@ -544,8 +548,8 @@ def match(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
     problems = [
         f"{name}: shape {list(shape)} in the merge, {list(found[name].shape)} in the evaluator's module ({to_own(name)}). Fix: load the model as the "
         "base's config says."
-        for name, shape in shapes.items()
-        if tuple(found[name].shape) != shape
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name].shape) != shape
     ]
     if problems:
         raise RequestError(problems)

@@ -61,13 +61,16 @@ class Worker:
             else checked(job.evaluator, "")
         )
         module = self.evaluator.load(Path(job.model_dir))
-        plan = next(iter(job.arms.values())).plan
-        shapes = {t.name: next(s.shape for s in t.sources if s is not None) for t in plan.tensors}
+        self._plan = next(iter(job.arms.values())).plan
         if not callable(getattr(module, "named_parameters", None)):
             raise RequestError(
                 f"search.evaluator: load() returned {type(module).__name__}. Fix: return the torch.nn.Module whose parameters are to be updated."
             )
-        self.parameters = match(module, shapes)
+        shapes = {t.name: t.shape for t in self._plan.tensors}
+        # What the plan counts once may be twice in a module that knows no ties, such as that of `command`.
+        tied = {name: original for name, original in self._plan.tied if original in shapes}
+        self.parameters = match(module, shapes, optional={name: shapes[original] for name, original in tied.items()})
+        self._twins = [(self.parameters.pop(name), self.parameters[tied[name]]) for name in tied if name in self.parameters]
 
     def score(self, candidate: Candidate, split: str) -> tuple[Metrics, dict[str, float]]:
         """The metrics of a candidate, and how long applying and scoring took. Raises whatever the evaluator raises."""
@@ -82,6 +85,7 @@ class Worker:
         threads = torch.get_num_threads()
         thresholds = basis.thresholds(candidate.density, threads=threads)
         basis.apply(self.parameters, self.job.space.lambdas(candidate), candidate.lambda_, thresholds, threads=threads)
+        self._update_twins()
         applied = time.monotonic()
         metrics = self._metrics(split)
         return metrics, {"apply_s": applied - start, "score_s": time.monotonic() - applied}
@@ -90,8 +94,14 @@ class Worker:
         """The metrics of the base (0) or a model (1..N): its merged tensors in the base's place."""
         from pcb_ray.basis import copy_input
 
-        copy_input(next(iter(self.job.arms.values())).plan, source, self.parameters)
+        copy_input(self._plan, source, self.parameters)
+        self._update_twins()
         return self._metrics(split)
+
+    def _update_twins(self) -> None:
+        for twin, original in self._twins:
+            if twin.data_ptr() != original.data_ptr():
+                twin.detach().copy_(original.detach())
 
     def _metrics(self, split: str) -> Metrics:
         with _TimeLimit(self.job.search.trial_timeout_s):
