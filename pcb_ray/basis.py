@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,23 +34,26 @@ from torch import Tensor
 
 from pcb_ray import kernels, pcb
 from pcb_ray.answers import SAMPLE_SHIFT, Digest, Thresholds, value_of_key
-from pcb_ray.checkpoint import DTYPE_BYTES, read_header
+from pcb_ray.checkpoint import DTYPE_BYTES, read_header, safetensors_header
 from pcb_ray.errors import RunError
 from pcb_ray.plan import Plan, Segment
 
 ARRAYS = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F64": np.float64}
 PADDING = 16  # values beyond the last: _native.c reads them in vectors
+GATHERED = (
+    1 << 20
+)  # scores that are brought together to be ranked; where more are alike, they are counted by more of their keys' bits,
+NARROWING_BITS = 16  # so many at a time
 
 
-def mask_of(positions: NDArray[np.int32], size: int) -> NDArray[np.uint8]:
-    """A bit for each of `size` elements, the lowest of a byte first, set at these positions; in whole strips."""
-    kept = np.zeros(-(-size // kernels.STRIP) * kernels.STRIP, dtype=np.bool_)
-    kept[positions] = True
-    return np.packbits(kept, bitorder="little")
+def mask_of(kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """A bit for each element, the lowest of a byte first; in whole strips."""
+    mask = np.packbits(kept, bitorder="little")
+    return np.pad(mask, (0, -len(mask) % (kernels.STRIP // 8)))
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """The positions that `mask_of` was given, int64, on the device of the mask."""
+    """The positions whose bits are set, int64, on the device of the mask."""
     bits = mask[:, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8) & 1
     return bits.view(-1).nonzero()[:, 0]
 
@@ -67,20 +72,16 @@ class Piece(NamedTuple):
     scores: NDArray[Any] | None
 
 
-class _Part(NamedTuple):
-    """What one task has in one block."""
-
-    positions: NDArray[np.int32]
-    values: NDArray[np.float32]
-    scores: NDArray[Any] | None
-
-
 class Writer:
     """Gathers the basis of one chunk, block by block, and saves it."""
 
     def __init__(self) -> None:
         self._segments: list[Segment] = []
-        self._parts: list[list[_Part]] = []  # of (segment, task)
+        # Of each (segment, task) the parts that the blocks gave: which elements are kept, their values and their scores.
+        self._kept: list[list[NDArray[np.bool_]]] = []
+        self._values: list[list[NDArray[np.float32]]] = []
+        self._scores: list[list[NDArray[Any]]] = []
+        self._histogram: list[NDArray[np.int64]] = []
 
     def add(
         self, segment: Segment, values_NB: NDArray[np.float32], kept_NB: NDArray[np.bool_], scores_NB: NDArray[Any] | None
@@ -89,53 +90,103 @@ class Writer:
         n = len(values_NB)
         last = self._segments[-1] if self._segments else None
         if last is not None and (last.tensor, last.stop) == (segment.tensor, segment.start):
-            self._segments[-1] = whole = Segment(last.tensor, last.start, segment.stop)
+            self._segments[-1] = Segment(last.tensor, last.start, segment.stop)
         else:
-            self._segments.append(whole := segment)
-            self._parts += [[] for _ in range(n)]
-        for i, of_task in enumerate(self._parts[-n:]):
-            at = np.flatnonzero(kept_NB[i])
-            scores = None if scores_NB is None else scores_NB[i, at]
-            of_task.append(_Part((at + (segment.start - whole.start)).astype(np.int32), values_NB[i, at], scores))
+            self._segments.append(segment)
+            for parts in (self._kept, self._values, self._scores):
+                parts += [[] for _ in range(n)]
+        for i, kept_B in enumerate(kept_NB):
+            self._kept[i - n].append(kept_B.copy())
+            self._values[i - n].append(values_NB[i, kept_B])
+            if scores_NB is not None:
+                self._scores[i - n].append(scores := scores_NB[i, kept_B])
+                bins, counts = np.unique(keys_of(scores) >> SAMPLE_SHIFT[8 * scores.itemsize], return_counts=True)
+                self._histogram.append(np.stack([np.full(len(bins), i), bins, counts], axis=1))
 
-    def save(self, path: Path, n: int) -> tuple[int, Digest]:
+    def save(self, path: Path) -> tuple[int, Digest]:
         """Write the file aside and give it its name; how many entries it has, and its digest. Raises OSError."""
-        from safetensors.numpy import save
-
-        def joined(parts: Iterable[NDArray[Any]], padding: int = 0) -> NDArray[Any]:
-            parts = list(parts)
-            return np.concatenate([*parts, np.zeros(padding, dtype=parts[0].dtype)])
-
-        sizes = np.repeat([s.stop - s.start for s in self._segments], n)
-        masks = [mask_of(joined(p.positions for p in parts), size) for parts, size in zip(self._parts, sizes, strict=True)]
-        entries = [sum(len(p.values) for p in parts) for parts in self._parts]
-        arrays = {
-            "masks": joined(masks),
-            "values": joined((p.values for parts in self._parts for p in parts), PADDING),
-            "starts": np.cumsum(
-                [[0, 0], *([len(mask), e] for mask, e in zip(masks, entries, strict=True))], axis=0, dtype=np.int64
-            ),
-            "segments": np.array([(s.tensor, s.start, s.stop) for s in self._segments]),
-        }
-        if self._parts[0][0].scores is not None:
-            of_task = [[p.scores for parts in self._parts[i::n] for p in parts if p.scores is not None] for i in range(n)]
-            arrays["scores"] = joined((p.scores for parts in self._parts for p in parts if p.scores is not None), PADDING)
-            shift = SAMPLE_SHIFT[8 * arrays["scores"].itemsize]
-            binned = [np.unique(keys_of(joined(scores)) >> shift, return_counts=True) for scores in of_task]
-            arrays["histogram"] = np.concatenate([np.stack([np.full(len(b), i), b, c], axis=1) for i, (b, c) in enumerate(binned)])
-        data = save(arrays)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        entries = [sum(map(len, parts)) for parts in self._values]
+        masks = [mask_of(np.concatenate(parts)) for parts in self._kept]
+        self._kept = []  # each array is let go once it has its place
+        bounds = np.cumsum([[0, 0], *zip(map(len, masks), entries, strict=True)], axis=0, dtype=np.int64)
+        arrays = {"starts": bounds, "segments": np.array([(s.tensor, s.start, s.stop) for s in self._segments])}
+        if self._histogram:
+            arrays["histogram"] = np.concatenate(self._histogram)
+            arrays["scores"], self._scores = _joined(self._scores), []
+        arrays["values"], self._values = _joined(self._values), []
+        arrays["masks"] = np.concatenate(masks)
+        # The widest first: each then lies where its type wants it.
+        ordered = sorted(arrays, key=lambda name: -arrays[name].itemsize)
+        of_dtype = {np.dtype(kind): name for name, kind in ARRAYS.items()}
+        header = safetensors_header([(name, of_dtype[arrays[name].dtype], arrays[name].shape) for name in ordered], {})
+        digest = xxhash.xxh3_128()
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            aside.write_bytes(data)
+            with open(aside, "wb") as file:
+                data: Any  # what has bytes
+                for data in (header, *(np.ascontiguousarray(arrays[name]) for name in ordered)):
+                    file.write(data)
+                    digest.update(data)
             os.replace(aside, path)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        return sum(entries), digest_of(data)
+        return sum(entries), digest.digest()
+
+
+def _joined(parts: Iterable[Sequence[NDArray[Any]]]) -> NDArray[Any]:
+    """All in order, and room for C to read beyond them."""
+    arrays = [array for of_task in parts for array in of_task]
+    return np.concatenate([*arrays, np.zeros(PADDING, dtype=arrays[0].dtype)])
+
+
+def writer_bytes(plan: Plan, scored: bool) -> int:
+    """The most memory that a Writer takes for a chunk of the plan, all of whose elements may be kept."""
+    score = (8 if plan.method == "pcb-paper" else 4) * scored
+    per_element = max(1 + 4 + score, 4 + 2 * score, 4 + 4 + score) + 0.25  # parts; scores, then values, in their parts and joined
+    return int(plan.N * plan.chunk_elements * per_element) + (16 << 20)
+
+
+def basis_bytes(plan: Plan, scored: bool) -> int:
+    """What a basis takes on disk, or a little less: the entries and the masks."""
+    score = (8 if plan.method == "pcb-paper" else 4) * scored
+    kept = plan.densities if plan.method.startswith(("pcb", "ties")) else [1.0] * plan.N
+    return int(sum((4 + score) * r + 0.125 for r in kept) * plan.D)
 
 
 def digest_of(data: Any) -> Digest:
     return xxhash.xxh3_128_digest(data)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
+
+
+class _Mapped:
+    """A file's bytes for numpy, read-only, shared with all who map it, until no array needs them. Python's own map would hold a descriptor too,
+    and a basis of a large model has thousands of files."""
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._size = os.fstat(descriptor).st_size
+            self._address = _libc().mmap(None, self._size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        finally:
+            os.close(descriptor)
+        if self._address == ctypes.c_void_p(-1).value:
+            self._size, code = 0, ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(path))
+        self.__array_interface__ = {"shape": (self._size,), "typestr": "|u1", "data": (self._address, True), "version": 3}
+        self._unmap = _libc().munmap
+
+    def __del__(self) -> None:
+        if getattr(self, "_size", 0):
+            self._unmap(self._address, self._size)
 
 
 def chunk_file(folder: str | os.PathLike[str], chunk: int) -> Path:
@@ -147,7 +198,7 @@ class _Chunk:
 
     def __init__(self, path: Path, n: int) -> None:
         tensors, _, _ = read_header(path)
-        mapped = np.memmap(path, dtype=np.uint8, mode="r")
+        mapped = np.asarray(_Mapped(path))
         arrays: dict[str, NDArray[Any]] = {
             name: np.asarray(mapped[t.start : t.stop]).view(ARRAYS[t.dtype]).reshape(t.shape) for name, t in tensors.items()
         }
@@ -175,6 +226,19 @@ class _Chunk:
         """The scores of a task from low to high, both included."""
         scores = [self.piece(number, task).scores for number in range(len(self.segments))]
         return np.concatenate([x[(x >= low) & (x <= high)] for x in scores if x is not None])
+
+    def counts_between(self, task: int, low: int, width: int, shift: int, bits: int) -> NDArray[np.int64]:
+        """How many scores of a task have each value of their keys' bits from `shift` on, among the 2^width keys from `low` on."""
+        first, last = value_of_key(low, bits), value_of_key(low + (1 << width) - 1, bits)
+        bins = keys_of(self.scores_between(task, first, last)) - low >> shift
+        return np.bincount(bins, minlength=1 << width - shift)
+
+
+def _bin_of(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
+    """The bin that holds the rank-th largest of what was counted, and its rank in there, both from 1 for the largest."""
+    at_least = np.cumsum(counts[::-1])
+    above = int(np.searchsorted(at_least, rank))
+    return len(counts) - 1 - above, rank - int(at_least[above - 1] if above else 0)
 
 
 def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor]) -> None:
@@ -223,7 +287,7 @@ class Basis:
         for chunk in self._chunks:
             assert chunk.histogram is not None, "one mask ratio only: this basis holds no scores"
             task, upper, count = chunk.histogram.T
-            counts[task, upper + half] += count
+            np.add.at(counts, (task, upper + half), count)
         return counts
 
     @property
@@ -233,14 +297,23 @@ class Basis:
     def _largest(self, task: int, rank: int, pool: ThreadPoolExecutor) -> float:
         """The rank-th largest score of a task; the threshold this was made for if fewer lie above it (they are tied with it)."""
         counts, bits = self._histograms[task], self._score_bits
-        at_least = np.cumsum(counts[::-1])  # of the largest upper bits and those below
-        if rank > at_least[-1]:
+        if rank > counts.sum():
             return self.made_for.t[task]
-        below = int(np.searchsorted(at_least, rank))
-        upper, rank = len(counts) // 2 - 1 - below, rank - int(at_least[below - 1] if below else 0)
         shift = SAMPLE_SHIFT[bits]
-        low, high = value_of_key(upper << shift, bits), value_of_key((upper + 1 << shift) - 1, bits)
-        scores = np.concatenate(list(pool.map(lambda chunk: chunk.scores_between(task, low, high), self._chunks)))
+        low = -(len(counts) // 2) << shift  # a key, as all below
+        while True:
+            at, rank = _bin_of(counts, rank)
+            low += at << shift
+            if counts[at] <= GATHERED or shift == 0:
+                break
+            # Scores of `paper` in a large model may nearly all agree in their upper bits.
+            width, shift = shift, max(0, shift - NARROWING_BITS)
+            count = functools.partial(_Chunk.counts_between, task=task, low=low, width=width, shift=shift, bits=bits)
+            counts = sum(pool.map(count, self._chunks), np.zeros(1 << width - shift, dtype=np.int64))
+        if shift == 0:
+            return value_of_key(low, bits)
+        first, last = value_of_key(low, bits), value_of_key(low + (1 << shift) - 1, bits)
+        scores = np.concatenate(list(pool.map(lambda chunk: chunk.scores_between(task, first, last), self._chunks)))
         return float(np.partition(scores, len(scores) - rank)[len(scores) - rank]) + 0.0  # -0 is 0
 
     def apply(

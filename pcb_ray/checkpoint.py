@@ -350,6 +350,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def fsync_file(path: Path) -> None:
+    """Make durable what a file holds."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fsync_folder(path: Path) -> None:
     """Make the folder's entries (files made, renamed, removed) durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

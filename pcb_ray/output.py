@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pcb_ray.checkpoint import Checkpoint, fsync_folder, write_atomically
+from pcb_ray.checkpoint import Checkpoint, fsync_file, fsync_folder, write_atomically
 from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.plan import Plan, Slot
 from pcb_ray.recipe import DTYPES, Recipe
@@ -49,8 +49,10 @@ def check_place(out: Path) -> None:
         )
 
 
-def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool) -> None:
-    """Whether OUT can be written, before anything is computed. Raises RequestError with all that is in the way."""
+def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bool = True, beside: int = 0) -> None:
+    """Whether OUT can be written, before anything is computed: the merged `model`, and so many bytes `beside` it until it is done.
+
+    Raises RequestError with all that is in the way."""
     problems = []
     if os.path.lexists(out) and not overwrite:
         problems.append(f"{out}: exists; choose another name, or replace it with --overwrite")
@@ -72,12 +74,13 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool) -> None:
         problems.append(f"{out}: can't write to {parent}; choose a folder that you may write to")
     else:
         state = state_folder(out)
-        there = sum(f.stat().st_blocks * 512 for f in (state / "out").glob("*") if f.is_file()) if resume else 0
-        free = shutil.disk_usage(parent).free
-        if free + there < plan.written_bytes:
+        there = sum(f.lstat().st_blocks * 512 for f in state.rglob("*")) if resume else 0
+        needed, free = plan.written_bytes * model + beside, shutil.disk_usage(parent).free
+        if free + there < needed:
+            what = f"{beside:,} of them for the basis, until it is done; " if beside else ""
             problems.append(
-                f"{out}: the merge needs {plan.written_bytes:,} bytes, {parent} has {free:,} free; "
-                "free some, write elsewhere, or ask for a narrower `dtype`"
+                f"{out}: the run needs {needed:,} bytes, {parent} has {free:,} free; {what}"
+                f"free some, write elsewhere, or ask for {'a smaller density' if beside else 'a narrower `dtype`'}"
             )
         if not resume and not overwrite and (state / "state.json").exists():
             problems.append(f"{state}: holds an unfinished merge to {out}; go on with --resume, or start afresh with --overwrite")
@@ -187,11 +190,7 @@ class State:
     def commit(self) -> None:
         """Make everything durable and give it its name."""
         for path in sorted(p for p in self.staging.rglob("*") if p.is_file()):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            fsync_file(path)
         for folder in (*(p for p in self.staging.rglob("*") if p.is_dir()), self.staging):
             fsync_folder(folder)
         if self.out.exists():

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sampled, Sums, Thresholds
 from pcb_ray.basis import Writer, chunk_file, digest_of
-from pcb_ray.checkpoint import DTYPE_BYTES
+from pcb_ray.checkpoint import DTYPE_BYTES, fsync_file
 from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.kernels import DTYPES, choose_kernel, keys
 from pcb_ray.plan import MIN_BLOCK, SAMPLE_RUN, Plan, Segment, choose_block
@@ -115,6 +115,7 @@ class Owner:
         self._check_files()
         dtypes = [plan.dtypes_of(source) for source in range(plan.N + 1)]
         self._raw = [_Buffer(self.block_elements, of_source, self.device) if of_source else None for of_source in dtypes]
+        self._saved: list[Path] = []  # files of the basis, not yet durable
         self.peak_bytes, self._noted = 0, -math.inf
 
     # --- questions ----------------------------------------------------------------------------------------------------------------
@@ -216,7 +217,8 @@ class Owner:
                     part = np.s_[:, at : at + segment.stop - segment.start]
                     writer.add(segment, values[part], kept[part], None if scores is None else scores[part])
                     at += segment.stop - segment.start
-            result[chunk] = writer.save(chunk_file(self.out_dir, chunk), self.plan.N)
+            result[chunk] = writer.save(chunk_file(self.out_dir, chunk))
+            self._saved.append(chunk_file(self.out_dir, chunk))
         self._note_memory()
         return result
 
@@ -275,6 +277,8 @@ class Owner:
     def sync(self) -> None:
         """Make durable what was written so far."""
         self.bytes.sync()
+        while self._saved:
+            fsync_file(self._saved.pop())
 
     def differing_twins(self, numbers: Sequence[int]) -> list[str]:
         """Which of these stored copies of tied tensors differ from their originals."""

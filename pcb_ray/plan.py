@@ -27,6 +27,8 @@ from pcb_ray.selection import TALLY_BYTES
 
 # Chunks: large enough that asking for one costs nothing beside computing it, small enough to share work evenly and to redo little.
 MIN_CHUNK_ELEMENTS, MAX_CHUNK_ELEMENTS, CHUNKS_WANTED = 1 << 16, 1 << 22, 256
+# Larger ones where they would become too many: three bases of a search are mapped, a file per chunk, and Linux lets a process have 65,530 maps.
+MOST_CHUNKS = 1 << 14
 COPY_BYTES = 32 << 20  # a copied tensor is copied in pieces of this size
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
 
@@ -243,13 +245,13 @@ def worker_bytes(plan: Plan, block_elements: int) -> int:
     return PROCESS_BYTES + block_elements * per_element + tallies
 
 
-def choose_block(plan: Plan, device: str, memory: int | None) -> int:
-    """Elements of a block: the most, up to what suits the device, with which a worker stays under `memory` bytes."""
+def choose_block(plan: Plan, device: str, memory: int | None, beside: int = 0) -> int:
+    """Elements of a block: the most, up to what suits the device, with which a worker that takes `beside` more stays under `memory` bytes."""
     block = CUDA_BLOCK if device == "cuda" else CPU_BLOCK
-    while memory is not None and worker_bytes(plan, block) > memory and block > MIN_BLOCK:
+    while memory is not None and worker_bytes(plan, block) + beside > memory and block > MIN_BLOCK:
         block //= 2
-    if memory is not None and worker_bytes(plan, block) > memory:
-        least = worker_bytes(plan, MIN_BLOCK)
+    if memory is not None and worker_bytes(plan, block) + beside > memory:
+        least = worker_bytes(plan, MIN_BLOCK) + beside
         raise RequestError(
             f"--memory {memory:,}: a worker for {plan.N} models needs at least {least:,} bytes; give it that, or merge fewer models at once"
         )
@@ -319,7 +321,8 @@ def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_byte
     method = f"pcb-{recipe.variant}" if recipe.merge_method == "pcb" else recipe.merge_method
     if any(t.dtype == "F64" for tensor in tensors for t in tensor.sources if t is not None):
         notes.append("float64 tensors are read as float32, and written as float32 unless `dtype` says otherwise")
-    chunk = 1 << max(0, (D // CHUNKS_WANTED).bit_length() - 1)
+    chunk = min(max(1 << max(0, (D // CHUNKS_WANTED).bit_length() - 1), MIN_CHUNK_ELEMENTS), MAX_CHUNK_ELEMENTS)
+    chunk = max(chunk, 1 << (D // MOST_CHUNKS).bit_length())
     return Plan(
         recipe=recipe,
         method=method,
@@ -332,7 +335,7 @@ def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_byte
         twins=twins,
         dropped=tuple(dropped),
         files=files,
-        chunk_elements=min(max(chunk, MIN_CHUNK_ELEMENTS), MAX_CHUNK_ELEMENTS),
+        chunk_elements=chunk,
         notes=tuple(notes),
     )
 

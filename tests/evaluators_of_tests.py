@@ -18,8 +18,8 @@ from pcb_ray.search.evaluators import module_of
 class Near:
     """Minus the squared distance to a model that the tests have hidden: the best coefficients are known."""
 
-    def __init__(self, target: str, digits: int = 6, uneven_s: float = 0.0, log: str = "") -> None:
-        self.target, self.digits, self.uneven_s, self.log = target, digits, uneven_s, log
+    def __init__(self, target: str, digits: int = 6, uneven_s: float = 0.0, log: str = "", note: str = "") -> None:
+        self.target, self.digits, self.uneven_s, self.log, self.note = target, digits, uneven_s, log, note
 
     def load(self, model_dir: Path) -> torch.nn.Module:
         if self.log:
@@ -124,6 +124,18 @@ class NoNumber(Near):
 class NoDict(Near):
     def score(self, split: str) -> dict[str, float]:
         return 3.0  # type: ignore[return-value]
+
+
+class NanBase(Near):
+    def score(self, split: str) -> dict[str, float]:
+        return {"near": float("nan")}
+
+
+class Norm(Near):
+    """The larger the model, the better."""
+
+    def score(self, split: str) -> dict[str, float]:
+        return {"norm": sum(float((b.double() ** 2).sum()) for b in self.module.buffers())}
 
 
 class ValOnly(Near):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import numpy as np
@@ -12,11 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pcb_ray import merge_state_dicts
+from pcb_ray import Recipe, merge_state_dicts, weights
 from pcb_ray.analysis import Run, thresholds_of
-from pcb_ray.basis import Basis, mask_of, positions_of
-from pcb_ray.plan import plan
+from pcb_ray.basis import Basis, Writer, mask_of, positions_of, writer_bytes
+from pcb_ray.checkpoint import Checkpoint
+from pcb_ray.plan import Segment, plan, plan_of
 from pcb_ray.runtime import LocalOwners
+
+basis_module = importlib.import_module("pcb_ray.basis")
 
 METHODS = ("pcb-released", "pcb-pairwise", "pcb-paper", "ties", "task_arithmetic")
 PCB = METHODS[:3]
@@ -73,9 +80,8 @@ def assert_within_one_rounding(found: dict[str, Tensor], wanted: dict[str, Tenso
 
 @given(st.sets(st.integers(0, 1999)))
 def test_positions_survive_their_encoding(positions: set[int]):
-    at = np.array(sorted(positions), dtype=np.int32)
-    mask = mask_of(at, 2000)
-    assert positions_of(torch.from_numpy(mask)).tolist() == at.tolist()
+    mask = mask_of(np.isin(np.arange(2000), list(positions)))
+    assert positions_of(torch.from_numpy(mask)).tolist() == sorted(positions)
     assert len(mask) == 2048 // 8
 
 
@@ -122,6 +128,75 @@ def test_thresholds_from_a_scored_basis_are_those_of_an_analysis(tmp_path_factor
                 assert basis.thresholds(ratio) == expected
     for name, x in applied(basis, family.base, mask_ratio=0.1).items():
         assert torch.equal(x, merged(family, method, mask_ratio=0.1)[name])
+
+
+@pytest.mark.parametrize("method", PCB)
+def test_scores_that_agree_in_their_upper_bits_are_told_apart_by_the_lower_ones(tmp_path, monkeypatch, method):
+    """As those of `paper` in a large model do. Also down to the last bit, where only ties are left."""
+    family = families.Family(tmp_path, *families.fine_tuned(2))
+    with families.small_engine(chunk_elements=4096):
+        basis = build(family, tmp_path / "basis", method, scored=True, density=0.9)
+    ratios = (0.8, 0.5, 0.1, 1e-3)
+    expected = [basis.thresholds(ratio).t for ratio in ratios]
+    scores = [np.concatenate([chunk.scores_between(i, -np.inf, np.inf) for chunk in basis._chunks]) for i in range(2)]
+    for ratio, t in zip(ratios, expected, strict=True):
+        kept = basis.plan.D - int(basis.plan.D * (1 - ratio))
+        assert t == tuple(float(np.sort(x)[len(x) - kept]) for x in scores)
+    for gathered in (0, 1, 20):
+        monkeypatch.setattr(basis_module, "GATHERED", gathered)
+        monkeypatch.setattr(basis_module, "NARROWING_BITS", 5)
+        again = Basis(basis.plan, tmp_path / "basis", basis.made_for)
+        assert [again.thresholds(ratio, threads=2).t for ratio in ratios] == expected
+
+
+def test_a_basis_holds_no_descriptor_and_lets_its_files_go(tmp_path):
+    """A file per chunk: a model of 70 B has 17,000, times the variants."""
+    family = families.Family(tmp_path, *families.fine_tuned(2))
+    with families.small_engine(chunk_elements=256):
+        basis = build(family, tmp_path / "basis", "pcb-pairwise")
+    assert basis.plan.chunks > 70
+
+    def maps() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path / "basis"))
+
+    def descriptors() -> int:
+        return sum(str(tmp_path / "basis") in os.path.realpath(one) for one in Path("/proc/self/fd").iterdir())
+
+    assert (maps(), descriptors()) == (basis.plan.chunks, 0)
+    piece = basis._chunks[3].piece(0, 1)
+    expected = piece.values.copy()
+    del basis
+    assert maps() == 1
+    assert np.array_equal(piece.values, expected)
+
+
+@pytest.mark.parametrize(("method", "scored"), [("pcb-pairwise", False), ("pcb-pairwise", True), ("pcb-paper", True)])
+def test_a_writer_takes_no_more_memory_than_announced_also_where_all_is_kept(tmp_path, method, scored):
+    made = SimpleNamespace(method=method, N=3, chunk_elements=1 << 20)
+    random = np.random.default_rng(0)
+    values = random.standard_normal((3, 1 << 17), dtype=np.float32)
+    scores = values.astype(np.float64 if method == "pcb-paper" else np.float32) if scored else None
+    kept = np.ones((3, 1 << 17), dtype=np.bool_)
+    tracemalloc.start()
+    try:
+        writer = Writer()
+        for k in range(8):
+            writer.add(Segment(0, k << 17, k + 1 << 17), values, kept, scores)
+        entries, _ = writer.save(tmp_path / "chunk")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert entries == 3 << 20
+    assert 0.9 * (writer_bytes(made, scored) - (16 << 20)) < peak <= writer_bytes(made, scored)
+
+
+def test_chunks_of_a_huge_model_are_so_few_that_three_bases_can_be_mapped():
+    """70 B, 405 B and 1 T elements, in a plan of one tensor."""
+    for D in (70 * 10**9, 405 * 10**9, 10**12):
+        tensors = {"w": weights.Tensor("w", "BF16", (D,), "model.safetensors", 0)}
+        checkpoint = Checkpoint("m", None, tensors, {}, (), None, None)
+        made = plan_of(Recipe(models=("m",), base_model="b"), [checkpoint] * 2)
+        assert 3 * made.chunks < 65_530
 
 
 @pytest.mark.parametrize("scored", [False, True])

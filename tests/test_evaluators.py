@@ -32,7 +32,7 @@ def job_of(family: Family, evaluator: Any, metric: str = "near") -> Job:
     made = plan(recipe)
     search = Search.of(recipe, has_evaluator=False)
     arm = Arm(made, "nowhere", Thresholds())
-    return Job(search, Space.of(search, made), {"pairwise": arm}, str(family.folder / "base"), str(family.folder))
+    return Job(search, Space.of(search, made.recipe, made), {"pairwise": arm}, str(family.folder / "base"), str(family.folder))
 
 
 @pytest.mark.parametrize(

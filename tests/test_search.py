@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+TOKEN = "hf_" + "x9" * 17
 HIDDEN = [1.4, 0.3, 0.8]
 EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
 
@@ -83,7 +84,7 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     from ray import tune
 
     out, log = tmp_path / "out", tmp_path / "log"
-    recipe = recipe_of(family, options={"log": str(log)}, budget=80, concurrency=2, loggers=["tensorboard"])
+    recipe = recipe_of(family, options={"log": str(log), "note": TOKEN}, budget=80, concurrency=2, loggers=["tensorboard"])
     found = searched(recipe, out)
     metric = {name: scores["val"]["near"] for name, scores in found["scores"].items()}
     assert metric["winner"] > 0.05 * metric["start"], metric
@@ -110,6 +111,7 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
         assert (out / name).stat().st_size > 1000, name
     assert "http" not in (out / "report.html").read_text().replace("http-equiv", ""), "self-contained"
     assert not state_of(out).exists()
+    assert [path for path in out.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()] == []
 
     # Tune's own tools and TensorBoard read the experiment.
     analysis = tune.ExperimentAnalysis(str(out / "tune"), default_metric="objective", default_mode="max")
@@ -329,6 +331,7 @@ def test_a_search_that_fails_too_often_stops_with_the_reason_and_goes_on_when_it
         ("Nearest", {}, "has no attribute 'Nearest'"),
         ("Near", {"metric": "nearness"}, "search.metric"),
         ("ValOnly", {}, "KeyError: 'test'"),
+        ("NanBase", {}, "near of the base on val is nan"),
         ("Near", {"resources_per_trial": {"cpu": 5}}, "fit no node"),
         ("Near", {"resources_per_trial": {"gpu": 1}}, "fit no node"),
         ("Near", {"resources_per_trial": {"memory": "9TB"}}, "9 TB of memory fit no node"),
@@ -344,6 +347,33 @@ def test_a_wrong_evaluator_or_request_is_told_before_anything_is_computed(family
     assert "Fix:" in str(caught.value)
     assert not out.exists()
     assert not state_of(out).exists(), "nothing to resume"
+
+
+def test_an_evaluator_that_cant_be_sent_to_workers_is_told(family, tmp_path):
+    import threading
+
+    class Locked:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def load(self, model_dir: Path) -> torch.nn.Module: ...
+
+        def score(self, split: str) -> dict[str, float]: ...
+
+    recipe = family.recipe(search={"metric": "norm", "budget": 8})
+    with pytest.raises(RequestError, match=r"Locked can't be sent to the workers: TypeError.*lock.*Fix: open files"):
+        searched(recipe, tmp_path / "out", evaluator=Locked())
+    assert not state_of(tmp_path / "out").exists()
+
+
+def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path):
+    """Scored in float32, but written in float16: the merge is refused, what the trials found is kept."""
+    out = tmp_path / "out"
+    recipe = recipe_of(family, "Norm", {}, metric="norm", budget=8, space={"weight": {"lower": 0.0, "upper": 1e8, "init": 1e8}})
+    with pytest.raises(RunError, match=r"the winner can't be merged: .*overflows F16.*is kept"):
+        searched(recipe | {"dtype": "float16"}, out)
+    assert not out.exists()
+    assert (state_of(out) / "journal.jsonl").read_text().count('"trial ') == 8
 
 
 # --- the grid -----------------------------------------------------------------------------------------------------------------------

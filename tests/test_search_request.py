@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from pcb_ray import Recipe, RequestError
 from pcb_ray.plan import Plan, plan
-from pcb_ray.search.request import Search, Space, _labels, _rules, grid_of, key_of
+from pcb_ray.search.request import Range, Search, Space, _labels, _rules, grid_of, key_of
 
 NAN = math.nan
 VALID: dict[str, Any] = {"evaluator": "my_eval.py:Accuracy", "metric": "accuracy"}
@@ -35,7 +36,7 @@ def test_defaults_are_a_search_of_one_weight_per_model(family):
     search, made = searched(family(3))
     assert (search.budget, search.population, search.optimizer, search.mode, search.seed) == (100, 8, "CMA", "max", 0)
     assert (search.search_split, search.report_split) == ("val", "test")
-    space = Space.of(search, made)
+    space = Space.of(search, made.recipe, made)
     assert space.start == {"weight.model0": 1.0, "weight.model1": 1.0, "weight.model2": 1.0}
     assert set(space.lambdas(space.candidate(space.start))) == {(1.0, 1.0, 1.0)}
 
@@ -78,6 +79,9 @@ def test_built_in_evaluators_know_their_metric(family):
         ({"trial_timeout": "an hour"}, "search.trial_timeout"),
         ({"loggers": ["wandbs"]}, "write `wandb`"),
         ({"seed": -1}, "search.seed"),
+        ({"seed": 2**32}, "search.seed: wanted a whole number of at least 0 and at most 4294967295"),
+        ({"resources_per_trial": {"cpu": 1e-50}}, "search.resources_per_trial.cpu: wanted 0, or at least 0.0001"),
+        ({"resources_per_trial": {"gpu": 1.5}}, "write 2"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place_and_a_fix(family, wrong, complaint):
@@ -144,7 +148,40 @@ def test_whatever_stands_in_a_section_is_taken_or_refused_with_a_fix(place, valu
 
 def test_init_moves_into_bounds_that_leave_it_out(family):
     search, _ = searched(family(2), space={"weight": {"lower": 1.2, "upper": 1.6}})
-    assert search.weight.init == pytest.approx(1.4)
+    assert search.weight.bounds(1.0).init == pytest.approx(1.4)
+
+
+def test_a_search_starts_from_the_recipe_where_no_init_is_given(family):
+    made = family(3)
+    asked = made.recipe(
+        models=[
+            {"model": str(made.folder / "model0"), "parameters": {"weight": 0.7}},
+            {
+                "model": str(made.folder / "model1"),
+                "parameters": {"weight": [{"filter": "self_attn", "value": 0.3}, {"value": 1.1}]},
+            },
+            {"model": str(made.folder / "model2"), "parameters": {"weight": 9.0}},
+        ],
+        parameters={"density": 0.2, "lambda": 0.8, "variant": "released"},
+        search=VALID
+        | {"space": {"groups": {"attention": "*self_attn*"}, "density": {}, "lambda": {}, "variant": ["paper", "released"]}},
+    )
+    recipe = Recipe.from_dict(asked)
+    search = Search.of(recipe, has_evaluator=False)
+    analysed = plan(dataclasses.replace(recipe, variant="paper", density=0.5))  # as a search does it
+    start = Space.of(search, recipe, analysed).start
+    assert start == {
+        **{"weight.model0.attention": 0.7, "weight.model0.rest": 0.7},
+        **{"weight.model1.attention": 0.3, "weight.model1.rest": 1.1},
+        **{"weight.model2.attention": 1.0, "weight.model2.rest": 1.0},  # 9 lies without: the middle
+        **{"lambda": 0.8, "density": 0.2, "variant": "released"},
+    }
+    others = dataclasses.replace(search, weight=Range(0.0, 2.0, 0.6), variants=("paper", "pairwise"))
+    space = Space.of(others, recipe, analysed)
+    assert {v for k, v in space.start.items() if k.startswith("weight")} == {0.6}
+    assert space.start["variant"] == "paper", "the recipe's is not among those searched"
+    only = Space.of(dataclasses.replace(search, variants=("pairwise",)), recipe, analysed)
+    assert only.recipe_of(only.candidate(only.start)).variant == "pairwise"
 
 
 def test_all_that_is_wrong_is_said_at_once(family):
@@ -171,8 +208,8 @@ def test_no_section_says_what_one_looks_like(family):
 def test_cma_needs_two_coefficients(family):
     search, made = searched(family(1))
     with pytest.raises(RequestError, match="at least two coefficients"):
-        Space.of(search, made)
-    assert Space.of(searched(family(1), optimizer="OnePlusOne")[0], made).start == {"weight.model0": 1.0}
+        Space.of(search, made.recipe, made)
+    assert Space.of(searched(family(1), optimizer="OnePlusOne")[0], made.recipe, made).start == {"weight.model0": 1.0}
 
 
 # --- groups -------------------------------------------------------------------------------------------------------------------------
@@ -180,7 +217,7 @@ def test_cma_needs_two_coefficients(family):
 
 def test_groups_are_patterns_cut_along_the_layers(family):
     search, made = searched(family(2), space={"groups": {"attention": "*self_attn*", "mlp": ["*mlp*"], "layers": 2}})
-    space = Space.of(search, made)
+    space = Space.of(search, made.recipe, made)
     of_name = {name: space.groups[g] for name, g in zip(space.names, space.group_of, strict=True)}
     assert of_name["model.layers.0.self_attn.q_proj.weight"] == "attention.layers0"
     assert of_name["model.layers.1.self_attn.q_proj.weight"] == "attention.layers1"
@@ -201,7 +238,7 @@ def test_groups_are_patterns_cut_along_the_layers(family):
 def test_a_group_that_would_have_no_tensor_is_refused(family, groups, complaint):
     search, made = searched(family(2), space={"groups": groups})
     with pytest.raises(RequestError, match=complaint):
-        Space.of(search, made)
+        Space.of(search, made.recipe, made)
 
 
 def test_the_recipe_of_a_candidate_gives_each_tensor_its_weight(family):
@@ -209,7 +246,7 @@ def test_the_recipe_of_a_candidate_gives_each_tensor_its_weight(family):
         family(2),
         space={"groups": {"attention": "*self_attn*", "layers": 2}, "lambda": {}, "density": {}, "variant": ["paper", "released"]},
     )
-    space = Space.of(search, made)
+    space = Space.of(search, made.recipe, made)
     config = {name: 0.1 + 0.01 * k for k, name in enumerate(space.bounds)} | {"variant": "released"}
     candidate = space.candidate(config)
     recipe = space.recipe_of(candidate)
@@ -239,7 +276,25 @@ def test_rules_are_few_where_names_are_alike():
     assert rules == (("self_attn.", 0.5), (None, 1.0)) or len(rules) == 2
 
 
+def test_rules_of_a_large_mixture_of_experts_are_few():
+    """19,000 tensors; found in seconds, since no stretch of a name is looked for in all names but those that are chosen."""
+    names = [
+        f"model.layers.{k}.mlp.experts.{e}.{part}_proj.weight"
+        for k in range(25)
+        for e in range(256)
+        for part in ("gate", "up", "down")
+    ]
+    names += [f"model.layers.{k}.self_attn.{part}_proj.weight" for k in range(25) for part in "qkvo"] + ["lm_head.weight"]
+    weights = [0.1 * (int(n.split(".")[2]) * 4 // 25) + ("self_attn" in n) if "layers" in n else 9.0 for n in names]
+    rules = _rules(names, weights)
+    assert len(rules) < 60
+    for name, weight in zip(names[::97], weights[::97], strict=True):
+        assert next(value for part, value in rules if part is None or part in name) == weight
+
+
 def test_labels_are_as_short_as_tells_models_apart():
+    assert _labels(["models/base", "models/code"]) == ("models_base", "models_code")
+    assert _labels(["winner", "start"]) == ("0_winner", "1_start")
     assert _labels(["models/math", "models/code"]) == ("math", "code")
     assert _labels(["a/math", "b/math/"]) == ("a_math", "b_math")
     assert _labels(["org/name@main", "org/name2"]) == ("name", "name2")
@@ -260,7 +315,7 @@ def test_the_first_generation_is_a_latin_hypercube_of_uniform_coefficients_with_
         "variant": ["paper", "pairwise"],
     }
     search, made = searched(family(2), space=asked)
-    space = Space.of(search, made)
+    space = Space.of(search, made.recipe, made)
     start, *others = space.first_generation(count, seed)
     assert start == space.start
     assert space.first_generation(count, seed) == [start, *others]
@@ -293,6 +348,8 @@ def test_a_grid_is_the_product_of_its_axes(family):
         ({"density": [0.0]}, "sweep.density"),
         ({"lambdas": [1]}, "write `lambda`"),
         ({"variant": "x"}, "variant"),
+        ({"density": []}, "sweep.density: wanted a list of values"),
+        ({"variant": []}, "sweep.variant: wanted a list of values"),
     ],
 )
 def test_a_wrong_grid_is_refused(family, sweep, complaint):
@@ -308,7 +365,7 @@ def asked(search: Search, made: Plan) -> Any:
     from pcb_ray.search.tune import Generations, Progress
 
     progress = Progress(search.budget, search, lambda key, record: None, {}, room=8, quiet=True)
-    return Generations(search, Space.of(search, made), progress), progress
+    return Generations(search, Space.of(search, made.recipe, made), progress), progress
 
 
 def score(asker: Any, progress: Any, scores: list[float]) -> list[dict[str, Any]]:
@@ -340,6 +397,40 @@ def test_a_logger_that_is_not_installed_or_not_reached_is_told(family, name, mon
         tune.check_loggers(search)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("CMAs", "Fix: write "), ("BayesOptimBO", "bayes_optim"), ("NelderMead", "does not support parallelization")],
+)
+def test_an_optimizer_that_cant_search_here_is_told_with_the_reason(family, name, complaint):
+    from pcb_ray.search import tune
+
+    search, made = searched(family(2), optimizer=name)
+    with pytest.raises(RequestError, match=f"search.optimizer.*{complaint}"):
+        tune.check_optimizer(search, Space.of(search, made.recipe, made))
+    for good in ("CMA", "DE", "PSO", "RandomSearch"):
+        tune.check_optimizer(dataclasses.replace(search, optimizer=good), Space.of(search, made.recipe, made))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_grid_stops_when_more_than_a_quarter_fails_in_a_row(family):
+    from pcb_ray.search.tune import Listed, Progress, Searcher
+
+    search, _ = searched(family(2))
+    points = [{"lambda": 0.1 * k} for k in range(20)]
+    progress = Progress(20, search, lambda key, record: None, {}, room=8, quiet=True)
+    asker = Listed(points, "max", progress)
+    for k, value in enumerate([NAN, NAN, NAN, 0.5, NAN, NAN, NAN, NAN, NAN, NAN]):
+        assert asker.suggest(str(k)) == points[k]
+        asker.on_trial_result(str(k), {"objective": value})
+        asker.on_trial_complete(str(k), None, error=True)  # its worker died after it: told already
+        progress.on_trial_result(
+            0, [], SimpleNamespace(trial_id=str(k)), {"metrics": {}, "objective": value, "error": "no" * (value != value)}
+        )
+    assert asker.stopped
+    assert asker.suggest("more") == Searcher.FINISHED
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("scores", [[0.1, 0.3, 0.9, NAN], [NAN, NAN, 0.0, 0.0], [NAN] * 4])
 def test_nevergrad_begins_at_the_best_of_the_first_generation_or_at_the_start_if_all_of_it_failed(family, scores):
@@ -347,7 +438,7 @@ def test_nevergrad_begins_at_the_best_of_the_first_generation_or_at_the_start_if
     search, made = searched(family(2), budget=40, population=4, space=space)
     asker, progress = asked(search, made)
     configs = score(asker, progress, scores)
-    assert configs == Space.of(search, made).first_generation(4, search.seed)
+    assert configs == Space.of(search, made.recipe, made).first_generation(4, search.seed)
     wanted = configs[max((k for k in range(4) if not math.isnan(scores[k])), key=lambda k: scores[k], default=0)]
     found = asker._nevergrad_opt.parametrization.value
     assert found["variant"] == wanted["variant"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import heapq
 import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -22,6 +25,8 @@ BUILT_IN = ("causal_lm", "classification", "lm_eval", "command")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 SMALLEST_POPULATION = 3  # of CMA-ES
 REST = "rest"  # the group of what no pattern matches
+RESERVED = {"base", "start", "winner"}  # names of the report, beside those of the models
+LEAST_SHARE = 1e-4  # of a CPU or GPU, that Ray tells from none
 
 _KEYS = (
     *("evaluator", "split", "metric", "mode", "space", "optimizer", "budget", "population", "concurrency"),
@@ -39,6 +44,20 @@ class Bounds:
     lower: float
     upper: float
     init: float
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds as they are asked for."""
+
+    lower: float
+    upper: float
+    init: float | None = None
+    """None: what the recipe says, if it lies within; else the middle."""
+
+    def bounds(self, of_recipe: float = math.nan) -> Bounds:
+        middle = of_recipe if self.lower <= of_recipe <= self.upper else (self.lower + self.upper) / 2
+        return Bounds(self.lower, self.upper, middle if self.init is None else self.init)
 
 
 @dataclass(frozen=True)
@@ -65,13 +84,13 @@ class Search:
     mode: str
     search_split: str = "val"
     report_split: str = "test"
-    weight: Bounds = Bounds(0.0, 2.0, 1.0)
+    weight: Range = Range(0.0, 2.0)
     groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """(name, patterns of tensor names); the first that matches wins."""
     layers: int = 1
     """Parts into which the stack of layers is cut, each with coefficients of its own."""
-    lambda_: Bounds | None = None
-    density: Bounds | None = None
+    lambda_: Range | None = None
+    density: Range | None = None
     variants: tuple[str, ...] = ()
     optimizer: str = "CMA"
     budget: int = 100
@@ -118,17 +137,17 @@ class Search:
             weight=_bounds(weight, "search.space.weight", problems, cls.weight),
             groups=groups,
             layers=layers,
-            lambda_=_optional(space, "lambda", problems, Bounds(0.0, 2.0, recipe.lambda_)),
-            density=_optional(space, "density", problems, Bounds(0.01, 0.5, recipe.density), is_fraction=True),
+            lambda_=_optional(space, "lambda", problems, Range(0.0, 2.0)),
+            density=_optional(space, "density", problems, Range(0.01, 0.5), is_fraction=True),
             variants=_variants(space.get("variant", ()), "search.space.variant", problems),
             optimizer=text(top.get("optimizer", cls.optimizer), "search.optimizer", problems),
             budget=budget,
             population=population,
             concurrency=None if concurrency == "auto" else _whole(concurrency, "search.concurrency", 1, problems),
-            cpu=_amount(resources.get("cpu", cls.cpu), "search.resources_per_trial.cpu", problems),
-            gpu=_amount(resources.get("gpu", cls.gpu), "search.resources_per_trial.gpu", problems),
+            cpu=_share(resources.get("cpu", cls.cpu), "search.resources_per_trial.cpu", problems),
+            gpu=_share(resources.get("gpu", cls.gpu), "search.resources_per_trial.gpu", problems),
             memory=_size(resources.get("memory"), "search.resources_per_trial.memory", problems),
-            seed=_whole(top.get("seed", cls.seed), "search.seed", 0, problems),
+            seed=_whole(top.get("seed", cls.seed), "search.seed", 0, problems, most=2**32 - 1),
             trial_timeout_s=None if "trial_timeout" not in top else _amount(top["trial_timeout"], "search.trial_timeout", problems),
             loggers=_loggers(top.get("loggers", ()), problems),
         )
@@ -183,10 +202,11 @@ def _evaluator(raw: object, has_evaluator: bool, problems: list[str]) -> tuple[s
     return raw, options
 
 
-def _whole(raw: object, where: str, least: int, problems: list[str]) -> int:
-    if isinstance(raw, int) and not isinstance(raw, bool) and raw >= least:
+def _whole(raw: object, where: str, least: int, problems: list[str], most: int = 10**9) -> int:
+    if isinstance(raw, int) and not isinstance(raw, bool) and least <= raw <= most:
         return raw
-    problems.append(wrong(where, f"a whole number of at least {least}", raw, f"write one such as {max(least, 8)}"))
+    wanted = f"a whole number of at least {least}" + (f" and at most {most}" if isinstance(raw, int) and raw > most else "")
+    problems.append(wrong(where, wanted, raw, f"write one such as {max(least, 8)}"))
     return least
 
 
@@ -197,6 +217,16 @@ def _amount(raw: object, where: str, problems: list[str]) -> float:
     return value
 
 
+def _share(raw: object, where: str, problems: list[str]) -> float:
+    """Of CPUs or GPUs."""
+    value = _amount(raw, where, problems)
+    if 0 < value < LEAST_SHARE:
+        problems.append(wrong(where, f"0, or at least {LEAST_SHARE}", raw, "write one such as 1 or 0.5"))
+    if value > 1 and value != int(value):
+        problems.append(wrong(where, "a whole number where it is above 1, as Ray does", raw, f"write {math.ceil(value)}"))
+    return value
+
+
 def _size(raw: object, where: str, problems: list[str]) -> int | None:
     value = None if raw is None else size_of(raw)
     if raw is not None and value is None:
@@ -204,16 +234,15 @@ def _size(raw: object, where: str, problems: list[str]) -> int | None:
     return value
 
 
-def _bounds(raw: Mapping[str, Any], where: str, problems: list[str], default: Bounds, *, is_fraction: bool = False) -> Bounds:
+def _bounds(raw: Mapping[str, Any], where: str, problems: list[str], default: Range, *, is_fraction: bool = False) -> Range:
     def value(key: str) -> float:
         return number(raw.get(key, getattr(default, key)), f"{where}.{key}", problems, is_fraction=is_fraction)
 
     before = len(problems)
-    lower, upper = value("lower"), value("upper")
-    init = value("init") if "init" in raw or lower <= default.init <= upper else (lower + upper) / 2
-    found = Bounds(lower, upper, init)
-    if len(problems) == before and not (found.lower <= found.init <= found.upper and found.lower < found.upper):
-        values = f"lower {found.lower:g}, init {found.init:g}, upper {found.upper:g}"
+    found = Range(value("lower"), value("upper"), value("init") if "init" in raw else None)
+    init = found.bounds().init
+    if len(problems) == before and not (found.lower <= init <= found.upper and found.lower < found.upper):
+        values = f"lower {found.lower:g}, init {init:g}, upper {found.upper:g}"
         problems.append(
             f"{where}: wanted lower <= init <= upper, and lower < upper, found {values}. Fix: widen the bounds or move init."
         )
@@ -221,8 +250,8 @@ def _bounds(raw: Mapping[str, Any], where: str, problems: list[str], default: Bo
 
 
 def _optional(
-    space: Mapping[str, Any], name: str, problems: list[str], default: Bounds, *, is_fraction: bool = False
-) -> Bounds | None:
+    space: Mapping[str, Any], name: str, problems: list[str], default: Range, *, is_fraction: bool = False
+) -> Range | None:
     if name not in space:
         return None
     where = f"search.space.{name}"
@@ -290,10 +319,10 @@ class Space:
     """The tensors."""
 
     @classmethod
-    def of(cls, search: Search, plan: Plan) -> Space:
+    def of(cls, search: Search, recipe: Recipe, plan: Plan) -> Space:
         """Raises RequestError for patterns that match nothing, and for a space that the optimizer can't search."""
         names = tuple(t.name for t in plan.tensors)
-        labels = _labels([m.source for m in plan.recipe.models])
+        labels = _labels([m.source for m in recipe.models])
         group_names = _group_names(search, names)
         groups = tuple(dict.fromkeys(group_names))
         matched = {_group(search, name) for name in names}
@@ -305,12 +334,20 @@ class Space:
         ]
         if search.layers > (stack := _stack(names)):
             problems.append(f"search.space.groups.layers: {search.layers} parts of {stack} layers. Fix: {stack} parts at most.")
-        weights = [f"weight.{label}" + (f".{group}" if len(groups) > 1 else "") for label in labels for group in groups]
-        bounds = dict.fromkeys(weights, search.weight)
+        bounds: dict[str, Bounds] = {}
+        for i, label in enumerate(labels):
+            of_recipe: dict[str, list[float]] = {group: [] for group in groups}
+            for name, group in zip(names, group_names, strict=True):
+                of_recipe[group].append(recipe.weight(i, name))
+            for group, weights in of_recipe.items():
+                mean = weights[0] if len(set(weights)) == 1 else statistics.fmean(weights)
+                bounds[f"weight.{label}" + (f".{group}" if len(groups) > 1 else "")] = search.weight.bounds(mean)
         if search.lambda_ is not None:
-            bounds["lambda"] = search.lambda_
+            bounds["lambda"] = search.lambda_.bounds(recipe.lambda_)
         if search.density is not None:
-            bounds["density"] = search.density
+            bounds["density"] = search.density.bounds(recipe.density)
+        if search.variants and recipe.variant not in search.variants:
+            recipe = dataclasses.replace(recipe, variant=search.variants[0])
         variants = search.variants if len(search.variants) > 1 else ()
         if len(bounds) + bool(variants) < 2 and search.optimizer == "CMA":
             problems.append(
@@ -318,7 +355,7 @@ class Space:
             )
         if problems:
             raise RequestError(problems)
-        return cls(plan.recipe, bounds, variants, labels, groups, tuple(groups.index(g) for g in group_names), names)
+        return cls(recipe, bounds, variants, labels, groups, tuple(groups.index(g) for g in group_names), names)
 
     @property
     def start(self) -> dict[str, Any]:
@@ -392,11 +429,11 @@ def _axis(name: str) -> str:
 
 
 def _labels(sources: Sequence[str]) -> tuple[str, ...]:
-    """The last part of each source, or as many parts as tell them apart."""
+    """The last part of each source, or as many parts as tell them apart, and from the other rows of a report."""
     parts = [re.sub(r"\.safetensors$", "", s.rstrip("/").split("@")[0]).split("/") for s in sources]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["_".join(p[-count:]) for p in parts]
-        if len(set(labels)) == len(labels):
+        if len(set(labels)) == len(labels) and RESERVED.isdisjoint(labels):
             return tuple(labels)
     return tuple(f"{i}_{p[-1]}" for i, p in enumerate(parts))
 
@@ -430,31 +467,43 @@ def _group_names(search: Search, names: Sequence[str]) -> list[str]:
 
 def _rules(names: Sequence[str], weights: Sequence[float]) -> tuple[Rule, ...]:
     """Filter rules that give each name its weight: the most frequent as the default, and few others."""
-    common = max(set(weights), key=lambda w: (weights.count(w), w))
     of_name = dict(zip(names, weights, strict=True))
-    rules: list[tuple[str, float]] = []
+    (common, _), *_ = Counter(weights).most_common(1)
     left = {name for name in names if of_name[name] != common}
-    # Parts of names, the longest stretch of whole name parts first to last: short ones serve more tensors.
-    parts: dict[str, None] = {}
-    for name in sorted(left):
-        pieces = name.split(".")
-        for length in range(1, len(pieces) + 1):
-            parts |= {
-                ".".join(pieces[at : at + length]) + ("." if at + length < len(pieces) else ""): None
-                for at in range(len(pieces) - length + 1)
-            }
-    found = {part: [name for name in names if part in name] for part in parts}
-    useful = {part: hit for part, hit in found.items() if len({of_name[name] for name in hit}) == 1}
-    while useful and left:
-        part = max(useful, key=lambda p: (len(left.intersection(useful[p])), -len(p), p))
-        if not left.intersection(useful[part]):
-            break
-        rules.append((part, of_name[useful[part][0]]))
-        left -= set(useful[part])
+    # Stretches of whole parts of names, and the names that have them: a mixture of experts has 20,000 names and as many stretches, so that to look
+    # for each of them in each name would take minutes.
+    having: dict[str, list[str]] = {}
+    for name in names:
+        for stretch in _stretches(name):
+            having.setdefault(stretch, []).append(name)
+    queue = [
+        (-len(hit), len(stretch), stretch)
+        for stretch, hit in having.items()
+        if of_name[hit[0]] != common and len({of_name[name] for name in hit}) == 1
+    ]
+    heapq.heapify(queue)
+    rules: list[tuple[str, float]] = []
+    while queue and left:  # the one that serves most names next; of these the shortest
+        served, length, stretch = heapq.heappop(queue)
+        still = -len(left.intersection(having[stretch]))
+        if served != still:  # others have taken some of its names
+            if still:
+                heapq.heappush(queue, (still, length, stretch))
+            continue
+        hit = [name for name in names if stretch in name]  # `1.mlp.` is in `11.mlp.` too
+        if len({of_name[name] for name in hit}) == 1:
+            rules.append((stretch, of_name[hit[0]]))
+            left.difference_update(hit)
     # Names that are part of other names: whole, longest first, before all others.
     hiding = [name for name in names if any(other in name for other in left)]
     whole: list[Rule] = [(name, of_name[name]) for name in sorted(hiding, key=len, reverse=True)]
     return (*whole, *rules, (None, common))
+
+
+def _stretches(name: str) -> Iterator[str]:
+    pieces = name.split(".")
+    for start, stop in itertools.combinations(range(len(pieces) + 1), 2):
+        yield ".".join(pieces[start:stop]) + ("." if stop < len(pieces) else "")
 
 
 # --- the grid -----------------------------------------------------------------------------------------------------------------------
@@ -469,6 +518,8 @@ def grid_of(recipe: Recipe) -> list[dict[str, Any]]:
     axes: dict[str, tuple[Any, ...]] = {}
     for name, values in section(recipe.sweep, "sweep", _SWEEP_KEYS, problems).items():
         listed = values if isinstance(values, list | tuple) else [values]
+        if not listed:
+            problems.append(wrong(f"sweep.{name}", "a list of values", listed, "give one at least, or remove the line"))
         if name == "variant":
             axes[name] = _variants(listed, "sweep.variant", problems)
         else:

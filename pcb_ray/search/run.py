@@ -21,12 +21,13 @@ from pcb_ray import output, runtime
 from pcb_ray.analysis import Run, check_twins, thresholds_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.checkpoint import Checkpoint
-from pcb_ray.errors import RequestError, RunError, reason_in
+from pcb_ray.errors import InputError, RequestError, RunError, reason_in
 from pcb_ray.merge import ARITHMETIC, companions, fetched_plan, merge
 from pcb_ray.output import RECIPE, State
-from pcb_ray.plan import CPU_BLOCK, DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
+from pcb_ray.plan import DEFAULT_SHARD_BYTES, choose_block, worker_bytes
 from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import Recipe
+from pcb_ray.runtime import CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S
 from pcb_ray.search.request import Config, Search, Space, grid_of
 from pcb_ray.search.worker import Arm, Job
 
@@ -65,21 +66,20 @@ def search(
     request = Search.of(recipe, has_evaluator=evaluator is not None)
     from pcb_ray.search import report, tune  # seconds of imports, once the request is known to be right
 
-    tune.check_optimizer(request)
     variants = request.variants or (recipe.variant,)
-    with _prepared(
-        recipe, request, out, variants, evaluator, max_shard_bytes, resume=resume, overwrite=overwrite, address=address
-    ) as (
+    scored = request.density is not None
+    place = {"resume": resume, "overwrite": overwrite, "model": True}
+    with _prepared(recipe, request, out, variants, evaluator, max_shard_bytes, scored=scored, address=address, **place) as (
         state,
         job,
     ):
         request = job.search
         tune.check_loggers(request)
         base = _dry_score(job, state)
-        job = _with_bases(job, state, request.density is not None, workers=workers, memory=memory, quiet=quiet)
+        job = _with_bases(job, state, scored, workers=workers, memory=memory, quiet=quiet)
         progress, known = _progress(request.budget, job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Generations(request, job.space, progress), progress, request.budget, known)
-        scores, best = _references(job, base, best_trial)
+        scores, best = _references(job, base, records, best_trial)
         winner = job.space.recipe_of(job.space.candidate(best))
         _merge_winner(winner, job, best, state, workers=workers, memory=memory, max_shard_bytes=max_shard_bytes, quiet=quiet)
         found = {
@@ -122,16 +122,16 @@ def sweep(
     variants = tuple(dict.fromkeys(p.get("variant", recipe.variant) for p in points))
     largest = max((p["density"] for p in points if "density" in p), default=None)
     swept = recipe if largest is None else _at_density(recipe, largest)
-    with _prepared(
-        swept, request, out, variants, evaluator, DEFAULT_SHARD_BYTES, resume=resume, overwrite=overwrite, address=address
-    ) as (
+    scored = largest is not None
+    place = {"resume": resume, "overwrite": overwrite, "model": False}
+    with _prepared(swept, request, out, variants, evaluator, DEFAULT_SHARD_BYTES, scored=scored, address=address, **place) as (
         state,
         job,
     ):
         request = job.search
         tune.check_loggers(request)
         base = _dry_score(job, state)
-        job = _with_bases(job, state, largest is not None, workers=workers, memory=memory, quiet=quiet)
+        job = _with_bases(job, state, scored, workers=workers, memory=memory, quiet=quiet)
         progress, known = _progress(len(points), job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
         best = best_trial["config"]
@@ -151,18 +151,24 @@ def _prepared(
     evaluator: Any,
     max_shard_bytes: int,
     *,
+    scored: bool,
     resume: bool,
     overwrite: bool,
+    model: bool,
     address: str | None,
 ) -> Iterator[tuple[State, Job]]:
-    """The state on disk, the cluster, and a job without bases."""
+    """The state on disk, the cluster, and a job whose bases are yet to be made. `model`: whether the output is to have one."""
+    from pcb_ray.basis import basis_bytes
     from pcb_ray.search import tune
 
     output.check_place(out)
     plans = {v: fetched_plan(_analysed(recipe, request, v), max_shard_bytes) for v in variants}
     plan = next(iter(plans.values()))
-    output.check_out(out, plan, overwrite=overwrite, resume=resume)
-    space = Space.of(request, plan)
+    beside = sum(basis_bytes(p, scored) for p in plans.values())
+    output.check_out(out, plan, overwrite=overwrite, resume=resume, model=model, beside=beside)
+    space = Space.of(request, recipe, plan)
+    tune.check_optimizer(request, space)
+    _check_picklable(evaluator)
     base, tokenizer = companions(recipe)
     files = output.side_files(recipe, plan, base, tokenizer)
     for note in plan.notes:
@@ -179,8 +185,7 @@ def _prepared(
         if request.memory is None and not request.gpu:
             request = dataclasses.replace(request, memory=4 * (plan.D + sum(math.prod(c.source.shape) for c in plan.copies)))
         at_a_time = tune.check_resources(request)
-        each = tune.shown_resources(request.cpu, request.gpu, request.memory)
-        log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), each)
+        log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), _resources(request))
         arms = {v: Arm(p, str(state.folder / f"basis-{v}"), Thresholds()) for v, p in plans.items()}
         scored_by = _identity(request, recipe, evaluator)
         yield state, Job(request, space, arms, str(model_dir), str(recipe.folder.absolute()), scored_by, evaluator)
@@ -214,6 +219,19 @@ def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
+def _check_picklable(evaluator: Any) -> None:
+    """Raises RequestError for an evaluator that can't be sent to workers."""
+    from ray import cloudpickle
+
+    try:
+        cloudpickle.dumps(evaluator)
+    except Exception as error:  # whatever its __getstate__ raises
+        raise RequestError(
+            f"search.evaluator: {type(evaluator).__name__} can't be sent to the workers: {type(error).__name__}: {error}. Fix: open files, "
+            "connections and models in `load`, which each worker calls."
+        ) from error
+
+
 def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) -> None:
     """The base as an evaluator loads it: its weights by link, with the config and tokenizer that the merge will have."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -244,6 +262,9 @@ class _Scorer:
         self._start = lambda: Worker(job)
         self._worker: Any = None
 
+    def is_there(self) -> None:
+        """Answers once the actor has been placed."""
+
     def score(self, what: int | Config, split: str) -> dict[str, float]:
         """Of the base (0), a model (1..N), or a candidate."""
         self._worker = self._worker or self._start()
@@ -252,10 +273,79 @@ class _Scorer:
         return dict(self._worker.score(self._worker.job.space.candidate(what), split)[0])
 
 
-def _scorer(job: Job) -> Any:
-    import ray
+class _Scorers:
+    """Some of them, at work on one thing each."""
 
-    return ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory).remote(job)
+    def __init__(self, job: Job, count: int) -> None:
+        import ray
+
+        self._actor: Any = ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory)
+        self._job = ray.put(job)
+        self._waits_for = _resources(job.search)
+        self._starting: dict[Any, Any] = {}  # what tells that it is there -> scorer
+        self._idle: list[Any] = []
+        self._busy: dict[
+            Any, tuple[Any, tuple[str, str], bool]
+        ] = {}  # answer -> scorer, what it scores, whether it may be asked again
+        for _ in range(count):
+            self._add()
+
+    def _add(self) -> None:
+        scorer = self._actor.remote(self._job)
+        self._starting[scorer.is_there.remote()] = scorer
+
+    def score(
+        self, asked: Mapping[tuple[str, str], int | Config]
+    ) -> Iterator[tuple[tuple[str, str], dict[str, float] | Exception]]:
+        """The metrics of each (name, split), or the RayError instead. A scorer that died gets a successor, which is asked once more.
+
+        Raises RunError if the cluster has no place for one."""
+        import ray
+
+        waiting, last_sign = [(one, True) for one in asked], time.monotonic()
+        while waiting or self._busy:
+            while waiting and self._idle:
+                (one, again), scorer = waiting.pop(0), self._idle.pop()
+                self._busy[scorer.score.remote(asked[one], one[1])] = (scorer, one, again)
+            ready, _ = ray.wait([*self._busy, *self._starting], timeout=5.0)
+            if self._busy or ready:
+                last_sign = time.monotonic()
+            elif time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
+                raise RunError(
+                    f"no worker with {self._waits_for} could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: other jobs may hold what the cluster has "
+                    f"({runtime.nodes()}); free some, then --resume goes on"
+                )
+            for answer in ready:
+                if answer in self._starting:
+                    self._idle.append(self._starting.pop(answer))  # one that has died by now says so when it is asked
+                    continue
+                scorer, one, again = self._busy.pop(answer)
+                try:
+                    found = dict(ray.get(answer, timeout=CALL_TIMEOUT_S))
+                except ray.exceptions.RayTaskError as error:
+                    self._idle.append(scorer)
+                    yield one, error
+                except ray.exceptions.RayError as error:
+                    self._add()
+                    if again:
+                        waiting.append((one, False))
+                    else:
+                        yield one, error
+                else:
+                    self._idle.append(scorer)
+                    yield one, found
+
+    def close(self) -> None:
+        import ray
+
+        for scorer in (*self._idle, *self._starting.values(), *(scorer for scorer, _, _ in self._busy.values())):
+            ray.kill(scorer)
+
+
+def _resources(request: Search) -> str:
+    from pcb_ray.search import tune
+
+    return tune.shown_resources(request.cpu, request.gpu, request.memory)
 
 
 def _dry_score(job: Job, state: State) -> Scores:
@@ -265,20 +355,26 @@ def _dry_score(job: Job, state: State) -> Scores:
     if state.found.get("base", {}).get("by") == job.scored_by:
         known: Scores = state.found["base"]["scores"]
         return known
-    scorer = _scorer(job)
-    try:
-        scores = {split: ray.get(scorer.score.remote(0, split)) for split in (job.search.search_split, job.search.report_split)}
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RequestError):
-            raise cause from None
-        fix = "Fix: make the evaluator score the base model."
-        raise RequestError(f"search.evaluator: scoring the base failed: {type(cause).__name__}: {cause}. {fix}") from error
-    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-        fix = "Fix: see that it can be pickled, and that the model fits in memory."
-        raise RequestError(f"search.evaluator: its process died while it scored the base ({reason_in(error)}). {fix}") from error
-    finally:
-        ray.kill(scorer)
+    request, scores = job.search, dict[str, Any]()
+    asked: dict[tuple[str, str], int | Config] = {("base", split): 0 for split in (request.search_split, request.report_split)}
+    with contextlib.closing(_Scorers(job, 1)) as scorers:
+        for (_, split), found in scorers.score(asked):
+            if isinstance(found, ray.exceptions.RayTaskError):
+                cause = found.cause
+                if isinstance(cause, RequestError):
+                    raise cause from None
+                fix = "Fix: make the evaluator score the base model."
+                raise RequestError(f"search.evaluator: scoring the base failed: {type(cause).__name__}: {cause}. {fix}") from found
+            if isinstance(found, Exception):
+                fix = "Fix: see that the model fits in memory, and that the evaluator does not end its process."
+                raise RequestError(
+                    f"search.evaluator: its process died while it scored the base ({reason_in(found)}). {fix}"
+                ) from found
+            if not math.isfinite(value := found[request.metric]):
+                raise RequestError(
+                    f"search.metric: {request.metric} of the base on {split} is {value}. Fix: make it a finite number; candidates are compared by it."
+                )
+            scores[split] = found
     state.found["base"] = {"by": job.scored_by, "scores": scores}
     state.save()
     return scores
@@ -291,13 +387,14 @@ def _with_bases(job: Job, state: State, scored: bool, *, workers: int | None, me
 
 
 def _with_basis(arm: Arm, state: State, variant: str, scored: bool, *, workers: int | None, memory: int | None, quiet: bool) -> Arm:
-    from pcb_ray.basis import chunk_file
+    from pcb_ray.basis import chunk_file, writer_bytes
 
     plan, folder = arm.plan, Path(arm.folder)
     folder.mkdir(exist_ok=True)
     found: dict[str, Any] = state.found.setdefault("arms", {}).setdefault(variant, {})
-    block = choose_block(plan, "cpu", memory)
-    needed = worker_bytes(plan, block) + _writer_bytes(plan, scored)
+    beside = writer_bytes(plan, scored)
+    block = choose_block(plan, "cpu", memory, beside)
+    needed = worker_bytes(plan, block) + beside
     owners = runtime.RayOwners(
         *(plan, str(folder)),
         workers=runtime.choose_workers(workers, "cpu", needed, plan.chunks),
@@ -324,19 +421,13 @@ def _with_basis(arm: Arm, state: State, variant: str, scored: bool, *, workers: 
         earlier = [chunk for chunk, name in names.items() if name in state.journal]
         here = {chunk: digest.hex() for _, part in owners.ask("basis_digests", earlier) for chunk, digest in part.items()}
         missing = [chunk for chunk, name in names.items() if chunk not in here or state.journal[name] != here[chunk]]
-        for _, built in run.sweep("basis", "basis", thresholds, scored, chunks=missing):
+        for _, built in run.sweep("basis", "basis", thresholds, scored, chunks=missing, how="store"):
             state.wrote({names[chunk]: digest.hex() for chunk, (_, digest) in built.items()})
     finally:
         owners.close()
     size = sum(chunk_file(folder, chunk).stat().st_size for chunk in range(plan.chunks))
     log.info("basis %s: %s for %d models of %d elements", variant, readable_bytes(size), plan.N, plan.D)
     return dataclasses.replace(arm, thresholds=thresholds)
-
-
-def _writer_bytes(plan: Plan, scored: bool) -> int:
-    """What gathering the basis of one chunk takes at most: positions, values, scores, and the file's bytes."""
-    share = max(plan.densities) if plan.method.startswith("pcb") else 1.0
-    return int(plan.chunk_elements * (plan.N * (share * (24 if scored else 12) + 0.25) + 2) + CPU_BLOCK)
 
 
 def _tried(
@@ -355,6 +446,8 @@ def _tried(
 def _commit(state: State, winner: Recipe) -> None:
     """Add what search and sweep both leave, and give the output its name."""
     (state.staging / BEST).write_text(winner.resolved().to_yaml())
+    for pickled in (state.folder / "tune").rglob("*.pkl"):
+        pickled.unlink()  # for Tune to go on with; they hold the evaluator's options, whatever these may be
     (state.folder / "tune").rename(state.staging / "tune")
     state.commit()
 
@@ -383,60 +476,33 @@ def _known_trials(job: Job, state: State) -> dict[str, Any]:
     return {key: record for key, record in records.items() if not record["error"] or generation[key] < last}
 
 
-def _references(job: Job, base: Scores, best: Mapping[str, Any]) -> tuple[dict[str, Scores], dict[str, Any]]:
+def _references(
+    job: Job, base: Scores, records: list[dict[str, Any]], best: Mapping[str, Any]
+) -> tuple[dict[str, Scores], dict[str, Any]]:
     """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials.
 
     What can't be scored has no metrics, with a warning: the search is not lost for it."""
-    import ray
-
     from pcb_ray.search import tune
 
     request, space = job.search, job.space
     splits = (request.search_split, request.report_split)
     inputs: dict[str, int | Config] = {label: i + 1 for i, label in enumerate(space.labels)} | {"start": space.start}
-    asked = {(name, split): what for name, what in inputs.items() for split in splits}
-    scorers = [_scorer(job) for _ in range(min(tune.check_resources(request), len(inputs)))]
-    try:
-        found = _scored(job, scorers, asked)
-        scores: dict[str, Scores] = {"base": base} | {name: {split: found[name, split] for split in splits} for name in inputs}
-        of_start = scores["start"][splits[0]].get(request.metric, math.nan)
-        if request.better * of_start >= request.better * best["objective"]:
-            return scores | {"winner": scores["start"]}, space.start
-        on_report = _scored(job, scorers, {("winner", splits[1]): best["config"]})["winner", splits[1]]
-        return scores | {"winner": {splits[0]: best["metrics"], splits[1]: on_report}}, dict(best["config"])
-    finally:
-        for scorer in scorers:
-            ray.kill(scorer)
-
-
-def _scored(job: Job, scorers: list[Any], asked: Mapping[tuple[str, str], int | Config]) -> dict[tuple[str, str], dict[str, float]]:
-    """The metrics of each (name, split), one at a time by each scorer; none, with a warning, where there are none.
-
-    A scorer that died gets a successor, which is asked once more."""
-    import ray
-
-    waiting, idle = [(one, True) for one in asked], list(range(len(scorers)))
-    running: dict[Any, tuple[int, tuple[str, str], bool]] = {}
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    while waiting or running:
-        while waiting and idle:
-            (one, again), k = waiting.pop(0), idle.pop(0)
-            running[scorers[k].score.remote(asked[one], one[1])] = (k, one, again)
-        [pending], _ = ray.wait(list(running))
-        k, one, again = running.pop(pending)
-        idle.append(k)
-        try:
-            found[one] = dict(ray.get(pending))
-        except ray.exceptions.RayError as error:
-            died = not isinstance(error, ray.exceptions.RayTaskError)
-            if died:
-                scorers[k] = _scorer(job)
-            if died and again:
-                waiting.append((one, False))
-            else:
-                log.warning("%s has no score on %s: %s", *one, reason_in(error))
-                found[one] = {}
-    return found
+    asked = {(name, split): what for name, what in inputs.items() for split in splits} | {("winner", splits[1]): best["config"]}
+    found = {("winner", splits[0]): best["metrics"]}
+    if records[0]["config"] == space.start and not records[0]["error"]:
+        found["start", splits[0]] = records[0]["metrics"]
+    if best["config"] == space.start:
+        del asked["winner", splits[1]]
+    with contextlib.closing(_Scorers(job, min(tune.check_resources(request), len(inputs)))) as scorers:
+        for one, metrics in scorers.score({one: what for one, what in asked.items() if one not in found}):
+            if isinstance(metrics, Exception):
+                log.warning("%s has no score on %s: %s", *one, reason_in(metrics))
+            found[one] = {} if isinstance(metrics, Exception) else metrics
+    scores: dict[str, Scores] = {"base": base} | {name: {split: found[name, split] for split in splits} for name in inputs}
+    of_start = scores["start"][splits[0]].get(request.metric, math.nan)
+    if request.better * of_start >= request.better * best["objective"]:
+        return scores | {"winner": scores["start"]}, space.start
+    return scores | {"winner": {split: found["winner", split] for split in splits}}, dict(best["config"])
 
 
 def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_shard_bytes: int, **options: Any) -> None:
@@ -454,6 +520,9 @@ def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_s
         with State(place, output.asked_of(plan, ARITHMETIC), resume=False) as merging:
             merging.found = {"thresholds": thresholds.to_json(), "inputs": found["inputs"], "sweeps": found["sweeps"]}
             merging.save()
-    merge(winner, place, max_shard_bytes=max_shard_bytes, resume=bool(found), **options)
+    try:
+        merge(winner, place, max_shard_bytes=max_shard_bytes, resume=bool(found), **options)
+    except InputError as error:  # that would forget all trials
+        raise RunError(f"the winner can't be merged: {error}. What the trials found is kept in {state.folder}") from error
     shutil.rmtree(state.staging, ignore_errors=True)
     place.rename(state.staging)

@@ -34,6 +34,7 @@ for module in (actor_manager, tune_controller):
     vars(module)["RayActorError"] = (RayActorError, OutOfMemoryError)
 
 INITIAL_STD = 0.1  # of CMA, in ranges between bounds; Nevergrad's own, 0.05 or 0.025, is too timid for a budget of 100
+SMALLEST_GRID = 16  # of fewer points a quarter may fail by chance
 START_PATIENCE_S = 60.0  # how long idle workers wait for one more to start
 MOST_DEATHS = 10  # of workers that were to score the same candidate, also of those that died before
 
@@ -57,19 +58,37 @@ def nevergrad_space(space: Space, seed: int, start: Config) -> Any:
     return result
 
 
-def check_optimizer(search: Search) -> None:
-    """Raises RequestError for a name that Nevergrad does not have."""
+def check_optimizer(search: Search, space: Space) -> None:
+    """Raises RequestError for an optimizer that Nevergrad does not have, or that can't search this space a generation at a time."""
     import difflib
 
     import nevergrad as ng
 
     names = list(ng.optimizers.registry)
-    if search.optimizer not in names:
+    if search.optimizer and search.optimizer not in names:
         near = difflib.get_close_matches(search.optimizer, names, n=1)
         raise RequestError(
             f"search.optimizer: {search.optimizer!r} is none of Nevergrad's. Fix: "
             + (f"write {near[0]}." if near else "CMA, or a name of nevergrad.optimizers.registry.")
         )
+    if search.optimizer in ("", "CMA"):
+        return
+    try:  # two generations, as they will be asked and told
+        parametrization = nevergrad_space(space, search.seed, space.start)
+        optimizer = optimizer_of(search, space)(parametrization=parametrization, **_of_optimizer(search))
+        for _ in range(2):
+            asked = [optimizer.ask() for _ in range(search.population)]
+            for k, candidate in enumerate(asked):
+                optimizer.tell(candidate, float(k))
+    except Exception as error:  # whatever a package raises that is missing, or an optimizer that wants another kind of space
+        raise RequestError(
+            f"search.optimizer: {search.optimizer} can't search {len(space.bounds)} coefficients, {search.population} candidates at a time, here: "
+            f"{type(error).__name__}: {reason_in(error)}. Fix: use CMA, or another of Nevergrad's."
+        ) from error
+
+
+def _of_optimizer(search: Search) -> dict[str, Any]:
+    return {} if search.optimizer == "CMA" else {"budget": search.budget, "num_workers": search.population}
 
 
 def optimizer_of(search: Search, space: Space) -> Any:
@@ -85,6 +104,17 @@ def optimizer_of(search: Search, space: Space) -> Any:
     return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=6 * INITIAL_STD / multiplied_by, inopts=inopts)
 
 
+class Patience:
+    """Lost once more than a quarter of all trials have failed in a row."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._in_a_row, self.is_lost = total, 0, False
+
+    def saw(self, *, failed: bool) -> None:
+        self._in_a_row = self._in_a_row + 1 if failed else 0
+        self.is_lost |= 4 * self._in_a_row > self._total
+
+
 class Generations(NevergradSearch):
     """Nevergrad, one generation at a time, from the best of a first one that is spread over the uniform coefficients.
 
@@ -97,12 +127,10 @@ class Generations(NevergradSearch):
         self._generation: list[str] = []
         self._losses: dict[str, float | None] = {}
         self._worst = -math.inf
-        self._failed_in_a_row = 0
-        self.stopped = False
-        kwargs = {} if search.optimizer == "CMA" else {"budget": search.budget, "num_workers": search.population}
+        self._patience = Patience(search.budget)
         super().__init__(
             optimizer=optimizer_of(search, space),
-            optimizer_kwargs=kwargs,
+            optimizer_kwargs=_of_optimizer(search),
             space=nevergrad_space(space, search.seed, space.start),
             metric=OBJECTIVE,
             mode=search.mode,
@@ -132,6 +160,10 @@ class Generations(NevergradSearch):
         if trial_id in self._generation and not (error and self._progress.may_try_again(trial_id)):
             self._ended(trial_id, math.nan)
 
+    @property
+    def stopped(self) -> bool:
+        return self._patience.is_lost
+
     def _ended(self, trial_id: str, value: float) -> None:
         if trial_id not in self._generation or trial_id in self._losses:
             return  # told already: what comes now is only its worker's end
@@ -142,8 +174,7 @@ class Generations(NevergradSearch):
 
     def _learn(self, generation: Sequence[tuple[str, float | None]]) -> None:
         for _, loss in generation:
-            self._failed_in_a_row = self._failed_in_a_row + 1 if loss is None else 0
-            self.stopped |= 4 * self._failed_in_a_row > self._search.budget
+            self._patience.saw(failed=loss is None)
         scored = {one: loss for one, loss in generation if loss is not None}
         # Of the whole generation first: one that failed may have been asked before any that has a score.
         self._worst = max([self._worst, *scored.values()])
@@ -164,10 +195,11 @@ class Listed(Searcher):
 
     def __init__(self, configs: Sequence[Config], mode: str, progress: Progress) -> None:
         super().__init__(metric=OBJECTIVE, mode=mode)
-        self._left, self._progress, self.stopped = list(configs), progress, False
+        self._told: set[str] = set()
+        self._left, self._progress, self._patience = list(configs), progress, Patience(max(len(configs), SMALLEST_GRID))
 
     def suggest(self, trial_id: str) -> Any:
-        if self._progress.is_over:
+        if self.stopped or self._progress.is_over:
             return Searcher.FINISHED
         if self._progress.is_full:
             return None
@@ -179,9 +211,17 @@ class Listed(Searcher):
         self._progress.asked(trial_id, config)
         return config
 
+    @property
+    def stopped(self) -> bool:
+        return self._patience.is_lost
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._told.add(trial_id)
+        self._patience.saw(failed=not math.isfinite(result[OBJECTIVE]))
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if error:
-            self._progress.may_try_again(trial_id)
+        if error and trial_id not in self._told and not self._progress.may_try_again(trial_id):
+            self._patience.saw(failed=True)
 
     def save(self, checkpoint_path: str) -> None:
         pass
@@ -325,6 +365,7 @@ class Workers(FIFOScheduler):
         self._asker, self._progress = asker, progress
         self._held: list[Any] = []
         self._idle_since: float | None = None
+        self._none_since = time.monotonic()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Record) -> str:
         self._held.append(trial)
@@ -342,6 +383,13 @@ class Workers(FIFOScheduler):
             return max(pending, key=lambda t: self._progress.number(t.trial_id))  # the last asked: no worker is starting for it
         if not pending or len(self._held) < running:
             self._idle_since = None
+        if running or not pending:
+            self._none_since = time.monotonic()
+        elif time.monotonic() - self._none_since > START_PATIENCE_S:
+            log.warning(
+                "no worker could be placed for %g s: other jobs may hold what the cluster has; the search waits", START_PATIENCE_S
+            )
+            self._none_since = time.monotonic()
         return None
 
     def _release(self, tune_controller: Any) -> None:
@@ -432,14 +480,16 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the records hold the errors
     try:
         tuner.fit()
-    except (tune.TuneError, RuntimeError) as error:
-        raise RunError(f"Tune gave up: {reason_in(error)}; --resume goes on with what was scored") from error
+    except Exception as error:  # whatever Tune or an optimizer of Nevergrad raises
+        reason = f"{type(error).__name__}: {reason_in(error)}"
+        raise RunError(f"the search gave up: {reason}; --resume goes on with what was scored") from error
     finally:
         progress.close()
     records = [record for _, record in sorted(progress.records.items())]
-    if asker.stopped:
+    if len(records) < total and asker.stopped:
+        last = next(record["error"] for record in reversed(records) if record["error"])
         raise RunError(
-            f"more than a quarter of the {total} trials failed in a row, the last with: {records[-1]['error']}; "
+            f"more than a quarter of the {total} trials failed in a row, the last with: {last}; "
             "mend the cause, then --resume goes on with what succeeded"
         )
     if len(records) < total:
