@@ -46,27 +46,31 @@ The bytes are the same whatever --workers and --memory are.
 
 
 SEARCH_HELP = """\
-The recipe has a section more:
+The recipe has a section more. All keys but `evaluator` (and `metric` of your own) may be left out; these are their defaults, but where it says optional:
 
   search:
     evaluator: my_eval.py:Accuracy      # load(model_dir) -> torch.nn.Module, score(split) -> dict of numbers; or built in:
-    #   causal_lm: {data: {val: val.txt, test: test.txt}}       loss and perplexity of text or JSONL
+    #   causal_lm: {data: {val: val.txt, test: test.txt}}       loss and perplexity of text, JSONL or parquet
     #   classification: {data: {val: val.jsonl, test: test.jsonl}}
-    #   lm_eval: {tasks: {val: [my_task], test: [arc_easy]}}    EleutherAI's harness
-    #   command: {run: "python eval.py {model} {split}"}        prints JSON last
-    metric: accuracy
-    mode: max
+    #   lm_eval: {tasks: {val: [my_task], test: [arc_easy]}}    EleutherAI's harness (pip install 'pcb-ray[lm-eval]')
+    #   command: {run: "python eval.py {model} {split}"}        gets a model directory, prints JSON last
+    metric: accuracy                    # of what `score` returns; of causal_lm and classification: loss, accuracy
+    mode: max                           # max | min
     split: {search: val, report: test}  # `report` is scored only for base, experts, start and winner
     space:
-      weight: {lower: 0.0, upper: 2.0, init: 1.0}
-      groups: {attention: "*self_attn*", mlp: "*mlp*", layers: 4}   # optional: coefficients of their own
-      lambda: {lower: 0.5, upper: 2.0}                              # optional
-      density: {lower: 0.02, upper: 0.4}                            # optional
-    budget: 100
-    population: 8
+      weight: {lower: 0.0, upper: 2.0}  # lambda_i of each model; init: the recipe's weight
+      groups: {attention: "*self_attn*", mlp: "*mlp*", layers: 4}   # optional: coefficients of their own, by tensor name and depth
+      lambda: {lower: 0.5, upper: 2.0}                              # optional; init: the recipe's
+      density: {lower: 0.02, upper: 0.4}                            # optional; one for all models
+      variant: [pairwise, released]                                 # optional
+    optimizer: CMA                      # CMA-ES, or another of Nevergrad's by name
+    budget: 100                         # candidates
+    population: 8                       # candidates that are asked at a time, and told together
+    concurrency: auto                   # trials at a time: as many as the cluster holds
     resources_per_trial: {cpu: 1, gpu: 0, memory: 16GB}   # memory: by default the model in float32, without a GPU
-    trial_timeout: 600                  # seconds
-    seed: 0
+    trial_timeout: 600                  # seconds; optional
+    loggers: [tensorboard, {wandb: {project: merges}}]    # optional; mlflow too. Keys of services belong in the environment
+    seed: 0                             # decides the candidates, on any number of workers
 
 OUT holds the merged winner, best_recipe.yaml (an ordinary recipe), trials.parquet, report.html and the Tune experiment.
 Each model is read for the analysis only; a candidate updates a model that stays loaded. --resume goes on after a crash with the same candidates.

@@ -40,4 +40,5 @@ class RunError(RuntimeError):
 def reason_in(error: Exception | str) -> str:
     """What happened, of an error that Ray or Tune has wrapped: the last line, or the one that says that memory was short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "low on memory" in line), lines[-1])[:300]
+    found = next((line for line in lines if "low on memory" in line), lines[-1])
+    return found.split(" Some common causes")[0][:300]  # Ray's guesses, whatever happened

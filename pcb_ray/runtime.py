@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pcb_ray.errors import RequestError, RunError
+from pcb_ray.errors import RequestError, RunError, reason_in
 from pcb_ray.plan import Plan
 
 log = logging.getLogger("pcb_ray")
@@ -177,7 +177,7 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(
-            f"no Ray cluster at {address}: {_first_line(error)}; start one with `ray start --head`, "
+            f"no Ray cluster at {address}: {reason_in(error)}; start one with `ray start --head`, "
             "set RAY_AUTH_MODE=token if it asks for a token, or leave --address out for a local one"
         ) from error
     if threading.current_thread() is threading.main_thread():
@@ -348,12 +348,12 @@ class RayOwners:
                     f"{where}{cause.strerror or cause}; finished work is kept: free space or mend the disk, then --resume goes on"
                 ) from None
             if isinstance(cause, RayError | MemoryError):
-                raise RunError(f"a worker failed: {_first_line(cause)}. {ADVICE}") from None
+                raise RunError(f"a worker failed: {reason_in(cause)}. {ADVICE}") from None
             raise cause from None
         if number not in self._owners:
             return  # not the first of its answers to fail
         self.deaths, self._fruitless = self.deaths + 1, self._fruitless + 1
-        log.warning("worker %d died (%s); its part is done again by another", number, _first_line(error)[:200])
+        log.warning("worker %d died (%s); its part is done again by another", number, reason_in(error))
         with contextlib.suppress(RayError, ValueError):
             ray.kill(self._owners[number])
         del self._owners[number]
@@ -363,7 +363,7 @@ class RayOwners:
         same_part = max(self._failures.values(), default=0)
         if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._owners) + 1):
             raise RunError(
-                f"{self.deaths} workers died, {same_part} of them on the same part of the model; last: {_first_line(error)[:300]}. {ADVICE}"
+                f"{self.deaths} workers died, {same_part} of them on the same part of the model; last: {reason_in(error)}. {ADVICE}"
             ) from error
         self._place()
 
@@ -466,7 +466,3 @@ def _deaths() -> tuple[type[Exception], ...]:
     from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
 
     return (RayActorError, ObjectLostError, OutOfMemoryError, GetTimeoutError)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -332,8 +332,9 @@ class Progress(tune.Callback):
         number, config = self._numbers[trial_id]
         if number in self.records:
             return  # its worker died after it
-        record = self.records[number] = {"number": number, "config": config, "ended": time.time(), **found}
         key = key_of(config)
+        ended = self._known.get(key, {}).get("ended", time.time())  # of one that is known: then
+        record = self.records[number] = {"number": number, "config": config, "ended": ended, **found}
         if key not in self._known:
             self._keep(key, record)
         self._bar.advance(self._words)
