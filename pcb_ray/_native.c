@@ -549,9 +549,18 @@ static void weighted_sum(Sparse *tasks, int64_t n, const float *weights, float *
 }
 
 #ifdef __x86_64__
-/* The same for c <= 4 tasks, added to what is there, where the processor can spread 16 entries over a vector in one instruction. */
 #define AVX512 __attribute__((target("avx512f,popcnt")))
-AVX512 INLINE void weighted_sum_of(Sparse *tasks, const int c, const float *weights, float *restrict sum) {
+
+/* Where the processor can, 16 entries are spread over a vector in one instruction. It is given a register that was just cleared: some processors wait
+   for what the target held before, five cycles instead of one, though all of it is replaced. */
+AVX512 INLINE __m512 spread(uint64_t bits, const float *entries) {
+    __m512 x = _mm512_setzero_ps();
+    __asm__("" : "+v"(x)); /* or the compiler takes any register */
+    return _mm512_mask_expand_ps(x, (__mmask16)bits, _mm512_loadu_ps(entries));
+}
+
+/* weighted_sum of c <= 4 tasks: their sum if it is the `first`, else added to what is there. */
+AVX512 INLINE void weighted_sum_of(Sparse *tasks, const int c, const int first, const float *weights, float *restrict sum) {
     const float *v[4];
     const uint64_t *mask[4];
     for (int j = 0; j < c; j++) v[j] = tasks[j].values, mask[j] = tasks[j].mask;
@@ -562,10 +571,9 @@ AVX512 INLINE void weighted_sum_of(Sparse *tasks, const int c, const float *weig
             _mm_prefetch((const char *)(v[j] + 256), _MM_HINT_T0);
         }
         for (int k = q; k < q + 64; k += 16) {
-            __m512 total = _mm512_loadu_ps(sum + k);
+            __m512 total = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sum + k);
             for (int j = 0; j < c; j++) {
-                const __m512 x = _mm512_maskz_expand_ps((__mmask16)bits[j], _mm512_loadu_ps(v[j]));
-                total = _mm512_add_ps(total, _mm512_mul_ps(x, _mm512_set1_ps(weights[j])));
+                total = _mm512_add_ps(total, _mm512_mul_ps(spread(bits[j], v[j]), _mm512_set1_ps(weights[j])));
                 v[j] += __builtin_popcount((uint32_t)bits[j] & 0xffff);
                 bits[j] >>= 16;
             }
@@ -576,12 +584,13 @@ AVX512 INLINE void weighted_sum_of(Sparse *tasks, const int c, const float *weig
 }
 
 AVX512 static void weighted_sum_avx512(Sparse *tasks, int64_t n, const float *weights, float *restrict sum) {
-    for (int64_t b = 0; b < STRIP; b += 16) _mm512_storeu_ps(sum + b, _mm512_setzero_ps());
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) weighted_sum_of(tasks + i, 4, weights + i, sum);
-    if (n - i == 3) weighted_sum_of(tasks + i, 3, weights + i, sum);
-    if (n - i == 2) weighted_sum_of(tasks + i, 2, weights + i, sum);
-    if (n - i == 1) weighted_sum_of(tasks + i, 1, weights + i, sum);
+    for (int64_t i = 0; i < n; i += 4)
+        switch (n - i) {
+        case 1: weighted_sum_of(tasks + i, 1, i == 0, weights + i, sum); break;
+        case 2: weighted_sum_of(tasks + i, 2, i == 0, weights + i, sum); break;
+        case 3: weighted_sum_of(tasks + i, 3, i == 0, weights + i, sum); break;
+        default: weighted_sum_of(tasks + i, 4, i == 0, weights + i, sum);
+        }
 }
 #endif
 

@@ -375,7 +375,7 @@ class Basis:
         native = kernels.load_native() if out_B.device.type == "cpu" else None
         known = (torch.float32, torch.bfloat16)
         if native is None or out_B.dtype not in known or base_dtype not in known:
-            theta_B = torch.from_numpy(base_B.copy()).view(base_dtype).to(out_B.device, torch.float32)
+            theta_B = torch.from_numpy(base_B.copy()).view(base_dtype).to(out_B.device).float()  # the narrow type travels
             pieces = [chunk.piece(number, task) for task in range(self.plan.N)]
             out_B.copy_(self._updated(theta_B, pieces, weights, lambda_, thresholds))
             return

@@ -46,7 +46,8 @@ The bytes are the same whatever --workers and --memory are.
 
 
 SEARCH_HELP = """\
-The recipe has a section more. All keys but `evaluator` (and `metric` of your own) may be left out; these are their defaults, but where it says optional:
+The recipe has a section more. All keys but `evaluator` (and `metric`, for one of your own) may be left out; shown are their defaults, or an
+example where it says optional:
 
   search:
     evaluator: my_eval.py:Accuracy      # load(model_dir) -> torch.nn.Module, score(split) -> dict of numbers; or built in:
