@@ -548,52 +548,6 @@ static void weighted_sum(Sparse *tasks, int64_t n, const float *weights, float *
     }
 }
 
-#ifdef __x86_64__
-#define AVX512 __attribute__((target("avx512f,popcnt")))
-
-/* Where the processor can, 16 entries are spread over a vector in one instruction. It is given a register that was just cleared: some processors wait
-   for what the target held before, five cycles instead of one, though all of it is replaced. */
-AVX512 INLINE __m512 spread(uint64_t bits, const float *entries) {
-    __m512 x = _mm512_setzero_ps();
-    __asm__("" : "+v"(x)); /* or the compiler takes any register */
-    return _mm512_mask_expand_ps(x, (__mmask16)bits, _mm512_loadu_ps(entries));
-}
-
-/* weighted_sum of c <= 4 tasks: their sum if it is the `first`, else added to what is there. */
-AVX512 INLINE void weighted_sum_of(Sparse *tasks, const int c, const int first, const float *weights, float *restrict sum) {
-    const float *v[4];
-    const uint64_t *mask[4];
-    for (int j = 0; j < c; j++) v[j] = tasks[j].values, mask[j] = tasks[j].mask;
-    for (int q = 0; q < STRIP; q += 64) {
-        uint64_t bits[4];
-        for (int j = 0; j < c; j++) {
-            bits[j] = mask[j][q / 64];
-            _mm_prefetch((const char *)(v[j] + 256), _MM_HINT_T0);
-        }
-        for (int k = q; k < q + 64; k += 16) {
-            __m512 total = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sum + k);
-            for (int j = 0; j < c; j++) {
-                total = _mm512_add_ps(total, _mm512_mul_ps(spread(bits[j], v[j]), _mm512_set1_ps(weights[j])));
-                v[j] += __builtin_popcount((uint32_t)bits[j] & 0xffff);
-                bits[j] >>= 16;
-            }
-            _mm512_storeu_ps(sum + k, total);
-        }
-    }
-    for (int j = 0; j < c; j++) tasks[j].values = v[j], tasks[j].mask = mask[j] + STRIP / 64;
-}
-
-AVX512 static void weighted_sum_avx512(Sparse *tasks, int64_t n, const float *weights, float *restrict sum) {
-    for (int64_t i = 0; i < n; i += 4)
-        switch (n - i) {
-        case 1: weighted_sum_of(tasks + i, 1, i == 0, weights + i, sum); break;
-        case 2: weighted_sum_of(tasks + i, 2, i == 0, weights + i, sum); break;
-        case 3: weighted_sum_of(tasks + i, 3, i == 0, weights + i, sum); break;
-        default: weighted_sum_of(tasks + i, 4, i == 0, weights + i, sum);
-        }
-}
-#endif
-
 /* scale_i and scale_i weight_i x_i of a strip, from the scores of its entries; as combine_strip has them. */
 INLINE void expand_scored(Sparse *s, const Thresholds *known, int64_t paper, int64_t i, float weight, float *restrict scale, float *restrict term) {
     const float *v = s->values, *beta = s->scores;
@@ -647,36 +601,168 @@ INLINE void finish_strip(const void *base, int64_t at, int64_t m, const float *r
         }
 }
 
-static void put(void *to, const void *from, int64_t bytes) { memcpy(to, from, bytes); }
-
 #ifdef __x86_64__
-/* The same past the caches, so that what was there is not fetched first. */
-AVX512 static void put_avx512(void *to, const void *from, int64_t bytes) {
-    const int64_t whole = (uintptr_t)to % 64 == 0 ? bytes / 64 * 64 : 0;
-    for (int64_t b = 0; b < whole; b += 64)
-        _mm512_stream_si512((void *)((char *)to + b), _mm512_loadu_si512((const char *)from + b));
-    memcpy((char *)to + whole, (const char *)from + whole, bytes - whole);
+/* Where the processor can, 16 entries are spread over a vector in one instruction, 64 elements of all tasks are summed in registers, and the result goes
+   past the caches, so that what was there is not fetched first. */
+#define AVX512 __attribute__((target("avx512f,avx512bw,popcnt")))
+enum { GROUP = 4 }; /* tasks at a time: what they have in a strip stays in the first-level cache */
+
+/* x_k += weight * (entries of elements 16 k to 16 k + 15) for k < 4; where the entries of the next 64 elements begin. */
+AVX512 INLINE const float *add_spread(uint64_t bits, const float *entries, float weight, const int weighed, __m512 x[4]) {
+    for (int k = 0; k < 4; k++, bits >>= 16) {
+        /* The target is a register that was just cleared: some processors wait for what it held before, five cycles instead of one, though all of it
+           is replaced. The empty assembly keeps the compiler from taking any register, and from shifting in mask registers, which is slow. */
+        uint32_t of_16 = (uint32_t)bits & 0xffff;
+        __m512 wide = _mm512_setzero_ps();
+        __asm__("" : "+v"(wide), "+r"(of_16));
+        wide = _mm512_mask_expand_ps(wide, (__mmask16)of_16, _mm512_loadu_ps(entries));
+        x[k] = _mm512_add_ps(x[k], weighed ? wide : _mm512_mul_ps(wide, _mm512_set1_ps(weight)));
+        entries += __builtin_popcount(of_16);
+    }
+    return entries;
+}
+
+/* scale_i and scale_i weight_i x_i of a strip's entries, as expand_scored has them, and beyond them up to a whole vector; the task moves on. */
+AVX512 INLINE Sparse weighed(Sparse *s, const Thresholds *known, int64_t paper, int64_t i, float weight, float *restrict scale, float *restrict term) {
+    const Sparse result = {s->mask, term, scale};
+    const float *v = s->values, *beta = s->scores, t = paper ? 0.0f : known->t[i], span = paper ? 1.0f : known->span[i];
+    const double *beta64 = s->scores;
+    int64_t count = 0;
+    for (int q = 0; q < STRIP / 64; q++) count += __builtin_popcountll(*s->mask++);
+    for (int64_t e = 0; e < count; e += 16)
+        for (int64_t b = e; b < e + 16; b++) {
+            if (paper) scale[b] = beta64[b] >= known->paper_t[i] ? (float)beta64[b] : 0.0f;
+            else scale[b] = ((beta[b] < t ? t : beta[b]) - t) / span;
+            term[b] = (scale[b] * weight) * v[b];
+        }
+    s->values += count;
+    s->scores = paper ? (const void *)(beta64 + count) : (const void *)(beta + count);
+    return result;
+}
+
+/* 64 elements of `count` tasks, added to sum (and total). */
+AVX512 INLINE void add_64(Sparse *s, const int count, const float *weights, const int scored, __m512 sum[4], __m512 total[4]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < count; j++) {
+        const uint64_t bits = *s[j].mask++;
+        if (scored) s[j].scores = add_spread(bits, s[j].scores, 1.0f, 1, total);
+        else _mm_prefetch((const char *)(s[j].values + 256), _MM_HINT_T0);
+        s[j].values = add_spread(bits, s[j].values, weights[j], scored, sum);
+    }
+}
+
+/* finish_strip of 16 elements: the merged values, as float32. */
+AVX512 INLINE __m512 finish(__m512 theta, __m512 sum, __m512 total, float lambda, float floor_, const int scored) {
+    const __m512 zero = _mm512_setzero_ps(), scaled = _mm512_mul_ps(sum, _mm512_set1_ps(lambda));
+    const __m512 change = scored ? _mm512_div_ps(scaled, _mm512_max_ps(total, _mm512_set1_ps(floor_))) : scaled;
+    const __mmask16 changed = scored ? _mm512_cmp_ps_mask(total, zero, _CMP_GT_OQ) : _mm512_cmp_ps_mask(sum, zero, _CMP_NEQ_UQ);
+    return _mm512_mask_add_ps(theta, changed, change, theta);
+}
+
+/* `narrowed` of 16 elements, in the upper half of each. */
+AVX512 INLINE __m512i narrow(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+}
+
+AVX512 INLINE void put(void *to, __m512i x) {
+    if ((uintptr_t)to % 64 == 0) _mm512_stream_si512(to, x);
+    else _mm512_storeu_si512(to, x);
+}
+
+/* 64 elements from base and sums. */
+AVX512 INLINE void finish_64(const void *base, const __m512 sum[4], const __m512 total[4], float lambda, float floor_, void *out, const int scored,
+                             const int base_bfloat16, const int bfloat16) {
+    __m512 merged[4];
+    for (int k = 0; k < 4; k++) {
+        const __m512i wide = base_bfloat16 ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)base + k)), 16)
+                                           : _mm512_loadu_si512((const __m512i *)base + k);
+        merged[k] = finish(_mm512_castsi512_ps(wide), sum[k], total[k], lambda, floor_, scored);
+    }
+    if (bfloat16) {
+        const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13,
+                                               11, 9, 7, 5, 3, 1);
+        for (int k = 0; k < 4; k += 2)
+            put((__m512i *)out + k / 2, _mm512_permutex2var_epi16(narrow(merged[k]), upper, narrow(merged[k + 1])));
+    } else
+        for (int k = 0; k < 4; k++) put((__m512i *)out + k, _mm512_castps_si512(merged[k]));
+}
+
+AVX512 INLINE void apply_as(const void *base, int64_t size, Sparse *tasks, int64_t n, const float *weights, float lambda, const Thresholds *known,
+                            int64_t paper, float floor_, void *out, const int scored, const int base_bfloat16, const int bfloat16) {
+    const int64_t read_size = base_bfloat16 ? 2 : 4, write_size = bfloat16 ? 2 : 4;
+    float scales[GROUP][STRIP + 16], terms[GROUP][STRIP + 16];
+    __m512 so_far[STRIP / 64][8]; /* sums and totals of the groups before */
+    for (int64_t strip = 0; strip < size; strip += STRIP)
+        for (int64_t i = 0; i < n; i += GROUP) {
+            Sparse of_group[GROUP], *s = tasks + i;
+            const int64_t count = n - i < GROUP ? n - i : GROUP;
+            if (scored) {
+                s = of_group;
+                for (int64_t j = 0; j < count; j++) s[j] = weighed(tasks + i + j, known, paper, i + j, weights[i + j], scales[j], terms[j]);
+            }
+            for (int64_t at = strip; at < size && at < strip + STRIP; at += 64) {
+                __m512 sum[4], total[4], *before = so_far[(at - strip) / 64];
+                for (int k = 0; k < 4; k++) sum[k] = _mm512_set1_ps(-0.0f), total[k] = _mm512_setzero_ps(); /* -0 + x is x */
+                for (int k = 0; k < 4 && i; k++) sum[k] = before[k], total[k] = before[4 + k];
+                if (count == 4) add_64(s, 4, weights + i, scored, sum, total);
+                else if (count == 3) add_64(s, 3, weights + i, scored, sum, total);
+                else if (count == 2) add_64(s, 2, weights + i, scored, sum, total);
+                else add_64(s, 1, weights + i, scored, sum, total);
+                if (i + count < n) {
+                    for (int k = 0; k < 4; k++) before[k] = sum[k], before[4 + k] = total[k];
+                    continue;
+                }
+                const char *from = (const char *)base + at * read_size;
+                char *to = (char *)out + at * write_size;
+                /* What the processor foresees by itself ends with each page of memory. */
+                for (int64_t line = 0; line < 64 * read_size; line += 64) _mm_prefetch(from + 4 * STRIP * read_size + line, _MM_HINT_T0);
+                if (size - at >= 64) {
+                    finish_64(from, sum, total, lambda, floor_, to, scored, base_bfloat16, bfloat16);
+                    continue;
+                }
+                char last[256], merged[256];
+                memcpy(last, from, (size - at) * read_size);
+                finish_64(last, sum, total, lambda, floor_, merged, scored, base_bfloat16, bfloat16);
+                memcpy(to, merged, (size - at) * write_size);
+            }
+        }
+    _mm_sfence();
+}
+
+AVX512 static void apply_avx512(const void *base, int64_t base_bfloat16, int64_t size, Sparse *tasks, int64_t n, const float *weights, float lambda,
+                                const Thresholds *known, int64_t paper, float floor_, int64_t bfloat16, void *out) {
+#define AS(scored, base_bfloat16, bfloat16) \
+    apply_as(base, size, tasks, n, weights, lambda, known, paper, floor_, out, scored, base_bfloat16, bfloat16)
+    if (known && base_bfloat16 && bfloat16) AS(1, 1, 1);
+    else if (known && base_bfloat16) AS(1, 1, 0);
+    else if (known && bfloat16) AS(1, 0, 1);
+    else if (known) AS(1, 0, 0);
+    else if (base_bfloat16 && bfloat16) AS(0, 1, 1);
+    else if (base_bfloat16) AS(0, 1, 0);
+    else if (bfloat16) AS(0, 0, 1);
+    else AS(0, 0, 0);
+#undef AS
 }
 #endif
+
+EXPORT int pcb_avx512 = 1; /* 0: as on a processor without it, for the tests */
 
 /* theta + lambda sum_i weights_i C_i of a segment of `size` elements, or with scores what combine_strip gives, rounded once -> out. */
 EXPORT CLONES void pcb_apply(const void *base, int64_t base_bfloat16, int64_t size, Sparse *tasks, int64_t n, const float *weights, float lambda,
                              const Thresholds *known, int64_t paper, float floor_, int64_t bfloat16, void *out) {
-    void (*sum_up)(Sparse *, int64_t, const float *, float *restrict) = weighted_sum;
-    void (*put_strip)(void *, const void *, int64_t) = put;
 #ifdef __x86_64__
-    if (__builtin_cpu_supports("avx512f")) sum_up = weighted_sum_avx512, put_strip = put_avx512;
+    if (pcb_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) {
+        apply_avx512(base, base_bfloat16, size, tasks, n, weights, lambda, known, paper, floor_, bfloat16, out);
+        return;
+    }
 #endif
-    const int64_t read_size = base_bfloat16 ? 2 : 4, write_size = bfloat16 ? 2 : 4;
+    const int64_t write_size = bfloat16 ? 2 : 4;
     for (int64_t at = 0; at < size; at += STRIP) {
         const int64_t m = size - at < STRIP ? size - at : STRIP;
         float sum[STRIP], total[STRIP], x[STRIP], scale[STRIP];
         union { float of32[STRIP]; uint16_t of16[STRIP]; } merged;
-        /* What the processor foresees by itself ends with each page of memory. */
-        for (int64_t line = 0; line < STRIP * read_size; line += 64)
-            __builtin_prefetch((const char *)base + (at + 4 * STRIP) * read_size + line);
-        if (!known)
-            sum_up(tasks, n, weights, sum);
+        if (!known) weighted_sum(tasks, n, weights, sum);
         for (int64_t i = 0; known && i < n; i++) {
             expand_scored(tasks + i, known, paper, i, weights[i], scale, x);
             for (int64_t b = 0; b < STRIP; b++) total[b] = i == 0 ? scale[b] : total[b] + scale[b];
@@ -690,11 +776,8 @@ EXPORT CLONES void pcb_apply(const void *base, int64_t base_bfloat16, int64_t si
             finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 0, 1);
         else
             finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 0, 0);
-        put_strip((char *)out + at * write_size, &merged, m * write_size);
+        memcpy((char *)out + at * write_size, &merged, m * write_size);
     }
-#ifdef __x86_64__
-    _mm_sfence();
-#endif
 }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Native kernels of pcb_ray, called through ctypes.", -1, NULL, NULL, NULL, NULL, NULL};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import tracemalloc
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pcb_ray import Recipe, merge_state_dicts, weights
+from pcb_ray import Recipe, kernels, merge_state_dicts, weights
 from pcb_ray.analysis import Run, thresholds_of
 from pcb_ray.basis import Basis, Writer, mask_of, positions_of, writer_bytes
 from pcb_ray.checkpoint import Checkpoint
@@ -211,6 +212,52 @@ def test_neither_kernel_nor_threads_nor_blocks_show_in_a_candidate(tmp_path, mon
     for other in several, applied(basis, family.base), applied(torch_basis, family.base):
         for name, x in found.items():
             assert torch.equal(x, other[name]), name
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("method", PCB)
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 9])
+def test_a_candidate_has_the_same_bits_on_any_processor(tmp_path, monkeypatch, method, scored, n):
+    """The native path for new processors, that for others and torch: any number of tasks, dense and sparse stretches, any dtypes, ends that fill no
+    vector, parameters that lie nowhere in particular."""
+    shapes = {"a": (3, 341), "b": (513,), "c": (64,), "d": (7, 300), "e": (1,)}
+    dtypes = {name: (torch.bfloat16, torch.float32)[k % 2] for k, name in enumerate(shapes)}
+    base, models = families.fine_tuned(n, shapes=shapes, dtype=torch.float32)
+    for state in (base, *models):
+        state |= {name: state[name].to(dtype) for name, dtype in dtypes.items()}
+        state["b"][5] = -0.0
+    for model in models:
+        model["d"] = model["d"] + 0.5 * torch.rand(7, 300)  # all of it is kept
+    basis = build(families.Family(tmp_path, base, models), tmp_path / "basis", method, scored=scored, density=0.3)
+    lambdas = [(np.linspace(-0.5, 1.5, n)).tolist()] * len(basis.plan.tensors)
+
+    def states() -> list[dict[str, Tensor]]:
+        result = []
+        for dtype in (torch.bfloat16, torch.float32):
+            rooms = {name: torch.full((t.numel() + 3,), torch.nan, dtype=dtype) for name, t in base.items()}
+            for first in (0, 3):
+                state = {name: room[first : first + base[name].numel()].view(base[name].shape) for name, room in rooms.items()}
+                basis.apply(state, lambdas, LAMBDA, basis.thresholds(0.2 if scored else None))
+                result.append({name: t.clone() for name, t in state.items()})
+                assert all(torch.isnan(room).sum() == 3 for room in rooms.values()) or first, "nothing beyond it is touched"
+        return result
+
+    if (native := kernels.load_native()) is None:
+        pytest.skip("no C compiler")
+    found = states()
+    switch = ctypes.c_int.in_dll(native, "pcb_avx512")
+    assert switch.value == 1
+    switch.value = 0
+    try:
+        others = [states()]
+    finally:
+        switch.value = 1
+    monkeypatch.setenv("PCB_RAY_KERNEL", "torch")
+    others.append(states())
+    for other in others:
+        for one, same in zip(found, other, strict=True):
+            for name in base:
+                assert torch.equal(one[name].contiguous().view(torch.uint8), same[name].contiguous().view(torch.uint8)), name
 
 
 def test_parameters_of_another_dtype_layout_or_part_of_the_model_are_updated(tmp_path):
