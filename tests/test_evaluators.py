@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +25,7 @@ from junk import junk, places, replaced
 from pcb_ray import Recipe, RequestError
 from pcb_ray.answers import Thresholds
 from pcb_ray.plan import plan
-from pcb_ray.search.evaluators import make_evaluator, match, module_of
+from pcb_ray.search.evaluators import check_splits, make_evaluator, match, module_of
 from pcb_ray.search.request import Search, Space
 from pcb_ray.search.worker import Arm, Job, Worker
 
@@ -471,12 +473,30 @@ def test_whatever_stands_in_the_options_is_taken_or_refused_with_a_fix(data):
     assert all(problem.startswith(f"search.evaluator.{name}") and "Fix: " in problem for problem in told)
 
 
-def test_a_split_without_data_is_told(language_model, tmp_path):
-    (tmp_path / "val.txt").write_text(" ".join(WORDS))
+@pytest.mark.parametrize("name", ["causal_lm", "classification", "lm_eval"])
+def test_a_split_without_data_is_told_before_anything_is_loaded(family, monkeypatch, name):
+    made = family(2)
+    (made.folder / "val.txt").write_text("x")
+    key = "tasks" if name == "lm_eval" else "data"
+    job = job_of(made, {name: {key: {"dev": "val.txt", "tests": "val.txt"}}}, "loss")
+    monkeypatch.setattr(type(make_evaluator(name, job.search.options, made.folder)), "load", lambda *_: pytest.fail("was loaded"))
+    with pytest.raises(RequestError) as caught:
+        Worker(job)
+    assert caught.value.problems == (
+        "search.split.search: wanted a split that the evaluator has data for, found 'val'. Fix: use one of dev, tests, or give it such data.",
+        "search.split.report: wanted a split that the evaluator has data for, found 'test'. Fix: write `tests`, or give it such data.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("splits", "refused"), [(["val", "test"], False), (["val"], True), ({"val": 1}, True), ([], False), ("val", False), (3, False)]
+)
+def test_an_evaluator_of_ones_own_may_say_which_splits_it_has(splits, refused):
+    with pytest.raises(RequestError) if refused else contextlib.nullcontext():
+        check_splits(SimpleNamespace(splits=splits), {"search.split.search": "val", "search.split.report": "test"})
+
+
+def test_an_empty_text_is_told(language_model, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    evaluator = make_evaluator("causal_lm", {"data": {"val": "val.txt"}}, tmp_path)
-    evaluator.load(language_model)
-    with pytest.raises(RequestError, match=r"no data for 'test', only for val"):
-        evaluator.score("test")
     with pytest.raises(RequestError, match=r"has 0 tokens"):
         make_evaluator("causal_lm", {"data": {"val": "empty.txt"}}, tmp_path).load(language_model)

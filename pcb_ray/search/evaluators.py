@@ -5,6 +5,8 @@ An evaluator is any object with two methods:
     load(model_dir) -> torch.nn.Module       once per worker: loads model and data; the search updates the module's parameters in place
     score(split) -> dict[str, float]         after each update
 
+and, if it likes, a collection of names `splits`: those that `score` knows. Asked for another, a search says so before anything is loaded.
+
 Built in are `causal_lm`, `classification`, `lm_eval` and `command`; others are named `file.py:object` or `module:object` in the recipe, or given
 as an object in Python. A class is called with the options that stand below its name in the recipe.
 """
@@ -24,7 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -41,6 +43,8 @@ NONE: Mapping[str, tuple[int, ...]] = {}
 
 
 class Evaluator(Protocol):
+    """`splits: Collection[str]` is optional; see `check_splits`."""
+
     def load(self, model_dir: Path) -> torch.nn.Module:
         """Load what is needed to score; return the module whose parameters are those of the model in `model_dir`."""
         ...
@@ -88,6 +92,22 @@ def checked(evaluator: Any, name: str) -> Evaluator:
         )
     found: Evaluator = evaluator
     return found
+
+
+def check_splits(evaluator: Any, asked: Mapping[str, str]) -> None:
+    """Whether there is data for the splits that are asked for, by their place in the request; as far as the evaluator tells by `splits` before it has
+    loaded anything: one that is empty may be filled later. Raises RequestError."""
+    known = getattr(evaluator, "splits", None)
+    if not isinstance(known, Collection) or isinstance(known, str) or not len(known):
+        return
+    names, wanted = [str(name) for name in known], "a split that the evaluator has data for"
+    problems = [
+        checks.wrong(place, wanted, split, f"{checks.nearest(split, names)}, or give it such data")
+        for place, split in asked.items()
+        if split not in names
+    ]
+    if problems:
+        raise RequestError(problems)
 
 
 def _built_in(kind: Any, options: Mapping[str, Any], folder: Path, where: str) -> Any:
@@ -170,14 +190,6 @@ def _path(raw: Any, kind: str, folder: Path, where: str, problems: list[str]) ->
     return folder / name
 
 
-def _split(data: Mapping[str, Any], split: str) -> Any:
-    if split not in data:
-        raise RequestError(
-            f"search.split: there is no data for {split!r}, only for {', '.join(data)}. Fix: name it in `data`, or another split."
-        )
-    return data[split]
-
-
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL or parquet file."""
     if path.suffix == ".parquet":
@@ -247,7 +259,7 @@ class CausalLM:
         folder: Path = Path("."),
     ) -> None:
         where, problems = "search.evaluator.causal_lm", list[str]()
-        self.files = _files(data, folder, f"{where}.data", problems)
+        self.splits = _files(data, folder, f"{where}.data", problems)
         self.length = checks.whole(length, f"{where}.length", 1, problems)
         self.batch = checks.whole(batch, f"{where}.batch", 1, problems)
         self.text = checks.text(text, f"{where}.text", problems)
@@ -260,7 +272,7 @@ class CausalLM:
     def load(self, model_dir: Path) -> torch.nn.Module:
         transformers = _transformers()
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        for split, parts in self.files.items():
+        for split, parts in self.splits.items():
             for part, path in parts.items():
                 self._windows[split, part] = self._tokenize(tokenizer, path)
         self.model = _load_model(transformers.AutoModelForCausalLM, model_dir, self.dtype)
@@ -286,7 +298,7 @@ class CausalLM:
         return [torch.tensor(ids[at : at + self.length + 1]) for at in range(0, len(ids) - 1, self.length)]
 
     def score(self, split: str) -> Metrics:
-        losses = {part: self._loss(self._windows[split, part]) for part in _split(self.files, split)}
+        losses = {part: self._loss(self._windows[split, part]) for part in self.splits[split]}
         mean = math.fsum(losses.values()) / len(losses)
         of_parts = {f"loss_{part}": loss for part, loss in losses.items() if part}
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), **of_parts}
@@ -325,7 +337,7 @@ class Classification:
         folder: Path = Path("."),
     ) -> None:
         where, problems = "search.evaluator.classification", list[str]()
-        self.files = _files(data, folder, f"{where}.data", problems)
+        self.splits = _files(data, folder, f"{where}.data", problems)
         self.text = checks.text(text, f"{where}.text", problems)
         self.label = checks.text(label, f"{where}.label", problems)
         self.length = checks.whole(length, f"{where}.length", 1, problems)
@@ -341,7 +353,7 @@ class Classification:
         self.model = _load_model(transformers.AutoModelForSequenceClassification, model_dir, self.dtype)
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = tokenizer.pad_token_id
-        for split, parts in self.files.items():
+        for split, parts in self.splits.items():
             for part, path in parts.items():
                 self._batches[split, part] = self._read(tokenizer, path)
         model: torch.nn.Module = self.model
@@ -373,7 +385,7 @@ class Classification:
         return number
 
     def score(self, split: str) -> Metrics:
-        parts = {part: self._score(self._batches[split, part]) for part in _split(self.files, split)}
+        parts = {part: self._score(self._batches[split, part]) for part in self.splits[split]}
         means = {key: math.fsum(p[key] for p in parts.values()) / len(parts) for key in ("accuracy", "loss")}
         return means | {f"accuracy_{part}": found["accuracy"] for part, found in parts.items() if part}
 
@@ -411,7 +423,7 @@ class LMEval:
         folder: Path = Path("."),
     ) -> None:
         where, problems = "search.evaluator.lm_eval", list[str]()
-        self.tasks = _tasks(tasks, f"{where}.tasks", problems)
+        self.splits = _tasks(tasks, f"{where}.tasks", problems)
         self.include_path = (
             None if include_path is None else _path(include_path, "folder", folder, f"{where}.include_path", problems)
         )
@@ -432,12 +444,12 @@ class LMEval:
                 f"search.evaluator: lm_eval can't be loaded: {error}. Fix: pip install 'pcb-ray[lm-eval]'."
             ) from None
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
-        unknown = sorted({name for names in self.tasks.values() for name in names} - set(manager.all_tasks))
+        unknown = sorted({name for names in self.splits.values() for name in names} - set(manager.all_tasks))
         if unknown:
             raise RequestError(
                 f"search.evaluator.lm_eval.tasks: unknown: {', '.join(unknown)}. Fix: check the names, or give `include_path`."
             )
-        self._loaded = {split: manager.load(names) for split, names in self.tasks.items()}
+        self._loaded = {split: manager.load(names) for split, names in self.splits.items()}
         for task in (task for loaded in self._loaded.values() for task in loaded["tasks"].values()):
             own = task.get_config("num_fewshot")
             if own != 0:  # a task that says 0 means it, as in the harness's own command
@@ -453,7 +465,7 @@ class LMEval:
         import lm_eval
         import torch
 
-        loaded = _split(self._loaded, split)
+        loaded = self._loaded[split]
         torch.manual_seed(1234)  # for tasks that sample what they generate
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=1234)
@@ -474,7 +486,7 @@ class LMEval:
                         continue
                     found[f"{task}/{metric}"] = float(value)
                     of_metric.setdefault(metric, []).append(float(value))
-                    if task in self.tasks[split]:
+                    if task in self.splits[split]:
                         of_named.setdefault(metric, []).append(float(value))
         return found | {metric: math.fsum(values) / len(values) for metric, values in (of_metric | of_named).items()}
 
