@@ -30,10 +30,15 @@ UNITS = {
 _SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}")
 
 
+def without_secrets(text: str) -> str:
+    """A text as it may stand in messages, logs and records: Hub tokens, and users and passwords in addresses, are blotted out."""
+    return _SECRET.sub("***", text)
+
+
 def shown(value: object) -> str:
     """A value as a message may show it: short, on one line, without a secret or what is inside it."""
     if isinstance(value, str):
-        text = repr(_SECRET.sub("***", value))
+        text = repr(without_secrets(value))
         return text if len(text) <= 62 else text[:59] + "..."
     if value is None:
         return "nothing"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -22,14 +25,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from junk import junk, places, replaced
 
-from pcb_ray import Recipe, RequestError
+from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.answers import Thresholds
+from pcb_ray.errors import with_place
 from pcb_ray.plan import plan
 from pcb_ray.search.evaluators import check_splits, make_evaluator, match, module_of
 from pcb_ray.search.request import Search, Space
 from pcb_ray.search.worker import Arm, Job, Worker
 
 EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
+TOKEN = "hf_" + 34 * "x"
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal_lm": {"data": {"val": "val.txt"}, "length": 512, "batch": 8, "text": "text", "tokens": 1000, "dtype": "auto"},
     "classification": {
@@ -129,6 +134,88 @@ def test_a_stored_copy_of_a_tied_tensor_follows_its_original(tmp_path, source):
     found = Worker(job_of(made, {"command": {"run": run}}, "lm_head.weight")).score_input(source, "val")
     expected = (base, *models)[source]
     assert found == {name: float(t.double().sum()) for name, t in expected.items()}
+
+
+# --- errors -------------------------------------------------------------------------------------------------------------------------
+
+MINE = f"""
+import torch
+from pathlib import Path
+from pcb_ray.search.evaluators import module_of
+from safetensors.torch import load_file
+
+def read(where):
+    if where == WHERE:
+        Path("{TOKEN}").read_text()  # here
+
+class Mine:
+    def __init__(self):
+        read("init")
+
+    def load(self, model_dir):
+        read("load")
+        return module_of(load_file(model_dir / "model.safetensors"))
+
+    @torch.inference_mode()
+    def score(self, split):
+        read("score")
+
+read("import")
+"""
+
+
+@pytest.fixture
+def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
+    """The error in the record of a trial, and that of scoring the base; without Ray, and in this process as it is."""
+    from pcb_ray.search.run import _Scorer
+    from pcb_ray.search.trial import Trial
+
+    def both(job: Job) -> tuple[str, str]:
+        trial = object.__new__(Trial)
+        trial.setup({}, job)
+        trial.config = job.space.start
+        with pytest.raises((RequestError, RunError)) as caught:
+            _Scorer(job).score(0, "val")
+        return trial.step()["error"], str(caught.value)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr("pcb_ray.basis.Basis", Mock())  # a candidate is the base
+    return both
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("where", ["import", "init", "load", "score"])
+def test_what_an_evaluator_raises_is_told_with_its_line_in_the_users_file_and_without_secrets(family, errors_of, where):
+    made = family(2)
+    source = MINE.replace("WHERE", repr(where))
+    (made.folder / "mine.py").write_text(source)
+    line = 1 + next(k for k, text in enumerate(source.splitlines()) if "# here" in text)
+    for error in errors_of(job_of(made, "mine.py:Mine")):
+        assert f"FileNotFoundError: [Errno 2] No such file or directory: '***' (mine.py:{line})" in error
+        assert "\n" not in error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_without_a_file_of_the_users_the_line_in_an_installed_package_is_told(family, errors_of):
+    made = family(2)
+    for split in ("val", "test"):
+        (made.folder / split).write_text("x")
+    for error in errors_of(job_of(made, {"causal_lm": {"data": {"val": "val", "test": "test"}}})):
+        assert re.search(r"\(\w+\.py:\d+\)$", error)
+        assert "(evaluators.py" not in error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_pcb_ray_itself_raises_has_no_line(family, errors_of):
+    for error in errors_of(job_of(family(2), {"command": {"run": "exit 3 # {model}"}})):
+        assert re.fullmatch(r"RuntimeError: 'exit 3 # .*' ended with code 3: it printed nothing", error), error
+
+
+def test_a_bare_assertion_is_told_by_its_line():
+    with pytest.raises(AssertionError) as caught:
+        raise AssertionError
+    assert re.fullmatch(r"AssertionError \(test_evaluators.py:\d+\)", with_place(caught.value))
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------------
@@ -384,6 +471,8 @@ def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(languag
         ("exit 3 {model}", "ended with code 3"),
         ("echo done {model}", "last line is not JSON"),
         ("true {model}", "printed nothing"),
+        (f"echo {TOKEN} {{model}} >&2; false", r"^'echo \*\*\* .* ended with code 1: \*\*\* /"),
+        (f"echo {{model}} {TOKEN}", r"^'echo .* \*\*\*': its last line is not JSON: .* \*\*\*$"),
     ],
 )
 def test_a_command_that_fails_says_how(language_model, tmp_path, run, complaint):

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from pcb_ray import checks
-from pcb_ray.errors import RequestError
+from pcb_ray.errors import RequestError, with_place
 from pcb_ray.recipe import DTYPES
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evalu
             if isinstance(error, AttributeError | ImportError | OSError)
             else "mend the file"
         )
-        raise RequestError(f"{where}: {name} can't be loaded: {type(error).__name__}: {error}. Fix: {fix}.") from error
+        raise RequestError(f"{where}: {name} can't be loaded: {with_place(error)}. Fix: {fix}.") from error
     if inspect.isclass(found):
         found = _call(found, options, where, name)
     elif options:
@@ -532,15 +532,15 @@ class Command:
                 save_file(tensors, scratch / name, metadata={"format": "pt"})
             filled = self.run.replace("{model}", shlex.quote(str(scratch))).replace("{split}", shlex.quote(split))
             code, output, errors = _run_shell(filled, self.folder, self.timeout, to_guard)
-        lines = output.strip().splitlines()
+        told = errors.strip() if code != 0 else ""
+        last = (told or output.strip() or "it printed nothing").splitlines()[-1]
+        ran, shown = checks.without_secrets(repr(filled))[:500], checks.without_secrets(last)[:300]
         if code != 0:
-            raise RuntimeError(f"{filled!r} ended with code {code}: {(errors.strip().splitlines() or lines or [''])[-1][:300]}")
+            raise RuntimeError(f"{ran} ended with code {code}: {shown}")
         try:
-            metrics: Metrics = json.loads(lines[-1])
-        except (IndexError, ValueError):
-            raise RuntimeError(
-                f"{filled!r}: its last line is not JSON: {lines[-1][:200] if lines else 'it printed nothing'}"
-            ) from None
+            metrics: Metrics = json.loads(last)
+        except ValueError:
+            raise RuntimeError(f"{ran}: its last line is not JSON: {shown}") from None
         return metrics
 
 
