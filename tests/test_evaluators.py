@@ -461,8 +461,13 @@ def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(languag
         of_group = evaluator.score("test")
         assert of_group["words/acc"] == found["acc"]
         assert of_group["acc"] == of_group["both/acc"] == pytest.approx((of_group["words/acc"] + of_group["firsts/acc"]) / 2)
-    with pytest.raises(RequestError, match="unknown: no_such_task"):
-        make_evaluator("lm_eval", {"tasks": {"val": "no_such_task"}}, tmp_path).load(language_model)
+    wrong = make_evaluator("lm_eval", {"tasks": {"val": ["word", "words"], "test": "!"}, "include_path": "tasks"}, tmp_path)
+    with pytest.raises(RequestError) as caught:
+        wrong.load(language_model)
+    assert caught.value.problems == (
+        "search.evaluator.lm_eval.tasks.val: the harness has no task 'word'. Fix: write `words`, or give `include_path`.",
+        "search.evaluator.lm_eval.tasks.test: the harness has no task '!'. Fix: check the name, or give `include_path`.",
+    )
 
 
 @pytest.mark.parametrize(

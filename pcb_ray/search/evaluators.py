@@ -444,10 +444,13 @@ class LMEval:
                 f"search.evaluator: lm_eval can't be loaded: {error}. Fix: pip install 'pcb-ray[lm-eval]'."
             ) from None
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
-        unknown = sorted({name for names in self.splits.values() for name in names} - set(manager.all_tasks))
+        known = set(manager.all_tasks)
+        unknown = [(split, name) for split, names in self.splits.items() for name in names if name not in known]
         if unknown:
             raise RequestError(
-                f"search.evaluator.lm_eval.tasks: unknown: {', '.join(unknown)}. Fix: check the names, or give `include_path`."
+                f"search.evaluator.lm_eval.tasks.{split}: the harness has no task {checks.shown(name)}. Fix: "
+                f"{checks.nearest(name, manager.all_tasks, 'check the name')}, or give `include_path`."
+                for split, name in unknown
             )
         self._loaded = {split: manager.load(names) for split, names in self.splits.items()}
         for task in (task for loaded in self._loaded.values() for task in loaded["tasks"].values()):
