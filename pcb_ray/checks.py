@@ -30,10 +30,15 @@ UNITS = {
 _SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}")
 
 
+def without_secrets(text: str) -> str:
+    """A text as it may stand in messages, logs and records: Hub tokens, and users and passwords in addresses, are blotted out."""
+    return _SECRET.sub("***", text)
+
+
 def shown(value: object) -> str:
     """A value as a message may show it: short, on one line, without a secret or what is inside it."""
     if isinstance(value, str):
-        text = repr(_SECRET.sub("***", value))
+        text = repr(without_secrets(value))
         return text if len(text) <= 62 else text[:59] + "..."
     if value is None:
         return "nothing"
@@ -46,9 +51,9 @@ def wrong(where: str, wanted: str, found: object, fix: str) -> str:
     return f"{where}: wanted {wanted}, found {shown(found)}. Fix: {fix}."
 
 
-def nearest(found: object, known: Sequence[str]) -> str:
+def nearest(found: object, known: Sequence[str], otherwise: str = "") -> str:
     near = difflib.get_close_matches(found, known, n=1) if isinstance(found, str) else []
-    return f"write `{near[0]}`" if near else f"use one of {', '.join(known)}"
+    return f"write `{near[0]}`" if near else otherwise or f"use one of {', '.join(known)}"
 
 
 def section(
@@ -69,15 +74,34 @@ def present(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if value is not None}
 
 
-def number(raw: object, where: str, problems: list[str], *, is_fraction: bool = False) -> float:
+def number(raw: object, where: str, problems: list[str], *, is_fraction: bool = False, is_positive: bool = False) -> float:
     try:  # text too: YAML 1.1 reads 1e-3 as text, and people write it
         value = float(raw) if isinstance(raw, (numbers.Real, str)) and not isinstance(raw, bool) else math.nan
     except (ValueError, OverflowError):
         value = math.nan
-    if not (0 < value <= 1 if is_fraction else abs(value) <= LARGEST):
-        wanted = "a number in (0, 1]" if is_fraction else "a finite float32 number"
+    if is_fraction:
+        is_right, wanted = 0 < value <= 1, "a number in (0, 1]"
+    elif is_positive:
+        is_right, wanted = 0 < value <= LARGEST, "a number above 0"
+    else:
+        is_right, wanted = abs(value) <= LARGEST, "a finite float32 number"
+    if not is_right:
         problems.append(wrong(where, wanted, raw, "write one number such as 0.5 or 1e-3"))
     return value
+
+
+def whole(raw: object, where: str, least: int, problems: list[str], most: int = 10**9) -> int:
+    if isinstance(raw, int) and not isinstance(raw, bool) and least <= raw <= most:
+        return raw
+    wanted = f"a whole number of at least {least}" + (f" and at most {most}" if isinstance(raw, int) and raw > most else "")
+    problems.append(wrong(where, wanted, raw, f"write one such as {max(least, 8)}"))
+    return least
+
+
+def flag(raw: object, where: str, problems: list[str]) -> bool:
+    if not isinstance(raw, bool):
+        problems.append(wrong(where, "true or false", raw, "write one of them, without quotes"))
+    return raw is True
 
 
 def size_of(raw: object) -> int | None:
@@ -88,12 +112,12 @@ def size_of(raw: object) -> int | None:
     return int(float(match[1]) * UNITS[match[2].upper()]) or None
 
 
-def text(raw: object, where: str, problems: list[str]) -> str:
+def text(raw: object, where: str, problems: list[str], wanted: str = "text") -> str:
     text = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
     if isinstance(text, str) and text.strip() and text.isprintable():
         return text
     fix = "remove what is not printable" if isinstance(text, str) else "write it on one line, in quotes if it looks like a number"
-    problems.append(wrong(where, "text", raw, fix))
+    problems.append(wrong(where, wanted, raw, fix))
     return ""
 
 

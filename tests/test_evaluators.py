@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -16,15 +21,42 @@ import safetensors.torch
 import torch
 from clusters import DEADLINE_S, await_that, lives
 from families import CONFIG, Family, fine_tuned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from junk import junk, places, replaced
 
-from pcb_ray import Recipe, RequestError
+from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.answers import Thresholds
+from pcb_ray.errors import with_place
 from pcb_ray.plan import plan
-from pcb_ray.search.evaluators import make_evaluator, match, module_of
+from pcb_ray.search.evaluators import check_splits, make_evaluator, match, module_of
 from pcb_ray.search.request import Search, Space
 from pcb_ray.search.worker import Arm, Job, Worker
 
 EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
+TOKEN = "hf_" + 34 * "x"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal_lm": {"data": {"val": "val.txt"}, "length": 512, "batch": 8, "text": "text", "tokens": 1000, "dtype": "auto"},
+    "classification": {
+        "data": {"val": {"a": "val.txt"}},
+        "text": "text",
+        "label": "y",
+        "length": 512,
+        "batch": 8,
+        "dtype": "float32",
+    },
+    "lm_eval": {
+        "tasks": {"val": ["a", "b"], "test": "c"},
+        "include_path": ".",
+        "num_fewshot": 0,
+        "limit": 100,
+        "chat_template": False,
+        "batch": 8,
+        "dtype": "bfloat16",
+    },
+    "command": {"run": "python eval.py {model} {split}", "scratch": ".", "timeout": 60},
+}
+"""Of the built-in evaluators: all that there are, the required one first."""
 
 
 def job_of(family: Family, evaluator: Any, metric: str = "near") -> Job:
@@ -102,6 +134,88 @@ def test_a_stored_copy_of_a_tied_tensor_follows_its_original(tmp_path, source):
     found = Worker(job_of(made, {"command": {"run": run}}, "lm_head.weight")).score_input(source, "val")
     expected = (base, *models)[source]
     assert found == {name: float(t.double().sum()) for name, t in expected.items()}
+
+
+# --- errors -------------------------------------------------------------------------------------------------------------------------
+
+MINE = f"""
+import torch
+from pathlib import Path
+from pcb_ray.search.evaluators import module_of
+from safetensors.torch import load_file
+
+def read(where):
+    if where == WHERE:
+        Path("{TOKEN}").read_text()  # here
+
+class Mine:
+    def __init__(self):
+        read("init")
+
+    def load(self, model_dir):
+        read("load")
+        return module_of(load_file(model_dir / "model.safetensors"))
+
+    @torch.inference_mode()
+    def score(self, split):
+        read("score")
+
+read("import")
+"""
+
+
+@pytest.fixture
+def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
+    """The error in the record of a trial, and that of scoring the base; without Ray, and in this process as it is."""
+    from pcb_ray.search.run import _Scorer
+    from pcb_ray.search.trial import Trial
+
+    def both(job: Job) -> tuple[str, str]:
+        trial = object.__new__(Trial)
+        trial.setup({}, job)
+        trial.config = job.space.start
+        with pytest.raises((RequestError, RunError)) as caught:
+            _Scorer(job).score(0, "val")
+        return trial.step()["error"], str(caught.value)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr("pcb_ray.basis.Basis", Mock())  # a candidate is the base
+    return both
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("where", ["import", "init", "load", "score"])
+def test_what_an_evaluator_raises_is_told_with_its_line_in_the_users_file_and_without_secrets(family, errors_of, where):
+    made = family(2)
+    source = MINE.replace("WHERE", repr(where))
+    (made.folder / "mine.py").write_text(source)
+    line = 1 + next(k for k, text in enumerate(source.splitlines()) if "# here" in text)
+    for error in errors_of(job_of(made, "mine.py:Mine")):
+        assert f"FileNotFoundError: [Errno 2] No such file or directory: '***' (mine.py:{line})" in error
+        assert "\n" not in error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_without_a_file_of_the_users_the_line_in_an_installed_package_is_told(family, errors_of):
+    made = family(2)
+    for split in ("val", "test"):
+        (made.folder / split).write_text("x")
+    for error in errors_of(job_of(made, {"causal_lm": {"data": {"val": "val", "test": "test"}}})):
+        assert re.search(r"\(\w+\.py:\d+\)$", error)
+        assert "(evaluators.py" not in error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_pcb_ray_itself_raises_has_no_line(family, errors_of):
+    for error in errors_of(job_of(family(2), {"command": {"run": "exit 3 # {model}"}})):
+        assert re.fullmatch(r"RuntimeError: 'exit 3 # .*' ended with code 3: it printed nothing", error), error
+
+
+def test_a_bare_assertion_is_told_by_its_line():
+    with pytest.raises(AssertionError) as caught:
+        raise AssertionError
+    assert re.fullmatch(r"AssertionError \(test_evaluators.py:\d+\)", with_place(caught.value))
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------------
@@ -295,7 +409,7 @@ def test_a_command_and_its_model_go_with_the_process_that_ran_it(language_model,
         "    while not Path('pid').exists() or not Path('pid').read_text(): time.sleep(0.01)\n"
         f"    {how}\n"
         "threading.Thread(target=end).start()\n"
-        "command = Command('sleep 600 & echo $! > pid; wait', scratch='scratch')\n"
+        "command = Command('sleep 600 & echo $! > pid; wait; ls {model}', scratch='scratch')\n"
         f"command.load(Path({str(language_model)!r}))\n"
         "command.score('val')\n"
     )
@@ -347,12 +461,24 @@ def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(languag
         of_group = evaluator.score("test")
         assert of_group["words/acc"] == found["acc"]
         assert of_group["acc"] == of_group["both/acc"] == pytest.approx((of_group["words/acc"] + of_group["firsts/acc"]) / 2)
-    with pytest.raises(RequestError, match="unknown: no_such_task"):
-        make_evaluator("lm_eval", {"tasks": {"val": "no_such_task"}}, tmp_path).load(language_model)
+    wrong = make_evaluator("lm_eval", {"tasks": {"val": ["word", "words"], "test": "!"}, "include_path": "tasks"}, tmp_path)
+    with pytest.raises(RequestError) as caught:
+        wrong.load(language_model)
+    assert caught.value.problems == (
+        "search.evaluator.lm_eval.tasks.val: the harness has no task 'word'. Fix: write `words`, or give `include_path`.",
+        "search.evaluator.lm_eval.tasks.test: the harness has no task '!'. Fix: check the name, or give `include_path`.",
+    )
 
 
 @pytest.mark.parametrize(
-    ("run", "complaint"), [("exit 3", "ended with code 3"), ("echo done", "last line is not JSON"), ("true", "printed nothing")]
+    ("run", "complaint"),
+    [
+        ("exit 3 {model}", "ended with code 3"),
+        ("echo done {model}", "last line is not JSON"),
+        ("true {model}", "printed nothing"),
+        (f"echo {TOKEN} {{model}} >&2; false", r"^'echo \*\*\* .* ended with code 1: \*\*\* /"),
+        (f"echo {{model}} {TOKEN}", r"^'echo .* \*\*\*': its last line is not JSON: .* \*\*\*$"),
+    ],
 )
 def test_a_command_that_fails_says_how(language_model, tmp_path, run, complaint):
     evaluator = make_evaluator("command", {"run": run}, tmp_path)
@@ -361,31 +487,110 @@ def test_a_command_that_fails_says_how(language_model, tmp_path, run, complaint)
         evaluator.score("val")
 
 
+def problems_of(name: str, options: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    """All that is wrong with a built-in evaluator of these options."""
+    try:
+        make_evaluator(name, options, folder)
+    except RequestError as error:
+        return error.problems
+    return ()
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "complaint"),
+    ("name", "wrong", "complaint"),
     [
-        ("causal_lm", {}, "missing a required argument: 'data'"),
-        ("causal_lm", {"data": {"val": "none.txt"}}, "none.txt is not a file"),
-        ("causal_lm", {"data": "val.txt"}, "for each split"),
-        ("causal_lm", {"data": {"val": "val.txt"}, "lenght": 3}, "unexpected keyword argument 'lenght'"),
-        ("classification", {"data": {"val": {}}}, "no file"),
-        ("lm_eval", {"tasks": {}}, "wanted tasks"),
-        ("lm_eval", {"tasks": {"val": "x"}, "include_path": "nowhere"}, "nowhere is not a folder"),
-        ("command", {}, "missing a required argument: 'run'"),
+        ("causal_lm", {"data": None}, ".data: wanted a file for each split, found nothing"),
+        ("causal_lm", {"data": "val.txt"}, ".data: wanted a file for each split, found 'val.txt'"),
+        ("causal_lm", {"data": {"val": "none.txt"}}, ".data.val: {folder}/none.txt is not a file"),
+        ("causal_lm", {"data": {"val": {"a": "val.txt", "b": "none.txt"}}}, ".data.val.b: {folder}/none.txt is not a file"),
+        ("causal_lm", {"data": {"val": 3}}, ".data.val: wanted the path of a file, found 3"),
+        ("causal_lm", {"data": {"val": {}}}, ".data.val: is empty"),
+        ("causal_lm", {"data": {1: "val.txt"}}, ".data: wanted the name of a split, found 1"),
+        ("causal_lm", {"lenght": 3}, ": unknown key 'lenght'. Fix: write `length`"),
+        ("causal_lm", {"folder": "."}, ": unknown key 'folder'"),
+        ("causal_lm", {"length": "512"}, ".length: wanted a whole number of at least 1, found '512'"),
+        ("causal_lm", {"batch": 0}, ".batch: wanted a whole number of at least 1, found 0"),
+        ("causal_lm", {"tokens": -1}, ".tokens: wanted a whole number of at least 1, found -1"),
+        ("causal_lm", {"text": 3}, ".text: wanted text, found 3"),
+        ("causal_lm", {"dtype": "cat"}, ".dtype: wanted auto | float32 | float16 | bfloat16, found 'cat'"),
+        ("causal_lm", {"dtype": "int8"}, ".dtype: wanted auto | float32 | float16 | bfloat16, found 'int8'"),
+        (
+            "classification",
+            {"dtype": "bf16"},
+            ".dtype: wanted auto | float32 | float16 | bfloat16, found 'bf16'. Fix: write `bfloat16`",
+        ),
+        ("classification", {"label": ["y"]}, ".label: wanted text, found a value of type list"),
+        ("lm_eval", {"tasks": {}}, ".tasks: wanted a task for each split"),
+        ("lm_eval", {"tasks": {"val": []}}, ".tasks.val: is empty"),
+        ("lm_eval", {"tasks": {"val": ["a", {"task": "b"}]}}, ".tasks.val: wanted the name of a task, found a value of type dict"),
+        ("lm_eval", {"include_path": "nowhere"}, ".include_path: {folder}/nowhere is not a folder"),
+        ("lm_eval", {"num_fewshot": 2.5}, ".num_fewshot: wanted a whole number of at least 0, found 2.5"),
+        ("lm_eval", {"limit": 0}, ".limit: wanted a number above 0, found 0"),
+        ("lm_eval", {"chat_template": "yes"}, ".chat_template: wanted true or false, found 'yes'"),
+        ("command", {"run": None}, ".run: wanted a command with {model} in it, found nothing"),
+        ("command", {"run": 5}, ".run: wanted a command with {model} in it, found 5"),
+        ("command", {"run": "python eval.py {split}"}, ".run: wanted a command with {model} in it, found 'python eval.py {split}'"),
+        ("command", {"timeout": "x"}, ".timeout: wanted a number above 0, found 'x'"),
+        ("command", {"scratch": "val.txt"}, ".scratch: {folder}/val.txt is not a folder"),
     ],
 )
-def test_wrong_options_are_told_with_a_fix(tmp_path, name, options, complaint):
+def test_a_wrong_option_is_told_with_its_place_and_a_fix_when_the_evaluator_is_made(tmp_path, name, wrong, complaint):
     (tmp_path / "val.txt").write_text("x")
-    with pytest.raises(RequestError, match=complaint):
-        make_evaluator(name, options, tmp_path)
+    [problem] = problems_of(name, OPTIONS[name] | wrong, tmp_path)
+    assert problem.startswith(f"search.evaluator.{name}" + complaint.replace("{folder}", str(tmp_path)))
+    assert "Fix: " in problem
 
 
-def test_a_split_without_data_is_told(language_model, tmp_path):
-    (tmp_path / "val.txt").write_text(" ".join(WORDS))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_all_wrong_options_are_told_at_once(tmp_path, name):
+    told = problems_of(name, dict.fromkeys(OPTIONS[name], math.nan) | {"unknown": 1}, tmp_path)
+    assert [problem.split(":")[0] for problem in told] == [
+        f"search.evaluator.{name}",
+        *(f"search.evaluator.{name}.{key}" for key in OPTIONS[name]),
+    ]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_with_nothing_after_it_is_the_default(tmp_path, name):
+    (tmp_path / "val.txt").write_text("x")
+    required = next(iter(OPTIONS[name]))
+    options = dict.fromkeys(OPTIONS[name]) | {required: OPTIONS[name][required]}
+    assert problems_of(name, options, tmp_path) == ()
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_whatever_stands_in_the_options_is_taken_or_refused_with_a_fix(data):
+    name = data.draw(st.sampled_from(sorted(OPTIONS)))
+    place = data.draw(st.sampled_from(places(OPTIONS[name])[1:]))
+    told = problems_of(name, replaced(OPTIONS[name], place, data.draw(junk)), Path("nowhere"))
+    assert all(problem.startswith(f"search.evaluator.{name}") and "Fix: " in problem for problem in told)
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "classification", "lm_eval"])
+def test_a_split_without_data_is_told_before_anything_is_loaded(family, monkeypatch, name):
+    made = family(2)
+    (made.folder / "val.txt").write_text("x")
+    key = "tasks" if name == "lm_eval" else "data"
+    job = job_of(made, {name: {key: {"dev": "val.txt", "tests": "val.txt"}}}, "loss")
+    monkeypatch.setattr(type(make_evaluator(name, job.search.options, made.folder)), "load", lambda *_: pytest.fail("was loaded"))
+    with pytest.raises(RequestError) as caught:
+        Worker(job)
+    assert caught.value.problems == (
+        "search.split.search: wanted a split that the evaluator has data for, found 'val'. Fix: use one of dev, tests, or give it such data.",
+        "search.split.report: wanted a split that the evaluator has data for, found 'test'. Fix: write `tests`, or give it such data.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("splits", "refused"), [(["val", "test"], False), (["val"], True), ({"val": 1}, True), ([], False), ("val", False), (3, False)]
+)
+def test_an_evaluator_of_ones_own_may_say_which_splits_it_has(splits, refused):
+    with pytest.raises(RequestError) if refused else contextlib.nullcontext():
+        check_splits(SimpleNamespace(splits=splits), {"search.split.search": "val", "search.split.report": "test"})
+
+
+def test_an_empty_text_is_told(language_model, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    evaluator = make_evaluator("causal_lm", {"data": {"val": "val.txt"}}, tmp_path)
-    evaluator.load(language_model)
-    with pytest.raises(RequestError, match=r"no data for 'test', only for val"):
-        evaluator.score("test")
     with pytest.raises(RequestError, match=r"has 0 tokens"):
         make_evaluator("causal_lm", {"data": {"val": "empty.txt"}}, tmp_path).load(language_model)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from junk import junk, places, replaced
 
 from pcb_ray import Recipe, RequestError
 from pcb_ray.plan import Plan, plan
@@ -112,26 +113,6 @@ FULL: dict[str, Any] = {
     "trial_timeout": 60,
     "loggers": ["tensorboard", {"wandb": {"project": "merges"}}],
 }
-
-
-def places(of: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inside = of.items() if isinstance(of, dict) else enumerate(of) if isinstance(of, list) else ()
-    return [at, *(place for key, value in inside for place in places(value, (*at, key)))]
-
-
-def replaced(of: Any, at: tuple[Any, ...], junk: Any) -> Any:
-    if not at:
-        return junk
-    inside = replaced(of[at[0]], at[1:], junk)
-    return of | {at[0]: inside} if isinstance(of, dict) else [*of[: at[0]], inside, *of[at[0] + 1 :]]
-
-
-scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["*", "a:b", "1e-3", "pcb"])
-)
-junk = st.recursive(
-    scalars, lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3) | st.integers(), x, max_size=2)
-)
 
 
 @given(place=st.sampled_from(places(FULL)[1:]), value=junk)

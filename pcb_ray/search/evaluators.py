@@ -5,6 +5,8 @@ An evaluator is any object with two methods:
     load(model_dir) -> torch.nn.Module       once per worker: loads model and data; the search updates the module's parameters in place
     score(split) -> dict[str, float]         after each update
 
+and, if it likes, a collection of names `splits`: those that `score` knows. Asked for another, a search says so before anything is loaded.
+
 Built in are `causal_lm`, `classification`, `lm_eval` and `command`; others are named `file.py:object` or `module:object` in the recipe, or given
 as an object in Python. A class is called with the options that stand below its name in the recipe.
 """
@@ -24,20 +26,25 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from pcb_ray.errors import RequestError
+from pcb_ray import checks
+from pcb_ray.errors import RequestError, with_place
+from pcb_ray.recipe import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
 Metrics = dict[str, float]
+_DTYPES = ("auto", *DTYPES)
 NONE: Mapping[str, tuple[int, ...]] = {}
 
 
 class Evaluator(Protocol):
+    """`splits: Collection[str]` is optional; see `check_splits`."""
+
     def load(self, model_dir: Path) -> torch.nn.Module:
         """Load what is needed to score; return the module whose parameters are those of the model in `model_dir`."""
         ...
@@ -52,7 +59,7 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evalu
     where = "search.evaluator"
     built_in = {"causal_lm": CausalLM, "classification": Classification, "lm_eval": LMEval, "command": Command}
     if name in built_in:
-        return checked(_call(built_in[name], {**options, "folder": folder}, where, name), name)
+        return checked(_built_in(built_in[name], options, folder, f"{where}.{name}"), name)
     source, _, attribute = name.rpartition(":")
     try:
         found: Any = _load_file(folder / source) if source.endswith(".py") else _import(source, folder)
@@ -65,7 +72,7 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evalu
             if isinstance(error, AttributeError | ImportError | OSError)
             else "mend the file"
         )
-        raise RequestError(f"{where}: {name} can't be loaded: {type(error).__name__}: {error}. Fix: {fix}.") from error
+        raise RequestError(f"{where}: {name} can't be loaded: {with_place(error)}. Fix: {fix}.") from error
     if inspect.isclass(found):
         found = _call(found, options, where, name)
     elif options:
@@ -87,14 +94,43 @@ def checked(evaluator: Any, name: str) -> Evaluator:
     return found
 
 
+def check_splits(evaluator: Any, asked: Mapping[str, str]) -> None:
+    """Whether there is data for the splits that are asked for, by their place in the request; as far as the evaluator tells by `splits` before it has
+    loaded anything: one that is empty may be filled later. Raises RequestError."""
+    known = getattr(evaluator, "splits", None)
+    if not isinstance(known, Collection) or isinstance(known, str) or not len(known):
+        return
+    names, wanted = [str(name) for name in known], "a split that the evaluator has data for"
+    problems = [
+        checks.wrong(place, wanted, split, f"{checks.nearest(split, names)}, or give it such data")
+        for place, split in asked.items()
+        if split not in names
+    ]
+    if problems:
+        raise RequestError(problems)
+
+
+def _built_in(kind: Any, options: Mapping[str, Any], folder: Path, where: str) -> Any:
+    """With all that is wrong with its options told at once."""
+    required, *others = (name for name in inspect.signature(kind).parameters if name != "folder")
+    problems: list[str] = []
+    given = checks.section(options, where, (required, *others), problems)
+    what = given.pop(required, None)
+    try:
+        made = kind(what, **given, folder=folder)
+    except RequestError as error:
+        raise RequestError([*problems, *error.problems]) from None
+    if problems:
+        raise RequestError(problems)
+    return made
+
+
 def _call(what: Any, options: Mapping[str, Any], where: str, name: str) -> Any:
     try:
         inspect.signature(what).bind(**options)
     except TypeError as error:
-        known = [p for p in inspect.signature(what).parameters if p != "folder"]
-        raise RequestError(
-            f"{where}.{name}: {error}; its options are {', '.join(known) or 'none'}. Fix: write them below its name."
-        ) from None
+        known = ", ".join(inspect.signature(what).parameters)
+        raise RequestError(f"{where}.{name}: {error}; its options are {known or 'none'}. Fix: write them below its name.") from None
     return what(**options)
 
 
@@ -114,32 +150,44 @@ def _import(name: str, folder: Path) -> Any:
     return importlib.import_module(name)
 
 
-def _files(data: Any, folder: Path, where: str) -> dict[str, dict[str, Path]]:
-    """`data: {split: file}` or `{split: {part: file}}` as {split: {part: path}}. Raises RequestError for what is not there."""
-    if not isinstance(data, Mapping) or not data:
-        raise RequestError(
-            f"{where}: wanted a file (or files by name) for each split. Fix: write data: {{val: val.jsonl, test: test.jsonl}}."
-        )
+def _by_split(raw: Any, where: str, wanted: str, fix: str, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
+    """Each split with its place and what is given for it."""
+    if not isinstance(raw, Mapping) or not raw:
+        problems.append(checks.wrong(where, f"{wanted} for each split", raw, fix))
+        return
+    for split, given in raw.items():
+        name = checks.text(split, where, problems, "the name of a split")
+        if isinstance(given, Mapping | list | tuple) and not given:
+            problems.append(f"{where}.{name}: is empty. Fix: give it {wanted}, or remove the split.")
+        yield name, f"{where}.{name}", given
+
+
+def _files(data: Any, folder: Path, where: str, problems: list[str]) -> dict[str, dict[str, Path]]:
+    """`data: {split: file}` or `{split: {part: file}}` as {split: {part: path}}."""
     result: dict[str, dict[str, Path]] = {}
-    problems = []
-    for split, given in data.items():
-        parts = given if isinstance(given, Mapping) else {"": given}
-        result[split] = {str(part): folder / str(file) for part, file in parts.items()}
-        problems += [f"{where}.{split}: has no file. Fix: name one, or remove the split."] * (not parts)
-        problems += [
-            f"{where}.{split}: {path} is not a file. Fix: check the path." for path in result[split].values() if not path.is_file()
-        ]
-    if problems:
-        raise RequestError(problems)
+    for split, at, given in _by_split(data, where, "a file", "write data: {val: val.jsonl, test: test.jsonl}", problems):
+        if isinstance(given, Mapping):
+            named = {checks.text(part, at, problems, "the name of a part"): file for part, file in given.items()}
+            result[split] = {part: _path(file, "file", folder, f"{at}.{part}", problems) for part, file in named.items()}
+        else:
+            result[split] = {"": _path(given, "file", folder, at, problems)}
     return result
 
 
-def _split(data: Mapping[str, Any], split: str) -> Any:
-    if split not in data:
-        raise RequestError(
-            f"search.split: there is no data for {split!r}, only for {', '.join(data)}. Fix: name it in `data`, or another split."
-        )
-    return data[split]
+def _tasks(tasks: Any, where: str, problems: list[str]) -> dict[str, list[str]]:
+    result: dict[str, list[str]] = {}
+    for split, at, given in _by_split(tasks, where, "a task", "write tasks: {val: [my_task], test: [arc_easy]}", problems):
+        names = given if isinstance(given, list | tuple) else [given]
+        result[split] = [checks.text(name, at, problems, "the name of a task") for name in names]
+    return result
+
+
+def _path(raw: Any, kind: str, folder: Path, where: str, problems: list[str]) -> Path:
+    name = checks.text(raw, where, problems, f"the path of a {kind}")
+    is_there = os.path.isdir if kind == "folder" else os.path.isfile
+    if name and not is_there(folder / name):
+        problems.append(f"{where}: {folder / name} is not a {kind}. Fix: check the path, and that every node sees it.")
+    return folder / name
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -186,13 +234,10 @@ def _device() -> str:
 
 def _load_model(auto_class: Any, model_dir: Path, dtype: str) -> Any:
     """The model in float32 on a CPU, in its own dtype on a GPU, or as asked."""
-    import torch
-
     device = _device()
-    kind = {"auto": "auto" if device == "cuda" else torch.float32}.get(dtype, getattr(torch, dtype, None))
-    if kind is None:
-        raise RequestError(f"search.evaluator: dtype {dtype!r} is none of torch's. Fix: auto, float32, bfloat16 or float16.")
-    return auto_class.from_pretrained(model_dir, dtype=kind, local_files_only=True).to(device).eval()
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    return auto_class.from_pretrained(model_dir, dtype=dtype, local_files_only=True).to(device).eval()
 
 
 class CausalLM:
@@ -213,14 +258,21 @@ class CausalLM:
         dtype: str = "auto",
         folder: Path = Path("."),
     ) -> None:
-        self.files = _files(data, folder, "search.evaluator.causal_lm.data")
-        self.length, self.batch, self.text, self.tokens, self.dtype = length, batch, text, tokens, dtype
+        where, problems = "search.evaluator.causal_lm", list[str]()
+        self.splits = _files(data, folder, f"{where}.data", problems)
+        self.length = checks.whole(length, f"{where}.length", 1, problems)
+        self.batch = checks.whole(batch, f"{where}.batch", 1, problems)
+        self.text = checks.text(text, f"{where}.text", problems)
+        self.tokens = None if tokens is None else checks.whole(tokens, f"{where}.tokens", 1, problems)
+        self.dtype = checks.choice(dtype, f"{where}.dtype", _DTYPES, problems)
+        if problems:
+            raise RequestError(problems)
         self._windows: dict[tuple[str, str], list[torch.Tensor]] = {}
 
     def load(self, model_dir: Path) -> torch.nn.Module:
         transformers = _transformers()
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        for split, parts in self.files.items():
+        for split, parts in self.splits.items():
             for part, path in parts.items():
                 self._windows[split, part] = self._tokenize(tokenizer, path)
         self.model = _load_model(transformers.AutoModelForCausalLM, model_dir, self.dtype)
@@ -246,7 +298,7 @@ class CausalLM:
         return [torch.tensor(ids[at : at + self.length + 1]) for at in range(0, len(ids) - 1, self.length)]
 
     def score(self, split: str) -> Metrics:
-        losses = {part: self._loss(self._windows[split, part]) for part in _split(self.files, split)}
+        losses = {part: self._loss(self._windows[split, part]) for part in self.splits[split]}
         mean = math.fsum(losses.values()) / len(losses)
         of_parts = {f"loss_{part}": loss for part, loss in losses.items() if part}
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), **of_parts}
@@ -284,8 +336,15 @@ class Classification:
         dtype: str = "auto",
         folder: Path = Path("."),
     ) -> None:
-        self.files = _files(data, folder, "search.evaluator.classification.data")
-        self.text, self.label, self.length, self.batch, self.dtype = text, label, length, batch, dtype
+        where, problems = "search.evaluator.classification", list[str]()
+        self.splits = _files(data, folder, f"{where}.data", problems)
+        self.text = checks.text(text, f"{where}.text", problems)
+        self.label = checks.text(label, f"{where}.label", problems)
+        self.length = checks.whole(length, f"{where}.length", 1, problems)
+        self.batch = checks.whole(batch, f"{where}.batch", 1, problems)
+        self.dtype = checks.choice(dtype, f"{where}.dtype", _DTYPES, problems)
+        if problems:
+            raise RequestError(problems)
         self._batches: dict[tuple[str, str], list[tuple[Any, torch.Tensor]]] = {}
 
     def load(self, model_dir: Path) -> torch.nn.Module:
@@ -294,7 +353,7 @@ class Classification:
         self.model = _load_model(transformers.AutoModelForSequenceClassification, model_dir, self.dtype)
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = tokenizer.pad_token_id
-        for split, parts in self.files.items():
+        for split, parts in self.splits.items():
             for part, path in parts.items():
                 self._batches[split, part] = self._read(tokenizer, path)
         model: torch.nn.Module = self.model
@@ -326,7 +385,7 @@ class Classification:
         return number
 
     def score(self, split: str) -> Metrics:
-        parts = {part: self._score(self._batches[split, part]) for part in _split(self.files, split)}
+        parts = {part: self._score(self._batches[split, part]) for part in self.splits[split]}
         means = {key: math.fsum(p[key] for p in parts.values()) / len(parts) for key in ("accuracy", "loss")}
         return means | {f"accuracy_{part}": found["accuracy"] for part, found in parts.items() if part}
 
@@ -363,15 +422,18 @@ class LMEval:
         dtype: str = "auto",
         folder: Path = Path("."),
     ) -> None:
-        where = "search.evaluator.lm_eval"
-        if not isinstance(tasks, Mapping) or not tasks:
-            raise RequestError(f"{where}.tasks: wanted tasks for each split. Fix: tasks: {{val: [my_task], test: [arc_easy]}}.")
-        self.tasks = {split: [names] if isinstance(names, str) else list(names) for split, names in tasks.items()}
-        self.include_path = None if include_path is None else folder / include_path
-        if self.include_path is not None and not self.include_path.is_dir():
-            raise RequestError(f"{where}.include_path: {self.include_path} is not a folder. Fix: name the one with the task files.")
-        self.num_fewshot, self.limit, self.chat_template = num_fewshot, limit, chat_template
-        self.batch, self.dtype = batch, dtype
+        where, problems = "search.evaluator.lm_eval", list[str]()
+        self.splits = _tasks(tasks, f"{where}.tasks", problems)
+        self.include_path = (
+            None if include_path is None else _path(include_path, "folder", folder, f"{where}.include_path", problems)
+        )
+        self.num_fewshot = None if num_fewshot is None else checks.whole(num_fewshot, f"{where}.num_fewshot", 0, problems)
+        self.limit = None if limit is None else checks.number(limit, f"{where}.limit", problems, is_positive=True)
+        self.chat_template = checks.flag(chat_template, f"{where}.chat_template", problems)
+        self.batch = checks.whole(batch, f"{where}.batch", 1, problems)
+        self.dtype = checks.choice(dtype, f"{where}.dtype", _DTYPES, problems)
+        if problems:
+            raise RequestError(problems)
 
     def load(self, model_dir: Path) -> torch.nn.Module:
         try:
@@ -382,12 +444,15 @@ class LMEval:
                 f"search.evaluator: lm_eval can't be loaded: {error}. Fix: pip install 'pcb-ray[lm-eval]'."
             ) from None
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
-        unknown = sorted({name for names in self.tasks.values() for name in names} - set(manager.all_tasks))
+        known = set(manager.all_tasks)
+        unknown = [(split, name) for split, names in self.splits.items() for name in names if name not in known]
         if unknown:
             raise RequestError(
-                f"search.evaluator.lm_eval.tasks: unknown: {', '.join(unknown)}. Fix: check the names, or give `include_path`."
+                f"search.evaluator.lm_eval.tasks.{split}: the harness has no task {checks.shown(name)}. Fix: "
+                f"{checks.nearest(name, manager.all_tasks, 'check the name')}, or give `include_path`."
+                for split, name in unknown
             )
-        self._loaded = {split: manager.load(names) for split, names in self.tasks.items()}
+        self._loaded = {split: manager.load(names) for split, names in self.splits.items()}
         for task in (task for loaded in self._loaded.values() for task in loaded["tasks"].values()):
             own = task.get_config("num_fewshot")
             if own != 0:  # a task that says 0 means it, as in the harness's own command
@@ -403,7 +468,7 @@ class LMEval:
         import lm_eval
         import torch
 
-        loaded = _split(self._loaded, split)
+        loaded = self._loaded[split]
         torch.manual_seed(1234)  # for tasks that sample what they generate
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=1234)
@@ -424,7 +489,7 @@ class LMEval:
                         continue
                     found[f"{task}/{metric}"] = float(value)
                     of_metric.setdefault(metric, []).append(float(value))
-                    if task in self.tasks[split]:
+                    if task in self.splits[split]:
                         of_named.setdefault(metric, []).append(float(value))
         return found | {metric: math.fsum(values) / len(values) for metric, values in (of_metric | of_named).items()}
 
@@ -437,8 +502,15 @@ class Command:
     """
 
     def __init__(self, run: str, *, scratch: str | None = None, timeout: float | None = None, folder: Path = Path(".")) -> None:
-        self.run, self.folder, self.timeout = run, folder, timeout
-        self.scratch = None if scratch is None else folder / scratch
+        where, problems = "search.evaluator.command", list[str]()
+        if not isinstance(run, str) or "{model}" not in run:
+            fix = "write one such as `python eval.py {model} {split}`, or the score would be that of no model"
+            problems.append(checks.wrong(f"{where}.run", "a command with {model} in it", run, fix))
+        self.run, self.folder = run, folder
+        self.scratch = None if scratch is None else _path(scratch, "folder", folder, f"{where}.scratch", problems)
+        self.timeout = None if timeout is None else checks.number(timeout, f"{where}.timeout", problems, is_positive=True)
+        if problems:
+            raise RequestError(problems)
 
     def load(self, model_dir: Path) -> torch.nn.Module:
         from safetensors.torch import load_file
@@ -463,15 +535,15 @@ class Command:
                 save_file(tensors, scratch / name, metadata={"format": "pt"})
             filled = self.run.replace("{model}", shlex.quote(str(scratch))).replace("{split}", shlex.quote(split))
             code, output, errors = _run_shell(filled, self.folder, self.timeout, to_guard)
-        lines = output.strip().splitlines()
+        told = errors.strip() if code != 0 else ""
+        last = (told or output.strip() or "it printed nothing").splitlines()[-1]
+        ran, shown = checks.without_secrets(repr(filled))[:500], checks.without_secrets(last)[:300]
         if code != 0:
-            raise RuntimeError(f"{filled!r} ended with code {code}: {(errors.strip().splitlines() or lines or [''])[-1][:300]}")
+            raise RuntimeError(f"{ran} ended with code {code}: {shown}")
         try:
-            metrics: Metrics = json.loads(lines[-1])
-        except (IndexError, ValueError):
-            raise RuntimeError(
-                f"{filled!r}: its last line is not JSON: {lines[-1][:200] if lines else 'it printed nothing'}"
-            ) from None
+            metrics: Metrics = json.loads(last)
+        except ValueError:
+            raise RuntimeError(f"{ran}: its last line is not JSON: {shown}") from None
         return metrics
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pcb_ray.checks import choice, number, section, shown, size_of, text, wrong
+from pcb_ray.checks import choice, number, section, shown, size_of, text, whole, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.plan import Plan
 from pcb_ray.recipe import VARIANTS, Recipe, Rule
@@ -124,8 +124,8 @@ class Search:
         )
         if not metric:
             problems.append(wrong("search.metric", "a key of what the evaluator returns", None, "name it: `metric: accuracy`"))
-        budget = _whole(top.get("budget", cls.budget), "search.budget", SMALLEST_POPULATION, problems)
-        population = _whole(top.get("population", min(cls.population, budget)), "search.population", SMALLEST_POPULATION, problems)
+        budget = whole(top.get("budget", cls.budget), "search.budget", SMALLEST_POPULATION, problems)
+        population = whole(top.get("population", min(cls.population, budget)), "search.population", SMALLEST_POPULATION, problems)
         concurrency = top.get("concurrency", "auto")
         found = cls(
             evaluator=evaluator,
@@ -143,11 +143,11 @@ class Search:
             optimizer=text(top.get("optimizer", cls.optimizer), "search.optimizer", problems),
             budget=budget,
             population=population,
-            concurrency=None if concurrency == "auto" else _whole(concurrency, "search.concurrency", 1, problems),
+            concurrency=None if concurrency == "auto" else whole(concurrency, "search.concurrency", 1, problems),
             cpu=_share(resources.get("cpu", cls.cpu), "search.resources_per_trial.cpu", problems),
             gpu=_share(resources.get("gpu", cls.gpu), "search.resources_per_trial.gpu", problems),
             memory=_size(resources.get("memory"), "search.resources_per_trial.memory", problems),
-            seed=_whole(top.get("seed", cls.seed), "search.seed", 0, problems, most=2**32 - 1),
+            seed=whole(top.get("seed", cls.seed), "search.seed", 0, problems, most=2**32 - 1),
             trial_timeout_s=None if "trial_timeout" not in top else _amount(top["trial_timeout"], "search.trial_timeout", problems),
             loggers=_loggers(top.get("loggers", ()), problems),
         )
@@ -200,14 +200,6 @@ def _evaluator(raw: object, has_evaluator: bool, problems: list[str]) -> tuple[s
         )
         return "", options
     return raw, options
-
-
-def _whole(raw: object, where: str, least: int, problems: list[str], most: int = 10**9) -> int:
-    if isinstance(raw, int) and not isinstance(raw, bool) and least <= raw <= most:
-        return raw
-    wanted = f"a whole number of at least {least}" + (f" and at most {most}" if isinstance(raw, int) and raw > most else "")
-    problems.append(wrong(where, wanted, raw, f"write one such as {max(least, 8)}"))
-    return least
 
 
 def _amount(raw: object, where: str, problems: list[str]) -> float:
@@ -269,7 +261,7 @@ def _groups(raw: object, problems: list[str]) -> tuple[tuple[tuple[str, tuple[st
     groups, layers = [], 1
     for name, patterns in raw.items():
         if name == "layers":
-            layers = _whole(patterns, f"{where}.layers", 1, problems)
+            layers = whole(patterns, f"{where}.layers", 1, problems)
             continue
         listed = patterns if isinstance(patterns, list | tuple) else [patterns]
         if name == REST:

@@ -21,7 +21,7 @@ from pcb_ray import output, runtime
 from pcb_ray.analysis import Run, check_twins, thresholds_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.checkpoint import Checkpoint
-from pcb_ray.errors import InputError, RequestError, RunError, reason_in
+from pcb_ray.errors import InputError, RequestError, RunError, reason_in, with_place
 from pcb_ray.merge import ARITHMETIC, companions, fetched_plan, merge
 from pcb_ray.output import RECIPE, State
 from pcb_ray.plan import DEFAULT_SHARD_BYTES, choose_block, worker_bytes
@@ -227,7 +227,7 @@ def _check_picklable(evaluator: Any) -> None:
         cloudpickle.dumps(evaluator)
     except Exception as error:  # whatever its __getstate__ raises
         raise RequestError(
-            f"search.evaluator: {type(evaluator).__name__} can't be sent to the workers: {type(error).__name__}: {error}. Fix: open files, "
+            f"search.evaluator: {type(evaluator).__name__} can't be sent to the workers: {with_place(error)}. Fix: open files, "
             "connections and models in `load`, which each worker calls."
         ) from error
 
@@ -266,11 +266,16 @@ class _Scorer:
         """Answers once the actor has been placed."""
 
     def score(self, what: int | Config, split: str) -> dict[str, float]:
-        """Of the base (0), a model (1..N), or a candidate."""
-        self._worker = self._worker or self._start()
-        if isinstance(what, int):
-            return dict(self._worker.score_input(what, split))
-        return dict(self._worker.score(self._worker.job.space.candidate(what), split)[0])
+        """Of the base (0), a model (1..N), or a candidate. Raises RequestError, or RunError that says what was raised, and where."""
+        try:
+            self._worker = self._worker or self._start()
+            if isinstance(what, int):
+                return dict(self._worker.score_input(what, split))
+            return dict(self._worker.score(self._worker.job.space.candidate(what), split)[0])
+        except RequestError:
+            raise
+        except Exception as error:  # the evaluator's
+            raise RunError(with_place(error)) from None
 
 
 class _Scorers:
@@ -297,7 +302,7 @@ class _Scorers:
     def score(
         self, asked: Mapping[tuple[str, str], int | Config]
     ) -> Iterator[tuple[tuple[str, str], dict[str, float] | Exception]]:
-        """The metrics of each (name, split), or the RayError instead. A scorer that died gets a successor, which is asked once more.
+        """The metrics of each (name, split), or what scoring it raised, or the RayError of a scorer that died: it gets a successor, asked once more.
 
         Raises RunError if the cluster has no place for one."""
         import ray
@@ -324,7 +329,7 @@ class _Scorers:
                     found = dict(ray.get(answer, timeout=CALL_TIMEOUT_S))
                 except ray.exceptions.RayTaskError as error:
                     self._idle.append(scorer)
-                    yield one, error
+                    yield one, error.cause
                 except ray.exceptions.RayError as error:
                     self._add()
                     if again:
@@ -350,8 +355,6 @@ def _resources(request: Search) -> str:
 
 def _dry_score(job: Job, state: State) -> Scores:
     """The base on both splits, before anything expensive: a wrong evaluator shows itself here."""
-    import ray
-
     if state.found.get("base", {}).get("by") == job.scored_by:
         known: Scores = state.found["base"]["scores"]
         return known
@@ -359,12 +362,11 @@ def _dry_score(job: Job, state: State) -> Scores:
     asked: dict[tuple[str, str], int | Config] = {("base", split): 0 for split in (request.search_split, request.report_split)}
     with contextlib.closing(_Scorers(job, 1)) as scorers:
         for (_, split), found in scorers.score(asked):
-            if isinstance(found, ray.exceptions.RayTaskError):
-                cause = found.cause
-                if isinstance(cause, RequestError):
-                    raise cause from None
+            if isinstance(found, RequestError):
+                raise found
+            if isinstance(found, RunError):
                 fix = "Fix: make the evaluator score the base model."
-                raise RequestError(f"search.evaluator: scoring the base failed: {type(cause).__name__}: {cause}. {fix}") from found
+                raise RequestError(f"search.evaluator: scoring the base failed: {found}. {fix}")
             if isinstance(found, Exception):
                 fix = "Fix: see that the model fits in memory, and that the evaluator does not end its process."
                 raise RequestError(

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from pcb_ray.errors import with_place
 from pcb_ray.search.request import key_of
 from pcb_ray.search.worker import Job, Worker
 
@@ -49,7 +50,7 @@ class Trial(tune.Trainable):
             try:
                 found |= self._score()
             except Exception as error:  # the evaluator's: any of them costs its trial only
-                found["error"] = f"{type(error).__name__}: {error}"[:1000]
+                found["error"] = with_place(error)
             found["seconds"] = time.monotonic() - start
         own = {
             k: v for k, v in found["metrics"].items() if k not in (*found, "done", "should_checkpoint")

@@ -16,7 +16,7 @@ from typing import Any
 from pcb_ray.answers import Thresholds
 from pcb_ray.errors import RequestError
 from pcb_ray.plan import Plan
-from pcb_ray.search.evaluators import Evaluator, Metrics, checked, make_evaluator, match
+from pcb_ray.search.evaluators import Evaluator, Metrics, check_splits, checked, make_evaluator, match
 from pcb_ray.search.request import Candidate, Search, Space
 
 HANG_GRACE_S = 5.0  # after its time scoring is interrupted; one that does not mind is ended this much later, with its process
@@ -60,6 +60,7 @@ class Worker:
             if job.evaluator is None
             else checked(job.evaluator, "")
         )
+        check_splits(self.evaluator, {"search.split.search": search.search_split, "search.split.report": search.report_split})
         module = self.evaluator.load(Path(job.model_dir))
         self._plan = next(iter(job.arms.values())).plan
         if not callable(getattr(module, "named_parameters", None)):
