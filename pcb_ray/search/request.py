@@ -305,7 +305,7 @@ class Space:
         ]
         if search.layers > (stack := _stack(names)):
             problems.append(f"search.space.groups.layers: {search.layers} parts of {stack} layers. Fix: {stack} parts at most.")
-        weights = [f"weight.{label}" + (f".{group}" if len(groups) > 1 else "") for label in labels for group in groups]
+        weights = [weight_name(label, group, groups) for label in labels for group in groups]
         bounds = dict.fromkeys(weights, search.weight)
         if search.lambda_ is not None:
             bounds["lambda"] = search.lambda_
@@ -343,15 +343,13 @@ class Space:
 
     def candidate(self, config: Config) -> Candidate:
         """The point that a config describes; what it does not name is the recipe's."""
-
         weights = any(name.startswith("weight.") for name in config)
 
-        def weight(i: int, group: str) -> float:
-            name = f"weight.{self.labels[i]}"
-            return float(config[name] if name in config else config[f"{name}.{group}"])
+        def of_models(group: str) -> tuple[float, ...]:
+            return tuple(float(config[weight_name(label, group, self.groups)]) for label in self.labels)
 
         return Candidate(
-            lambdas=tuple(tuple(weight(i, group) for i in range(len(self.labels))) for group in self.groups) if weights else None,
+            lambdas=tuple(map(of_models, self.groups)) if weights else None,
             lambda_=float(config.get("lambda", self.recipe.lambda_)),
             density=config.get("density"),
             variant=config.get("variant"),
@@ -384,6 +382,17 @@ class Space:
             sweep=None,
             notes=(),
         )
+
+
+def weight_name(label: str, group: str, groups: Sequence[str]) -> str:
+    """The name of the coefficient of a model in a group; where there is but one, it goes without saying."""
+    return f"weight.{label}.{group}" if len(groups) > 1 else f"weight.{label}"
+
+
+def share_of(bounds: Bounds, name: str, value: float) -> float:
+    """Where a value lies between its bounds, from 0 to 1: a density by its logarithm, as it is searched."""
+    to = math.log if name == "density" else float
+    return (to(value) - to(bounds.lower)) / (to(bounds.upper) - to(bounds.lower))
 
 
 def _axis(name: str) -> str:
