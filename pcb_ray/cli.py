@@ -265,18 +265,22 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from pcb_ray.search import report, search
+    from pcb_ray.search import search
 
     found = search(options.recipe, options.out, max_shard_bytes=options.max_shard_size, **_shared(options))
+    from pcb_ray.search import report  # and libraries: `search` has told if one is missing
+
     print(report.as_text(*report.scoreboard(found["request"], found["scores"])))
     print(f"{options.out}: the winner of {found['trials']} candidates, merged; {options.out / 'report.html'} shows the search")
     return 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from pcb_ray.search import report, sweep
+    from pcb_ray.search import sweep
 
     found = sweep(options.recipe, options.out, **_shared(options))
+    from pcb_ray.search import report
+
     print(report.as_text(*report.grid_table(found["request"], found["records"])))
     print(f"{options.out}: {len(found['records'])} points; {options.out / 'report.html'} shows them")
     return 0

@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pcb_ray.errors import RequestError
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from pcb_ray.search.request import Config, Search, Space
 
 Record = Mapping[str, Any]
@@ -73,11 +78,6 @@ def write_sweep(
 
 def write_table(path: Path, records: Sequence[Record]) -> None:
     """A row for each candidate: number, coefficients, metrics, seconds, when it ended (Unix time), node, error."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise RequestError("pyarrow is not installed. Fix: pip install 'pcb-ray[search]'.") from None
     rows = [
         {
             "number": r["number"],
@@ -149,11 +149,6 @@ def _write_page(folder: Path, title: str, sections: Sequence[str]) -> None:
 
 def _figure(width: float, height: float, columns: int = 1) -> Any:
     """A figure and its axes; without pyplot, whose state belongs to the caller."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RequestError("matplotlib is not installed. Fix: pip install 'pcb-ray[search]'.") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -222,8 +217,6 @@ def _parallel(request: Search, space: Space, records: Sequence[Record]) -> bytes
     names = list(space.bounds)
     figure, (axis,) = _figure(max(6.0, 1.1 * len(names) + 2), 4.5)
     scored = sorted((r for r in records if not r["error"]), key=lambda r: request.better * r["objective"])
-    from matplotlib import colormaps
-
     colours = colormaps["viridis_r"]
     for place, r in enumerate(scored):
         heights = [(r["config"][n] - space.bounds[n].lower) / (space.bounds[n].upper - space.bounds[n].lower) for n in names]
