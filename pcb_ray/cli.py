@@ -268,9 +268,9 @@ def _search(options: argparse.Namespace) -> int:
     from pcb_ray.search import search
 
     found = search(options.recipe, options.out, max_shard_bytes=options.max_shard_size, **_shared(options))
-    from pcb_ray.search import report  # and libraries: `search` has told if one is missing
+    from pcb_ray.search import tables  # and libraries: `search` has told if one is missing
 
-    print(report.as_text(*report.scoreboard(found["request"], found["scores"])))
+    print(tables.scoreboard(found["request"], found["scores"]).as_text())
     print(f"{options.out}: the winner of {found['trials']} candidates, merged; {options.out / 'report.html'} shows the search")
     return 0
 
@@ -279,9 +279,9 @@ def _sweep(options: argparse.Namespace) -> int:
     from pcb_ray.search import sweep
 
     found = sweep(options.recipe, options.out, **_shared(options))
-    from pcb_ray.search import report
+    from pcb_ray.search import tables
 
-    print(report.as_text(*report.grid_table(found["request"], found["records"])))
+    print(tables.grid_table(found["request"], found["records"]).as_text())
     print(f"{options.out}: {len(found['records'])} points; {options.out / 'report.html'} shows them")
     return 0
 

@@ -10,21 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pcb_ray.search.request import Config, Search, Space
+from pcb_ray.search.tables import Record, error_table, grid_table, scoreboard, shown_score, winner_tables, write_table
 
-Record = Mapping[str, Any]
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"  # told apart by colour-blind readers (Okabe and Ito)
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: bold; }
+th:first-child { text-align: left; } td.best { font-weight: bold; }
 img { max-width: 100%; } pre { background: #f6f6f6; padding: 1em; }
 """
 
@@ -39,18 +37,17 @@ def write_search(folder: Path, request: Search, space: Space, records: Sequence[
     }
     for name, (_, data) in plots.items():
         (folder / name).write_bytes(data)
-    header, rows = scoreboard(request, found["scores"])
-    best = ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found["best"].items()
-    )
-    summary = f"{found['trials']} candidates, {found['failed']} failed, {found['elapsed_s']:.0f} s. Winner: {best}."
+    errors = error_table(records)
     sections = [
-        f"<p>{html.escape(summary)}</p>",
-        _html_table(header, rows, best="winner"),
+        f"<p>{found['trials']} candidates, {found['failed']} failed, {found['elapsed_s']:.0f} s.</p>",
+        scoreboard(request, found["scores"]).as_html(),
+        "<h2>Coefficients of the winner</h2>",
+        *(f"<p>{html.escape(about)}</p>{table.as_html()}" for about, table in winner_tables(space, found["best"])),
         *(
             f"<h2>{title}</h2><img alt='{title}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
             for title, data in plots.values()
         ),
+        *(["<h2>Errors</h2>", errors.as_html()] if errors else []),
         f"<h2>Recipe of the winner</h2><pre>{html.escape(found['recipe'].to_yaml())}</pre>",
     ]
     _write_page(folder, "Search of merge coefficients", sections)
@@ -63,80 +60,18 @@ def write_sweep(
     write_table(folder / "sweep.parquet", records)
     plot = _heat_map(request, points, records)
     (folder / "sweep.png").write_bytes(plot)
-    header, rows = grid_table(request, records)
+    errors = error_table(records)
     on_base = base[request.search_split][request.metric]
     sections = [
-        f"<p>{len(records)} points, {request.metric} on {html.escape(request.search_split)}; base {on_base:.5g}.</p>",
+        f"<p>{len(records)} points, {request.metric} on {html.escape(request.search_split)}; base {shown_score(on_base)}.</p>",
         f"<img alt='heat map' src='data:image/png;base64,{base64.b64encode(plot).decode()}'>",
-        _html_table(header, rows, best=None),
+        grid_table(request, records).as_html(),
+        *(["<h2>Errors</h2>", errors.as_html()] if errors else []),
     ]
     _write_page(folder, "Sweep", sections)
 
 
-# --- tables -------------------------------------------------------------------------------------------------------------------------
-
-
-def write_table(path: Path, records: Sequence[Record]) -> None:
-    """A row for each candidate: number, coefficients, metrics, seconds, when it ended (Unix time), node, error."""
-    rows = [
-        {
-            "number": r["number"],
-            **r["config"],
-            **{f"metric.{name}": value for name, value in r["metrics"].items()},
-            "objective": r["objective"],
-            **{k: r.get(k, math.nan) for k in ("seconds", "load_s", "apply_s", "score_s")},
-            "ended": r["ended"],
-            "node": r.get("node", ""),
-            "error": r["error"],
-        }
-        for r in records
-    ]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), path)
-
-
-def scoreboard(request: Search, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> tuple[list[str], dict[str, list[str]]]:
-    """Base, experts, start and winner: the metric on both splits, and all others on the report split."""
-    splits = (request.search_split, request.report_split)
-    others = [m for m in scores["base"][splits[1]] if m != request.metric]
-    header = [*(f"{request.metric} ({split})" for split in splits), *(f"{m} ({splits[1]})" for m in others)]
-    rows = {
-        name: [f"{of_split[split].get(request.metric, math.nan):.4f}" for split in splits]
-        + [f"{of_split[splits[1]].get(m, math.nan):.4f}" for m in others]
-        for name, of_split in scores.items()
-    }
-    return header, rows
-
-
-def grid_table(request: Search, records: Sequence[Record]) -> tuple[list[str], dict[str, list[str]]]:
-    """The points of a sweep, best first."""
-    order = sorted(records, key=lambda r: -request.better * r["objective"] if not r["error"] else math.inf)
-    rows = {
-        ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in r["config"].items()): [
-            f"{r['objective']:.5f}" if not r["error"] else r["error"][:60]
-        ]
-        for r in order
-    }
-    return [request.metric], rows
-
-
-def as_text(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table for a terminal."""
-    first = max(map(len, rows))
-    widths = [max(len(h), *(len(row[k]) for row in rows.values())) for k, h in enumerate(header)]
-    lines = [("", header), *rows.items()]
-    return "\n".join(
-        f"{name:{first}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)) for name, cells in lines
-    )
-
-
-def _html_table(header: Sequence[str], rows: Mapping[str, Sequence[str]], *, best: str | None) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in ("", *header))
-    body = "".join(
-        f"<tr{' class=best' if name == best else ''}>" + "".join(f"<td>{html.escape(c)}</td>" for c in (name, *cells)) + "</tr>"
-        for name, cells in rows.items()
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+# --- the page -----------------------------------------------------------------------------------------------------------------------
 
 
 def _write_page(folder: Path, title: str, sections: Sequence[str]) -> None:
