@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import html.parser
+import itertools
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pyarrow.parquet
+import pytest
 
 from pcb_ray.recipe import Recipe
 from pcb_ray.search.report import write_search, write_sweep
@@ -15,6 +21,11 @@ from pcb_ray.search.request import Bounds, Search, Space, weight_name
 from pcb_ray.search.tables import error_table, grid_table, scoreboard, shown_score, winner_tables
 
 NAN = math.nan
+LONG = (
+    "Meta-Llama-3.1-70B-Instruct-abliterated-math-v2.1_final_checkpoint-12000",
+    "_$x$ <b>&'bold'",
+    "deepseek-r1-distill-70b-code",
+)
 
 
 def request_of(mode: str = "max", metric: str = "accuracy", **more: Any) -> Search:
@@ -179,3 +190,123 @@ def test_errors_that_differ_in_numbers_only_are_one_row():
     assert table.rows == {"loss is nan": ["3", "2"], "OutOfMemory: tried 20.00 MiB at 0x7f3a": ["2", "1"]}
     assert list(table.rows) == ["loss is nan", "OutOfMemory: tried 20.00 MiB at 0x7f3a"], "the most frequent first"
     assert error_table([record(0, {}, "loss", 1.0)]) is None
+
+
+# --- pages --------------------------------------------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see. Fails on tags that do not match, and on whatever is not in the page itself."""
+
+    EMPTY = ("meta", "img")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open, self.tags, self.images, self.words = list[str](), set[str](), list[dict[str, str | None]](), ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+        assert not self.tags & {"script", "link", "iframe", "a"}
+        assert all((image["src"] or "").startswith("data:image/png;base64,") for image in self.images)
+        assert all(len(image["alt"] or "") > 40 for image in self.images)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        assert not {name for name, _ in attrs} & {"href", "onclick", "onload"}
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def page_of(folder: Path) -> Page:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "://" not in text, "nothing from elsewhere"
+    return Page(folder / "report.html")
+
+
+SPACES = {
+    "three models": space_of(("math", "code", "chat")),
+    "groups and all else": space_of(
+        groups=("attention", "mlp", "embed", "rest"), shared=("lambda", "density"), variants=("pairwise", "released")
+    ),
+    "25 coefficients": space_of(("a", "b", "c"), [f"layers{k}" for k in range(8)], shared=("density",)),
+    "80 coefficients": space_of(
+        groups=[f"mlp.layers{k}" for k in range(39)], shared=("lambda", "density"), variants=("pairwise", "paper")
+    ),
+    "11 models": space_of([f"model{k}" for k in range(11)]),
+    "groups with the names of other things": space_of(
+        groups=("lambda", "variant", "score"), shared=("lambda",), variants=("pairwise", "paper")
+    ),
+    "long names": space_of(LONG, ("attention", "rest"), shared=("lambda",)),
+}
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("name", SPACES)
+def test_every_kind_of_space_gives_a_page_with_its_plots(tmp_path, name, mode):
+    request, space = request_of(mode, population=8), SPACES[name]
+    write_search(tmp_path, request, space, *searched(request, space, 20, error=lambda n: "loss is nan" if n == 3 else ""))
+    page = page_of(tmp_path)
+    assert len(page.images) == 3
+    assert all(
+        (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG") for plot in ("best_so_far", "coefficients", "parallel")
+    )
+    assert "loss is nan" in page.words
+    assert all(label in page.words for label in space.labels), "whole, and escaped"
+    assert "b" not in page.tags
+
+
+@pytest.mark.parametrize(
+    ("mode", "how"),
+    [
+        ("max", {"error": lambda n: "" if n == 17 else f"ValueError: {n}"}),
+        ("min", {"score": lambda n: 7.0 + 0.01 * (n % 9) + 1e9 * (n % 7 == 3)}),
+        ("max", {"score": lambda n: 0.5 - 40 * (n % 3)}),
+        ("max", {"score": lambda n: 0.0}),
+        ("min", {"score": lambda n: 4.87 + 1e-9 * n}),
+        ("max", {"score": lambda n: 123456.789 + n, "count": 3}),
+    ],
+    ids=["all but one failed", "ruined", "a third is ruined", "all equal", "all nearly equal", "one generation"],
+)
+def test_scores_of_any_kind_give_a_page(tmp_path, mode, how):
+    request = request_of(mode, population=3)
+    records, found = searched(request, SPACES["three models"], **how)
+    write_search(tmp_path, request, SPACES["three models"], records, found)
+    assert len(page_of(tmp_path).images) == 3
+
+
+GRID = {"density": (0.05, 0.1, 0.2), "lambda": (0.8, 1.0, 1.2, 1.4), "variant": ("pairwise", "released", "paper")}
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("axes", [names for count in (1, 2, 3) for names in itertools.combinations(GRID, count)])
+def test_a_sweep_over_any_axes_gives_a_page_with_its_failures(tmp_path, axes, mode):
+    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*(GRID[name] for name in axes))]
+    score = {0: 0.7, 2: 40.0 if mode == "min" else -40.0}
+    records = [record(n, p, "accuracy", score.get(n, 0.6), "<b>no</b>" if n == 1 else "") for n, p in enumerate(points)]
+    write_sweep(tmp_path, request_of(mode), points, records, {"val": {"accuracy": 0.5}})
+    page = page_of(tmp_path)
+    assert len(page.images) == 1
+    assert "<b>no</b>" in page.words
+    assert f"{len(points)} points over {', '.join(axes)}, 1 of them failed" in str(page.images[0]["alt"])
+
+
+@pytest.mark.parametrize("points", [[{"density": 0.1, "lambda": 1.0}], [{"lambda": 0.1 * k, "density": 0.1} for k in range(1, 31)]])
+def test_a_sweep_of_a_point_or_of_many_gives_a_page(tmp_path, points):
+    records = [record(n, p, "accuracy", 0.5 + 0.01 * n) for n, p in enumerate(points)]
+    write_sweep(tmp_path, request_of(), points, records, {"val": {"accuracy": 0.5}})
+    assert len(page_of(tmp_path).images) == 1
+
+
+def test_plots_leave_the_settings_of_matplotlib_and_its_pyplot_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it would fail
+    before = matplotlib.rcParams.copy()
+    write_search(tmp_path, request_of(), space_of(), *searched(request_of(), space_of(), 8))
+    assert matplotlib.rcParams.copy() == before
