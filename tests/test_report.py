@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import itertools
 import math
@@ -15,8 +16,9 @@ import matplotlib
 import pyarrow.parquet
 import pytest
 
+from pcb_ray.cli import main
 from pcb_ray.recipe import Recipe
-from pcb_ray.search.report import write_search, write_sweep
+from pcb_ray.search.report import notes_of, notes_of_sweep, write_search, write_sweep
 from pcb_ray.search.request import Bounds, Search, Space, weight_name
 from pcb_ray.search.tables import error_table, grid_table, scoreboard, shown_score, winner_tables
 
@@ -88,6 +90,114 @@ def scores_of(request: Search, space: Space, *, experts: float, **others: float)
     """The same on both splits."""
     values = {"base": others.pop("base"), **dict.fromkeys(space.labels, experts), **others}
     return {name: {split: {request.metric: value} for split in ("val", "test")} for name, value in values.items()}
+
+
+def notes(best: dict[str, Any] | None = None, mode: str = "max", failed: int = 0, **scores: float) -> list[str]:
+    request, space = request_of(mode), space_of(("math", "code", "chat"), shared=("density",))
+    found = {
+        "best": space.start | {"weight.math": 1.3} | (best or {}),
+        "scores": scores_of(request, space, **({"base": 0.5, "experts": 0.6, "start": 0.65, "winner": 0.7} | scores)),
+        "trials": 60,
+        "failed": failed,
+    }
+    return notes_of(request, space, found)
+
+
+# --- notes --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_winner_that_beats_all_within_its_ranges_needs_no_note():
+    assert notes() == []
+    assert notes(mode="min", base=5.0, experts=4.9, start=4.8, winner=4.7) == []
+    assert notes(failed=15) == []
+
+
+def test_a_winner_that_is_the_start_is_told():
+    space = space_of(("math", "code", "chat"), shared=("density",))
+    [note] = notes(space.start, start=0.7)
+    assert "no candidate beat the start: the winner is the start" in note
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "note"),
+    [
+        ("max", {"base": 0.7}, "on test the winner (accuracy 0.7000) is no better than the base (0.7000)"),
+        ("max", {"experts": 0.71}, "on test the winner (accuracy 0.7000) is no better than the best expert, math (0.7100)"),
+        ("max", {"start": 0.72}, "on test the winner (accuracy 0.7000) is no better than the start (0.7200)"),
+        (
+            "min",
+            {"base": 4.6, "experts": 4.9, "start": 4.8, "winner": 4.7},
+            "on test the winner (accuracy 4.7000) is no better than the base (4.6000)",
+        ),
+        ("max", {"winner": NAN}, "the winner has no score on test"),
+    ],
+)
+def test_a_winner_that_the_report_split_does_not_confirm_is_told(mode, scores, note):
+    assert notes(mode=mode, **scores) == [note]
+
+
+def test_scores_that_are_missing_are_compared_with_nothing():
+    request, space = request_of(), space_of()
+    _, found = searched(request, space)
+    found["scores"] |= {name: {"val": {}, "test": {}} for name in ("math", "code", "start")}
+    assert notes_of(request, space, found) == []
+    found["scores"]["code"]["test"] = {"accuracy": 0.99}
+    assert "the best expert, code (0.9900)" in notes_of(request, space, found)[0]
+
+
+@pytest.mark.parametrize(
+    ("best", "note"),
+    [
+        ({"weight.math": 1.99}, "weight.math is at its upper bound 2: widen it"),
+        ({"weight.math": 2.0, "weight.chat": 1.985}, "weight.math, weight.chat are at their upper bound 2: widen them"),
+        ({"weight.code": 0.0}, "weight.code is at its lower bound 0: the winner does without it"),
+        ({"density": 0.0202}, "density is at its lower bound 0.02: widen it"),
+    ],
+)
+def test_a_coefficient_at_a_bound_of_its_range_is_told(best, note):
+    assert notes(best) == [note]
+
+
+def test_many_coefficients_at_a_bound_are_one_note():
+    request, space = request_of(), space_of(("a", "b"), [f"layers{k}" for k in range(10)])
+    _, found = searched(request, space)
+    found["best"] = dict.fromkeys(space.bounds, 2.0)
+    [note] = notes_of(request, space, found)
+    assert note.endswith("weight.a.layers3 and 16 more are at their upper bound 2: widen them")
+
+
+def test_a_density_of_all_and_values_inside_are_at_no_bound():
+    space = space_of(shared=("density",))
+    space = dataclasses.replace(space, bounds=space.bounds | {"density": Bounds(0.02, 1.0, 0.1)})
+    _, found = searched(request_of(), space)
+    found["best"] = {"weight.math": 1.97, "weight.code": 0.03, "density": 1.0}
+    assert notes_of(request_of(), space, found) == []
+
+
+def test_many_failures_are_told():
+    assert notes(failed=16) == ["16 of 60 candidates failed; the report lists their errors"]
+
+
+def test_a_sweep_whose_best_is_at_its_edge_or_not_above_the_base_is_told():
+    points = [{"density": d, "lambda": k} for d in (0.1, 0.2, 0.4) for k in (0.8, 1.0)]
+    records = [record(n, p, "accuracy", p["density"] * (p["lambda"] == 1.0)) for n, p in enumerate(points)]
+    assert notes_of_sweep(request_of(), records, 0.5) == [
+        "no point is better than the base (accuracy 0.5000)",
+        "the best density, 0.4, is the highest of the grid: widen it",
+        "the best lambda, 1, is the highest of the grid: widen it",
+    ]
+    assert notes_of_sweep(request_of("min"), [record(0, {"density": 0.1, "lambda": 1.0}, "loss", 4.7)], 4.8) == []
+
+
+def test_the_command_prints_the_table_then_the_notes(monkeypatch, capsys):
+    request, space = request_of(), space_of()
+    _, found = searched(request, space)
+    found["best"] = space.start
+    monkeypatch.setattr(sys.modules["pcb_ray.search"], "search", lambda *args, **options: found)
+    assert main(["search", "recipe.yaml", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["accuracy", "base", "math", "code", "start", "winner", "note:", "out:"]
+    assert "the winner is the start" in lines[-2]
 
 
 # --- tables -------------------------------------------------------------------------------------------------------------------------
@@ -228,6 +338,7 @@ class Page(html.parser.HTMLParser):
 def page_of(folder: Path) -> Page:
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "://" not in text, "nothing from elsewhere"
+    assert "name=viewport" in text
     return Page(folder / "report.html")
 
 
@@ -280,6 +391,24 @@ def test_scores_of_any_kind_give_a_page(tmp_path, mode, how):
     records, found = searched(request, SPACES["three models"], **how)
     write_search(tmp_path, request, SPACES["three models"], records, found)
     assert len(page_of(tmp_path).images) == 3
+
+
+def test_references_without_a_score_give_a_page(tmp_path):
+    request, space = request_of(), SPACES["three models"]
+    records, found = searched(request, space)
+    found["scores"] |= {name: {"val": {}, "test": {}} for name in ("math", "code", "chat", "start")}
+    found["scores"]["winner"]["test"] = {}
+    write_search(tmp_path, request, space, records, found)
+    assert "the winner has no score on test" in page_of(tmp_path).words
+
+
+def test_a_winner_that_is_a_start_whose_trial_failed_gives_a_page(tmp_path):
+    """It is scored again with the other references."""
+    request, space = request_of(), SPACES["groups and all else"]
+    records, found = searched(request, space, error=lambda n: "" if n else "loss is nan")
+    found["best"] = space.start
+    write_search(tmp_path, request, space, records, found)
+    assert "no candidate beat the start" in page_of(tmp_path).words
 
 
 GRID = {"density": (0.05, 0.1, 0.2), "lambda": (0.8, 1.0, 1.2, 1.4), "variant": ("pairwise", "released", "paper")}

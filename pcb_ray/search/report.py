@@ -1,4 +1,4 @@
-"""What a search leaves for people and for their tools: a table of all candidates, plots, and one page that shows both."""
+"""What a search leaves for people: what to know of its winner, and one page with the tables and plots."""
 
 from __future__ import annotations
 
@@ -10,14 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from pcb_ray.search import plots
-from pcb_ray.search.request import Config, Search, Space
-from pcb_ray.search.tables import Record, error_table, grid_table, scoreboard, shown_score, winner_tables, write_table
+from pcb_ray.search.request import Config, Search, Space, share_of
+from pcb_ray.search.tables import (
+    Record,
+    direction,
+    error_table,
+    grid_table,
+    scoreboard,
+    shown_score,
+    winner_tables,
+    write_table,
+)
+
+AT_BOUND = 0.01  # of a range: CMA-ES comes near a bound, and seldom to it
+MOST_NAMED = 4  # coefficients in one note
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child { text-align: left; } td.best { font-weight: bold; }
-img { max-width: 100%; } pre { background: #f6f6f6; padding: 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 64em; padding: 0 1em; color: #222; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; } p, li { max-width: 46em; }
+.notes { background: #fff6e6; border-left: 4px solid #e69f00; padding: .7em 1em .7em 2em; }
+.wide { overflow-x: auto; margin: 1em 0; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .8em; text-align: right; vertical-align: top; font-weight: normal; border-bottom: 1px solid #ddd; }
+thead th { font-weight: 600; vertical-align: bottom; } th { overflow-wrap: anywhere; min-width: 5em; }
+th:first-child { text-align: left; min-width: 7em; } td { white-space: nowrap; }
+td.best { font-weight: bold; } .scores tbody tr:last-child { background: #eef5fa; }
+img { width: 100%; min-width: 44em; height: auto; }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
+@media print {
+  body { max-width: none; margin: 0; padding: 0; font-size: 11px; } h2 { break-after: avoid; } img, tr { break-inside: avoid; }
+  img { min-width: 0; max-height: 24cm; object-fit: contain; } .wide { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  th, td { padding: .2em .4em; } .notes, .scores tr { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
 """
 
 
@@ -48,12 +71,13 @@ def write_search(folder: Path, request: Search, space: Space, records: Sequence[
     }
     for name, (_, data, _) in told.items():
         (folder / name).write_bytes(data)
-    errors = error_table(records)
+    board, errors = scoreboard(request, scores), error_table(records)
     sections = [
-        f"<p>{count}, {found['elapsed_s']:.0f} s.</p>",
-        scoreboard(request, found["scores"]).as_html(),
+        f"<p>{html.escape(count)}, in {_duration(found['elapsed_s'])}; {html.escape(request.metric)} on {html.escape(split)} decided.</p>",
+        _notes(notes_of(request, space, found)),
+        f"<div class=scores>{board.as_html()}</div><p>{html.escape(_marked(request, scores))}</p>",
         "<h2>Coefficients of the winner</h2>",
-        *(f"<p>{html.escape(about)}</p>{table.as_html()}" for about, table in winner_tables(space, found["best"])),
+        *(f"<p>{html.escape(about)}</p>{table.as_html()}" for about, table in winner_tables(space, best)),
         *(f"<h2>{title}</h2>{_image(data, text)}" for title, data, text in told.values()),
         *(["<h2>Errors</h2>", errors.as_html()] if errors else []),
         f"<h2>Recipe of the winner</h2><pre>{html.escape(found['recipe'].to_yaml())}</pre>",
@@ -64,7 +88,7 @@ def write_search(folder: Path, request: Search, space: Space, records: Sequence[
 def write_sweep(
     folder: Path, request: Search, points: Sequence[Config], records: Sequence[Record], base: Mapping[str, Any]
 ) -> None:
-    """sweep.parquet, sweep.png (a heat map, or a line for one axis), and report.html."""
+    """sweep.parquet, sweep.png (a heat map, or lines for one axis), and report.html."""
     write_table(folder / "sweep.parquet", records)
     on_base = base[request.search_split][request.metric]
     plot = plots.sweep(request, records, on_base)
@@ -78,6 +102,7 @@ def write_sweep(
     )
     sections = [
         f"<p>{html.escape(text)}</p>",
+        _notes(notes_of_sweep(request, records, on_base)),
         _image(plot, text),
         table.as_html(),
         *(["<h2>Errors</h2>", errors.as_html()] if errors else []),
@@ -85,7 +110,86 @@ def write_sweep(
     _write_page(folder, "Sweep", sections)
 
 
+# --- what to know -------------------------------------------------------------------------------------------------------------------
+
+
+def notes_of(request: Search, space: Space, found: Mapping[str, Any]) -> list[str]:
+    """What a reader of the scores might overlook: a winner that is none, or that the ranges held back."""
+    best, scores, split = found["best"], found["scores"], request.report_split
+    of = {name: s[split].get(request.metric, math.nan) for name, s in scores.items()}
+    notes = []
+    if best == space.start:
+        notes.append("no candidate beat the start: the winner is the start. A larger budget or other ranges may find better")
+    if not math.isfinite(of["winner"]):
+        notes.append(f"the winner has no score on {split}")
+    expert = max((n for n in space.labels if math.isfinite(of[n])), key=lambda n: request.better * of[n], default=None)
+    rivals = {"base": "the base"} | ({expert: f"the best expert, {expert}"} if expert else {})
+    rivals |= {"start": "the start"} if best != space.start else {}
+    for name, who in rivals.items():
+        if request.better * (of["winner"] - of[name]) <= 0:
+            notes.append(
+                f"on {split} the winner ({request.metric} {shown_score(of['winner'])}) is no better than {who} ({shown_score(of[name])})"
+            )
+    notes += _at_bounds(space, best)
+    if 4 * found["failed"] > found["trials"]:
+        notes.append(f"{found['failed']} of {found['trials']} candidates failed; the report lists their errors")
+    return notes
+
+
+def notes_of_sweep(request: Search, records: Sequence[Record], base: float) -> list[str]:
+    """Of a grid: that it misses the best, or that nothing in it is any good."""
+    best = max((r for r in records if not r["error"]), key=lambda r: request.better * r["objective"])
+    notes = []
+    if request.better * (best["objective"] - base) <= 0:
+        notes.append(f"no point is better than the base ({request.metric} {shown_score(base)})")
+    for name in [name for name in ("density", "lambda") if name in best["config"]]:
+        values = sorted({r["config"][name] for r in records})
+        value = best["config"][name]
+        if len(values) > 1 and value in (values[0], values[-1]) and (name, value) != ("density", 1.0):
+            end = "lowest" if value == values[0] else "highest"
+            notes.append(f"the best {name}, {value:g}, is the {end} of the grid: widen it")
+    return notes
+
+
+def _at_bounds(space: Space, best: Config) -> list[str]:
+    """A note for each bound that coefficients of the winner lie at."""
+    held: dict[tuple[str, float, str], list[str]] = {}
+    for name, b in space.bounds.items():
+        share = share_of(b, name, best[name])
+        if share <= AT_BOUND:
+            held.setdefault(("lower", b.lower, name.split(".")[0]), []).append(name)
+        elif share >= 1 - AT_BOUND and not (name == "density" and b.upper == 1):
+            held.setdefault(("upper", b.upper, name.split(".")[0]), []).append(name)
+    notes = []
+    for (side, bound, kind), names in held.items():
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        verb, it = ("is at its", "it") if len(names) == 1 else ("are at their", "them")
+        # A weight of 0 is an answer: the search did without the model.
+        fix = f"the winner does without {it}" if kind == "weight" and bound == 0 else f"widen {it}"
+        notes.append(f"{', '.join(names[:MOST_NAMED])}{more} {verb} {side} bound {bound:g}: {fix}")
+    return notes
+
+
 # --- the page -----------------------------------------------------------------------------------------------------------------------
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return f"<ul class=notes>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>" if notes else ""
+
+
+def _marked(request: Search, scores: Mapping[str, Any]) -> str:
+    """What is taken to be best in the columns of the scoreboard."""
+    metrics = dict.fromkeys([request.metric, *scores["base"][request.report_split]])
+    high, low = ([m for m in metrics if direction(request, m) == sign] for sign in (1.0, -1.0))
+    kinds = [f"the {end} {', '.join(names)}" for end, names in (("highest", high), ("lowest", low)) if names]
+    return f"Bold: best of its column ({'; '.join(kinds)})."
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _image(png: bytes, alt: str) -> str:
@@ -93,5 +197,7 @@ def _image(png: bytes, alt: str) -> str:
 
 
 def _write_page(folder: Path, title: str, sections: Sequence[str]) -> None:
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
-    (folder / "report.html").write_text(page + "\n".join(sections) + "</html>\n", encoding="utf-8")
+    """One file that needs no other, and no network."""
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'><title>{title}</title>"
+    page = f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body><h1>{title}</h1>"
+    (folder / "report.html").write_text(page + "\n".join(sections) + "</body></html>\n", encoding="utf-8")

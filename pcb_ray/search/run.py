@@ -84,6 +84,7 @@ def search(
         _merge_winner(winner, job, best, state, workers=workers, memory=memory, max_shard_bytes=max_shard_bytes, quiet=quiet)
         found = {
             "request": request,
+            "space": job.space,
             "best": best,
             "recipe": winner,
             "scores": scores,
