@@ -270,19 +270,28 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from pcb_ray.search import report, search
+    from pcb_ray.search import search
 
     found = search(options.recipe, options.out, max_shard_bytes=options.max_shard_size, **_shared(options))
-    print(report.as_text(*report.scoreboard(found["request"], found["scores"])))
+    from pcb_ray.search import report, tables  # and libraries: `search` has told if one is missing
+
+    print(tables.scoreboard(found["request"], found["scores"]).as_text())
+    for note in report.notes_of(found["request"], found["space"], found):
+        print(f"note: {note}")
     print(f"{options.out}: the winner of {found['trials']} candidates, merged; {options.out / 'report.html'} shows the search")
     return 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from pcb_ray.search import report, sweep
+    from pcb_ray.search import sweep
 
     found = sweep(options.recipe, options.out, **_shared(options))
-    print(report.as_text(*report.grid_table(found["request"], found["records"])))
+    from pcb_ray.search import report, tables
+
+    request, records = found["request"], found["records"]
+    print(tables.grid_table(request, records).as_text())
+    for note in report.notes_of_sweep(request, records, found["base"][request.search_split][request.metric]):
+        print(f"note: {note}")
     print(f"{options.out}: {len(found['records'])} points; {options.out / 'report.html'} shows them")
     return 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import math
 import os
 import signal
 from pathlib import Path
@@ -109,7 +108,7 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     assert lines.count("score test") == 1 + 3 + 1 + 1, "base, experts, start, winner"
     for name in ("report.html", "best_so_far.png", "coefficients.png", "parallel.png"):
         assert (out / name).stat().st_size > 1000, name
-    assert "http" not in (out / "report.html").read_text().replace("http-equiv", ""), "self-contained"
+    assert "://" not in (out / "report.html").read_text(), "self-contained"
     assert not state_of(out).exists()
     assert [path for path in out.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()] == []
 
@@ -271,7 +270,7 @@ def test_a_trial_that_raises_hangs_dies_or_gives_nan_costs_itself_only(family, t
     healthy = [row["objective"] for row in trials_of(out) if not row["error"]]
     assert healthy
     assert found["failed"] == sum(map(bool, errors))
-    assert all(math.isnan(row["objective"]) for row in trials_of(out) if row["error"])
+    assert all(row["objective"] is None for row in trials_of(out) if row["error"])
 
 
 @pytest.mark.very_slow

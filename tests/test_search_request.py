@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from junk import junk, places, replaced
 from pcb_ray import Recipe, RequestError
 from pcb_ray.plan import Plan, plan
 from pcb_ray.search.request import Range, Search, Space, _labels, _rules, grid_of, key_of
+from pcb_ray.search.run import _tools
 
 NAN = math.nan
 VALID: dict[str, Any] = {"evaluator": "my_eval.py:Accuracy", "metric": "accuracy"}
@@ -31,6 +33,13 @@ def problems_of(recipe: dict[str, Any]) -> str:
     with pytest.raises(RequestError) as caught:
         Search.of(Recipe.from_dict(recipe), has_evaluator=False)
     return "\n".join(caught.value.problems)
+
+
+def test_a_library_that_is_missing_is_told_with_the_fix(monkeypatch):
+    monkeypatch.delattr(sys.modules["pcb_ray.search"], "report", raising=False)
+    monkeypatch.setitem(sys.modules, "pcb_ray.search.report", None)  # as if what it imports were not there
+    with pytest.raises(RequestError, match=r"Fix: pip install 'pcb-ray\[search\]'"):
+        _tools()
 
 
 def test_defaults_are_a_search_of_one_weight_per_model(family):

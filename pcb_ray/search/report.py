@@ -1,51 +1,85 @@
-"""What a search leaves for people and for their tools: a table of all candidates, plots, and one page that shows both."""
+"""What a search leaves for people: what to know of its winner, and one page with the tables and plots."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pcb_ray.errors import RequestError
-from pcb_ray.search.request import Config, Search, Space
+from pcb_ray.search import plots
+from pcb_ray.search.request import Config, Search, Space, share_of
+from pcb_ray.search.tables import (
+    Record,
+    direction,
+    error_table,
+    grid_table,
+    scoreboard,
+    shown_score,
+    winner_tables,
+    write_table,
+)
 
-Record = Mapping[str, Any]
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"  # told apart by colour-blind readers (Okabe and Ito)
+AT_BOUND = 0.01  # of a range: CMA-ES comes near a bound, and seldom to it
+MOST_NAMED = 4  # coefficients in one note
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: bold; }
-img { max-width: 100%; } pre { background: #f6f6f6; padding: 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 64em; padding: 0 1em; color: #222; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; } p, li { max-width: 46em; }
+.notes { background: #fff6e6; border-left: 4px solid #e69f00; padding: .7em 1em .7em 2em; }
+.wide { overflow-x: auto; margin: 1em 0; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .8em; text-align: right; vertical-align: top; font-weight: normal; border-bottom: 1px solid #ddd; }
+thead th { font-weight: 600; vertical-align: bottom; } th { overflow-wrap: anywhere; min-width: 5em; }
+th:first-child { text-align: left; min-width: 7em; } td { white-space: nowrap; }
+td.best { font-weight: bold; } .scores tbody tr:last-child { background: #eef5fa; }
+img { width: 100%; min-width: 44em; height: auto; }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
+@media print {
+  body { max-width: none; margin: 0; padding: 0; font-size: 11px; } h2 { break-after: avoid; } img, tr { break-inside: avoid; }
+  img { min-width: 0; max-height: 24cm; object-fit: contain; } .wide { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  th, td { padding: .2em .4em; } .notes, .scores tr { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
 """
 
 
 def write_search(folder: Path, request: Search, space: Space, records: Sequence[Record], found: Mapping[str, Any]) -> None:
     """trials.parquet, the plots as PNG, and report.html."""
     write_table(folder / "trials.parquet", records)
-    plots = {
-        "best_so_far.png": ("Best so far", _best_so_far(request, records, found)),
-        "coefficients.png": ("Coefficients over time", _coefficients(request, space, records)),
-        "parallel.png": ("All candidates", _parallel(request, space, records)),
-    }
-    for name, (_, data) in plots.items():
-        (folder / name).write_bytes(data)
-    header, rows = scoreboard(request, found["scores"])
-    best = ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found["best"].items()
+    best, scores, split = found["best"], found["scores"], request.search_split
+    count = f"{found['trials']} candidates" + (f", {found['failed']} of them failed" if found["failed"] else "")
+    on_split = ", ".join(
+        f"{name} {shown_score(scores[name][split].get(request.metric, math.nan))}" for name in ("base", "start", "winner")
     )
-    summary = f"{found['trials']} candidates, {found['failed']} failed, {found['elapsed_s']:.0f} s. Winner: {best}."
-    sections = [
-        f"<p>{html.escape(summary)}</p>",
-        _html_table(header, rows, best="winner"),
-        *(
-            f"<h2>{title}</h2><img alt='{title}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
-            for title, data in plots.values()
+    told = {
+        "best_so_far.png": (
+            "Best so far",
+            plots.best_so_far(request, records, found),
+            f"{request.metric} on {split} of each of {count}, in the order asked, and the best so far: {on_split}.",
         ),
+        "coefficients.png": (
+            "Coefficients over time",
+            plots.coefficients(request, space, records, best),
+            f"How the {len(best)} coefficients changed from generation to generation, from the start to the winner.",
+        ),
+        "parallel.png": (
+            "All candidates",
+            plots.parallel(request, space, records, found),
+            f"A line for each of {count}, across its {len(best)} coefficients and its score; the winner's stands out.",
+        ),
+    }
+    for name, (_, data, _) in told.items():
+        (folder / name).write_bytes(data)
+    board, errors = scoreboard(request, scores), error_table(records)
+    sections = [
+        f"<p>{html.escape(count)}, in {_duration(found['elapsed_s'])}; {html.escape(request.metric)} on {html.escape(split)} decided.</p>",
+        _notes(notes_of(request, space, found)),
+        f"<div class=scores>{board.as_html()}</div><p>{html.escape(_marked(request, scores))}</p>",
+        "<h2>Coefficients of the winner</h2>",
+        *(f"<p>{html.escape(about)}</p>{table.as_html()}" for about, table in winner_tables(space, best)),
+        *(f"<h2>{title}</h2>{_image(data, text)}" for title, data, text in told.values()),
+        *(["<h2>Errors</h2>", errors.as_html()] if errors else []),
         f"<h2>Recipe of the winner</h2><pre>{html.escape(found['recipe'].to_yaml())}</pre>",
     ]
     _write_page(folder, "Search of merge coefficients", sections)
@@ -54,224 +88,116 @@ def write_search(folder: Path, request: Search, space: Space, records: Sequence[
 def write_sweep(
     folder: Path, request: Search, points: Sequence[Config], records: Sequence[Record], base: Mapping[str, Any]
 ) -> None:
-    """sweep.parquet, sweep.png (a heat map, or a line for one axis), and report.html."""
+    """sweep.parquet, sweep.png (a heat map, or lines for one axis), and report.html."""
     write_table(folder / "sweep.parquet", records)
-    plot = _heat_map(request, points, records)
-    (folder / "sweep.png").write_bytes(plot)
-    header, rows = grid_table(request, records)
     on_base = base[request.search_split][request.metric]
+    plot = plots.sweep(request, records, on_base)
+    (folder / "sweep.png").write_bytes(plot)
+    table, errors = grid_table(request, records), error_table(records)
+    failed = sum(bool(r["error"]) for r in records)
+    count = f"{len(records)} points over {', '.join(points[0])}" + (f", {failed} of them failed" if failed else "")
+    best, (score,) = next(iter(table.rows.items()))
+    text = (
+        f"{request.metric} on {request.search_split} of {count}. Best: {best}, with {score}; the base has {shown_score(on_base)}."
+    )
     sections = [
-        f"<p>{len(records)} points, {request.metric} on {html.escape(request.search_split)}; base {on_base:.5g}.</p>",
-        f"<img alt='heat map' src='data:image/png;base64,{base64.b64encode(plot).decode()}'>",
-        _html_table(header, rows, best=None),
+        f"<p>{html.escape(text)}</p>",
+        _notes(notes_of_sweep(request, records, on_base)),
+        _image(plot, text),
+        table.as_html(),
+        *(["<h2>Errors</h2>", errors.as_html()] if errors else []),
     ]
     _write_page(folder, "Sweep", sections)
 
 
-# --- tables -------------------------------------------------------------------------------------------------------------------------
+# --- what to know -------------------------------------------------------------------------------------------------------------------
 
 
-def write_table(path: Path, records: Sequence[Record]) -> None:
-    """A row for each candidate: number, coefficients, metrics, seconds, when it ended (Unix time), node, error."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise RequestError("pyarrow is not installed. Fix: pip install 'pcb-ray[search]'.") from None
-    rows = [
-        {
-            "number": r["number"],
-            **r["config"],
-            **{f"metric.{name}": value for name, value in r["metrics"].items()},
-            "objective": r["objective"],
-            **{k: r.get(k, math.nan) for k in ("seconds", "load_s", "apply_s", "score_s")},
-            "ended": r["ended"],
-            "node": r.get("node", ""),
-            "error": r["error"],
-        }
-        for r in records
-    ]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), path)
+def notes_of(request: Search, space: Space, found: Mapping[str, Any]) -> list[str]:
+    """What a reader of the scores might overlook: a winner that is none, or that the ranges held back."""
+    best, scores, split = found["best"], found["scores"], request.report_split
+    of = {name: s[split].get(request.metric, math.nan) for name, s in scores.items()}
+    notes = []
+    if best == space.start:
+        notes.append("no candidate beat the start: the winner is the start. A larger budget or other ranges may find better")
+    if not math.isfinite(of["winner"]):
+        notes.append(f"the winner has no score on {split}")
+    expert = max((n for n in space.labels if math.isfinite(of[n])), key=lambda n: request.better * of[n], default=None)
+    rivals = {"base": "the base"} | ({expert: f"the best expert, {expert}"} if expert else {})
+    rivals |= {"start": "the start"} if best != space.start else {}
+    for name, who in rivals.items():
+        if request.better * (of["winner"] - of[name]) <= 0:
+            notes.append(
+                f"on {split} the winner ({request.metric} {shown_score(of['winner'])}) is no better than {who} ({shown_score(of[name])})"
+            )
+    notes += _at_bounds(space, best)
+    if 4 * found["failed"] > found["trials"]:
+        notes.append(f"{found['failed']} of {found['trials']} candidates failed; the report lists their errors")
+    return notes
 
 
-def scoreboard(request: Search, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> tuple[list[str], dict[str, list[str]]]:
-    """Base, experts, start and winner: the metric on both splits, and all others on the report split."""
-    splits = (request.search_split, request.report_split)
-    others = [m for m in scores["base"][splits[1]] if m != request.metric]
-    header = [*(f"{request.metric} ({split})" for split in splits), *(f"{m} ({splits[1]})" for m in others)]
-    rows = {
-        name: [f"{of_split[split].get(request.metric, math.nan):.4f}" for split in splits]
-        + [f"{of_split[splits[1]].get(m, math.nan):.4f}" for m in others]
-        for name, of_split in scores.items()
-    }
-    return header, rows
+def notes_of_sweep(request: Search, records: Sequence[Record], base: float) -> list[str]:
+    """Of a grid: that it misses the best, or that nothing in it is any good."""
+    best = max((r for r in records if not r["error"]), key=lambda r: request.better * r["objective"])
+    notes = []
+    if request.better * (best["objective"] - base) <= 0:
+        notes.append(f"no point is better than the base ({request.metric} {shown_score(base)})")
+    for name in [name for name in ("density", "lambda") if name in best["config"]]:
+        values = sorted({r["config"][name] for r in records})
+        value = best["config"][name]
+        if len(values) > 1 and value in (values[0], values[-1]) and (name, value) != ("density", 1.0):
+            end = "lowest" if value == values[0] else "highest"
+            notes.append(f"the best {name}, {value:g}, is the {end} of the grid: widen it")
+    return notes
 
 
-def grid_table(request: Search, records: Sequence[Record]) -> tuple[list[str], dict[str, list[str]]]:
-    """The points of a sweep, best first."""
-    order = sorted(records, key=lambda r: -request.better * r["objective"] if not r["error"] else math.inf)
-    rows = {
-        ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in r["config"].items()): [
-            f"{r['objective']:.5f}" if not r["error"] else r["error"][:60]
-        ]
-        for r in order
-    }
-    return [request.metric], rows
+def _at_bounds(space: Space, best: Config) -> list[str]:
+    """A note for each bound that coefficients of the winner lie at."""
+    held: dict[tuple[str, float, str], list[str]] = {}
+    for name, b in space.bounds.items():
+        share = share_of(b, name, best[name])
+        if share <= AT_BOUND:
+            held.setdefault(("lower", b.lower, name.split(".")[0]), []).append(name)
+        elif share >= 1 - AT_BOUND and not (name == "density" and b.upper == 1):
+            held.setdefault(("upper", b.upper, name.split(".")[0]), []).append(name)
+    notes = []
+    for (side, bound, kind), names in held.items():
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        verb, it = ("is at its", "it") if len(names) == 1 else ("are at their", "them")
+        # A weight of 0 is an answer: the search did without the model.
+        fix = f"the winner does without {it}" if kind == "weight" and bound == 0 else f"widen {it}"
+        notes.append(f"{', '.join(names[:MOST_NAMED])}{more} {verb} {side} bound {bound:g}: {fix}")
+    return notes
 
 
-def as_text(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table for a terminal."""
-    first = max(map(len, rows))
-    widths = [max(len(h), *(len(row[k]) for row in rows.values())) for k, h in enumerate(header)]
-    lines = [("", header), *rows.items()]
-    return "\n".join(
-        f"{name:{first}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)) for name, cells in lines
-    )
+# --- the page -----------------------------------------------------------------------------------------------------------------------
 
 
-def _html_table(header: Sequence[str], rows: Mapping[str, Sequence[str]], *, best: str | None) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in ("", *header))
-    body = "".join(
-        f"<tr{' class=best' if name == best else ''}>" + "".join(f"<td>{html.escape(c)}</td>" for c in (name, *cells)) + "</tr>"
-        for name, cells in rows.items()
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+def _notes(notes: Sequence[str]) -> str:
+    return f"<ul class=notes>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>" if notes else ""
+
+
+def _marked(request: Search, scores: Mapping[str, Any]) -> str:
+    """What is taken to be best in the columns of the scoreboard."""
+    metrics = dict.fromkeys([request.metric, *scores["base"][request.report_split]])
+    high, low = ([m for m in metrics if direction(request, m) == sign] for sign in (1.0, -1.0))
+    kinds = [f"the {end} {', '.join(names)}" for end, names in (("highest", high), ("lowest", low)) if names]
+    return f"Bold: best of its column ({'; '.join(kinds)})."
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _image(png: bytes, alt: str) -> str:
+    return f"<div class=wide><img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'></div>"
 
 
 def _write_page(folder: Path, title: str, sections: Sequence[str]) -> None:
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
-    (folder / "report.html").write_text(page + "\n".join(sections) + "</html>\n", encoding="utf-8")
-
-
-# --- plots --------------------------------------------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float, columns: int = 1) -> Any:
-    """A figure and its axes; without pyplot, whose state belongs to the caller."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RequestError("matplotlib is not installed. Fix: pip install 'pcb-ray[search]'.") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
-
-
-def _best_so_far(request: Search, records: Sequence[Record], found: Mapping[str, Any]) -> bytes:
-    """The scores, and the best so far. Far below base and lower quartile they stand at the edge: ruined merges would leave the others no room."""
-    figure, (axis,) = _figure(8, 4)
-    scored = [r for r in records if not r["error"]]
-    lines = {name: found["scores"][name][request.search_split].get(request.metric, math.nan) for name in ("base", "start")}
-    goodness = sorted(request.better * r["objective"] for r in scored)
-    shown = [goodness[-1], goodness[len(goodness) // 4], *(request.better * x for x in (lines["base"],) if math.isfinite(x))]
-    room = (max(shown) - min(shown) or abs(max(shown)) or 1.0) * 0.25
-    edge = request.better * max(min(shown) - room, min(*shown, *goodness) - room / 4)
-    beyond = [r for r in scored if request.better * (r["objective"] - edge) < 0]
-    within = [r for r in scored if r not in beyond]
-    axis.plot([r["number"] for r in within], [r["objective"] for r in within], "o", ms=4, color=GREY, label="candidates")
-    if beyond:
-        marker = "v" if request.better > 0 else "^"
-        label = f"{len(beyond)} worse than is shown"
-        axis.plot([r["number"] for r in beyond], [edge] * len(beyond), marker, ms=6, color=GREY, clip_on=False, label=label)
-    best, line = -math.inf, []
-    for r in scored:
-        best = max(best, request.better * r["objective"])
-        line.append(request.better * best)
-    axis.step([r["number"] for r in scored], line, where="post", color=BLUE, label="best so far")
-    for (name, value), style in zip(lines.items(), (":", "--"), strict=True):
-        axis.axhline(value, ls=style, lw=1, color=ORANGE, label=f"{name} {value:.5g}")
-    axis.set(xlabel="candidate", ylabel=f"{request.metric} ({request.search_split})")
-    axis.set_ylim(*sorted((edge, request.better * (max(shown) + room / 4))))
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _png(figure)
-
-
-def _coefficients(request: Search, space: Space, records: Sequence[Record]) -> bytes:
-    figure, (axis,) = _figure(8, 4)
-    numbers = [r["number"] for r in records]
-    names = list(space.bounds)
-    for name in names:
-        axis.plot(numbers, [r["config"][name] for r in records], "o", ms=2.5, alpha=0.35)
-        colour = axis.lines[-1].get_color()
-        means = [sum(r["config"][name] for r in part) / len(part) for part in _generations(records, request.population)]
-        middles = [sum(r["number"] for r in part) / len(part) for part in _generations(records, request.population)]
-        axis.plot(middles, means, color=colour, lw=1.6, label=name if len(names) <= 16 else None)
-    axis.set(xlabel="candidate", ylabel="coefficient (line: mean of a generation)")
-    if len(names) <= 16:
-        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _png(figure)
-
-
-def _generations(records: Sequence[Record], size: int) -> list[Sequence[Record]]:
-    return [records[at : at + size] for at in range(0, len(records), size)]
-
-
-def _parallel(request: Search, space: Space, records: Sequence[Record]) -> bytes:
-    """Parallel coordinates: a line per candidate, the better the darker."""
-    names = list(space.bounds)
-    figure, (axis,) = _figure(max(6.0, 1.1 * len(names) + 2), 4.5)
-    scored = sorted((r for r in records if not r["error"]), key=lambda r: request.better * r["objective"])
-    from matplotlib import colormaps
-
-    colours = colormaps["viridis_r"]
-    for place, r in enumerate(scored):
-        heights = [(r["config"][n] - space.bounds[n].lower) / (space.bounds[n].upper - space.bounds[n].lower) for n in names]
-        share = place / max(1, len(scored) - 1)
-        last = place == len(scored) - 1
-        axis.plot(
-            heights, color=ORANGE if last else colours(share), lw=2.5 if last else 0.9, alpha=1.0 if last else 0.3 + 0.5 * share
-        )
-    axis.set_xticks(range(len(names)), [f"{n}\n[{space.bounds[n].lower:g}, {space.bounds[n].upper:g}]" for n in names], fontsize=8)
-    if len(names) > 8:
-        axis.tick_params(axis="x", rotation=60)
-    axis.set_yticks([])
-    axis.set_title("orange: the best candidate; darker: better", fontsize=9, loc="left")
-    return _png(figure)
-
-
-def _heat_map(request: Search, points: Sequence[Config], records: Sequence[Record]) -> bytes:
-    """One panel per variant: density across, lambda upwards; with one of them alone, a line per variant."""
-    axes_of = {name: sorted({p[name] for p in points if name in p}) for name in ("density", "lambda")}
-    variants = list(dict.fromkeys(p.get("variant", "") for p in points))
-    value = {
-        (r["config"].get("variant", ""), r["config"].get("density"), r["config"].get("lambda")): r["objective"] for r in records
-    }
-    names = [name for name, values in axes_of.items() if values]
-    if len(names) == 2:
-        figure, axes = _figure(4.2 * len(variants) + 1, 3.8, len(variants))
-        finite = [v for v in value.values() if math.isfinite(v)]
-        for axis, variant in zip(axes, variants, strict=True):
-            rows = [[value.get((variant, d, k), math.nan) for d in axes_of["density"]] for k in axes_of["lambda"]]
-            image = axis.imshow(
-                rows, origin="lower", aspect="auto", vmin=min(finite, default=0), vmax=max(finite, default=1), cmap="viridis"
-            )
-            for y, row in enumerate(rows):
-                for x, cell in enumerate(row):
-                    axis.text(x, y, f"{cell:.4g}", ha="center", va="center", color="white", fontsize=8)
-            axis.set_xticks(range(len(axes_of["density"])), [f"{d:g}" for d in axes_of["density"]])
-            axis.set_yticks(range(len(axes_of["lambda"])), [f"{k:g}" for k in axes_of["lambda"]])
-            axis.set(xlabel="density", ylabel="lambda", title=variant)
-        figure.colorbar(image, ax=list(axes), label=f"{request.metric} ({request.search_split})")
-        return _png(figure)
-    figure, (axis,) = _figure(7, 4)
-    if not names:
-        axis.bar(variants, [value[variant, None, None] for variant in variants], color=BLUE)
-    for variant in variants if names else ():
-        xs = axes_of[names[0]]
-        keys = [(variant, x, None) if names[0] == "density" else (variant, None, x) for x in xs]
-        axis.plot(xs, [value.get(key, math.nan) for key in keys], "o-", label=variant or None)
-    axis.set(xlabel=names[0] if names else "variant", ylabel=f"{request.metric} ({request.search_split})")
-    if any(variants) and names:
-        axis.legend(frameon=False)
-    return _png(figure)
+    """One file that needs no other, and no network."""
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'><title>{title}</title>"
+    page = f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body><h1>{title}</h1>"
+    (folder / "report.html").write_text(page + "\n".join(sections) + "</body></html>\n", encoding="utf-8")

@@ -333,7 +333,7 @@ class Space:
                 of_recipe[group].append(recipe.weight(i, name))
             for group, weights in of_recipe.items():
                 mean = weights[0] if len(set(weights)) == 1 else statistics.fmean(weights)
-                bounds[f"weight.{label}" + (f".{group}" if len(groups) > 1 else "")] = search.weight.bounds(mean)
+                bounds[weight_name(label, group, groups)] = search.weight.bounds(mean)
         if search.lambda_ is not None:
             bounds["lambda"] = search.lambda_.bounds(recipe.lambda_)
         if search.density is not None:
@@ -372,15 +372,13 @@ class Space:
 
     def candidate(self, config: Config) -> Candidate:
         """The point that a config describes; what it does not name is the recipe's."""
-
         weights = any(name.startswith("weight.") for name in config)
 
-        def weight(i: int, group: str) -> float:
-            name = f"weight.{self.labels[i]}"
-            return float(config[name] if name in config else config[f"{name}.{group}"])
+        def of_models(group: str) -> tuple[float, ...]:
+            return tuple(float(config[weight_name(label, group, self.groups)]) for label in self.labels)
 
         return Candidate(
-            lambdas=tuple(tuple(weight(i, group) for i in range(len(self.labels))) for group in self.groups) if weights else None,
+            lambdas=tuple(map(of_models, self.groups)) if weights else None,
             lambda_=float(config.get("lambda", self.recipe.lambda_)),
             density=config.get("density"),
             variant=config.get("variant"),
@@ -413,6 +411,17 @@ class Space:
             sweep=None,
             notes=(),
         )
+
+
+def weight_name(label: str, group: str, groups: Sequence[str]) -> str:
+    """The name of the coefficient of a model in a group; where there is but one, it goes without saying."""
+    return f"weight.{label}.{group}" if len(groups) > 1 else f"weight.{label}"
+
+
+def share_of(bounds: Bounds, name: str, value: float) -> float:
+    """Where a value lies between its bounds, from 0 to 1: a density by its logarithm, as it is searched."""
+    to = math.log if name == "density" else float
+    return (to(value) - to(bounds.lower)) / (to(bounds.upper) - to(bounds.lower))
 
 
 def _axis(name: str) -> str:

@@ -64,7 +64,7 @@ def search(
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
     request = Search.of(recipe, has_evaluator=evaluator is not None)
-    from pcb_ray.search import report, tune  # seconds of imports, once the request is known to be right
+    report, tune = _tools()
 
     variants = request.variants or (recipe.variant,)
     scored = request.density is not None
@@ -84,6 +84,7 @@ def search(
         _merge_winner(winner, job, best, state, workers=workers, memory=memory, max_shard_bytes=max_shard_bytes, quiet=quiet)
         found = {
             "request": request,
+            "space": job.space,
             "best": best,
             "recipe": winner,
             "scores": scores,
@@ -115,8 +116,7 @@ def sweep(
     recipe, out = Recipe.of(recipe), Path(out)
     points = grid_of(recipe)
     asked = Search.of(recipe, has_evaluator=evaluator is not None)
-    from pcb_ray.search import report, tune
-
+    report, tune = _tools()
     # Without an optimizer there are no generations: all points are one.
     request = dataclasses.replace(asked, lambda_=None, density=None, variants=(), optimizer="", population=len(points))
     variants = tuple(dict.fromkeys(p.get("variant", recipe.variant) for p in points))
@@ -140,6 +140,15 @@ def sweep(
         report.write_sweep(state.staging, request, points, records, base)
         _commit(state, winner)
     return found
+
+
+def _tools() -> tuple[Any, Any]:
+    """Two modules with seconds of imports, for when the request is known to be right. Raises RequestError if a library is not installed."""
+    try:
+        from pcb_ray.search import report, tune
+    except ImportError as error:
+        raise RequestError(f"search: {error}. Fix: pip install 'pcb-ray[search]'.") from error
+    return report, tune
 
 
 @contextlib.contextmanager
