@@ -26,6 +26,7 @@ LOGGERS = ("tensorboard", "wandb", "mlflow")
 SMALLEST_POPULATION = 3  # of CMA-ES
 REST = "rest"  # the group of what no pattern matches
 RESERVED = {"base", "start", "winner"}  # names of the report, beside those of the models
+LONGEST_S = 1e8  # three years
 LEAST_SHARE = 1e-4  # of a CPU or GPU, that Ray tells from none
 
 _KEYS = (
@@ -148,13 +149,14 @@ class Search:
             gpu=_share(resources.get("gpu", cls.gpu), "search.resources_per_trial.gpu", problems),
             memory=_size(resources.get("memory"), "search.resources_per_trial.memory", problems),
             seed=whole(top.get("seed", cls.seed), "search.seed", 0, problems, most=2**32 - 1),
-            trial_timeout_s=None if "trial_timeout" not in top else _amount(top["trial_timeout"], "search.trial_timeout", problems),
+            trial_timeout_s=None if "trial_timeout" not in top else number(top["trial_timeout"], "search.trial_timeout", problems),
             loggers=_loggers(top.get("loggers", ()), problems),
         )
         if not found.cpu and not found.gpu:
             problems.append("search.resources_per_trial: neither CPU nor GPU. Fix: ask for one at least.")
-        if found.trial_timeout_s == 0:
-            problems.append("search.trial_timeout: 0 s leaves no time. Fix: remove it, or write seconds such as 600.")
+        if found.trial_timeout_s is not None and not 0 < found.trial_timeout_s <= LONGEST_S:
+            wanted = f"seconds above 0 and up to {LONGEST_S:g}"
+            problems.append(wrong("search.trial_timeout", wanted, top["trial_timeout"], "remove it, or write one such as 600"))
         if any("/" in name for name, _ in found.groups):
             problems.append("search.space.groups: names may not have a `/`. Fix: rename the group.")
         if budget < population:

@@ -21,13 +21,13 @@ from pcb_ray import output, runtime
 from pcb_ray.analysis import Run, check_twins, thresholds_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.checkpoint import Checkpoint
-from pcb_ray.errors import InputError, RequestError, RunError, reason_in, with_place
+from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.merge import ARITHMETIC, companions, fetched_plan, merge
 from pcb_ray.output import RECIPE, State
 from pcb_ray.plan import DEFAULT_SHARD_BYTES, choose_block, worker_bytes
 from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import Recipe
-from pcb_ray.runtime import CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S
+from pcb_ray.search.references import dry_score, references
 from pcb_ray.search.request import Config, Search, Space, grid_of
 from pcb_ray.search.worker import Arm, Job
 
@@ -36,8 +36,6 @@ log = logging.getLogger("pcb_ray")
 BEST = "best_recipe.yaml"
 # Of a request: may differ when it is resumed. The candidates do not depend on it; or, of the evaluator, they are scored again.
 _MAY_DIFFER = ("concurrency", "cpu", "gpu", "memory", "trial_timeout_s", "loggers", "evaluator", "options")
-Scores = dict[str, dict[str, Any]]
-"""Metrics by split."""
 
 
 def search(
@@ -68,18 +66,25 @@ def search(
 
     variants = request.variants or (recipe.variant,)
     scored = request.density is not None
-    place = {"resume": resume, "overwrite": overwrite, "model": True}
-    with _prepared(recipe, request, out, variants, evaluator, max_shard_bytes, scored=scored, address=address, **place) as (
+    how: dict[str, Any] = {
+        "scored": scored,
+        "address": address,
+        "memory": memory,
+        "resume": resume,
+        "overwrite": overwrite,
+        "model": True,
+    }
+    with _prepared(recipe, request, out, variants, evaluator, max_shard_bytes, **how) as (
         state,
         job,
     ):
         request = job.search
         tune.check_loggers(request)
-        base = _dry_score(job, state)
+        base = dry_score(job, state)
         job = _with_bases(job, state, scored, workers=workers, memory=memory, quiet=quiet)
         progress, known = _progress(request.budget, job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Generations(request, job.space, progress), progress, request.budget, known)
-        scores, best = _references(job, base, records, best_trial)
+        scores, best = references(job, base, records, best_trial)
         winner = job.space.recipe_of(job.space.candidate(best))
         _merge_winner(winner, job, best, state, workers=workers, memory=memory, max_shard_bytes=max_shard_bytes, quiet=quiet)
         found = {
@@ -123,14 +128,21 @@ def sweep(
     largest = max((p["density"] for p in points if "density" in p), default=None)
     swept = recipe if largest is None else _at_density(recipe, largest)
     scored = largest is not None
-    place = {"resume": resume, "overwrite": overwrite, "model": False}
-    with _prepared(swept, request, out, variants, evaluator, DEFAULT_SHARD_BYTES, scored=scored, address=address, **place) as (
+    how: dict[str, Any] = {
+        "scored": scored,
+        "address": address,
+        "memory": memory,
+        "resume": resume,
+        "overwrite": overwrite,
+        "model": False,
+    }
+    with _prepared(swept, request, out, variants, evaluator, DEFAULT_SHARD_BYTES, **how) as (
         state,
         job,
     ):
         request = job.search
         tune.check_loggers(request)
-        base = _dry_score(job, state)
+        base = dry_score(job, state)
         job = _with_bases(job, state, scored, workers=workers, memory=memory, quiet=quiet)
         progress, known = _progress(len(points), job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
@@ -165,9 +177,10 @@ def _prepared(
     overwrite: bool,
     model: bool,
     address: str | None,
+    memory: int | None,
 ) -> Iterator[tuple[State, Job]]:
     """The state on disk, the cluster, and a job whose bases are yet to be made. `model`: whether the output is to have one."""
-    from pcb_ray.basis import basis_bytes
+    from pcb_ray.basis import basis_bytes, writer_bytes
     from pcb_ray.search import tune
 
     output.check_place(out)
@@ -175,6 +188,8 @@ def _prepared(
     plan = next(iter(plans.values()))
     beside = sum(basis_bytes(p, scored) for p in plans.values())
     output.check_out(out, plan, overwrite=overwrite, resume=resume, model=model, beside=beside)
+    for one in plans.values():
+        choose_block(one, "cpu", memory, writer_bytes(one, scored))  # a wrong bound is told before a cluster starts
     space = Space.of(request, recipe, plan)
     tune.check_optimizer(request, space)
     _check_picklable(evaluator)
@@ -194,7 +209,7 @@ def _prepared(
         if request.memory is None and not request.gpu:
             request = dataclasses.replace(request, memory=4 * (plan.D + sum(math.prod(c.source.shape) for c in plan.copies)))
         at_a_time = tune.check_resources(request)
-        log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), _resources(request))
+        log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), tune.shown_resources(request))
         arms = {v: Arm(p, str(state.folder / f"basis-{v}"), Thresholds()) for v, p in plans.items()}
         scored_by = _identity(request, recipe, evaluator)
         yield state, Job(request, space, arms, str(model_dir), str(recipe.folder.absolute()), scored_by, evaluator)
@@ -255,140 +270,6 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) 
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------------------------
-
-
-class _Scorer:
-    """A worker as a Ray actor, for what is scored outside of trials."""
-
-    def __init__(self, job: Job) -> None:
-        import torch
-
-        from pcb_ray.search.trial import hide_gpus_unless
-        from pcb_ray.search.worker import Worker
-
-        hide_gpus_unless(job.search.gpu)
-        torch.set_num_threads(max(1, int(job.search.cpu)))
-        self._start = lambda: Worker(job)
-        self._worker: Any = None
-
-    def is_there(self) -> None:
-        """Answers once the actor has been placed."""
-
-    def score(self, what: int | Config, split: str) -> dict[str, float]:
-        """Of the base (0), a model (1..N), or a candidate. Raises RequestError, or RunError that says what was raised, and where."""
-        try:
-            self._worker = self._worker or self._start()
-            if isinstance(what, int):
-                return dict(self._worker.score_input(what, split))
-            return dict(self._worker.score(self._worker.job.space.candidate(what), split)[0])
-        except RequestError:
-            raise
-        except Exception as error:  # the evaluator's
-            raise RunError(with_place(error)) from None
-
-
-class _Scorers:
-    """Some of them, at work on one thing each."""
-
-    def __init__(self, job: Job, count: int) -> None:
-        import ray
-
-        self._actor: Any = ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory)
-        self._job = ray.put(job)
-        self._waits_for = _resources(job.search)
-        self._starting: dict[Any, Any] = {}  # what tells that it is there -> scorer
-        self._idle: list[Any] = []
-        self._busy: dict[
-            Any, tuple[Any, tuple[str, str], bool]
-        ] = {}  # answer -> scorer, what it scores, whether it may be asked again
-        for _ in range(count):
-            self._add()
-
-    def _add(self) -> None:
-        scorer = self._actor.remote(self._job)
-        self._starting[scorer.is_there.remote()] = scorer
-
-    def score(
-        self, asked: Mapping[tuple[str, str], int | Config]
-    ) -> Iterator[tuple[tuple[str, str], dict[str, float] | Exception]]:
-        """The metrics of each (name, split), or what scoring it raised, or the RayError of a scorer that died: it gets a successor, asked once more.
-
-        Raises RunError if the cluster has no place for one."""
-        import ray
-
-        waiting, last_sign = [(one, True) for one in asked], time.monotonic()
-        while waiting or self._busy:
-            while waiting and self._idle:
-                (one, again), scorer = waiting.pop(0), self._idle.pop()
-                self._busy[scorer.score.remote(asked[one], one[1])] = (scorer, one, again)
-            ready, _ = ray.wait([*self._busy, *self._starting], timeout=5.0)
-            if self._busy or ready:
-                last_sign = time.monotonic()
-            elif time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
-                raise RunError(
-                    f"no worker with {self._waits_for} could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: other jobs may hold what the cluster has "
-                    f"({runtime.nodes()}); free some, then --resume goes on"
-                )
-            for answer in ready:
-                if answer in self._starting:
-                    self._idle.append(self._starting.pop(answer))  # one that has died by now says so when it is asked
-                    continue
-                scorer, one, again = self._busy.pop(answer)
-                try:
-                    found = dict(ray.get(answer, timeout=CALL_TIMEOUT_S))
-                except ray.exceptions.RayTaskError as error:
-                    self._idle.append(scorer)
-                    yield one, error.cause
-                except ray.exceptions.RayError as error:
-                    self._add()
-                    if again:
-                        waiting.append((one, False))
-                    else:
-                        yield one, error
-                else:
-                    self._idle.append(scorer)
-                    yield one, found
-
-    def close(self) -> None:
-        import ray
-
-        for scorer in (*self._idle, *self._starting.values(), *(scorer for scorer, _, _ in self._busy.values())):
-            ray.kill(scorer)
-
-
-def _resources(request: Search) -> str:
-    from pcb_ray.search import tune
-
-    return tune.shown_resources(request.cpu, request.gpu, request.memory)
-
-
-def _dry_score(job: Job, state: State) -> Scores:
-    """The base on both splits, before anything expensive: a wrong evaluator shows itself here."""
-    if state.found.get("base", {}).get("by") == job.scored_by:
-        known: Scores = state.found["base"]["scores"]
-        return known
-    request, scores = job.search, dict[str, Any]()
-    asked: dict[tuple[str, str], int | Config] = {("base", split): 0 for split in (request.search_split, request.report_split)}
-    with contextlib.closing(_Scorers(job, 1)) as scorers:
-        for (_, split), found in scorers.score(asked):
-            if isinstance(found, RequestError):
-                raise found
-            if isinstance(found, RunError):
-                fix = "Fix: make the evaluator score the base model."
-                raise RequestError(f"search.evaluator: scoring the base failed: {found}. {fix}")
-            if isinstance(found, Exception):
-                fix = "Fix: see that the model fits in memory, and that the evaluator does not end its process."
-                raise RequestError(
-                    f"search.evaluator: its process died while it scored the base ({reason_in(found)}). {fix}"
-                ) from found
-            if not math.isfinite(value := found[request.metric]):
-                raise RequestError(
-                    f"search.metric: {request.metric} of the base on {split} is {value}. Fix: make it a finite number; candidates are compared by it."
-                )
-            scores[split] = found
-    state.found["base"] = {"by": job.scored_by, "scores": scores}
-    state.save()
-    return scores
 
 
 def _with_bases(job: Job, state: State, scored: bool, *, workers: int | None, memory: int | None, quiet: bool) -> Job:
@@ -485,35 +366,6 @@ def _known_trials(job: Job, state: State) -> dict[str, Any]:
     generation = {key: record["number"] // job.search.population for key, record in records.items()}
     last = max((generation[key] for key, record in records.items() if not record["error"]), default=0)
     return {key: record for key, record in records.items() if not record["error"] or generation[key] < last}
-
-
-def _references(
-    job: Job, base: Scores, records: list[dict[str, Any]], best: Mapping[str, Any]
-) -> tuple[dict[str, Scores], dict[str, Any]]:
-    """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials.
-
-    What can't be scored has no metrics, with a warning: the search is not lost for it."""
-    from pcb_ray.search import tune
-
-    request, space = job.search, job.space
-    splits = (request.search_split, request.report_split)
-    inputs: dict[str, int | Config] = {label: i + 1 for i, label in enumerate(space.labels)} | {"start": space.start}
-    asked = {(name, split): what for name, what in inputs.items() for split in splits} | {("winner", splits[1]): best["config"]}
-    found = {("winner", splits[0]): best["metrics"]}
-    if records[0]["config"] == space.start and not records[0]["error"]:
-        found["start", splits[0]] = records[0]["metrics"]
-    if best["config"] == space.start:
-        del asked["winner", splits[1]]
-    with contextlib.closing(_Scorers(job, min(tune.check_resources(request), len(inputs)))) as scorers:
-        for one, metrics in scorers.score({one: what for one, what in asked.items() if one not in found}):
-            if isinstance(metrics, Exception):
-                log.warning("%s has no score on %s: %s", *one, reason_in(metrics))
-            found[one] = {} if isinstance(metrics, Exception) else metrics
-    scores: dict[str, Scores] = {"base": base} | {name: {split: found[name, split] for split in splits} for name in inputs}
-    of_start = scores["start"][splits[0]].get(request.metric, math.nan)
-    if request.better * of_start >= request.better * best["objective"]:
-        return scores | {"winner": scores["start"]}, space.start
-    return scores | {"winner": {split: found["winner", split] for split in splits}}, dict(best["config"])
 
 
 def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_shard_bytes: int, **options: Any) -> None:

@@ -425,14 +425,19 @@ def check_resources(search: Search) -> int:
     ]
     if sum(fits) == 0:
         raise RequestError(
-            f"search.resources_per_trial: {shown_resources(search.cpu, search.gpu, search.memory)} fit no node: "
-            + "; ".join(shown_resources(n["CPU"], n["GPU"], n["memory"]) for n in found)
+            f"search.resources_per_trial: {shown_resources(search)} fit no node: "
+            + "; ".join(_shown(n["CPU"], n["GPU"], n["memory"]) for n in found)
             + ". Fix: ask for less (memory: by default the model in float32), or join a cluster that has them by --address."
         )
     return min(sum(fits), search.concurrency or sum(fits))
 
 
-def shown_resources(cpu: float, gpu: float, memory: float | None) -> str:
+def shown_resources(search: Search) -> str:
+    """Of a trial."""
+    return _shown(search.cpu, search.gpu, search.memory)
+
+
+def _shown(cpu: float, gpu: float, memory: float | None) -> str:
     return f"{cpu:g} CPUs, {gpu:g} GPUs" + (f" and {readable_bytes(int(memory))} of memory" if memory else "")
 
 

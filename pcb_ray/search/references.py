@@ -1,0 +1,179 @@
+"""What is scored outside of trials: the base before anything expensive, and what the winner is compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pcb_ray import runtime
+from pcb_ray.errors import RequestError, RunError, reason_in, with_place
+from pcb_ray.output import State
+from pcb_ray.runtime import CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S
+from pcb_ray.search.request import Config
+from pcb_ray.search.worker import Job
+
+log = logging.getLogger("pcb_ray")
+
+Scores = dict[str, dict[str, Any]]
+"""Metrics by split."""
+_One = tuple[str, str]
+"""What is scored by its name, and the split."""
+
+
+def dry_score(job: Job, state: State) -> Scores:
+    """The base on both splits, before anything expensive: a wrong evaluator shows itself here."""
+    if state.found.get("base", {}).get("by") == job.scored_by:
+        known: Scores = state.found["base"]["scores"]
+        return known
+    request, scores = job.search, dict[str, Any]()
+    asked: dict[_One, int | Config] = {("base", split): 0 for split in (request.search_split, request.report_split)}
+    with contextlib.closing(_Scorers(job, 1)) as scorers:
+        for (_, split), found in scorers.score(asked):
+            if isinstance(found, RequestError):
+                raise found
+            if isinstance(found, RunError):
+                fix = "Fix: make the evaluator score the base model."
+                raise RequestError(f"search.evaluator: scoring the base failed: {found}. {fix}")
+            if isinstance(found, Exception):
+                fix = "Fix: see that the model fits in memory, and that the evaluator does not end its process."
+                raise RequestError(
+                    f"search.evaluator: its process died while it scored the base ({reason_in(found)}). {fix}"
+                ) from found
+            if not math.isfinite(value := found[request.metric]):
+                raise RequestError(
+                    f"search.metric: {request.metric} of the base on {split} is {value}. Fix: make it a finite number; candidates are compared by it."
+                )
+            scores[split] = found
+    state.found["base"] = {"by": job.scored_by, "scores": scores}
+    state.save()
+    return scores
+
+
+def references(
+    job: Job, base: Scores, records: list[dict[str, Any]], best: Mapping[str, Any]
+) -> tuple[dict[str, Scores], dict[str, Any]]:
+    """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials.
+
+    What can't be scored has no metrics, with a warning: the search is not lost for it."""
+    from pcb_ray.search import tune
+
+    request, space = job.search, job.space
+    splits = (request.search_split, request.report_split)
+    inputs: dict[str, int | Config] = {label: i + 1 for i, label in enumerate(space.labels)} | {"start": space.start}
+    asked = {(name, split): what for name, what in inputs.items() for split in splits} | {("winner", splits[1]): best["config"]}
+    found = {("winner", splits[0]): best["metrics"]}
+    if records[0]["config"] == space.start and not records[0]["error"]:
+        found["start", splits[0]] = records[0]["metrics"]
+    if best["config"] == space.start:
+        del asked["winner", splits[1]]
+    with contextlib.closing(_Scorers(job, min(tune.check_resources(request), len(inputs)))) as scorers:
+        for one, metrics in scorers.score({one: what for one, what in asked.items() if one not in found}):
+            if isinstance(metrics, Exception):
+                log.warning("%s has no score on %s: %s", *one, reason_in(metrics))
+            found[one] = {} if isinstance(metrics, Exception) else metrics
+    scores: dict[str, Scores] = {"base": base} | {name: {split: found[name, split] for split in splits} for name in inputs}
+    of_start = scores["start"][splits[0]].get(request.metric, math.nan)
+    if request.better * of_start >= request.better * best["objective"]:
+        return scores | {"winner": scores["start"]}, space.start
+    return scores | {"winner": {split: found["winner", split] for split in splits}}, dict(best["config"])
+
+
+class _Scorer:
+    """A worker as a Ray actor, for what is scored outside of trials."""
+
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        from pcb_ray.search.trial import hide_gpus_unless
+        from pcb_ray.search.worker import Worker
+
+        hide_gpus_unless(job.search.gpu)
+        torch.set_num_threads(max(1, int(job.search.cpu)))
+        self._start = lambda: Worker(job)
+        self._worker: Any = None
+
+    def is_there(self) -> None:
+        """Answers once the actor has been placed."""
+
+    def score(self, what: int | Config, split: str) -> dict[str, float]:
+        """Of the base (0), a model (1..N), or a candidate. Raises RequestError, or RunError that says what was raised, and where."""
+        try:
+            self._worker = self._worker or self._start()
+            if isinstance(what, int):
+                return dict(self._worker.score_input(what, split))
+            return dict(self._worker.score(self._worker.job.space.candidate(what), split)[0])
+        except RequestError:
+            raise
+        except Exception as error:  # the evaluator's
+            raise RunError(with_place(error)) from None
+
+
+class _Scorers:
+    """Some of them, at work on one thing each."""
+
+    def __init__(self, job: Job, count: int) -> None:
+        import ray
+
+        from pcb_ray.search.tune import shown_resources
+
+        self._actor: Any = ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory)
+        self._job = ray.put(job)
+        self._waits_for = shown_resources(job.search)
+        self._starting: dict[Any, Any] = {}  # what tells that it is there -> scorer
+        self._idle: list[Any] = []
+        self._busy: dict[Any, tuple[Any, _One, bool]] = {}  # answer -> scorer, what it scores, whether it may be asked again
+        for _ in range(count):
+            self._add()
+
+    def _add(self) -> None:
+        scorer = self._actor.remote(self._job)
+        self._starting[scorer.is_there.remote()] = scorer
+
+    def score(self, asked: Mapping[_One, int | Config]) -> Iterator[tuple[_One, dict[str, float] | Exception]]:
+        """The metrics of each (name, split), or what scoring it raised, or the RayError of a scorer that died: it gets a successor, asked once more.
+
+        Raises RunError if the cluster has no place for one."""
+        import ray
+
+        waiting, last_sign = [(one, True) for one in asked], time.monotonic()
+        while waiting or self._busy:
+            while waiting and self._idle:
+                (one, again), scorer = waiting.pop(0), self._idle.pop()
+                self._busy[scorer.score.remote(asked[one], one[1])] = (scorer, one, again)
+            ready, _ = ray.wait([*self._busy, *self._starting], timeout=5.0)
+            if self._busy or ready:
+                last_sign = time.monotonic()
+            elif time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
+                raise RunError(
+                    f"no worker with {self._waits_for} could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: other jobs may hold what the cluster has "
+                    f"({runtime.nodes()}); free some, then --resume goes on"
+                )
+            for answer in ready:
+                if answer in self._starting:
+                    self._idle.append(self._starting.pop(answer))  # one that has died by now says so when it is asked
+                    continue
+                scorer, one, again = self._busy.pop(answer)
+                try:
+                    found = dict(ray.get(answer, timeout=CALL_TIMEOUT_S))
+                except ray.exceptions.RayTaskError as error:
+                    self._idle.append(scorer)
+                    yield one, error.cause
+                except ray.exceptions.RayError as error:
+                    self._add()
+                    if again:
+                        waiting.append((one, False))
+                    else:
+                        yield one, error
+                else:
+                    self._idle.append(scorer)
+                    yield one, found
+
+    def close(self) -> None:
+        import ray
+
+        for scorer in (*self._idle, *self._starting.values(), *(scorer for scorer, _, _ in self._busy.values())):
+            ray.kill(scorer)
