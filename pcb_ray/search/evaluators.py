@@ -565,14 +565,16 @@ def _scratch(folder: Path | None) -> Iterator[tuple[Path, IO[bytes]]]:
 def _run_shell(command: str, folder: Path, timeout: float | None, to_guard: IO[bytes]) -> tuple[int, str, str]:
     """Exit code, output and errors. Its `python` is this one; whatever it has started ends with it."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    # It begins when the guard knows it, and not at all if this process ends before.
+    waiting = f"read -r _ || exit 1; exec </dev/null\n{command}"
     with subprocess.Popen(
-        *(command,), shell=True, cwd=folder, env=os.environ | {"PATH": path}, text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        *(waiting,), shell=True, cwd=folder, env=os.environ | {"PATH": path}, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         to_guard.write(b"%d\n" % process.pid)
         to_guard.flush()
         try:
-            output, errors = process.communicate(timeout=timeout)
+            output, errors = process.communicate("\n", timeout=timeout)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
