@@ -167,7 +167,7 @@ read("import")
 @pytest.fixture
 def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
     """The error in the record of a trial, and that of scoring the base; without Ray, and in this process as it is."""
-    from pcb_ray.search.run import _Scorer
+    from pcb_ray.search.references import _Scorer
     from pcb_ray.search.trial import Trial
 
     def both(job: Job) -> tuple[str, str]:
