@@ -19,13 +19,14 @@ from typing import Any
 from pcb_ray.checks import choice, number, section, shown, size_of, text, whole, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.plan import Plan
-from pcb_ray.recipe import VARIANTS, Recipe, Rule
+from pcb_ray.recipe import VARIANTS, Recipe
 
 BUILT_IN = ("causal_lm", "classification", "lm_eval", "command")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 SMALLEST_POPULATION = 3  # of CMA-ES
 REST = "rest"  # the group of what no pattern matches
 RESERVED = {"base", "start", "winner"}  # names of the report, beside those of the models
+DEFAULTS_TRIED = 4  # groups that may be the default of a recipe's rules
 LONGEST_S = 1e8  # three years
 LEAST_SHARE = 1e-4  # of a CPU or GPU, that Ray tells from none
 
@@ -394,11 +395,13 @@ class Space:
 
     def recipe_of(self, candidate: Candidate) -> Recipe:
         """An ordinary recipe of the candidate, with `filter` rules where the groups differ."""
-        of_tensor = self.lambdas(candidate)
+        rules = [] if candidate.lambdas is None else _rules(self.names, self.group_of)
         models = tuple(
             dataclasses.replace(
                 model,
-                weight=model.weight if candidate.lambdas is None else _rules(self.names, [row[i] for row in of_tensor]),
+                weight=model.weight
+                if candidate.lambdas is None
+                else tuple((part, candidate.lambdas[group][i]) for part, group in rules),
                 density=model.density if candidate.density is None else None,
             )
             for i, model in enumerate(self.recipe.models)
@@ -468,27 +471,30 @@ def _group_names(search: Search, names: Sequence[str]) -> list[str]:
     return result
 
 
-def _rules(names: Sequence[str], weights: Sequence[float]) -> tuple[Rule, ...]:
-    """Filter rules that give each name its weight: the most frequent as the default, and few others."""
-    of_name = dict(zip(names, weights, strict=True))
-    (common, _), *_ = Counter(weights).most_common(1)
-    left = {name for name in names if of_name[name] != common}
+def _rules(names: Sequence[str], groups: Sequence[int]) -> list[tuple[str | None, int]]:
+    """(filter, group): the first filter that is part of a name tells its group; the last is None. As few as are easily found."""
+    of_name = dict(zip(names, groups, strict=True))
     # Stretches of whole parts of names, and the names that have them: a mixture of experts has 20,000 names and as many stretches, so that to look
     # for each of them in each name would take minutes.
     having: dict[str, list[str]] = {}
     for name in names:
         for stretch in _stretches(name):
             having.setdefault(stretch, []).append(name)
-    queue = [
-        (-len(hit), len(stretch), stretch)
-        for stretch, hit in having.items()
-        if of_name[hit[0]] != common and len({of_name[name] for name in hit}) == 1
-    ]
+    useful = {stretch: hit for stretch, hit in having.items() if len({of_name[name] for name in hit}) == 1}
+    frequent = [group for group, _ in Counter(groups).most_common(DEFAULTS_TRIED)]
+    return min((_rules_but_for(default, of_name, useful) for default in frequent), key=len)
+
+
+def _rules_but_for(default: int, of_name: Mapping[str, int], useful: Mapping[str, Sequence[str]]) -> list[tuple[str | None, int]]:
+    """Rules for what is not in the default group, each of a stretch that serves many names, all of one group."""
+    names = list(of_name)
+    left = {name for name in names if of_name[name] != default}
+    queue = [(-len(hit), len(stretch), stretch) for stretch, hit in useful.items() if of_name[hit[0]] != default]
     heapq.heapify(queue)
-    rules: list[tuple[str, float]] = []
+    rules: list[tuple[str | None, int]] = []
     while queue and left:  # the one that serves most names next; of these the shortest
         served, length, stretch = heapq.heappop(queue)
-        still = -len(left.intersection(having[stretch]))
+        still = -len(left.intersection(useful[stretch]))
         if served != still:  # others have taken some of its names
             if still:
                 heapq.heappush(queue, (still, length, stretch))
@@ -499,8 +505,7 @@ def _rules(names: Sequence[str], weights: Sequence[float]) -> tuple[Rule, ...]:
             left.difference_update(hit)
     # Names that are part of other names: whole, longest first, before all others.
     hiding = [name for name in names if any(other in name for other in left)]
-    whole: list[Rule] = [(name, of_name[name]) for name in sorted(hiding, key=len, reverse=True)]
-    return (*whole, *rules, (None, common))
+    return [*((name, of_name[name]) for name in sorted(hiding, key=len, reverse=True)), *rules, (None, default)]
 
 
 def _stretches(name: str) -> Iterator[str]:
