@@ -429,7 +429,7 @@ INLINE void combine_strip(const Block *k, const Thresholds *s, int64_t question,
     const float *restrict theta = theta_of(k);
     for (int64_t b = 0; b < m; b++) {
         float value = (sum[b] * lambda) / (total[b] < floor_ ? floor_ : total[b]) + theta[b];
-        merged[b] = total[b] > 0.0f ? value : theta[b];
+        merged[b] = (total[b] > 0.0f) & (sum[b] != 0.0f) ? value : theta[b];
     }
 }
 
@@ -571,6 +571,9 @@ INLINE void expand_scored(Sparse *s, const Thresholds *known, int64_t paper, int
     s->scores = paper ? (const void *)beta64 : (const void *)beta;
 }
 
+/* How a merged value is put out: as float32, as bfloat16, or as float32 that holds what bfloat16 would. */
+enum { WIDE, NARROW, ROUNDED };
+
 INLINE uint16_t narrowed(float x) {
     uint32_t bits = (uint32_t)as_bits(x);
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -578,7 +581,7 @@ INLINE uint16_t narrowed(float x) {
 
 /* theta + lambda sum (over total, if there is one) of the strip at `at`, rounded once -> out [m]; theta where there is nothing to add. */
 INLINE void finish_strip(const void *base, int64_t at, int64_t m, const float *restrict sum, float lambda, const float *restrict total, float floor_,
-                         void *out, const int base_bfloat16, const int bfloat16) {
+                         void *out, const int base_bfloat16, const int as) {
     const uint16_t *restrict theta16 = (const uint16_t *)base + at;
     const float *restrict theta32 = (const float *)base + at;
     uint16_t *restrict out16 = out;
@@ -587,17 +590,17 @@ INLINE void finish_strip(const void *base, int64_t at, int64_t m, const float *r
         for (int64_t b = 0; b < m; b++) {
             const float theta = base_bfloat16 ? widened(theta16[b]) : theta32[b];
             const float value = (sum[b] * lambda) / (total[b] < floor_ ? floor_ : total[b]) + theta;
-            const float merged = total[b] > 0.0f ? value : theta;
-            if (bfloat16) out16[b] = narrowed(merged);
-            else out32[b] = merged;
+            const float merged = (total[b] > 0.0f) & (sum[b] != 0.0f) ? value : theta;
+            if (as == NARROW) out16[b] = narrowed(merged);
+            else out32[b] = as == ROUNDED ? widened(narrowed(merged)) : merged;
         }
     else
         for (int64_t b = 0; b < m; b++) {
             const float theta = base_bfloat16 ? widened(theta16[b]) : theta32[b];
             const float value = sum[b] * lambda + theta;
             const float merged = sum[b] != 0.0f ? value : theta;
-            if (bfloat16) out16[b] = narrowed(merged);
-            else out32[b] = merged;
+            if (as == NARROW) out16[b] = narrowed(merged);
+            else out32[b] = as == ROUNDED ? widened(narrowed(merged)) : merged;
         }
 }
 
@@ -655,7 +658,7 @@ AVX512 INLINE void add_64(Sparse *s, const int count, const float *weights, cons
 AVX512 INLINE __m512 finish(__m512 theta, __m512 sum, __m512 total, float lambda, float floor_, const int scored) {
     const __m512 zero = _mm512_setzero_ps(), scaled = _mm512_mul_ps(sum, _mm512_set1_ps(lambda));
     const __m512 change = scored ? _mm512_div_ps(scaled, _mm512_max_ps(total, _mm512_set1_ps(floor_))) : scaled;
-    const __mmask16 changed = scored ? _mm512_cmp_ps_mask(total, zero, _CMP_GT_OQ) : _mm512_cmp_ps_mask(sum, zero, _CMP_NEQ_UQ);
+    const __mmask16 changed = _mm512_cmp_ps_mask(sum, zero, _CMP_NEQ_UQ) & (scored ? _mm512_cmp_ps_mask(total, zero, _CMP_GT_OQ) : 0xffff);
     return _mm512_mask_add_ps(theta, changed, change, theta);
 }
 
@@ -672,25 +675,28 @@ AVX512 INLINE void put(void *to, __m512i x) {
 
 /* 64 elements from base and sums. */
 AVX512 INLINE void finish_64(const void *base, const __m512 sum[4], const __m512 total[4], float lambda, float floor_, void *out, const int scored,
-                             const int base_bfloat16, const int bfloat16) {
+                             const int base_bfloat16, const int as) {
     __m512 merged[4];
     for (int k = 0; k < 4; k++) {
         const __m512i wide = base_bfloat16 ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)base + k)), 16)
                                            : _mm512_loadu_si512((const __m512i *)base + k);
         merged[k] = finish(_mm512_castsi512_ps(wide), sum[k], total[k], lambda, floor_, scored);
     }
-    if (bfloat16) {
+    if (as == NARROW) {
         const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13,
                                                11, 9, 7, 5, 3, 1);
         for (int k = 0; k < 4; k += 2)
             put((__m512i *)out + k / 2, _mm512_permutex2var_epi16(narrow(merged[k]), upper, narrow(merged[k + 1])));
     } else
-        for (int k = 0; k < 4; k++) put((__m512i *)out + k, _mm512_castps_si512(merged[k]));
+        for (int k = 0; k < 4; k++) {
+            const __m512i bits = _mm512_castps_si512(merged[k]);
+            put((__m512i *)out + k, as == ROUNDED ? _mm512_and_si512(narrow(merged[k]), _mm512_set1_epi32((int)0xffff0000)) : bits);
+        }
 }
 
 AVX512 INLINE void apply_as(const void *base, int64_t size, Sparse *tasks, int64_t n, const float *weights, float lambda, const Thresholds *known,
-                            int64_t paper, float floor_, void *out, const int scored, const int base_bfloat16, const int bfloat16) {
-    const int64_t read_size = base_bfloat16 ? 2 : 4, write_size = bfloat16 ? 2 : 4;
+                            int64_t paper, float floor_, void *out, const int scored, const int base_bfloat16, const int as) {
+    const int64_t read_size = base_bfloat16 ? 2 : 4, write_size = as == NARROW ? 2 : 4;
     float scales[GROUP][STRIP + 16], terms[GROUP][STRIP + 16];
     __m512 so_far[STRIP / 64][8]; /* sums and totals of the groups before */
     for (int64_t strip = 0; strip < size; strip += STRIP)
@@ -718,12 +724,12 @@ AVX512 INLINE void apply_as(const void *base, int64_t size, Sparse *tasks, int64
                 /* What the processor foresees by itself ends with each page of memory. */
                 for (int64_t line = 0; line < 64 * read_size; line += 64) _mm_prefetch(from + 4 * STRIP * read_size + line, _MM_HINT_T0);
                 if (size - at >= 64) {
-                    finish_64(from, sum, total, lambda, floor_, to, scored, base_bfloat16, bfloat16);
+                    finish_64(from, sum, total, lambda, floor_, to, scored, base_bfloat16, as);
                     continue;
                 }
                 char last[256], merged[256];
                 memcpy(last, from, (size - at) * read_size);
-                finish_64(last, sum, total, lambda, floor_, merged, scored, base_bfloat16, bfloat16);
+                finish_64(last, sum, total, lambda, floor_, merged, scored, base_bfloat16, as);
                 memcpy(to, merged, (size - at) * write_size);
             }
         }
@@ -731,33 +737,34 @@ AVX512 INLINE void apply_as(const void *base, int64_t size, Sparse *tasks, int64
 }
 
 AVX512 static void apply_avx512(const void *base, int64_t base_bfloat16, int64_t size, Sparse *tasks, int64_t n, const float *weights, float lambda,
-                                const Thresholds *known, int64_t paper, float floor_, int64_t bfloat16, void *out) {
-#define AS(scored, base_bfloat16, bfloat16) \
-    apply_as(base, size, tasks, n, weights, lambda, known, paper, floor_, out, scored, base_bfloat16, bfloat16)
-    if (known && base_bfloat16 && bfloat16) AS(1, 1, 1);
-    else if (known && base_bfloat16) AS(1, 1, 0);
-    else if (known && bfloat16) AS(1, 0, 1);
-    else if (known) AS(1, 0, 0);
-    else if (base_bfloat16 && bfloat16) AS(0, 1, 1);
-    else if (base_bfloat16) AS(0, 1, 0);
-    else if (bfloat16) AS(0, 0, 1);
-    else AS(0, 0, 0);
-#undef AS
+                                const Thresholds *known, int64_t paper, float floor_, int64_t as, void *out) {
+#define APPLY(scored, base_bfloat16, as) \
+    apply_as(base, size, tasks, n, weights, lambda, known, paper, floor_, out, scored, base_bfloat16, as)
+#define APPLY_TO(scored, base_bfloat16) \
+    if (as == NARROW) APPLY(scored, base_bfloat16, NARROW); \
+    else if (as == ROUNDED) APPLY(scored, base_bfloat16, ROUNDED); \
+    else APPLY(scored, base_bfloat16, WIDE);
+    if (known && base_bfloat16) { APPLY_TO(1, 1) }
+    else if (known) { APPLY_TO(1, 0) }
+    else if (base_bfloat16) { APPLY_TO(0, 1) }
+    else { APPLY_TO(0, 0) }
+#undef APPLY_TO
+#undef APPLY
 }
 #endif
 
 EXPORT int pcb_avx512 = 1; /* 0: as on a processor without it, for the tests */
 
-/* theta + lambda sum_i weights_i C_i of a segment of `size` elements, or with scores what combine_strip gives, rounded once -> out. */
+/* theta + lambda sum_i weights_i C_i of a segment of `size` elements, or with scores what combine_strip gives, rounded once -> out; `as` says how. */
 EXPORT CLONES void pcb_apply(const void *base, int64_t base_bfloat16, int64_t size, Sparse *tasks, int64_t n, const float *weights, float lambda,
-                             const Thresholds *known, int64_t paper, float floor_, int64_t bfloat16, void *out) {
+                             const Thresholds *known, int64_t paper, float floor_, int64_t as, void *out) {
 #ifdef __x86_64__
     if (pcb_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) {
-        apply_avx512(base, base_bfloat16, size, tasks, n, weights, lambda, known, paper, floor_, bfloat16, out);
+        apply_avx512(base, base_bfloat16, size, tasks, n, weights, lambda, known, paper, floor_, as, out);
         return;
     }
 #endif
-    const int64_t write_size = bfloat16 ? 2 : 4;
+    const int64_t write_size = as == NARROW ? 2 : 4;
     for (int64_t at = 0; at < size; at += STRIP) {
         const int64_t m = size - at < STRIP ? size - at : STRIP;
         float sum[STRIP], total[STRIP], x[STRIP], scale[STRIP];
@@ -768,14 +775,8 @@ EXPORT CLONES void pcb_apply(const void *base, int64_t base_bfloat16, int64_t si
             for (int64_t b = 0; b < STRIP; b++) total[b] = i == 0 ? scale[b] : total[b] + scale[b];
             for (int64_t b = 0; b < STRIP; b++) sum[b] = i == 0 ? x[b] : sum[b] + x[b];
         }
-        if (base_bfloat16 && bfloat16)
-            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 1, 1);
-        else if (base_bfloat16)
-            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 1, 0);
-        else if (bfloat16)
-            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 0, 1);
-        else
-            finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 0, 0);
+        if (base_bfloat16) finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 1, as);
+        else finish_strip(base, at, m, sum, lambda, known ? total : NULL, floor_, &merged, 0, as);
         memcpy((char *)out + at * write_size, &merged, m * write_size);
     }
 }

@@ -37,8 +37,15 @@ from pcb_ray.answers import SAMPLE_SHIFT, Digest, Thresholds, value_of_key
 from pcb_ray.checkpoint import DTYPE_BYTES, read_header, safetensors_header
 from pcb_ray.errors import RunError
 from pcb_ray.plan import Plan, Segment
+from pcb_ray.selection import add_up
 
 ARRAYS = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F64": np.float64}
+# How _native.c puts out a value that is written in one dtype and held by a parameter in another; WIDE, NARROW and ROUNDED there.
+WAYS = {
+    (torch.float32, torch.float32): 0,
+    (torch.bfloat16, torch.bfloat16): 1,
+    (torch.bfloat16, torch.float32): 2,
+}
 PADDING = 16  # values beyond the last: _native.c reads them in vectors
 GATHERED = (
     1 << 20
@@ -81,7 +88,9 @@ class Writer:
         self._kept: list[list[NDArray[np.bool_]]] = []
         self._values: list[list[NDArray[np.float32]]] = []
         self._scores: list[list[NDArray[Any]]] = []
-        self._histogram: list[NDArray[np.int64]] = []
+        self._histogram: dict[
+            int, tuple[NDArray[np.int64], NDArray[np.int64]]
+        ] = {}  # of a task: bins of scores, and how many are in each
 
     def add(
         self, segment: Segment, values_NB: NDArray[np.float32], kept_NB: NDArray[np.bool_], scores_NB: NDArray[Any] | None
@@ -100,8 +109,9 @@ class Writer:
             self._values[i - n].append(values_NB[i, kept_B])
             if scores_NB is not None:
                 self._scores[i - n].append(scores := scores_NB[i, kept_B])
-                bins, counts = np.unique(keys_of(scores) >> SAMPLE_SHIFT[8 * scores.itemsize], return_counts=True)
-                self._histogram.append(np.stack([np.full(len(bins), i), bins, counts], axis=1))
+                new = np.unique(keys_of(scores) >> SAMPLE_SHIFT[8 * scores.itemsize], return_counts=True)
+                both = zip(self._histogram[i], new, strict=True) if i in self._histogram else [(part,) for part in new]
+                self._histogram[i] = add_up(*(np.concatenate(parts) for parts in both))
 
     def save(self, path: Path) -> tuple[int, Digest]:
         """Write the file aside and give it its name; how many entries it has, and its digest. Raises OSError."""
@@ -111,12 +121,14 @@ class Writer:
         bounds = np.cumsum([[0, 0], *zip(map(len, masks), entries, strict=True)], axis=0, dtype=np.int64)
         arrays = {"starts": bounds, "segments": np.array([(s.tensor, s.start, s.stop) for s in self._segments])}
         if self._histogram:
-            arrays["histogram"] = np.concatenate(self._histogram)
+            arrays["histogram"] = np.concatenate(
+                [np.stack([np.full(len(bins), i), bins, counts], axis=1) for i, (bins, counts) in sorted(self._histogram.items())]
+            )
             arrays["scores"], self._scores = _joined(self._scores), []
         arrays["values"], self._values = _joined(self._values), []
         arrays["masks"] = np.concatenate(masks)
-        # The widest first: each then lies where its type wants it.
-        ordered = sorted(arrays, key=lambda name: -arrays[name].itemsize)
+        # The widest first: each then lies where its type wants it. C reads masks by 64 bits.
+        ordered = sorted(arrays, key=lambda name: -8 if name == "masks" else -arrays[name].itemsize)
         of_dtype = {np.dtype(kind): name for name, kind in ARRAYS.items()}
         header = safetensors_header([(name, of_dtype[arrays[name].dtype], arrays[name].shape) for name in ordered], {})
         digest = xxhash.xxh3_128()
@@ -144,14 +156,20 @@ def writer_bytes(plan: Plan, scored: bool) -> int:
     """The most memory that a Writer takes for a chunk of the plan, all of whose elements may be kept."""
     score = (8 if plan.method == "pcb-paper" else 4) * scored
     per_element = max(1 + 4 + score, 4 + 2 * score, 4 + 4 + score) + 0.25  # parts; scores, then values, in their parts and joined
-    return int(plan.N * plan.chunk_elements * per_element) + (16 << 20)
+    return int(plan.N * plan.chunk_elements * per_element) + 2 * _histogram_bytes(plan, scored) + (8 << 20)
 
 
 def basis_bytes(plan: Plan, scored: bool) -> int:
-    """What a basis takes on disk, or a little less: the entries and the masks."""
+    """What a basis takes on disk at most, but for headers: the entries, the masks, and the histograms of a scored one."""
     score = (8 if plan.method == "pcb-paper" else 4) * scored
     kept = plan.densities if plan.method.startswith(("pcb", "ties")) else [1.0] * plan.N
-    return int(sum((4 + score) * r + 0.125 for r in kept) * plan.D)
+    return int(sum((4 + score) * r + 0.125 for r in kept) * plan.D) + plan.chunks * _histogram_bytes(plan, scored)
+
+
+def _histogram_bytes(plan: Plan, scored: bool) -> int:
+    """Of a chunk: a row of three integers for each value that the upper bits of its scores' keys take. In practice these span some binary orders of
+    magnitude, of 256 values each."""
+    return 24 * plan.N * min(32 * 256, plan.chunk_elements) * scored
 
 
 def digest_of(data: Any) -> Digest:
@@ -260,6 +278,7 @@ class Basis:
         self.entries = sum(c.entries for c in self._chunks)
         self.nbytes = sum(c.nbytes for c in self._chunks)
         self.scored = self._chunks[0].scores is not None
+        assert all((c.scores is not None) == self.scored for c in self._chunks), f"{folder}: holds files of two kinds of basis"
         self._base = {
             tensor.file: np.memmap(tensor.file, dtype=np.uint8, mode="r") for t in plan.tensors if (tensor := t.sources[0])
         }
@@ -325,10 +344,11 @@ class Basis:
         *,
         threads: int = 1,
     ) -> None:
-        """Write the merge into `parameters` (name -> tensor of the merged tensor's shape), in place, each rounded to its own dtype.
+        """Write the merge into `parameters` (name -> tensor of the merged tensor's shape), in place, as its output would hold it.
 
         lambdas: for each of the plan's tensors its lambda_i [N]. thresholds: of a scored basis, what `thresholds` returned.
-        The arithmetic is float32, one rounding at the end. Tensors that `parameters` lacks are passed over."""
+        The arithmetic is float32, rounded once to the output's dtype, also for wider parameters; and again for narrower ones.
+        Tensors that `parameters` lacks are passed over."""
         thresholds = thresholds or self.made_for
         flat: dict[int, Tensor] = {}
         apart: list[tuple[Tensor, Tensor]] = []
@@ -373,11 +393,12 @@ class Basis:
         out_B, (base_B, base_dtype) = flat[segment.tensor][segment.start : segment.stop], self._base_of(segment)
         weights = np.array(lambdas[segment.tensor], dtype=np.float32)
         native = kernels.load_native() if out_B.device.type == "cpu" else None
-        known = (torch.float32, torch.bfloat16)
-        if native is None or out_B.dtype not in known or base_dtype not in known:
+        written = kernels.DTYPES[self.plan.tensors[segment.tensor].slot.dtype]  # a candidate is what its merge would be
+        way = WAYS.get((written, out_B.dtype))
+        if native is None or way is None or base_dtype not in (torch.float32, torch.bfloat16):
             theta_B = torch.from_numpy(base_B.copy()).view(base_dtype).to(out_B.device).float()  # the narrow type travels
             pieces = [chunk.piece(number, task) for task in range(self.plan.N)]
-            out_B.copy_(self._updated(theta_B, pieces, weights, lambda_, thresholds))
+            out_B.copy_(self._updated(theta_B, pieces, weights, lambda_, thresholds).to(written))
             return
         tasks = chunk.in_c(number)
         native.pcb_apply(
@@ -391,7 +412,7 @@ class Basis:
                 lambda_,
             ),
             *(None if in_c is None else ctypes.byref(in_c[0]), self._paper, pcb.floor_of(self.plan.method)),
-            *(out_B.dtype == torch.bfloat16, out_B.data_ptr()),
+            *(way, out_B.data_ptr()),
         )
 
     @property

@@ -122,7 +122,7 @@ class TorchKernel:
         tau_NB, beta_NB = (self.scores(sources, quantity, thresholds) for quantity in (MAGNITUDE, BETA))
         if self.method == "pcb-paper":
             return tau_NB, beta_NB, beta_NB >= pcb.column(pcb.paper_t(thresholds, self.n), beta_NB)
-        return pcb.clip(tau_NB, thresholds)[1], beta_NB, pcb.scale_of(beta_NB, thresholds) > 0.0
+        return pcb.clip(tau_NB, thresholds)[1], beta_NB, beta_NB > pcb.column(thresholds.t, beta_NB)
 
     def _merger(self, tau_NB: Tensor, thresholds: Thresholds) -> Callable[[Tensor, Sequence[float], float], Tensor]:
         """The method on this block: a function of theta [B], the lambda_i and lambda."""

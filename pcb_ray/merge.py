@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pcb_ray")
 
 # The arithmetic of pcb.py: receipts name it, and a resumed or verified merge must have been made with the same one.
-ARITHMETIC = "ieee-1"
+ARITHMETIC = "ieee-2"
 WRITE = "write"  # the name of the last sweep
 
 

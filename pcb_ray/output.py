@@ -74,7 +74,7 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bo
         problems.append(f"{out}: can't write to {parent}; choose a folder that you may write to")
     else:
         state = state_folder(out)
-        there = sum(f.lstat().st_blocks * 512 for f in state.rglob("*")) if resume else 0
+        there = sum(f.lstat().st_blocks * 512 for f in state.rglob("*")) if resume or overwrite else 0
         needed, free = plan.written_bytes * model + beside, shutil.disk_usage(parent).free
         if free + there < needed:
             what = f"{beside:,} of them for the basis, until it is done; " if beside else ""
@@ -158,9 +158,11 @@ class State:
                     self.journal.update(json.loads(line))
 
     def _clear(self) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
-        for name in ("journal.jsonl", "state.json"):
-            (self.folder / name).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink() and path.name != "replaced":
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in ("lock", "replaced"):
+                path.unlink(missing_ok=True)
 
     def _restore_replaced(self) -> None:
         replaced = self.folder / "replaced"  # a crash between the two renames of `commit` leaves the old OUT here

@@ -205,11 +205,14 @@ def floor_of(method: str) -> float:
 
 
 def combine(theta_B: Tensor, tauc_NB: Tensor, scale_NB: Tensor, lambdas: Sequence[float], lambda_: float, floor: float) -> Tensor:
-    """theta + lambda sum_i(scale_i lambda_i tauc_i) / max(sum_i scale_i, floor), and theta bit for bit where no task keeps the element."""
+    """theta + lambda sum_i(scale_i lambda_i tauc_i) / max(sum_i scale_i, floor).
+
+    theta stays bit for bit where no task keeps the element, and where what they keep adds up to 0: adding that 0 would change a theta of -0."""
     total_B = _sum_over_tasks(scale_NB)
     sum_B = _sum_over_tasks((scale_NB * column(lambdas, scale_NB)).mul_(tauc_NB))
+    changed_B = (total_B > 0.0) & (sum_B != 0.0)
     merged_B = sum_B.mul_(lambda_).div_(total_B.clamp(min=floor)).add_(theta_B)
-    return torch.where(total_B > 0.0, merged_B, theta_B)
+    return torch.where(changed_B, merged_B, theta_B)
 
 
 # --- Baselines --------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Bracket:
     hi: int
 
 
-def _add_up(keys: Keys, counts: Keys) -> tuple[Keys, Keys]:
+def add_up(keys: Keys, counts: Keys) -> tuple[Keys, Keys]:
     """Sorted distinct keys with their summed counts."""
     order = np.argsort(keys, kind="stable")
     keys, counts = keys[order], counts[order]
@@ -97,10 +97,10 @@ class Tally:
         )
 
     def _put(self, keys: Keys, counts: Keys, shift: int) -> None:
-        keys, counts = _add_up(keys, counts)
+        keys, counts = add_up(keys, counts)
         while len(keys) > self.max_entries:
             shift += 1
-            keys, counts = _add_up(keys >> 1, counts)
+            keys, counts = add_up(keys >> 1, counts)
         self.keys, self.counts, self.shift = keys, counts, shift
 
     def _compact(self) -> None:
@@ -162,7 +162,7 @@ class Sample:
 
     def _compact(self) -> None:
         parts = [(self.bins, self.counts), *self._pending]
-        self.bins, self.counts = _add_up(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        self.bins, self.counts = add_up(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         self._pending = []
 
     def __getstate__(self) -> dict[str, object]:
@@ -173,7 +173,7 @@ class Sample:
         """A bracket for the key of this rank among all D, wide enough that missing it is rare; any answer is safe."""
         self._compact()
         bin_of, group_of = self.bins >> GROUP_BITS, self.bins & (SAMPLE_GROUPS - 1)
-        bins, counts = _add_up(bin_of, self.counts)
+        bins, counts = add_up(bin_of, self.counts)
         total = int(counts.sum())
         if total == 0:
             return Bracket(smallest, largest)

@@ -64,6 +64,20 @@ class SlowOnce(KnowsBase):
         return found
 
 
+class LoadsLate(Near):
+    """After the first process, so many can't load."""
+
+    def __init__(self, target: str, folder: str, failing: int = 3) -> None:
+        super().__init__(target)
+        self.folder, self.failing = Path(folder), failing
+
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        (self.folder / str(os.getpid())).touch()
+        if 1 < len(list(self.folder.iterdir())) <= 1 + self.failing:
+            raise FileNotFoundError("no mount")
+        return super().load(model_dir)
+
+
 class Sick(KnowsBase):
     """Scores the base; of all else only what is asked for: raises, gives NaN, hangs, ends its process or takes 6 GB, in turn by what the score
     would be."""

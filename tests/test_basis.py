@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pcb_ray import Recipe, kernels, merge_state_dicts, weights
 from pcb_ray.analysis import Run, thresholds_of
-from pcb_ray.basis import Basis, Writer, mask_of, positions_of, writer_bytes
+from pcb_ray.basis import Basis, Writer, basis_bytes, mask_of, positions_of, writer_bytes
 from pcb_ray.checkpoint import Checkpoint
 from pcb_ray.plan import Segment, plan, plan_of
 from pcb_ray.runtime import LocalOwners
@@ -171,24 +171,27 @@ def test_a_basis_holds_no_descriptor_and_lets_its_files_go(tmp_path):
     assert np.array_equal(piece.values, expected)
 
 
+@pytest.mark.parametrize("block", [1 << 12, 1 << 17])
 @pytest.mark.parametrize(("method", "scored"), [("pcb-pairwise", False), ("pcb-pairwise", True), ("pcb-paper", True)])
-def test_a_writer_takes_no_more_memory_than_announced_also_where_all_is_kept(tmp_path, method, scored):
+def test_a_writer_takes_no_more_memory_than_announced_also_where_all_is_kept(tmp_path, method, scored, block):
     made = SimpleNamespace(method=method, N=3, chunk_elements=1 << 20)
     random = np.random.default_rng(0)
-    values = random.standard_normal((3, 1 << 17), dtype=np.float32)
+    values = random.standard_normal((3, block), dtype=np.float32)
     scores = values.astype(np.float64 if method == "pcb-paper" else np.float32) if scored else None
-    kept = np.ones((3, 1 << 17), dtype=np.bool_)
+    kept = np.ones((3, block), dtype=np.bool_)
     tracemalloc.start()
     try:
         writer = Writer()
-        for k in range(8):
-            writer.add(Segment(0, k << 17, k + 1 << 17), values, kept, scores)
+        for k in range((1 << 20) // block):
+            writer.add(Segment(0, k * block, (k + 1) * block), values, kept, scores)
         entries, _ = writer.save(tmp_path / "chunk")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert entries == 3 << 20
-    assert 0.9 * (writer_bytes(made, scored) - (16 << 20)) < peak <= writer_bytes(made, scored)
+    assert 0.6 * writer_bytes(made, scored) < peak <= writer_bytes(made, scored)
+    made = SimpleNamespace(**vars(made), D=1 << 20, chunks=1, densities=[1.0] * 3)
+    assert 0.9 * basis_bytes(made, scored) < (tmp_path / "chunk").stat().st_size <= basis_bytes(made, scored) + 1000
 
 
 def test_chunks_of_a_huge_model_are_so_few_that_three_bases_can_be_mapped():
@@ -209,6 +212,8 @@ def test_neither_kernel_nor_threads_nor_blocks_show_in_a_candidate(tmp_path, mon
     several = applied(basis, family.base, threads=3)
     monkeypatch.setenv("PCB_RAY_KERNEL", "torch")
     torch_basis = build(family, tmp_path / "torch", method, scored=scored, block=1 << 12)
+    for file in (tmp_path / "basis").iterdir():
+        assert file.read_bytes() == (tmp_path / "torch" / file.name).read_bytes()
     for other in several, applied(basis, family.base), applied(torch_basis, family.base):
         for name, x in found.items():
             assert torch.equal(x, other[name]), name
@@ -245,6 +250,9 @@ def test_a_candidate_has_the_same_bits_on_any_processor(tmp_path, monkeypatch, m
     if (native := kernels.load_native()) is None:
         pytest.skip("no C compiler")
     found = states()
+    for name, dtype in dtypes.items():  # a wider parameter holds what is written
+        assert torch.equal(found[2][name], found[0][name].float()) == (dtype == torch.bfloat16), name
+        assert found[2][name].to(dtype).float().equal(found[2][name])
     switch = ctypes.c_int.in_dll(native, "pcb_avx512")
     assert switch.value == 1
     switch.value = 0
@@ -270,6 +278,32 @@ def test_parameters_of_another_dtype_layout_or_part_of_the_model_are_updated(tmp
     assert torch.equal(transposed.float(), exact[name])
     for name, x in applied(basis, family.base).items():
         assert torch.equal(x, exact[name].to(torch.bfloat16))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("method", PCB)
+def test_a_candidate_has_the_bytes_of_the_merge_down_to_the_signs_of_zeros(tmp_path_factory, method, data):
+    """With bases of +-0, weights of 0 and task vectors that cancel. In torch as in C."""
+    draw, zeros = data.draw, st.sampled_from([0.0, -0.0, 1.0])
+    n, folder = draw(st.integers(1, 3)), tmp_path_factory.mktemp("zeros")
+    base = torch.tensor(draw(st.lists(zeros, min_size=40, max_size=40)))
+    changes = st.lists(st.sampled_from([0.0, 0.5, -0.5, 1e-30, -1e-30]), min_size=40, max_size=40)
+    family = families.Family(folder, {"w": base}, [{"w": base + torch.tensor(draw(changes))} for _ in range(n)])
+    weights, lambda_ = (
+        draw(st.lists(st.sampled_from([0.0, 1.0, -1.0]), min_size=n, max_size=n)),
+        draw(st.sampled_from([0.0, 1.0, -0.5])),
+    )
+    basis = build(family, folder / "basis", method, scored=True, density=0.6)
+    wanted = merge_state_dicts(
+        family.base, family.models, variant=method.removeprefix("pcb-"), weights=weights, lambda_=lambda_, mask_ratio=0.5
+    )
+    for kernel in ("", "torch"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PCB_RAY_KERNEL", kernel)
+            state = {"w": torch.full((40,), torch.nan)}
+            basis.apply(state, [weights], lambda_, basis.thresholds(0.5))
+        assert torch.equal(state["w"].view(torch.int32), wanted["w"].view(torch.int32))
 
 
 def test_lambda_zero_gives_the_base_back_bit_for_bit(tmp_path):

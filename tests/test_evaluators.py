@@ -176,10 +176,14 @@ def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
         trial.config = job.space.start
         with pytest.raises((RequestError, RunError)) as caught:
             _Scorer(job).score(0, "val")
-        return trial.step()["error"], str(caught.value)
+        try:
+            return trial.step()["error"], str(caught.value)
+        except RuntimeError as error:  # one that could not load ends its process
+            return str(error), str(caught.value)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.chdir(Path.cwd())  # as it was, afterwards
     monkeypatch.setattr("pcb_ray.basis.Basis", Mock())  # a candidate is the base
     return both
 
@@ -275,6 +279,19 @@ def test_tensors_that_match_nothing_are_listed_with_the_modules_own():
     module = module_of({"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)})
     with pytest.raises(RequestError, match=r"lacks 1 of the 2 merged tensors: c.weight.*b.weight"):
         match(module, {"a.weight": (2,), "c.weight": (2,)})
+
+
+def test_tensors_without_data_are_refused():
+    """As where a model was offloaded: an update of them would be lost."""
+    with pytest.raises(RequestError, match=r"1 tensors without data, offloaded.*a.weight.*Fix: load all"):
+        match(module_of({"a.weight": torch.zeros(2, device="meta"), "b": torch.zeros(1)}), {"a.weight": (2,), "b": (1,)})
+
+
+def test_a_text_in_jsonl_may_hold_what_other_formats_end_lines_with(language_model, tmp_path):
+    (tmp_path / "val.jsonl").write_text(json.dumps({"text": "the merge\u2028of many\u0085models"}, ensure_ascii=False) + "\n\n")
+    evaluator = make_evaluator("causal_lm", {"data": {"val": "val.jsonl"}}, tmp_path)
+    evaluator.load(language_model)
+    assert evaluator.score("val")["loss"] > 0
 
 
 def test_another_shape_is_an_error_with_both():

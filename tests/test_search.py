@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import os
 import signal
@@ -68,12 +67,10 @@ def searched(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, Any
     return package.search(recipe, out, workers=1, quiet=True, **options)
 
 
-def near_of(recipe: Path, family: Family, folder: Path) -> float:
-    """What `Near` says of a recipe's merge, by the ordinary path, in float32 as its module is."""
-    wide = dataclasses.replace(package.Recipe.from_file(recipe), dtype="float32")
-    package.merge(wide, folder / "wide", workers=1, quiet=True)
+def near_of(out: Path, family: Family) -> float:
+    """What `Near` says of the merged model in a folder."""
     hidden = families.load(family.folder / "hidden")
-    return -sum(float(((t - hidden[name].float()) ** 2).sum()) for name, t in families.load(folder / "wide").items())
+    return -sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in families.load(out).items())
 
 
 # --- what it finds ------------------------------------------------------------------------------------------------------------------
@@ -99,7 +96,7 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     assert package.verify(out, quiet=True) == []
-    assert near_of(out / "best_recipe.yaml", family, tmp_path) == pytest.approx(metric["winner"], abs=2e-6)
+    assert near_of(out, family) == pytest.approx(metric["winner"], abs=2e-6)
 
     lines = log.read_text().splitlines()
     assert sum(line.startswith("load") for line in lines) <= 1 + 2 + 4, (
@@ -137,8 +134,8 @@ def test_groups_lambda_density_and_variant_are_searched_and_the_recipe_reproduce
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     thresholds = [receipt_of(folder)["thresholds"] for folder in (out, again)]
     assert thresholds[0] == thresholds[1]
-    # Not only its bytes: the score that the search saw is the merged model's.
-    assert near_of(out / "best_recipe.yaml", family, tmp_path) == pytest.approx(found["scores"]["winner"]["val"]["near"], abs=2e-6)
+    # The score that the search saw is that of the model in OUT, rounded as it is.
+    assert near_of(out, family) == pytest.approx(found["scores"]["winner"]["val"]["near"], abs=2e-6)
 
 
 @pytest.mark.very_slow
@@ -365,6 +362,91 @@ def test_an_evaluator_that_cant_be_sent_to_workers_is_told(family, tmp_path):
     assert not state_of(tmp_path / "out").exists()
 
 
+def test_workers_that_cant_load_lose_no_candidate(family, tmp_path):
+    """The first three trial workers can't, as where a mount is missing; the base was scored before. The others score all that was asked."""
+    out, tries = tmp_path / "out", tmp_path / "tries"
+    tries.mkdir()
+    found = searched(recipe_of(family, "LoadsLate", {"folder": str(tries)}, budget=12, population=4, concurrency=2), out)
+    assert len(list(tries.iterdir())) >= 5, "the dry score, three that could not, one that could"
+    assert found["failed"] == 0
+    assert [row["error"] for row in trials_of(out)] == [""] * 12
+
+
+def test_a_search_whose_workers_cant_load_ends_with_the_reason(family, tmp_path):
+    tries = tmp_path / "tries"
+    tries.mkdir()
+    recipe = recipe_of(family, "LoadsLate", {"folder": str(tries), "failing": 99}, budget=12, population=4, concurrency=2)
+    with pytest.raises(
+        RunError, match=r"\d+ workers after another could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests.py"
+    ):
+        searched(recipe, tmp_path / "out")
+
+
+def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypatch):
+    """And an evaluator of the recipe opens what lies beside the recipe, also in trials, whose folders Tune would make the current one."""
+    import logging
+
+    before, level = dict(os.environ), logging.getLogger("ray.tune").level
+    (tmp_path / "beside.txt").write_text("here")
+    (tmp_path / "neighbour.py").write_text("from pathlib import Path\ndef read():\n    return Path('beside.txt').read_text()\n")
+    (tmp_path / "mine.py").write_text(
+        "import neighbour\nfrom evaluators_of_tests import Near\n"
+        "class Reads(Near):\n    def score(self, split):\n        return super().score(split) | {'read': float(neighbour.read() == 'here')}\n"
+    )
+    (tmp_path / "evaluators_of_tests.py").write_text(EVALUATORS.read_text())
+    asked = recipe_of(family, budget=8)
+    asked["search"]["evaluator"] = {"mine.py:Reads": asked["search"]["evaluator"].popitem()[1]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(asked))
+    searched(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert {row["metric.read"] for row in trials_of(tmp_path / "out")} == {1.0}
+    assert {k: v for k, v in os.environ.items() if before.get(k) != v} == {}
+    assert logging.getLogger("ray.tune").level == level
+
+
+@pytest.mark.parametrize("method", ["pcb", "task_arithmetic"])
+def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(family, tmp_path, monkeypatch, method):
+    from pcb_ray.search import run
+
+    out, log = tmp_path / "out", tmp_path / "log"
+    recipe = recipe_of(family, options={"log": str(log)}, budget=8) | {"merge_method": method}
+    merge = run.merge
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pcb_ray.output.State.commit", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            merge(*args, **options)
+
+    monkeypatch.setattr(run, "merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        searched(recipe, out)
+    scored = log.read_text().count("score")
+    monkeypatch.setattr(run, "merge", merge)
+    searched(recipe, out, resume=True)
+    assert log.read_text().count("score") == scored
+    assert package.verify(out, quiet=True) == []
+
+
+def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tmp_path, monkeypatch):
+    """An interrupted sweep is resumed with another grid of as many points: its basis is of the other kind."""
+    from pcb_ray.search import tune
+
+    out, run_trials = tmp_path / "out", tune.run_trials
+    monkeypatch.setattr(tune, "run_trials", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        package.sweep(recipe_of(family) | {"sweep": {"density": [0.05, 0.1]}}, out, workers=1, quiet=True)
+    monkeypatch.setattr(tune, "run_trials", run_trials)
+    found = package.sweep(recipe_of(family) | {"sweep": {"lambda": [0.8, 1.2]}}, out, workers=1, quiet=True, resume=True)
+    for row in found["records"]:
+        merged = package.merge_state_dicts(family.base, family.models, lambda_=row["config"]["lambda"])
+        families.write(tmp_path / "merged", merged)
+        assert row["objective"] == pytest.approx(near_of(tmp_path / "merged", family), abs=2e-6)
+
+
+def test_ray_client_is_refused_before_anything(family, tmp_path):
+    with pytest.raises(RequestError, match=r"can't run through Ray Client.*Fix: `ray job submit`"):
+        searched(recipe_of(family), tmp_path / "out", address="ray://127.0.0.1:10001")
+
+
 def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path):
     """Scored in float32, but written in float16: the merge is refused, what the trials found is kept."""
     out = tmp_path / "out"
@@ -388,9 +470,9 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
     hidden = families.load(family.folder / "hidden")
     for row in rows:
         merged = package.merge_state_dicts(
-            family.base, family.models, mask_ratio=row["density"], variant=row["variant"], lambda_=row["lambda"], dtype="float32"
+            family.base, family.models, mask_ratio=row["density"], variant=row["variant"], lambda_=row["lambda"]
         )
-        distance = sum(float(((t - hidden[name].float()) ** 2).sum()) for name, t in merged.items())
+        distance = sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in merged.items())
         assert row["objective"] == pytest.approx(-distance, abs=2e-6)
     assert found["best"] == {k: max(rows, key=lambda r: r["objective"])[k] for k in grid}
     assert (out / "sweep.png").stat().st_size > 1000

@@ -62,7 +62,9 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evalu
         return checked(_built_in(built_in[name], options, folder, f"{where}.{name}"), name)
     source, _, attribute = name.rpartition(":")
     try:
-        found: Any = _load_file(folder / source) if source.endswith(".py") else _import(source, folder)
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))  # what lies beside the recipe is found, as in the folder that `python` runs in
+        found: Any = _load_file(folder / source) if source.endswith(".py") else importlib.import_module(source)
         for part in attribute.split("."):
             found = getattr(found, part)
     except Exception as error:
@@ -144,12 +146,6 @@ def _load_file(path: Path) -> Any:
     return module
 
 
-def _import(name: str, folder: Path) -> Any:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))  # beside the recipe, as in the folder that `python` runs in
-    return importlib.import_module(name)
-
-
 def _by_split(raw: Any, where: str, wanted: str, fix: str, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
     """Each split with its place and what is given for it."""
     if not isinstance(raw, Mapping) or not raw:
@@ -197,7 +193,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
         yield from pyarrow.parquet.read_table(path).to_pylist()
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").split("\n"), 1
+    ):  # not `splitlines`: JSON may hold what else ends a line
         if not line.strip():
             continue
         try:
@@ -619,7 +617,12 @@ def match(
             f"the evaluator's module lacks {len(lost)} of the {len(shapes)} merged tensors: {_some(lost)}; of its own, nothing was matched to "
             f"{_some(unused) or 'none'}. Fix: return the module whose state_dict has the checkpoint's names."
         )
+    without = [name for name, tensor in found.items() if tensor.is_meta]
     problems = [
+        f"the evaluator's module has {len(without)} tensors without data, offloaded to disk or memory: {_some(without)}. Fix: load all of it on CPU "
+        "or GPUs, such as with more of them."
+    ] * bool(without)
+    problems += [
         f"{name}: shape {list(shape)} in the merge, {list(found[name].shape)} in the evaluator's module ({to_own(name)}). Fix: load the model as the "
         "base's config says."
         for name, shape in wanted.items()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +15,7 @@ from pcb_ray import runtime
 from pcb_ray.errors import RequestError, RunError, reason_in, with_place
 from pcb_ray.output import State
 from pcb_ray.runtime import CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S
-from pcb_ray.search.request import Config
+from pcb_ray.search.request import Config, key_of
 from pcb_ray.search.worker import Job
 
 log = logging.getLogger("pcb_ray")
@@ -54,7 +56,7 @@ def dry_score(job: Job, state: State) -> Scores:
 
 
 def references(
-    job: Job, base: Scores, records: list[dict[str, Any]], best: Mapping[str, Any]
+    job: Job, state: State, base: Scores, records: list[dict[str, Any]], best: Mapping[str, Any]
 ) -> tuple[dict[str, Scores], dict[str, Any]]:
     """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials.
 
@@ -70,11 +72,19 @@ def references(
         found["start", splits[0]] = records[0]["metrics"]
     if best["config"] == space.start:
         del asked["winner", splits[1]]
-    with contextlib.closing(_Scorers(job, min(tune.check_resources(request), len(inputs)))) as scorers:
-        for one, metrics in scorers.score({one: what for one, what in asked.items() if one not in found}):
+    entries = {one: f"reference {job.scored_by} {one[0]} {one[1]} {_key(what)}" for one, what in asked.items()}
+    found |= {
+        one: json.loads(state.journal[entry]) for one, entry in entries.items() if entry in state.journal and one not in found
+    }
+    left = {one: what for one, what in asked.items() if one not in found}
+    with contextlib.closing(_Scorers(job, min(tune.check_resources(request), len(left)))) as scorers:
+        for one, metrics in scorers.score(left):
             if isinstance(metrics, Exception):
                 log.warning("%s has no score on %s: %s", *one, reason_in(metrics))
-            found[one] = {} if isinstance(metrics, Exception) else metrics
+                found[one] = {}
+            else:
+                found[one] = metrics
+                state.wrote({entries[one]: json.dumps(metrics)})
     scores: dict[str, Scores] = {"base": base} | {name: {split: found[name, split] for split in splits} for name in inputs}
     of_start = scores["start"][splits[0]].get(request.metric, math.nan)
     if request.better * of_start >= request.better * best["objective"]:
@@ -82,17 +92,18 @@ def references(
     return scores | {"winner": {split: found["winner", split] for split in splits}}, dict(best["config"])
 
 
+def _key(what: int | Config) -> str:
+    return str(what) if isinstance(what, int) else key_of(what)
+
+
 class _Scorer:
     """A worker as a Ray actor, for what is scored outside of trials."""
 
     def __init__(self, job: Job) -> None:
-        import torch
-
-        from pcb_ray.search.trial import hide_gpus_unless
+        from pcb_ray.search.trial import prepare_process
         from pcb_ray.search.worker import Worker
 
-        hide_gpus_unless(job.search.gpu)
-        torch.set_num_threads(max(1, int(job.search.cpu)))
+        prepare_process(job)
         self._start = lambda: Worker(job)
         self._worker: Any = None
 
@@ -109,6 +120,10 @@ class _Scorer:
         except RequestError:
             raise
         except Exception as error:  # the evaluator's
+            from pcb_ray.search.trial import is_spoiled
+
+            if is_spoiled():
+                os._exit(1)
             raise RunError(with_place(error)) from None
 
 

@@ -34,8 +34,6 @@ from pcb_ray.search.worker import Arm, Job
 log = logging.getLogger("pcb_ray")
 
 BEST = "best_recipe.yaml"
-# Of a request: may differ when it is resumed. The candidates do not depend on it; or, of the evaluator, they are scored again.
-_MAY_DIFFER = ("concurrency", "cpu", "gpu", "memory", "trial_timeout_s", "loggers", "evaluator", "options")
 
 
 def search(
@@ -84,7 +82,7 @@ def search(
         job = _with_bases(job, state, scored, workers=workers, memory=memory, quiet=quiet)
         progress, known = _progress(request.budget, job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Generations(request, job.space, progress), progress, request.budget, known)
-        scores, best = references(job, base, records, best_trial)
+        scores, best = references(job, state, base, records, best_trial)
         winner = job.space.recipe_of(job.space.candidate(best))
         _merge_winner(winner, job, best, state, workers=workers, memory=memory, max_shard_bytes=max_shard_bytes, quiet=quiet)
         found = {
@@ -184,6 +182,10 @@ def _prepared(
     from pcb_ray.search import tune
 
     output.check_place(out)
+    if (address or os.environ.get("RAY_ADDRESS") or "").startswith("ray://"):
+        raise RequestError(
+            "--address ray://...: a search can't run through Ray Client. Fix: `ray job submit`, or HOST:6379 on a node of the cluster."
+        )
     plans = {v: fetched_plan(_analysed(recipe, request, v), max_shard_bytes) for v in variants}
     plan = next(iter(plans.values()))
     beside = sum(basis_bytes(p, scored) for p in plans.values())
@@ -199,7 +201,7 @@ def _prepared(
         log.warning("note: %s", note)
     asked = {
         **output.asked_of(plan, ARITHMETIC),
-        "search": {k: v for k, v in asdict(request).items() if k not in _MAY_DIFFER},
+        "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
     }
     with contextlib.ExitStack() as stack:
         state = stack.enter_context(State(out, asked, resume=resume))
@@ -210,9 +212,17 @@ def _prepared(
             request = dataclasses.replace(request, memory=4 * (plan.D + sum(math.prod(c.source.shape) for c in plan.copies)))
         at_a_time = tune.check_resources(request)
         log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), tune.shown_resources(request))
-        arms = {v: Arm(p, str(state.folder / f"basis-{v}"), Thresholds()) for v, p in plans.items()}
+        kind = "scored" if scored else "combined"
+        arms = {v: Arm(p, str(state.folder / f"basis-{v}-{kind}"), Thresholds()) for v, p in plans.items()}
         scored_by = _identity(request, recipe, evaluator)
-        yield state, Job(request, space, arms, str(model_dir), str(recipe.folder.absolute()), scored_by, evaluator)
+        folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
+        yield state, Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator)
+
+
+def _may_differ(request: Search) -> tuple[str, ...]:
+    """Of a request that is resumed. The candidates do not depend on it; or, of the evaluator, they are scored again."""
+    budget = ("budget",) if request.optimizer == "CMA" else ()
+    return (*budget, "concurrency", "cpu", "gpu", "memory", "trial_timeout_s", "loggers", "evaluator", "options")
 
 
 def _analysed(recipe: Recipe, request: Search, variant: str) -> Recipe:
@@ -239,7 +249,8 @@ def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
         name, file = request.evaluator, request.evaluator.rpartition(":")[0]
         path = recipe.folder / (file if file.endswith(".py") else file.replace(".", "/") + ".py")
         source = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    told = json.dumps([name, request.options, source], sort_keys=True, default=str)
+    # On a GPU models are scored in another dtype.
+    told = json.dumps([name, request.options, source, bool(request.gpu)], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -309,7 +320,7 @@ def _with_basis(arm: Arm, state: State, variant: str, scored: bool, *, workers: 
             state.save()
 
         thresholds = thresholds_of(run, Thresholds.from_json(found.get("thresholds", {})), keep)
-        names = {chunk: f"basis {variant} {chunk}" for chunk in range(plan.chunks)}
+        names = {chunk: f"{folder.name} {chunk}" for chunk in range(plan.chunks)}
         earlier = [chunk for chunk, name in names.items() if name in state.journal]
         here = {chunk: digest.hex() for _, part in owners.ask("basis_digests", earlier) for chunk, digest in part.items()}
         missing = [chunk for chunk, name in names.items() if chunk not in here or state.journal[name] != here[chunk]]
@@ -373,7 +384,8 @@ def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_s
     from pcb_ray.basis import Basis
 
     place = state.folder / "winner"
-    shutil.rmtree(place, ignore_errors=True)
+    for leftover in (place, output.state_folder(place)):
+        shutil.rmtree(leftover, ignore_errors=True)
     candidate = job.space.candidate(best)
     arm = job.arms[winner.variant]
     thresholds = Basis(arm.plan, arm.folder, arm.thresholds).thresholds(candidate.density)

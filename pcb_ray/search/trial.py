@@ -23,19 +23,35 @@ Record = dict[str, Any]
 """What became of a candidate: config, metrics, objective, error, seconds, node."""
 
 
-def hide_gpus_unless(asked: float) -> None:
-    """A process that has not asked for a GPU must not see those that Ray may have lent to others. To be called before torch looks for them."""
-    if not asked:
+LOAD_FAILED = "the worker could not load the model or its data"
+
+
+def prepare_process(job: Job) -> None:
+    """Of a worker, before torch looks for GPUs: one that has not asked for any must not see those that Ray may have lent to others."""
+    if not job.search.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.chdir(job.folder)
+    import torch
+
+    torch.set_num_threads(max(1, int(job.search.cpu)))
+
+
+def is_spoiled() -> bool:
+    """Whether an error has left this process without its GPU: after some all that follow fail too."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+    return False
 
 
 class Trial(tune.Trainable):
     def setup(self, config: dict[str, Any], job: Job | None = None, known: Mapping[str, Record] | None = None) -> None:
-        import torch
-
         assert job is not None
-        hide_gpus_unless(job.search.gpu)
-        torch.set_num_threads(max(1, int(job.search.cpu)))
+        prepare_process(job)
         self._job, self._known = job, known or {}
         self._worker: Worker | None = None
 
@@ -47,23 +63,34 @@ class Trial(tune.Trainable):
         found = dict(self._known.get(key_of(self.config), {}))
         if not found:
             found = {"metrics": {}, OBJECTIVE: math.nan, "error": "", "node": ray.util.get_node_ip_address(), "pid": os.getpid()}
+            load_s = self._load()
             try:
                 found |= self._score()
             except Exception as error:  # the evaluator's: any of them costs its trial only
+                if is_spoiled():
+                    raise  # and its process
                 found["error"] = with_place(error)
+            found["load_s"] = load_s
             found["seconds"] = time.monotonic() - start
         own = {
             k: v for k, v in found["metrics"].items() if k not in (*found, "done", "should_checkpoint")
         }  # those mean something to Tune
         return {**own, **found}
 
+    def _load(self) -> float:
+        """Seconds that it took. What it raises ends the process: one that can't load, for a missing mount or a GPU that is full, must not take one
+        candidate after another."""
+        start = time.monotonic()
+        try:
+            self._worker = self._worker or Worker(self._job)
+        except Exception as error:
+            raise RuntimeError(f"{LOAD_FAILED}: {with_place(error)}") from None
+        return time.monotonic() - start
+
     def _score(self) -> dict[str, Any]:
         search = self._job.search
-        start = time.monotonic()
-        if self._worker is None:
-            self._worker = Worker(self._job)
-        load_s = time.monotonic() - start
+        assert self._worker is not None
         metrics, spent = self._worker.score(self._job.space.candidate(self.config), search.search_split)
         value = metrics[search.metric]
         error = "" if math.isfinite(value) else f"{search.metric} is {value}"
-        return {"metrics": metrics, OBJECTIVE: math.nan if error else value, "error": error, "load_s": load_s, **spent}
+        return {"metrics": metrics, OBJECTIVE: math.nan if error else value, "error": error, **spent}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # on Ctrl-C it would end the trials and return as if all were done
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables would print over our progress; it reads this when imported
 
 from ray import tune
@@ -24,7 +24,7 @@ from ray.tune.search.nevergrad import NevergradSearch
 from pcb_ray.errors import RequestError, RunError, reason_in
 from pcb_ray.progress import readable_bytes
 from pcb_ray.search.request import Config, Search, Space, key_of
-from pcb_ray.search.trial import OBJECTIVE, Record, Trial
+from pcb_ray.search.trial import LOAD_FAILED, OBJECTIVE, Record, Trial
 from pcb_ray.search.worker import Job
 
 log = logging.getLogger("pcb_ray")
@@ -36,6 +36,8 @@ for module in (actor_manager, tune_controller):
 INITIAL_STD = 0.1  # of CMA, in ranges between bounds; Nevergrad's own, 0.05 or 0.025, is too timid for a budget of 100
 SMALLEST_GRID = 16  # of fewer points a quarter may fail by chance
 START_PATIENCE_S = 60.0  # how long idle workers wait for one more to start
+RETRY_S = 600.0  # after so long they try again
+MOST_UNLOADED = 8  # workers that could not load, with no result between them
 MOST_DEATHS = 10  # of workers that were to score the same candidate, also of those that died before
 
 # --- who asks -----------------------------------------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ class Generations(NevergradSearch):
 
     @property
     def stopped(self) -> bool:
-        return self._patience.is_lost
+        return self._patience.is_lost or bool(self._progress.given_up)
 
     def _ended(self, trial_id: str, value: float) -> None:
         if trial_id not in self._generation or trial_id in self._losses:
@@ -213,7 +215,7 @@ class Listed(Searcher):
 
     @property
     def stopped(self) -> bool:
-        return self._patience.is_lost
+        return self._patience.is_lost or bool(self._progress.given_up)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._told.add(trial_id)
@@ -249,6 +251,8 @@ class Progress(tune.Callback):
         from pcb_ray.progress import Counted
 
         self.total, self.room = total, room
+        self.given_up = ""
+        """Why no trial can succeed."""
         self.records: dict[int, Record] = {}
         self._numbers: dict[str, tuple[int, dict[str, Any]]] = {}
         self._started: set[str] = set()
@@ -276,6 +280,10 @@ class Progress(tune.Callback):
         again = sum(deaths) < 2 and len(deaths) < MOST_DEATHS
         self._lost += [trial_id] * again
         return again
+
+    def was_not_at_work(self, trial_id: str) -> None:
+        """Its worker ended before it could be."""
+        self._started.discard(trial_id)
 
     def next_lost(self) -> str | None:
         return self._lost[0] if self._lost else None
@@ -324,8 +332,7 @@ class Progress(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id in self._lost or trial.trial_id not in self._numbers:
             return  # another worker will have it
-        reason = reason_in(Path(trial.error_file).read_text()) if trial.error_file else "no reason was given"
-        error = f"the worker died: {reason}"
+        error = f"the worker died: {reason_of(trial)}"
         self._ended(trial.trial_id, {"metrics": {}, OBJECTIVE: math.nan, "error": error, "node": "", "seconds": math.nan})
 
     def _ended(self, trial_id: str, found: Record) -> None:
@@ -351,6 +358,11 @@ class Progress(tune.Callback):
         self._bar.close()
 
 
+def reason_of(trial: Any) -> str:
+    """Why a trial ended."""
+    return reason_in(Path(trial.error_file).read_text()) if trial.error_file else "no reason was given"
+
+
 # --- who works ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -367,15 +379,28 @@ class Workers(FIFOScheduler):
         self._held: list[Any] = []
         self._idle_since: float | None = None
         self._none_since = time.monotonic()
+        self._full, self._again_at = progress.room, 0.0
+        self._unloaded = 0  # workers that could not load, since the last result
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Record) -> str:
         self._held.append(trial)
+        self._unloaded = 0
         return TrialScheduler.NOOP
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        reason = reason_of(trial)
+        if LOAD_FAILED in reason:
+            self._unloaded += 1
+            self._progress.was_not_at_work(trial.trial_id)
+            if self._unloaded > MOST_UNLOADED:
+                self._progress.given_up = f"{self._unloaded} workers after another could not load; the last: {reason}"
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         trials = tune_controller.get_live_trials()  # those that failed among them
         pending = [t for t in trials if t.status == "PENDING"]
         running = sum(t.status == "RUNNING" for t in trials)
+        if self._progress.room < self._full and time.monotonic() > self._again_at:
+            self._progress.room = self._full
         if self._progress.is_over or self._asker.stopped:
             while self._held:
                 self._release(tune_controller)
@@ -405,6 +430,7 @@ class Workers(FIFOScheduler):
             return False
         log.warning("no further worker started within %g s: the search goes on with %d", START_PATIENCE_S, running)
         self._progress.room, self._idle_since = running, None
+        self._again_at = time.monotonic() + RETRY_S
         return True
 
 
@@ -455,9 +481,6 @@ def run_trials(
 
     A candidate that is `known` is not scored again. Raises RunError if too many fail in a row."""
     search = job.search
-    # One result per trial: nothing to buffer, and a driver that looks more often starts the next trial sooner.
-    os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(progress.room)  # so that all workers start together
     trainable = tune.with_resources(
         tune.with_parameters(Trial, job=job, known=dict(known)),
         {"cpu": search.cpu, "gpu": search.gpu, "memory": search.memory or 0},
@@ -483,15 +506,17 @@ def run_trials(
             verbose=0,
         ),
     )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the records hold the errors
     try:
-        tuner.fit()
+        with _settings(progress.room):
+            tuner.fit()
     except Exception as error:  # whatever Tune or an optimizer of Nevergrad raises
         reason = f"{type(error).__name__}: {reason_in(error)}"
         raise RunError(f"the search gave up: {reason}; --resume goes on with what was scored") from error
     finally:
         progress.close()
     records = [record for _, record in sorted(progress.records.items())]
+    if len(records) < total and progress.given_up:
+        raise RunError(f"{progress.given_up}; mend the cause, then --resume goes on with what was scored")
     if len(records) < total and asker.stopped:
         last = next(record["error"] for record in reversed(records) if record["error"])
         raise RunError(
@@ -501,6 +526,30 @@ def run_trials(
     if len(records) < total:
         raise RunError(f"Tune ended after {len(records)} of {total} trials; --resume goes on with those done")
     return records
+
+
+@contextlib.contextmanager
+def _settings(room: int) -> Iterator[None]:
+    """Of Tune, for one experiment: the caller may have others."""
+    wanted = {
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # on Ctrl-C it would end the trials and return as if all were done
+        "TUNE_RESULT_BUFFER_LENGTH": "0",  # one result per trial: nothing to buffer, and a driver that looks more often starts the next one sooner
+        "TUNE_MAX_PENDING_TRIALS_PG": str(room),  # so that all workers start together
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    }
+    before, logger = {name: os.environ.get(name) for name in wanted}, logging.getLogger("ray.tune")
+    level = logger.level
+    os.environ.update(wanted)
+    logger.setLevel(logging.CRITICAL)  # the records hold the errors
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def check_loggers(search: Search) -> None:
