@@ -28,9 +28,10 @@ Rule = tuple[str | None, float]
 """(filter, value): the value for tensors whose name contains the filter; None matches every name."""
 
 # What bounds the time of reading, whatever is in the text.
-MAX_TEXT_BYTES = 1 << 17
-MAX_EVENTS = 30_000  # of the YAML parser
+MAX_TEXT_BYTES = 1 << 19  # a winner of a search may have a rule per layer, group and model
+MAX_EVENTS = 50_000  # of the YAML parser
 MAX_DEPTH = 32
+MAX_DIGITS = 1 << 13  # 1:59:59 and so on is a number to YAML, and slow to read
 
 _TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "exclude", "tokenizer_source",
@@ -408,6 +409,8 @@ def _read_yaml(text: str | bytes) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH or count > MAX_EVENTS:
                 raise _yaml_error("nested too deep, or too many values", event)
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_DIGITS and not event.value.strip("+-.:_0123456789"):
+                raise _yaml_error("a number of too many digits", event)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
                 raise _yaml_error("aliases and tags are not taken; write the value out", event)
         return yaml.load(text, Loader=_Loader)

@@ -377,7 +377,8 @@ def test_a_search_whose_workers_cant_load_ends_with_the_reason(family, tmp_path)
     tries.mkdir()
     recipe = recipe_of(family, "LoadsLate", {"folder": str(tries), "failing": 99}, budget=12, population=4, concurrency=2)
     with pytest.raises(
-        RunError, match=r"\d+ workers after another could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests.py"
+        RunError,
+        match=r"\d+ workers after another could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests.py",
     ):
         searched(recipe, tmp_path / "out")
 

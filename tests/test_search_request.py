@@ -287,6 +287,33 @@ def test_rules_of_a_large_mixture_of_experts_are_few():
         assert next(value for part, value in rules if part is None or part in name) == weight
 
 
+def test_the_winner_of_a_large_search_is_a_recipe_that_can_be_read():
+    """80 layers of a 70 B model, attention, mlp and the rest, in four parts; 16 experts."""
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")] + ["input_layernorm"]
+    names = [f"model.layers.{k}.{part}.weight" for k in range(80) for part in parts] + [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    ]
+    recipe = Recipe.from_dict({"base_model": "models/base", "models": [f"models/expert-{k}" for k in range(16)]})
+    made = SimpleNamespace(tensors=[SimpleNamespace(name=name) for name in names])
+    search = Search.of(
+        Recipe.from_dict(
+            {
+                "base_model": "models/base",
+                "models": ["m", "n"],
+                "search": VALID | {"space": {"groups": {"attention": "*self_attn*", "mlp": "*mlp*", "layers": 4}}},
+            }
+        ),
+        has_evaluator=False,
+    )
+    space = Space.of(search, recipe, made)
+    assert len(space.bounds) == 13 * 16
+    winner = space.recipe_of(space.candidate({name: 0.5 + 1 / (3 + k) for k, name in enumerate(space.bounds)}))
+    text = winner.resolved().to_yaml()
+    assert len(text) > 1 << 17
+    assert Recipe.from_yaml(text) == winner.resolved()
+
+
 def test_labels_are_as_short_as_tells_models_apart():
     assert _labels(["models/base", "models/code"]) == ("models_base", "models_code")
     assert _labels(["winner", "start"]) == ("0_winner", "1_start")
