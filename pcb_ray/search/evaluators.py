@@ -231,10 +231,14 @@ def _device() -> str:
 
 
 def _load_model(auto_class: Any, model_dir: Path, dtype: str) -> Any:
-    """The model in float32 on a CPU, in its own dtype on a GPU, or as asked."""
+    """The model in float32 on a CPU, in its own dtype on a GPU (on several, layer by layer, which needs accelerate), or as asked."""
+    import torch
+
     device = _device()
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        return auto_class.from_pretrained(model_dir, dtype=dtype, local_files_only=True, device_map="auto").eval()
     return auto_class.from_pretrained(model_dir, dtype=dtype, local_files_only=True).to(device).eval()
 
 
