@@ -52,9 +52,11 @@ example where it says optional:
   search:
     evaluator: my_eval.py:Accuracy      # load(model_dir) -> torch.nn.Module, score(split) -> dict of numbers; or built in:
     #   causal_lm: {data: {val: val.txt, test: test.txt}}       loss and perplexity of text, JSONL or parquet
-    #   classification: {data: {val: val.jsonl, test: test.jsonl}}
+    #              length (512), batch, text (the field), tokens (at most), dtype
+    #   classification: {data: {val: val.jsonl, test: test.jsonl}}    text, label (the fields), length, batch, dtype
     #   lm_eval: {tasks: {val: [my_task], test: [arc_easy]}}    EleutherAI's harness (pip install 'pcb-ray[lm-eval]')
-    #   command: {run: "python eval.py {model} {split}"}        gets a model directory, prints JSON last
+    #            include_path (of task files), num_fewshot, limit, chat_template, batch, dtype
+    #   command: {run: "python eval.py {model} {split}"}        gets a model directory, prints JSON last; scratch, timeout
     metric: accuracy                    # of what `score` returns; of causal_lm and classification: loss, accuracy
     mode: max                           # max | min
     split: {search: val, report: test}  # `report` is scored only for base, experts, start and winner
@@ -273,10 +275,10 @@ def _search(options: argparse.Namespace) -> int:
     from pcb_ray.search import search
 
     found = search(options.recipe, options.out, max_shard_bytes=options.max_shard_size, **_shared(options))
-    from pcb_ray.search import report, tables  # and libraries: `search` has told if one is missing
+    from pcb_ray.search import tables  # and libraries: `search` has told if one is missing
 
     print(tables.scoreboard(found["request"], found["scores"]).as_text())
-    for note in report.notes_of(found["request"], found["space"], found):
+    for note in found["notes"]:
         print(f"note: {note}")
     print(f"{options.out}: the winner of {found['trials']} candidates, merged; {options.out / 'report.html'} shows the search")
     return 0

@@ -72,7 +72,7 @@ def merge(
     files = output.side_files(recipe, plan, base, tokenizer)
     if memory is not None:
         choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
-    for note in plan.notes:
+    for note in () if resume else plan.notes:  # told when it began
         log.warning("note: %s", note)
 
     with contextlib.ExitStack() as stack:

@@ -55,7 +55,8 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bo
     Raises RequestError with all that is in the way."""
     problems = []
     if os.path.lexists(out) and not overwrite:
-        problems.append(f"{out}: exists; choose another name, or replace it with --overwrite")
+        nothing = " and there is nothing to resume" if resume and not (state_folder(out) / "state.json").exists() else ""
+        problems.append(f"{out}: exists{nothing}; choose another name, or replace it with --overwrite")
     if os.path.lexists(out) and overwrite and not out.is_dir():
         problems.append(f"{out}: is not a directory; --overwrite replaces directories only")
     target = out.resolve()
@@ -83,7 +84,7 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bo
                 f"free some, write elsewhere, or ask for {'a smaller density' if beside else 'a narrower `dtype`'}"
             )
         if not resume and not overwrite and (state / "state.json").exists():
-            problems.append(f"{state}: holds an unfinished merge to {out}; go on with --resume, or start afresh with --overwrite")
+            problems.append(f"{state}: holds an unfinished run to {out}; go on with --resume, or start afresh with --overwrite")
     if problems:
         raise RequestError(problems)
 

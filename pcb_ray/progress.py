@@ -69,7 +69,7 @@ class Progress:
 
 
 class Counted:
-    """Progress of a search over `total` things of a kind, with a few words on how it stands, on standard error."""
+    """Progress over `total` things of a kind, with a few words on how it stands, on standard error."""
 
     def __init__(self, name: str, total: int, unit: str, *, quiet: bool = False) -> None:
         self.name, self.total, self.unit, self.quiet, self.done = name, total, unit, quiet, 0
@@ -92,9 +92,12 @@ class Counted:
             self._bar.update()
         elif not self.quiet and (now - self._last_line >= LOG_PAUSE_S or self.done == self.total):
             left_s = (now - self._start) / self.done * (self.total - self.done)
-            print(
-                f"{self.name}: {self.done} of {self.total} {self.unit}, {words}, {left_s:.0f} s left", file=sys.stderr, flush=True
-            )
+            told = [
+                f"{self.name}: {self.done} of {self.total} {self.unit}",
+                words,
+                f"{left_s:.0f} s left" if self.done < self.total else "",
+            ]
+            print(", ".join(filter(None, told)), file=sys.stderr, flush=True)
             self._last_line = now
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -213,13 +215,43 @@ def test_without_a_file_of_the_users_the_line_in_an_installed_package_is_told(fa
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_pcb_ray_itself_raises_has_no_line(family, errors_of):
     for error in errors_of(job_of(family(2), {"command": {"run": "exit 3 # {model}"}})):
-        assert re.fullmatch(r"RuntimeError: 'exit 3 # .*' ended with code 3: it printed nothing", error), error
+        assert re.fullmatch(r"(score\('val'\) raised )?RuntimeError: 'exit 3 # .*' ended with code 3: it printed nothing", error), (
+            error
+        )
 
 
 def test_a_bare_assertion_is_told_by_its_line():
     with pytest.raises(AssertionError) as caught:
         raise AssertionError
     assert re.fullmatch(r"AssertionError \(test_evaluators.py:\d+\)", with_place(caught.value))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(family, kind):
+    made = family(2)
+    target = str(made.folder / "model0" / "model.safetensors")
+    worker = Worker(job_of(made, {f"{EVALUATORS}:Near": {"target": target}}))
+    worker.evaluator.score = lambda split: {"near": kind(0.25)}
+    assert worker.score_input(0, "val") == {"near": 0.25}
+    worker.evaluator.score = lambda split: {"near": torch.zeros(10_000)}
+    with pytest.raises(RequestError, match=r"near = .{1,60}\. Fix: return numbers"):
+        worker.score_input(0, "val")
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(language_model, tmp_path):
+    config = json.loads((language_model / "config.json").read_text())
+    shutil.copytree(language_model, tmp_path / "short")
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 9}))
+    (tmp_path / "val.txt").write_text(" ".join(WORDS * 3))
+    evaluator = make_evaluator("causal_lm", {"data": {"val": "val.txt"}}, tmp_path)
+    evaluator.load(tmp_path / "short")
+    by_default = evaluator.score("val")
+    asked = make_evaluator("causal_lm", {"data": {"val": "val.txt"}, "length": 9}, tmp_path)
+    asked.load(tmp_path / "short")
+    assert by_default == asked.score("val")
+    asked = make_evaluator("causal_lm", {"data": {"val": "val.txt"}, "length": 8}, tmp_path)
+    asked.load(tmp_path / "short")
+    assert by_default != asked.score("val")
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------------

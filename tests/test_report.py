@@ -109,7 +109,7 @@ def notes(best: dict[str, Any] | None = None, mode: str = "max", failed: int = 0
 def test_a_winner_that_beats_all_within_its_ranges_needs_no_note():
     assert notes() == []
     assert notes(mode="min", base=5.0, experts=4.9, start=4.8, winner=4.7) == []
-    assert notes(failed=15) == []
+    assert notes(failed=15) == ["15 of 60 candidates failed; the report lists their errors"]
 
 
 def test_a_winner_that_is_the_start_is_told():
@@ -132,8 +132,8 @@ def test_a_winner_that_is_the_start_is_told():
         ("max", {"winner": NAN}, "the winner has no score on test"),
     ],
 )
-def test_a_winner_that_the_report_split_does_not_confirm_is_told(mode, scores, note):
-    assert notes(mode=mode, **scores) == [note]
+def test_a_winner_that_a_split_does_not_confirm_is_told(mode, scores, note):
+    assert notes(mode=mode, **scores) == [note.replace("on test", "on val"), note]
 
 
 def test_scores_that_are_missing_are_compared_with_nothing():
@@ -170,11 +170,17 @@ def test_a_density_of_all_and_values_inside_are_at_no_bound():
     space = space_of(shared=("density",))
     space = dataclasses.replace(space, bounds=space.bounds | {"density": Bounds(0.02, 1.0, 0.1)})
     _, found = searched(request_of(), space)
-    found["best"] = {"weight.math": 1.97, "weight.code": 0.03, "density": 1.0}
+    found["best"] = {"weight.math": 1.95, "weight.code": 0.05, "density": 1.0}
     assert notes_of(request_of(), space, found) == []
 
 
-def test_many_failures_are_told():
+def test_scores_that_never_change_are_told():
+    [first, second, *_] = notes(base=0.5, experts=0.5, start=0.5, winner=0.5)
+    assert "does score() use the module that load() returned?" in first
+    assert "no better than the base" in second
+
+
+def test_failures_are_told():
     assert notes(failed=16) == ["16 of 60 candidates failed; the report lists their errors"]
 
 
@@ -193,6 +199,7 @@ def test_the_command_prints_the_table_then_the_notes(monkeypatch, capsys):
     request, space = request_of(), space_of()
     _, found = searched(request, space)
     found["best"] = space.start
+    found["notes"] = notes_of(request, space, found)
     monkeypatch.setattr(sys.modules["pcb_ray.search"], "search", lambda *args, **options: found)
     assert main(["search", "recipe.yaml", "out"]) == 0
     lines = capsys.readouterr().out.splitlines()

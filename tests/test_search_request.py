@@ -167,6 +167,12 @@ def test_a_search_starts_from_the_recipe_where_no_init_is_given(family):
         **{"weight.model2.attention": 1.0, "weight.model2.rest": 1.0},  # 9 lies without: the middle
         **{"lambda": 0.8, "density": 0.2, "variant": "released"},
     }
+    notes = Space.of(search, recipe, analysed).notes
+    assert notes == (
+        "the recipe's weight.model2.rest, weight.model2.attention lies outside its range: the search starts in the middle",
+    )
+    own = dataclasses.replace(recipe, models=(dataclasses.replace(recipe.models[0], density=0.5), *recipe.models[1:]))
+    assert "the density of model0 is not used" in Space.of(search, own, analysed).notes[0]
     others = dataclasses.replace(search, weight=Range(0.0, 2.0, 0.6), variants=("paper", "pairwise"))
     space = Space.of(others, recipe, analysed)
     assert {v for k, v in space.start.items() if k.startswith("weight")} == {0.6}
@@ -386,7 +392,7 @@ def asked(search: Search, made: Plan) -> Any:
     """A searcher, and its progress."""
     from pcb_ray.search.tune import Generations, Progress
 
-    progress = Progress(search.budget, search, lambda key, record: None, {}, room=8, quiet=True)
+    progress = Progress(search.budget, search, lambda key, record: None, {}, base=math.inf, room=8, quiet=True)
     return Generations(search, Space.of(search, made.recipe, made), progress), progress
 
 
@@ -435,12 +441,24 @@ def test_an_optimizer_that_cant_search_here_is_told_with_the_reason(family, name
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("scores", [[0.5] * 8, [0.5] * 7 + [0.6]])
+def test_scores_that_never_change_are_told_after_a_generation(family, caplog, scores):
+    """As where score() uses another module than the one that load() returned."""
+    from pcb_ray.search.tune import Generations, Progress
+
+    search, made = searched(family(2))
+    progress = Progress(search.budget, search, lambda key, record: None, {}, base=0.5, room=8, quiet=True)
+    score(Generations(search, Space.of(search, made.recipe, made), progress), progress, scores)
+    assert ("all candidates score as the base, 0.5" in caplog.text) == (scores[-1] == 0.5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_grid_stops_when_more_than_a_quarter_fails_in_a_row(family):
     from pcb_ray.search.tune import Listed, Progress, Searcher
 
     search, _ = searched(family(2))
     points = [{"lambda": 0.1 * k} for k in range(20)]
-    progress = Progress(20, search, lambda key, record: None, {}, room=8, quiet=True)
+    progress = Progress(20, search, lambda key, record: None, {}, base=math.inf, room=8, quiet=True)
     asker = Listed(points, "max", progress)
     for k, value in enumerate([NAN, NAN, NAN, 0.5, NAN, NAN, NAN, NAN, NAN, NAN]):
         assert asker.suggest(str(k)) == points[k]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 _DTYPES = ("auto", *DTYPES)
+LENGTH = 512  # tokens of a window
 NONE: Mapping[str, tuple[int, ...]] = {}
 
 
@@ -57,9 +58,8 @@ class Evaluator(Protocol):
 def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evaluator:
     """The evaluator that a recipe names. Relative paths are resolved against `folder`. Raises RequestError."""
     where = "search.evaluator"
-    built_in = {"causal_lm": CausalLM, "classification": Classification, "lm_eval": LMEval, "command": Command}
-    if name in built_in:
-        return checked(_built_in(built_in[name], options, folder, f"{where}.{name}"), name)
+    if name in _BUILT_IN:
+        return checked(_built_in(_BUILT_IN[name], options, folder, f"{where}.{name}"), name)
     source, _, attribute = name.rpartition(":")
     try:
         if str(folder) not in sys.path:
@@ -82,6 +82,15 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evalu
             f"{where}: {name} is an object and takes no options, found {', '.join(options)}. Fix: remove them, or name its class."
         )
     return checked(found, name)
+
+
+def check_evaluator(name: str, options: Mapping[str, Any], folder: Path, splits: Mapping[str, str]) -> None:
+    """What can be told without importing anything of the user's. Raises RequestError."""
+    source = name.rpartition(":")[0]
+    if name in _BUILT_IN:
+        check_splits(make_evaluator(name, options, folder), splits)
+    elif source.endswith(".py") and not (folder / source).is_file():
+        raise RequestError(f"search.evaluator: {folder / source} is not a file. Fix: check the path; it is relative to the recipe.")
 
 
 def checked(evaluator: Any, name: str) -> Evaluator:
@@ -246,14 +255,15 @@ class CausalLM:
     """Mean loss per token (nats) and perplexity of texts under a causal language model of transformers.
 
     data: {split: file} or {split: {part: file}}: plain text, or JSONL with a `text` field. With parts there is a loss for each (`loss_PART`), and
-    `loss` is their mean. Texts are cut into windows of `length` tokens that overlap by one; `tokens` bounds how many of a file are used.
+    `loss` is their mean. Texts are cut into windows of `length` tokens that overlap by one (512, or as many as the model has positions for); `tokens`
+    bounds how many of a file are used.
     """
 
     def __init__(
         self,
         data: Mapping[str, Any],
         *,
-        length: int = 512,
+        length: int | None = None,
         batch: int = 8,
         text: str = "text",
         tokens: int | None = None,
@@ -262,7 +272,7 @@ class CausalLM:
     ) -> None:
         where, problems = "search.evaluator.causal_lm", list[str]()
         self.splits = _files(data, folder, f"{where}.data", problems)
-        self.length = checks.whole(length, f"{where}.length", 1, problems)
+        self.length = 0 if length is None else checks.whole(length, f"{where}.length", 1, problems)  # 0: as the model can
         self.batch = checks.whole(batch, f"{where}.batch", 1, problems)
         self.text = checks.text(text, f"{where}.text", problems)
         self.tokens = None if tokens is None else checks.whole(tokens, f"{where}.tokens", 1, problems)
@@ -274,10 +284,11 @@ class CausalLM:
     def load(self, model_dir: Path) -> torch.nn.Module:
         transformers = _transformers()
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self.model = _load_model(transformers.AutoModelForCausalLM, model_dir, self.dtype)
+        self.length = self.length or min(LENGTH, getattr(self.model.config, "max_position_embeddings", None) or LENGTH)
         for split, parts in self.splits.items():
             for part, path in parts.items():
                 self._windows[split, part] = self._tokenize(tokenizer, path)
-        self.model = _load_model(transformers.AutoModelForCausalLM, model_dir, self.dtype)
         model: torch.nn.Module = self.model
         return model
 
@@ -548,6 +559,8 @@ class Command:
             raise RuntimeError(f"{ran}: its last line is not JSON: {shown}") from None
         return metrics
 
+
+_BUILT_IN = {"causal_lm": CausalLM, "classification": Classification, "lm_eval": LMEval, "command": Command}
 
 # Its input ends when this process does, however that ends: then it ends the command's processes and removes the model.
 # In the background, since Ray ends the children of a worker with it.

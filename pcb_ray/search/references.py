@@ -14,6 +14,7 @@ from typing import Any
 from pcb_ray import runtime
 from pcb_ray.errors import RequestError, RunError, reason_in, with_place
 from pcb_ray.output import State
+from pcb_ray.progress import Counted
 from pcb_ray.runtime import CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S
 from pcb_ray.search.request import Config, key_of
 from pcb_ray.search.worker import Job
@@ -26,14 +27,15 @@ _One = tuple[str, str]
 """What is scored by its name, and the split."""
 
 
-def dry_score(job: Job, state: State) -> Scores:
+def dry_score(job: Job, state: State, *, quiet: bool) -> Scores:
     """The base on both splits, before anything expensive: a wrong evaluator shows itself here."""
     if state.found.get("base", {}).get("by") == job.scored_by:
         known: Scores = state.found["base"]["scores"]
         return known
     request, scores = job.search, dict[str, Any]()
-    asked: dict[_One, int | Config] = {("base", split): 0 for split in (request.search_split, request.report_split)}
-    with contextlib.closing(_Scorers(job, 1)) as scorers:
+    asked: dict[_One, int | Config] = {("base", split): 0 for split in request.splits.values()}
+    bar = Counted("score of the base", len(asked), "splits", quiet=quiet)
+    with contextlib.closing(bar), contextlib.closing(_Scorers(job, 1)) as scorers:
         for (_, split), found in scorers.score(asked):
             if isinstance(found, RequestError):
                 raise found
@@ -50,13 +52,14 @@ def dry_score(job: Job, state: State) -> Scores:
                     f"search.metric: {request.metric} of the base on {split} is {value}. Fix: make it a finite number; candidates are compared by it."
                 )
             scores[split] = found
+            bar.advance(f"{request.metric} {value:.5g} on {split}")
     state.found["base"] = {"by": job.scored_by, "scores": scores}
     state.save()
     return scores
 
 
 def references(
-    job: Job, state: State, base: Scores, records: list[dict[str, Any]], best: Mapping[str, Any]
+    job: Job, state: State, base: Scores, records: list[dict[str, Any]], best: Mapping[str, Any], *, quiet: bool
 ) -> tuple[dict[str, Scores], dict[str, Any]]:
     """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials.
 
@@ -77,10 +80,13 @@ def references(
         one: json.loads(state.journal[entry]) for one, entry in entries.items() if entry in state.journal and one not in found
     }
     left = {one: what for one, what in asked.items() if one not in found}
-    with contextlib.closing(_Scorers(job, min(tune.check_resources(request), len(left)))) as scorers:
+    bar = Counted("scores to compare with", len(left), "scores", quiet=quiet)
+    with contextlib.closing(bar), contextlib.closing(_Scorers(job, min(tune.check_resources(request), len(left)))) as scorers:
         for one, metrics in scorers.score(left):
+            bar.advance(" on ".join(one))
             if isinstance(metrics, Exception):
-                log.warning("%s has no score on %s: %s", *one, reason_in(metrics))
+                own = isinstance(metrics, RequestError | RunError)  # and all of it is worth telling
+                log.warning("%s has no score on %s: %s", *one, " ".join(str(metrics).split()) if own else reason_in(metrics))
                 found[one] = {}
             else:
                 found[one] = metrics
@@ -124,7 +130,8 @@ class _Scorer:
 
             if is_spoiled():
                 os._exit(1)
-            raise RunError(with_place(error)) from None
+            doing = f"score({split!r})" if self._worker else "load()"
+            raise RunError(f"{doing} raised {with_place(error)}") from None
 
 
 class _Scorers:

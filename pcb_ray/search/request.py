@@ -178,6 +178,12 @@ class Search:
         return found
 
     @property
+    def splits(self) -> dict[str, str]:
+        """Those that are scored, by their place in the recipe; a sweep has no report."""
+        named = {"search.split.search": self.search_split, "search.split.report": self.report_split}
+        return {place: split for place, split in named.items() if split}
+
+    @property
     def better(self) -> float:
         """The sign that makes a score one to maximise."""
         return 1.0 if self.mode == "max" else -1.0
@@ -312,6 +318,8 @@ class Space:
     """The group of each of the plan's tensors."""
     names: tuple[str, ...]
     """The tensors."""
+    notes: tuple[str, ...] = ()
+    """What of the recipe does not show in the start."""
 
     @classmethod
     def of(cls, search: Search, recipe: Recipe, plan: Plan) -> Space:
@@ -329,18 +337,31 @@ class Space:
         ]
         if search.layers > (stack := _stack(names)):
             problems.append(f"search.space.groups.layers: {search.layers} parts of {stack} layers. Fix: {stack} parts at most.")
+        notes = [
+            f"the density of {label} is not used: one density is searched for all models"
+            for label, model in zip(labels, recipe.models, strict=True)
+            if model.density is not None and search.density is not None
+        ]
         bounds: dict[str, Bounds] = {}
+        outside: list[str] = []
+
+        def search_for(name: str, within: Range, of_recipe: float) -> None:
+            bounds[name] = within.bounds(of_recipe)
+            outside.extend([name] * (within.init is None and not within.lower <= of_recipe <= within.upper))
+
         for i, label in enumerate(labels):
-            of_recipe: dict[str, list[float]] = {group: [] for group in groups}
-            for name, group in zip(names, group_names, strict=True):
-                of_recipe[group].append(recipe.weight(i, name))
-            for group, weights in of_recipe.items():
+            of_group: dict[str, list[float]] = {group: [] for group in groups}
+            for tensor, group in zip(names, group_names, strict=True):
+                of_group[group].append(recipe.weight(i, tensor))
+            for group, weights in of_group.items():
                 mean = weights[0] if len(set(weights)) == 1 else statistics.fmean(weights)
-                bounds[weight_name(label, group, groups)] = search.weight.bounds(mean)
+                search_for(weight_name(label, group, groups), search.weight, mean)
         if search.lambda_ is not None:
-            bounds["lambda"] = search.lambda_.bounds(recipe.lambda_)
+            search_for("lambda", search.lambda_, recipe.lambda_)
         if search.density is not None:
-            bounds["density"] = search.density.bounds(recipe.density)
+            search_for("density", search.density, recipe.density)
+        if outside:
+            notes.append(f"the recipe's {', '.join(outside)} lies outside its range: the search starts in the middle")
         if search.variants and recipe.variant not in search.variants:
             recipe = dataclasses.replace(recipe, variant=search.variants[0])
         variants = search.variants if len(search.variants) > 1 else ()
@@ -350,7 +371,7 @@ class Space:
             )
         if problems:
             raise RequestError(problems)
-        return cls(recipe, bounds, variants, labels, groups, tuple(groups.index(g) for g in group_names), names)
+        return cls(recipe, bounds, variants, labels, groups, tuple(groups.index(g) for g in group_names), names, tuple(notes))
 
     @property
     def start(self) -> dict[str, Any]:

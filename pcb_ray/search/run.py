@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from pcb_ray.output import RECIPE, State
 from pcb_ray.plan import DEFAULT_SHARD_BYTES, choose_block, worker_bytes
 from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import Recipe
+from pcb_ray.search.evaluators import check_evaluator
 from pcb_ray.search.references import dry_score, references
 from pcb_ray.search.request import Config, Search, Space, grid_of
 from pcb_ray.search.worker import Arm, Job
@@ -60,6 +62,7 @@ def search(
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
     request = Search.of(recipe, has_evaluator=evaluator is not None)
+    check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
     report, tune = _tools()
 
     variants = request.variants or (recipe.variant,)
@@ -78,11 +81,11 @@ def search(
     ):
         request = job.search
         tune.check_loggers(request)
-        base = dry_score(job, state)
+        base = dry_score(job, state, quiet=quiet)
         job = _with_bases(job, state, scored, workers=workers, memory=memory, quiet=quiet)
         progress, known = _progress(request.budget, job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Generations(request, job.space, progress), progress, request.budget, known)
-        scores, best = references(job, state, base, records, best_trial)
+        scores, best = references(job, state, base, records, best_trial, quiet=quiet)
         winner = job.space.recipe_of(job.space.candidate(best))
         _merge_winner(winner, job, best, state, workers=workers, memory=memory, max_shard_bytes=max_shard_bytes, quiet=quiet)
         found = {
@@ -95,6 +98,7 @@ def search(
             "failed": sum(bool(r["error"]) for r in records),
             "elapsed_s": time.monotonic() - start,
         }
+        found["notes"] = report.notes_of(request, job.space, found)
         report.write_search(state.staging, request, job.space, records, found)
         _commit(state, winner)
     return found
@@ -119,9 +123,12 @@ def sweep(
     recipe, out = Recipe.of(recipe), Path(out)
     points = grid_of(recipe)
     asked = Search.of(recipe, has_evaluator=evaluator is not None)
+    # Without an optimizer there are no generations: all points are one. And nothing is reported on a split of its own.
+    request = dataclasses.replace(
+        asked, lambda_=None, density=None, variants=(), optimizer="", population=len(points), report_split=""
+    )
+    check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
     report, tune = _tools()
-    # Without an optimizer there are no generations: all points are one.
-    request = dataclasses.replace(asked, lambda_=None, density=None, variants=(), optimizer="", population=len(points))
     variants = tuple(dict.fromkeys(p.get("variant", recipe.variant) for p in points))
     largest = max((p["density"] for p in points if "density" in p), default=None)
     swept = recipe if largest is None else _at_density(recipe, largest)
@@ -140,7 +147,7 @@ def sweep(
     ):
         request = job.search
         tune.check_loggers(request)
-        base = dry_score(job, state)
+        base = dry_score(job, state, quiet=quiet)
         job = _with_bases(job, state, scored, workers=workers, memory=memory, quiet=quiet)
         progress, known = _progress(len(points), job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
@@ -197,8 +204,13 @@ def _prepared(
     _check_picklable(evaluator)
     base, tokenizer = companions(recipe)
     files = output.side_files(recipe, plan, base, tokenizer)
-    for note in plan.notes:
+    for note in (*plan.notes, *space.notes):
         log.warning("note: %s", note)
+    if len(space.groups) > 1:
+        sizes = Counter(space.group_of)
+        log.info("groups: %s", ", ".join(f"{name} {sizes[k]} tensors" for k, name in enumerate(space.groups)))
+    if request.optimizer == "CMA" and request.budget <= request.population:
+        log.warning("note: the budget is one generation, which is spread over uniform coefficients: CMA-ES begins with the second")
     asked = {
         **output.asked_of(plan, ARITHMETIC),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
@@ -324,7 +336,7 @@ def _with_basis(arm: Arm, state: State, variant: str, scored: bool, *, workers: 
         earlier = [chunk for chunk, name in names.items() if name in state.journal]
         here = {chunk: digest.hex() for _, part in owners.ask("basis_digests", earlier) for chunk, digest in part.items()}
         missing = [chunk for chunk, name in names.items() if chunk not in here or state.journal[name] != here[chunk]]
-        for _, built in run.sweep("basis", "basis", thresholds, scored, chunks=missing, how="store"):
+        for _, built in run.sweep("basis", "basis", thresholds, scored, chunks=missing, how="store") if missing else ():
             state.wrote({names[chunk]: digest.hex() for chunk, (_, digest) in built.items()})
     finally:
         owners.close()
@@ -363,7 +375,8 @@ def _progress(total: int, job: Job, state: State, *, quiet: bool) -> tuple[Any, 
         state.wrote({f"trial {job.scored_by} {key}": json.dumps(record)})
 
     known = _known_trials(job, state)
-    return tune.Progress(total, job.search, keep, known, room=tune.check_resources(job.search), quiet=quiet), known
+    base = state.found["base"]["scores"][job.search.search_split][job.search.metric]
+    return tune.Progress(total, job.search, keep, known, base=base, room=tune.check_resources(job.search), quiet=quiet), known
 
 
 def _known_trials(job: Job, state: State) -> dict[str, Any]:
@@ -372,11 +385,15 @@ def _known_trials(job: Job, state: State) -> dict[str, Any]:
     of_trials = {key: text for key, text in state.journal.items() if key.startswith("trial ")}
     mine = f"trial {job.scored_by} "
     records = {key.removeprefix(mine): json.loads(text) for key, text in of_trials.items() if key.startswith(mine)}
-    if len(records) < len(of_trials):
-        log.warning("the evaluator has changed: %d candidates that were scored before count no more", len(of_trials) - len(records))
+    changed = sum(not json.loads(text)["error"] for key, text in of_trials.items() if not key.startswith(mine))
+    if changed:
+        log.warning("the evaluator has changed: %d candidates that were scored before count no more", changed)
     generation = {key: record["number"] // job.search.population for key, record in records.items()}
     last = max((generation[key] for key, record in records.items() if not record["error"]), default=0)
-    return {key: record for key, record in records.items() if not record["error"] or generation[key] < last}
+    known = {key: record for key, record in records.items() if not record["error"] or generation[key] < last}
+    if known:
+        log.warning("%d candidates were tried before and are not scored again", len(known))
+    return known
 
 
 def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_shard_bytes: int, **options: Any) -> None:

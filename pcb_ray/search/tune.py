@@ -68,7 +68,7 @@ def check_optimizer(search: Search, space: Space) -> None:
 
     names = list(ng.optimizers.registry)
     if search.optimizer and search.optimizer not in names:
-        near = difflib.get_close_matches(search.optimizer, names, n=1)
+        near = ["CMA"] if "CMA" in search.optimizer.upper() else difflib.get_close_matches(search.optimizer, names, n=1)
         raise RequestError(
             f"search.optimizer: {search.optimizer!r} is none of Nevergrad's. Fix: "
             + (f"write {near[0]}." if near else "CMA, or a name of nevergrad.optimizers.registry.")
@@ -245,6 +245,7 @@ class Progress(tune.Callback):
         keep: Callable[[str, Record], None],
         known: Mapping[str, Record],
         *,
+        base: float,
         room: int,
         quiet: bool,
     ) -> None:
@@ -258,7 +259,7 @@ class Progress(tune.Callback):
         self._started: set[str] = set()
         self._deaths: dict[int, list[bool]] = {}
         self._lost: list[str] = []
-        self._search, self._keep, self._known = search, keep, known
+        self._search, self._keep, self._known, self._base = search, keep, known, base
         self._bar = Counted("search", total, "trials", quiet=quiet)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -345,6 +346,8 @@ class Progress(tune.Callback):
         if key not in self._known:
             self._keep(key, record)
         self._bar.advance(self._words)
+        if len(self.records) == max(self._search.population, 4) and all(r[OBJECTIVE] == self._base for r in self.records.values()):
+            log.warning("all candidates score as the base, %s: does score() use the module that load() returned?", self._base)
 
     @property
     def _words(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
+import reprlib
 import signal
 import threading
 import time
@@ -60,7 +61,7 @@ class Worker:
             if job.evaluator is None
             else checked(job.evaluator, "")
         )
-        check_splits(self.evaluator, {"search.split.search": search.search_split, "search.split.report": search.report_split})
+        check_splits(self.evaluator, search.splits)
         module = self.evaluator.load(Path(job.model_dir))
         self._plan = next(iter(job.arms.values())).plan
         if not callable(getattr(module, "named_parameters", None)):
@@ -117,11 +118,13 @@ class Worker:
                 f"search.metric: score({split!r}) returned {', '.join(map(str, found)) or 'nothing'}, not {metric!r}. Fix: name one of these, "
                 "or return it."
             )
+        values: dict[Any, Any] = dict(found)
+        found = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in values.items()}  # of numpy or torch
         bad = {k: v for k, v in found.items() if isinstance(v, bool) or not isinstance(v, numbers.Real)}
         if bad:
             key, value = next(iter(bad.items()))
             raise RequestError(
-                f"search.evaluator: score({split!r}) returned {key} = {value!r}. Fix: return numbers, such as float(x)."
+                f"search.evaluator: score({split!r}) returned {key} = {reprlib.repr(value)}. Fix: return numbers, such as float(x)."
             )
         return {str(k): float(v) for k, v in found.items()}
 
