@@ -365,13 +365,17 @@ class Basis:
                     apart.append((parameter, whole))
         work = [(c, k, s) for c in self._chunks for k, s in enumerate(c.segments) if s.tensor in flat]
         update = functools.partial(self._update, flat, lambdas, lambda_, self._in_c(thresholds), thresholds)
-        if threads > 1:
+
+        def update_all(part: Sequence[tuple[_Chunk, int, Segment]]) -> None:
+            for one in part:
+                update(*one)
+
+        if threads > 1:  # in parts of some pieces each: to hand one over takes as long as a small piece
             with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(lambda one: update(*one), work):
+                for _ in pool.map(update_all, [work[k :: 2 * threads] for k in range(2 * threads)]):
                     pass
         else:
-            for one in work:
-                update(*one)
+            update_all(work)
         for parameter, whole in apart:
             parameter.copy_(whole)
 

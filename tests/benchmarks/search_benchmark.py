@@ -147,7 +147,7 @@ def trials(scratch: Path) -> str:
     pcb_ray.search(family.recipe(search=search), scratch / "quick", quiet=True)
     rows = table(scratch / "quick")
     # Between the ends of the second and the last trial, less what they spent themselves: the first loads Ray, torch and the model.
-    beyond_s = (rows[-1]["ended"] - rows[1]["ended"] - sum(r["seconds"] for r in rows[2:])) / (len(rows) - 2)
+    beyond_s = ((rows[-1]["ended"] - rows[1]["ended"]).total_seconds() - sum(r["seconds"] for r in rows[2:])) / (len(rows) - 2)
     lines = [
         f"60 trials, one worker: {beyond_s:.3f} s per trial beyond applying and scoring (the whole search {time.monotonic() - start:.0f} s)."
     ]
@@ -157,7 +157,7 @@ def trials(scratch: Path) -> str:
         pcb_ray.search(family.recipe(search=search), scratch / f"second{workers}", quiet=True)
         rows = table(scratch / f"second{workers}")
         steady = rows[2 * workers :]  # both workers are up
-        rates[workers] = 60 * len(steady) / (steady[-1]["ended"] - rows[2 * workers - 1]["ended"])
+        rates[workers] = 60 * len(steady) / (steady[-1]["ended"] - rows[2 * workers - 1]["ended"]).total_seconds()
     lines.append(
         f"A scorer of one core second: {rates[1]:.1f} trials a minute on one worker, {rates[2]:.1f} on two: {rates[2] / rates[1]:.2f} times."
     )
