@@ -109,9 +109,15 @@ class Writer:
             self._values[i - n].append(values_NB[i, kept_B])
             if scores_NB is not None:
                 self._scores[i - n].append(scores := scores_NB[i, kept_B])
-                new = np.unique(keys_of(scores) >> SAMPLE_SHIFT[8 * scores.itemsize], return_counts=True)
-                both = zip(self._histogram[i], new, strict=True) if i in self._histogram else [(part,) for part in new]
-                self._histogram[i] = add_up(*(np.concatenate(parts) for parts in both))
+                if len(scores):
+                    self._count(i, keys_of(scores) >> SAMPLE_SHIFT[8 * scores.itemsize])
+
+    def _count(self, task: int, bins: NDArray[np.int64]) -> None:
+        lowest = int(bins.min())
+        counts = np.bincount(bins - lowest)
+        new = np.flatnonzero(counts)
+        old_bins, old_counts = self._histogram.get(task, (new[:0], counts[:0]))
+        self._histogram[task] = add_up(np.concatenate([old_bins, new + lowest]), np.concatenate([old_counts, counts[new]]))
 
     def save(self, path: Path) -> tuple[int, Digest]:
         """Write the file aside and give it its name; how many entries it has, and its digest. Raises OSError."""
@@ -120,9 +126,10 @@ class Writer:
         self._kept = []  # each array is let go once it has its place
         bounds = np.cumsum([[0, 0], *zip(map(len, masks), entries, strict=True)], axis=0, dtype=np.int64)
         arrays = {"starts": bounds, "segments": np.array([(s.tensor, s.start, s.stop) for s in self._segments])}
-        if self._histogram:
+        if any(self._scores):
             arrays["histogram"] = np.concatenate(
-                [np.stack([np.full(len(bins), i), bins, counts], axis=1) for i, (bins, counts) in sorted(self._histogram.items())]
+                [np.empty((0, 3), dtype=np.int64)]
+                + [np.stack([np.full(len(bins), i), bins, counts], axis=1) for i, (bins, counts) in sorted(self._histogram.items())]
             )
             arrays["scores"], self._scores = _joined(self._scores), []
         arrays["values"], self._values = _joined(self._values), []
