@@ -220,6 +220,32 @@ def test_what_pcb_ray_itself_raises_has_no_line(family, errors_of):
         )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_error_that_takes_the_gpu_ends_the_process(family, monkeypatch, lost):
+    """After some of them all that follows on that GPU fails: here the GPU only says so."""
+    from pcb_ray.search.trial import Trial
+
+    made = family(2)
+    (made.folder / "mine.py").write_text(MINE.replace("WHERE", "'score'"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr("pcb_ray.basis.Basis", Mock())
+    monkeypatch.chdir(Path.cwd())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    trial = object.__new__(Trial)
+    job = job_of(made, "mine.py:Mine")
+    trial.setup({}, job)
+    trial.config = job.space.start
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=RuntimeError("device-side assert") if lost else None))
+    if lost:
+        with pytest.raises(FileNotFoundError):
+            trial.step()
+    else:
+        assert "FileNotFoundError" in trial.step()["error"]
+
+
 def test_a_bare_assertion_is_told_by_its_line():
     with pytest.raises(AssertionError) as caught:
         raise AssertionError
