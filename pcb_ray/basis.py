@@ -159,26 +159,6 @@ def _joined(parts: Iterable[Sequence[NDArray[Any]]]) -> NDArray[Any]:
     return np.concatenate([*arrays, np.zeros(PADDING, dtype=arrays[0].dtype)])
 
 
-def writer_bytes(plan: Plan, scored: bool) -> int:
-    """The most memory that a Writer takes for a chunk of the plan, all of whose elements may be kept."""
-    score = (8 if plan.method == "pcb-paper" else 4) * scored
-    per_element = max(1 + 4 + score, 4 + 2 * score, 4 + 4 + score) + 0.25  # parts; scores, then values, in their parts and joined
-    return int(plan.N * plan.chunk_elements * per_element) + 2 * _histogram_bytes(plan, scored) + (8 << 20)
-
-
-def basis_bytes(plan: Plan, scored: bool) -> int:
-    """What a basis takes on disk at most, but for headers: the entries, the masks, and the histograms of a scored one."""
-    score = (8 if plan.method == "pcb-paper" else 4) * scored
-    kept = plan.densities if plan.method.startswith(("pcb", "ties")) else [1.0] * plan.N
-    return int(sum((4 + score) * r + 0.125 for r in kept) * plan.D) + plan.chunks * _histogram_bytes(plan, scored)
-
-
-def _histogram_bytes(plan: Plan, scored: bool) -> int:
-    """Of a chunk: a row of three integers for each value that the upper bits of its scores' keys take. In practice these span some binary orders of
-    magnitude, of 256 values each."""
-    return 24 * plan.N * min(32 * 256, plan.chunk_elements) * scored
-
-
 def digest_of(data: Any) -> Digest:
     return xxhash.xxh3_128_digest(data)
 

@@ -8,7 +8,7 @@ import logging
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -209,11 +209,36 @@ def _plan(options: argparse.Namespace) -> int:
     block = choose_block(made, "cpu", options.memory)
     memory = {"worker_bytes": worker_bytes(made, block), "block_elements": block}
     free = shutil.disk_usage(Path.cwd()).free
+    search = None
+    if made.recipe.search is not None:
+        from pcb_ray.search.run import announced
+
+        search = announced(made)
     if options.json:
-        print(json.dumps(made.summary() | memory | {"disk_free_here": free}, indent=2))
+        print(json.dumps(made.summary() | memory | {"disk_free_here": free} | ({"search": search} if search else {}), indent=2))
     else:
         print(describe(made, memory["worker_bytes"], free))
+        print(*describe_search(search), sep="\n") if search else None
     return 0
+
+
+def describe_search(search: Mapping[str, Any]) -> list[str]:
+    """What `pcb-ray search` would do, for people."""
+    names, trial = search["coefficients"], search["trial_bytes"]
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    memory = (
+        f"each trial is given {readable_bytes(trial)} (the model in float32 unless said) and its process"
+        if trial
+        else "trials take a GPU each"
+    )
+    return [
+        "",
+        f"search     {search['budget']} candidates by {search['optimizer']}, {search['population']} asked at a time; "
+        f"{_number(len(names), 'coefficient')}: {', '.join(names[:6])}{more}",
+        f"basis      at most {readable_bytes(search['basis_bytes'])} beside the output until it is done",
+        f"memory     at most {readable_bytes(search['worker_bytes'])} per worker of the analysis; {memory}",
+        *(f"note: {note}" for note in search["notes"]),
+    ]
 
 
 def describe(plan: Plan, worker: int, free: int) -> str:

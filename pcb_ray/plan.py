@@ -245,6 +245,26 @@ def worker_bytes(plan: Plan, block_elements: int) -> int:
     return PROCESS_BYTES + block_elements * per_element + tallies
 
 
+def writer_bytes(plan: Plan, scored: bool) -> int:
+    """The most memory that a worker takes beside, to gather the basis of a search for one chunk, all of whose elements may be kept."""
+    score = (8 if plan.method == "pcb-paper" else 4) * scored
+    per_element = max(1 + 4 + score, 4 + 2 * score, 4 + 4 + score) + 0.25  # parts; scores, then values, in their parts and joined
+    return int(plan.N * plan.chunk_elements * per_element) + 2 * _histogram_bytes(plan, scored) + (8 << 20)
+
+
+def basis_bytes(plan: Plan, scored: bool) -> int:
+    """What the basis of a search takes on disk at most, but for headers: the entries, the masks, and the histograms of a scored one."""
+    score = (8 if plan.method == "pcb-paper" else 4) * scored
+    kept = plan.densities if plan.method.startswith(("pcb", "ties")) else [1.0] * plan.N
+    return int(sum((4 + score) * r + 0.125 for r in kept) * plan.D) + plan.chunks * _histogram_bytes(plan, scored)
+
+
+def _histogram_bytes(plan: Plan, scored: bool) -> int:
+    """Of a chunk: a row of three integers for each value that the upper bits of its scores' keys take. In practice these span some binary orders of
+    magnitude, of 256 values each."""
+    return 24 * plan.N * min(32 * 256, plan.chunk_elements) * scored
+
+
 def choose_block(plan: Plan, device: str, memory: int | None, beside: int = 0) -> int:
     """Elements of a block: the most, up to what suits the device, with which a worker that takes `beside` more stays under `memory` bytes."""
     block = CUDA_BLOCK if device == "cuda" else CPU_BLOCK
@@ -318,14 +338,13 @@ def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_byte
         first += base.numel
     if linear:
         _check_linear_weights(tensors)
-    method = f"pcb-{recipe.variant}" if recipe.merge_method == "pcb" else recipe.merge_method
     if any(t.dtype == "F64" for tensor in tensors for t in tensor.sources if t is not None):
         notes.append("float64 tensors are read as float32, and written as float32 unless `dtype` says otherwise")
     chunk = min(max(1 << max(0, (D // CHUNKS_WANTED).bit_length() - 1), MIN_CHUNK_ELEMENTS), MAX_CHUNK_ELEMENTS)
     chunk = max(chunk, 1 << (D // MOST_CHUNKS).bit_length())
     return Plan(
         recipe=recipe,
-        method=method,
+        method=method_of(recipe),
         inputs=tuple(Input(c.source, c.commit, c.files) for c in checkpoints),
         N=n,
         D=D,
@@ -338,6 +357,10 @@ def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_byte
         chunk_elements=chunk,
         notes=tuple(notes),
     )
+
+
+def method_of(recipe: Recipe) -> str:
+    return f"pcb-{recipe.variant}" if recipe.merge_method == "pcb" else recipe.merge_method
 
 
 def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:

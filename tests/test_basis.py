@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pcb_ray import Recipe, kernels, merge_state_dicts, weights
 from pcb_ray.analysis import Run, thresholds_of
-from pcb_ray.basis import Basis, Writer, basis_bytes, mask_of, positions_of, writer_bytes
+from pcb_ray.basis import Basis, Writer, mask_of, positions_of
 from pcb_ray.checkpoint import Checkpoint
-from pcb_ray.plan import Segment, plan, plan_of
+from pcb_ray.plan import Segment, basis_bytes, plan, plan_of, writer_bytes
 from pcb_ray.runtime import LocalOwners
 
 basis_module = importlib.import_module("pcb_ray.basis")

@@ -179,8 +179,34 @@ def test_the_module_is_the_script(family):
 def test_a_plan_needs_neither_torch_nor_ray(family):
     one = family(1)
     program = "import sys; from pcb_ray.cli import main; main(sys.argv[1:]); print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
-    done = run([sys.executable, "-c", program, "plan", str(one.recipe_file())], one.folder)
-    assert done.stdout.splitlines()[-1] == "[]"
+    (one.folder / "mine.py").touch()
+    search = {"evaluator": "mine.py:Mine", "metric": "m", "space": {"density": {}}}
+    for recipe in one.recipe_file(), one.recipe_file("searched.yaml", search=search):
+        done = run([sys.executable, "-c", program, "plan", str(recipe)], one.folder)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_plan_announces_the_search_of_its_recipe(family, capsys):
+    one = family(2)
+    space = {"weight": {"lower": 1.5, "upper": 2.0}, "density": {"lower": 0.1, "upper": 0.5}, "variant": ["paper", "pairwise"]}
+    search = {"evaluator": {"command": {"run": "eval {model}"}}, "metric": "m", "space": space, "budget": 40}
+    recipe = one.recipe_file(search=search)
+    assert main(["plan", str(recipe)]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "search     40 candidates by CMA, 8 asked at a time; 4 coefficients: weight.model0, weight.model1, density, variant",
+        "at most",
+        "each trial is given 78.2 kB",
+        "note: the recipe's weight.model0, weight.model1 lies outside its range",
+    ):
+        assert words in text, words
+    assert main(["plan", str(recipe), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["search"]
+    entries = 2 * 19_552 * 0.5
+    assert found["basis_bytes"] > entries * 12 + entries * 8, "of `paper` and `pairwise`, at the largest density"
+    wrong = one.recipe_file("wrong.yaml", search=search | {"evaluator": "none.py:X", "budget": 40})
+    assert main(["plan", str(wrong)]) == 2
+    assert "none.py is not a file. Fix:" in capsys.readouterr().err
 
 
 # --- wrong requests -------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from pcb_ray.checkpoint import Checkpoint
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.merge import ARITHMETIC, companions, fetched_plan, merge
 from pcb_ray.output import RECIPE, State
-from pcb_ray.plan import DEFAULT_SHARD_BYTES, choose_block, worker_bytes
+from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, basis_bytes, choose_block, method_of, worker_bytes, writer_bytes
 from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import Recipe
 from pcb_ray.search.evaluators import check_evaluator
@@ -185,7 +185,6 @@ def _prepared(
     memory: int | None,
 ) -> Iterator[tuple[State, Job]]:
     """The state on disk, the cluster, and a job whose bases are yet to be made. `model`: whether the output is to have one."""
-    from pcb_ray.basis import basis_bytes, writer_bytes
     from pcb_ray.search import tune
 
     output.check_place(out)
@@ -221,7 +220,7 @@ def _prepared(
         _make_model_dir(model_dir, base, files)
         stack.enter_context(runtime.cluster(address))
         if request.memory is None and not request.gpu:
-            request = dataclasses.replace(request, memory=4 * (plan.D + sum(math.prod(c.source.shape) for c in plan.copies)))
+            request = dataclasses.replace(request, memory=model_bytes(plan))
         at_a_time = tune.check_resources(request)
         log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), tune.shown_resources(request))
         kind = "scored" if scored else "combined"
@@ -229,6 +228,32 @@ def _prepared(
         scored_by = _identity(request, recipe, evaluator)
         folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
         yield state, Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator)
+
+
+def model_bytes(plan: Plan) -> int:
+    """Of the model in float32, as a trial on CPUs holds it."""
+    return 4 * (plan.D + sum(math.prod(c.source.shape) for c in plan.copies))
+
+
+def announced(plan: Plan) -> dict[str, Any]:
+    """What a search of the plan's recipe will be, as far as that is known before it: for `pcb-ray plan`. Raises RequestError."""
+    recipe, section = plan.recipe, plan.recipe.search
+    request = Search.of(recipe, has_evaluator=not (isinstance(section, Mapping) and "evaluator" in section))
+    check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
+    space = Space.of(request, recipe, plan)
+    scored = request.density is not None
+    recipes = [_analysed(recipe, request, variant) for variant in request.variants or (recipe.variant,)]
+    plans = [dataclasses.replace(plan, recipe=one, method=method_of(one)) for one in recipes]
+    return {
+        "coefficients": [*space.bounds, *["variant"] * bool(space.variants)],
+        "optimizer": request.optimizer,
+        "budget": request.budget,
+        "population": request.population,
+        "basis_bytes": sum(basis_bytes(one, scored) for one in plans),
+        "worker_bytes": max(worker_bytes(one, choose_block(one, "cpu", None)) + writer_bytes(one, scored) for one in plans),
+        "trial_bytes": request.memory or (None if request.gpu else model_bytes(plan)),
+        "notes": list(space.notes),
+    }
 
 
 def _may_differ(request: Search) -> tuple[str, ...]:
@@ -302,7 +327,7 @@ def _with_bases(job: Job, state: State, scored: bool, *, workers: int | None, me
 
 
 def _with_basis(arm: Arm, state: State, variant: str, scored: bool, *, workers: int | None, memory: int | None, quiet: bool) -> Arm:
-    from pcb_ray.basis import chunk_file, writer_bytes
+    from pcb_ray.basis import chunk_file
 
     plan, folder = arm.plan, Path(arm.folder)
     folder.mkdir(exist_ok=True)
