@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
+import signal
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -450,6 +454,24 @@ def test_scores_that_never_change_are_told_after_a_generation(family, caplog, sc
     progress = Progress(search.budget, search, lambda key, record: None, {}, base=0.5, room=8, quiet=True)
     score(Generations(search, Space.of(search, made.recipe, made), progress), progress, scores)
     assert ("all candidates score as the base, 0.5" in caplog.text) == (scores[-1] == 0.5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_interrupt_that_was_lost_is_raised_again(family):
+    """As where it came in a destructor, whose exceptions Python drops."""
+    from pcb_ray.search.tune import Workers, _noted
+
+    asker, progress = asked(*searched(family(2)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _noted(progress), contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        Workers(asker, progress).choose_trial_to_run(None)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

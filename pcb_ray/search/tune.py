@@ -6,9 +6,12 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables would print over our progress; it reads this when imported
@@ -254,6 +257,7 @@ class Progress(tune.Callback):
         self.total, self.room = total, room
         self.given_up = ""
         """Why no trial can succeed."""
+        self.interrupted = False
         self.records: dict[int, Record] = {}
         self._numbers: dict[str, tuple[int, dict[str, Any]]] = {}
         self._started: set[str] = set()
@@ -399,6 +403,8 @@ class Workers(FIFOScheduler):
                 self._progress.given_up = f"{self._unloaded} workers after another could not load; the last: {reason}"
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        if self._progress.interrupted:
+            raise KeyboardInterrupt  # again: where Ctrl-C came first, in a destructor or a callback of Ray, it may have been lost
         trials = tune_controller.get_live_trials()  # those that failed among them
         pending = [t for t in trials if t.status == "PENDING"]
         running = sum(t.status == "RUNNING" for t in trials)
@@ -510,7 +516,7 @@ def run_trials(
         ),
     )
     try:
-        with _settings(progress.room):
+        with _settings(progress.room), _noted(progress):
             tuner.fit()
     except Exception as error:  # whatever Tune or an optimizer of Nevergrad raises
         reason = f"{type(error).__name__}: {reason_in(error)}"
@@ -553,6 +559,25 @@ def _settings(room: int) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _noted(progress: Progress) -> Iterator[None]:
+    """Ctrl-C sets `progress.interrupted`, and does what it did before."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        progress.interrupted = True
+        handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def check_loggers(search: Search) -> None:
