@@ -47,10 +47,8 @@ WAYS = {
     (torch.bfloat16, torch.float32): 2,
 }
 PADDING = 16  # values beyond the last: _native.c reads them in vectors
-GATHERED = (
-    1 << 20
-)  # scores that are brought together to be ranked; where more are alike, they are counted by more of their keys' bits,
-NARROWING_BITS = 16  # so many at a time
+# Scores that are brought together to be ranked. Where more agree in their upper bits, they are counted by the next so many bits of their keys.
+GATHERED, NARROWING_BITS = 1 << 20, 16
 
 
 def mask_of(kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -88,9 +86,8 @@ class Writer:
         self._kept: list[list[NDArray[np.bool_]]] = []
         self._values: list[list[NDArray[np.float32]]] = []
         self._scores: list[list[NDArray[Any]]] = []
-        self._histogram: dict[
-            int, tuple[NDArray[np.int64], NDArray[np.int64]]
-        ] = {}  # of a task: bins of scores, and how many are in each
+        # Of a task the bins of its scores (`_count`), and how many are in each.
+        self._histogram: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def add(
         self, segment: Segment, values_NB: NDArray[np.float32], kept_NB: NDArray[np.bool_], scores_NB: NDArray[Any] | None
