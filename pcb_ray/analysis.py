@@ -13,7 +13,7 @@ import xxhash
 
 from pcb_ray.answers import BETA, LARGEST_KEY, MAGNITUDE, Thresholds, value_of_key
 from pcb_ray.errors import InputError
-from pcb_ray.plan import CLIP, SAMPLE_RUN, Plan
+from pcb_ray.planning import CLIP, SAMPLE_RUN, Plan
 from pcb_ray.progress import Progress
 from pcb_ray.runtime import Owners
 from pcb_ray.selection import TALLY_ENTRIES, Bracket

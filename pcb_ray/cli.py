@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from pcb_ray.checks import size_of
 from pcb_ray.errors import RequestError, RunError
-from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
+from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
 from pcb_ray.progress import readable_bytes
 
 RECIPE_HELP = """\
@@ -203,7 +203,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from pcb_ray.plan import plan
+    from pcb_ray.planning import plan
 
     made = plan(options.recipe, max_shard_bytes=options.max_shard_size)
     block = choose_block(made, "cpu", options.memory)
@@ -211,7 +211,7 @@ def _plan(options: argparse.Namespace) -> int:
     free = shutil.disk_usage(Path.cwd()).free
     search = None
     if made.recipe.search is not None:
-        from pcb_ray.search.run import announced
+        from pcb_ray.searching.run import announced
 
         search = announced(made)
     if options.json:
@@ -275,7 +275,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from pcb_ray.merge import merge
+    from pcb_ray.merging import merge
 
     receipt = merge(
         options.recipe,
@@ -297,10 +297,10 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from pcb_ray.search import search
+    from pcb_ray.searching.run import search
 
     found = search(options.recipe, options.out, max_shard_bytes=options.max_shard_size, **_shared(options))
-    from pcb_ray.search import tables  # and libraries: `search` has told if one is missing
+    from pcb_ray.searching import tables  # and libraries: `search` has told if one is missing
 
     print(tables.scoreboard(found["request"], found["scores"]).as_text())
     for note in found["notes"]:
@@ -310,10 +310,10 @@ def _search(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from pcb_ray.search import sweep
+    from pcb_ray.searching.run import sweep
 
     found = sweep(options.recipe, options.out, **_shared(options))
-    from pcb_ray.search import report, tables
+    from pcb_ray.searching import report, tables
 
     request, records = found["request"], found["records"]
     print(tables.grid_table(request, records).as_text())
@@ -328,7 +328,7 @@ def _shared(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from pcb_ray.merge import verify
+    from pcb_ray.merging import verify
 
     problems = verify(options.out, sample=options.sample)
     for problem in problems:

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pcb_ray.checkpoint import Checkpoint, fsync_file, fsync_folder, write_atomically
 from pcb_ray.errors import InputError, RequestError, RunError
-from pcb_ray.plan import Plan, Slot
+from pcb_ray.files.checkpoint import Checkpoint, fsync_file, fsync_folder, write_atomically
+from pcb_ray.planning import Plan, Slot
 from pcb_ray.recipe import DTYPES, Recipe
 
 TOKENIZER_FILES = (

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sampled, Sums, Thresholds
-from pcb_ray.basis import Writer, chunk_file, digest_of
-from pcb_ray.checkpoint import DTYPE_BYTES, fsync_file
 from pcb_ray.errors import InputError, RequestError, RunError
+from pcb_ray.files.checkpoint import DTYPE_BYTES, fsync_file
 from pcb_ray.kernels import DTYPES, choose_kernel, keys
-from pcb_ray.plan import MIN_BLOCK, SAMPLE_RUN, Plan, Segment, choose_block
+from pcb_ray.planning import MIN_BLOCK, SAMPLE_RUN, Plan, Segment, choose_block
+from pcb_ray.searching.basis import Writer, chunk_file, digest_of
 from pcb_ray.selection import Bracket, Sample, Tally
 
 # Float sums are taken over fixed runs of this many elements and then exactly over the runs, so that no block size can show in them.

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcb_ray.errors import RequestError, RunError, reason_in
-from pcb_ray.plan import Plan
+from pcb_ray.planning import Plan
 
 log = logging.getLogger("pcb_ray")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pcb_ray.search.evaluators import module_of
+from pcb_ray.searching.evaluators import module_of
 
 
 class Near:

@@ -6,7 +6,6 @@ Everything is seeded; the same arguments give the same family.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +18,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pcb_ray import selection
+from pcb_ray import analysis, planning, selection
+from pcb_ray import owner as owner_module
 from pcb_ray.analysis import Run, thresholds_of
 from pcb_ray.answers import Thresholds
-from pcb_ray.plan import Plan
+from pcb_ray.planning import Plan
 from pcb_ray.runtime import LocalOwners
-
-# `pcb_ray.plan` is a function too, and hides the module of its name.
-analysis, plan_module, owner_module = (importlib.import_module(f"pcb_ray.{name}") for name in ("analysis", "plan", "owner"))
 
 StateDict = dict[str, Tensor]
 
@@ -170,7 +167,7 @@ def small_engine(tally_entries: int = 64, chunk_elements: int = 64, sample_run: 
         for module in (selection, analysis):
             patch.setattr(module, "TALLY_ENTRIES", tally_entries)
         patch.setattr(selection.Tally.__init__, "__defaults__", (tally_entries,))
-        patch.setattr(plan_module, "MIN_CHUNK_ELEMENTS", chunk_elements)
-        for module in (plan_module, owner_module, analysis):
+        patch.setattr(planning, "MIN_CHUNK_ELEMENTS", chunk_elements)
+        for module in (planning, owner_module, analysis):
             patch.setattr(module, "SAMPLE_RUN", sample_run)
         yield

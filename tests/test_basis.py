@@ -17,14 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pcb_ray import Recipe, kernels, merge_state_dicts, weights
+from pcb_ray import Recipe, kernels, merge_state_dicts
 from pcb_ray.analysis import Run, thresholds_of
-from pcb_ray.basis import Basis, Writer, mask_of, positions_of
-from pcb_ray.checkpoint import Checkpoint
-from pcb_ray.plan import Segment, basis_bytes, plan, plan_of, writer_bytes
+from pcb_ray.files import safetensors as weights
+from pcb_ray.files.checkpoint import Checkpoint
+from pcb_ray.planning import Segment, basis_bytes, plan, plan_of, writer_bytes
 from pcb_ray.runtime import LocalOwners
+from pcb_ray.searching.basis import Basis, Writer, mask_of, positions_of
 
-basis_module = importlib.import_module("pcb_ray.basis")
+basis_module = importlib.import_module("pcb_ray.searching.basis")
 
 METHODS = ("pcb-released", "pcb-pairwise", "pcb-paper", "ties", "task_arithmetic")
 PCB = METHODS[:3]

@@ -1,4 +1,4 @@
-"""What pcb_ray.checkpoint promises, held against the safetensors, torch and transformers libraries themselves."""
+"""What pcb_ray.files.checkpoint promises, held against the safetensors, torch and transformers libraries themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pcb_ray.checkpoint import (
+from pcb_ray.errors import RequestError
+from pcb_ray.files.checkpoint import (
     DTYPE_BYTES,
     Checkpoint,
     Tensor,
@@ -36,7 +37,6 @@ from pcb_ray.checkpoint import (
     safetensors_header,
     write_atomically,
 )
-from pcb_ray.errors import RequestError
 
 # An oracle of its own: what torch calls the dtypes of safetensors.
 TORCH_DTYPES = {
@@ -251,7 +251,7 @@ def test_paths_are_taken_from_the_recipe_s_folder_and_win_over_hub_ids(tmp_path:
 def test_opening_loads_neither_torch_nor_the_hub_library(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(3)}, tmp_path / "m.bin")
     code = (
-        "import sys; from pcb_ray.checkpoint import open_checkpoint; open_checkpoint(sys.argv[1]);"
+        "import sys; from pcb_ray.files.checkpoint import open_checkpoint; open_checkpoint(sys.argv[1]);"
         "print(sorted({'torch', 'huggingface_hub', 'safetensors', 'ray'} & sys.modules.keys()))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "m.bin")]
@@ -631,7 +631,7 @@ def test_a_structure_as_large_as_allowed_takes_bounded_memory_whatever_it_holds(
         paths.append(tmp_path / f"{number}.bin")
         paths[-1].write_bytes(archive_of(b"\x80\x02" + head + unit * 1_999_990 + b"."))
     code = (
-        "import sys\nfrom pcb_ray.checkpoint import open_checkpoint\nfrom pcb_ray.errors import RequestError\n"
+        "import sys\nfrom pcb_ray.files.checkpoint import open_checkpoint\nfrom pcb_ray.errors import RequestError\n"
         "for path in sys.argv[1:]:\n    try:\n        open_checkpoint(path)\n    except RequestError as error:\n"
         "        print(len(error.problems))\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"

@@ -19,7 +19,7 @@ from families import Family
 
 from pcb_ray import Recipe
 from pcb_ray.cli import count, main, size
-from pcb_ray.plan import choose_block, plan, worker_bytes
+from pcb_ray.planning import choose_block, plan, worker_bytes
 
 MODULE = [sys.executable, "-m", "pcb_ray"]
 SCRIPT = [str(Path(sys.executable).parent / "pcb-ray")]

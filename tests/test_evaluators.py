@@ -30,10 +30,10 @@ from junk import junk, places, replaced
 from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.answers import Thresholds
 from pcb_ray.errors import with_place
-from pcb_ray.plan import plan
-from pcb_ray.search.evaluators import check_splits, make_evaluator, match, module_of
-from pcb_ray.search.request import Search, Space
-from pcb_ray.search.worker import Arm, Job, Worker
+from pcb_ray.planning import plan
+from pcb_ray.searching.evaluators import check_splits, make_evaluator, match, module_of
+from pcb_ray.searching.request import Search, Space
+from pcb_ray.searching.worker import Arm, Job, Worker
 
 EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
 TOKEN = "hf_" + 34 * "x"
@@ -143,7 +143,7 @@ def test_a_stored_copy_of_a_tied_tensor_follows_its_original(tmp_path, source):
 MINE = f"""
 import torch
 from pathlib import Path
-from pcb_ray.search.evaluators import module_of
+from pcb_ray.searching.evaluators import module_of
 from safetensors.torch import load_file
 
 def read(where):
@@ -169,8 +169,8 @@ read("import")
 @pytest.fixture
 def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
     """The error in the record of a trial, and that of scoring the base; without Ray, and in this process as it is."""
-    from pcb_ray.search.references import _Scorer
-    from pcb_ray.search.trial import Trial
+    from pcb_ray.searching.references import _Scorer
+    from pcb_ray.searching.trial import Trial
 
     def both(job: Job) -> tuple[str, str]:
         trial = object.__new__(Trial)
@@ -186,7 +186,7 @@ def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.chdir(Path.cwd())  # as it was, afterwards
-    monkeypatch.setattr("pcb_ray.basis.Basis", Mock())  # a candidate is the base
+    monkeypatch.setattr("pcb_ray.searching.basis.Basis", Mock())  # a candidate is the base
     return both
 
 
@@ -224,12 +224,12 @@ def test_what_pcb_ray_itself_raises_has_no_line(family, errors_of):
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_error_that_takes_the_gpu_ends_the_process(family, monkeypatch, lost):
     """After some of them all that follows on that GPU fails: here the GPU only says so."""
-    from pcb_ray.search.trial import Trial
+    from pcb_ray.searching.trial import Trial
 
     made = family(2)
     (made.folder / "mine.py").write_text(MINE.replace("WHERE", "'score'"))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    monkeypatch.setattr("pcb_ray.basis.Basis", Mock())
+    monkeypatch.setattr("pcb_ray.searching.basis.Basis", Mock())
     monkeypatch.chdir(Path.cwd())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     trial = object.__new__(Trial)
@@ -479,7 +479,7 @@ def test_command_scores_a_model_directory_and_removes_it(language_model, tmp_pat
 def test_a_command_and_its_model_go_with_the_process_that_ran_it(language_model, tmp_path, how):
     (tmp_path / "scratch").mkdir()
     code = (
-        "import os, signal, sys, threading, time; from pathlib import Path; from pcb_ray.search.evaluators import Command\n"
+        "import os, signal, sys, threading, time; from pathlib import Path; from pcb_ray.searching.evaluators import Command\n"
         "def end():\n"
         "    while not Path('pid').exists() or not Path('pid').read_text(): time.sleep(0.01)\n"
         f"    {how}\n"

@@ -34,7 +34,7 @@ from clusters import (
 from families import Family
 
 import pcb_ray as package
-from pcb_ray.plan import Plan, plan
+from pcb_ray.planning import Plan, plan
 from pcb_ray.recipe import Recipe
 
 # Ray closes its own sockets and log files late.

@@ -22,13 +22,13 @@ import torch
 from hub_server import HubServer, Model, commit_of
 from safetensors.torch import save
 
-from pcb_ray.checkpoint import open_checkpoint
+from pcb_ray.files.checkpoint import open_checkpoint
 
 TOKEN = "hf_thisIsSecret0123456789"
 OPEN = """
 import json, os, sys, time
 from pathlib import Path
-from pcb_ray.checkpoint import open_checkpoint
+from pcb_ray.files.checkpoint import open_checkpoint
 from pcb_ray.errors import RequestError
 results = []
 for source, download, environment in json.loads(sys.argv[1]):

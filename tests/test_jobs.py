@@ -142,7 +142,7 @@ def test_a_job_merges_on_the_cluster_that_it_was_submitted_to(head: Head, family
     await_end(list(seen))
 
     import pcb_ray
-    from pcb_ray.plan import plan
+    from pcb_ray.planning import plan
     from pcb_ray.recipe import Recipe
 
     local = families.merge_locally(plan(Recipe.from_dict(family.recipe(parameters={"density": 0.2}), tmp_path)), tmp_path / "local")

@@ -16,9 +16,9 @@ import yaml
 from families import Family
 
 from pcb_ray import Recipe, RequestError, output
-from pcb_ray.checkpoint import open_checkpoint
+from pcb_ray.files.checkpoint import open_checkpoint
 from pcb_ray.output import State, asked_of, check_out, model_card, side_files
-from pcb_ray.plan import Plan, plan
+from pcb_ray.planning import Plan, plan
 
 
 def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> Plan:

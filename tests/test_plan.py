@@ -23,8 +23,8 @@ from families import Family, MakeFamily, merge_locally
 from safetensors import safe_open
 
 from pcb_ray import Recipe, RequestError
-from pcb_ray.checkpoint import DTYPE_BYTES
-from pcb_ray.plan import CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK, SAMPLE_RUN, Plan, choose_block, plan, worker_bytes
+from pcb_ray.files.checkpoint import DTYPE_BYTES
+from pcb_ray.planning import CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK, SAMPLE_RUN, Plan, choose_block, plan, worker_bytes
 
 
 def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> Plan:

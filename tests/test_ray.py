@@ -38,7 +38,7 @@ from hub_server import HubServer, Model, commit_of
 
 import pcb_ray as package
 from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, Thresholds
-from pcb_ray.plan import MIN_BLOCK, choose_block, plan, worker_bytes
+from pcb_ray.planning import MIN_BLOCK, choose_block, plan, worker_bytes
 from pcb_ray.recipe import Recipe
 from pcb_ray.runtime import LocalOwners, RayOwners
 from pcb_ray.selection import Bracket
@@ -461,7 +461,7 @@ LOSE_A_NODE_THAT_KEEPS_ANSWERS = """
 import sys, time, psutil, ray
 from pathlib import Path
 from pcb_ray.answers import Thresholds
-from pcb_ray.plan import plan, worker_bytes
+from pcb_ray.planning import plan, worker_bytes
 from pcb_ray.recipe import Recipe
 from pcb_ray.runtime import RayOwners, cluster
 from pcb_ray.selection import Bracket

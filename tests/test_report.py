@@ -18,9 +18,9 @@ import pytest
 
 from pcb_ray.cli import main
 from pcb_ray.recipe import Recipe
-from pcb_ray.search.report import notes_of, notes_of_sweep, write_search, write_sweep
-from pcb_ray.search.request import Bounds, Search, Space, weight_name
-from pcb_ray.search.tables import error_table, grid_table, scoreboard, shown_score, winner_tables
+from pcb_ray.searching.report import notes_of, notes_of_sweep, write_search, write_sweep
+from pcb_ray.searching.request import Bounds, Search, Space, weight_name
+from pcb_ray.searching.tables import error_table, grid_table, scoreboard, shown_score, winner_tables
 
 NAN = math.nan
 LONG = (
@@ -200,7 +200,7 @@ def test_the_command_prints_the_table_then_the_notes(monkeypatch, capsys):
     _, found = searched(request, space)
     found["best"] = space.start
     found["notes"] = notes_of(request, space, found)
-    monkeypatch.setattr(sys.modules["pcb_ray.search"], "search", lambda *args, **options: found)
+    monkeypatch.setattr(sys.modules["pcb_ray.searching.run"], "search", lambda *args, **options: found)
     assert main(["search", "recipe.yaml", "out"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["accuracy", "base", "math", "code", "start", "winner", "note:", "out:"]

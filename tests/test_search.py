@@ -146,7 +146,7 @@ def test_an_evaluator_can_be_an_object_of_python(family, tmp_path):
         def load(self, model_dir: Path) -> torch.nn.Module:
             from safetensors.torch import load_file
 
-            from pcb_ray.search.evaluators import module_of
+            from pcb_ray.searching.evaluators import module_of
 
             self.module = module_of({name: t.float() for name, t in load_file(Path(model_dir) / "model.safetensors").items()})
             return self.module
@@ -408,7 +408,7 @@ def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypat
 
 @pytest.mark.parametrize("method", ["pcb", "task_arithmetic"])
 def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(family, tmp_path, monkeypatch, method):
-    from pcb_ray.search import run
+    from pcb_ray.searching import run
 
     out, log = tmp_path / "out", tmp_path / "log"
     recipe = recipe_of(family, options={"log": str(log)}, budget=8) | {"merge_method": method}
@@ -431,7 +431,7 @@ def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(fa
 
 def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tmp_path, monkeypatch):
     """An interrupted sweep is resumed with another grid of as many points: its basis is of the other kind."""
-    from pcb_ray.search import tune
+    from pcb_ray.searching import tune
 
     out, run_trials = tmp_path / "out", tune.run_trials
     monkeypatch.setattr(tune, "run_trials", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from junk import junk, places, replaced
 
 from pcb_ray import Recipe, RequestError
-from pcb_ray.plan import Plan, plan
-from pcb_ray.search.request import Range, Search, Space, _labels, _rules, grid_of, key_of
-from pcb_ray.search.run import _tools
+from pcb_ray.planning import Plan, plan
+from pcb_ray.searching.request import Range, Search, Space, _labels, _rules, grid_of, key_of
+from pcb_ray.searching.run import _tools
 
 NAN = math.nan
 VALID: dict[str, Any] = {"evaluator": "my_eval.py:Accuracy", "metric": "accuracy"}
@@ -40,8 +40,8 @@ def problems_of(recipe: dict[str, Any]) -> str:
 
 
 def test_a_library_that_is_missing_is_told_with_the_fix(monkeypatch):
-    monkeypatch.delattr(sys.modules["pcb_ray.search"], "report", raising=False)
-    monkeypatch.setitem(sys.modules, "pcb_ray.search.report", None)  # as if what it imports were not there
+    monkeypatch.delattr(sys.modules["pcb_ray.searching"], "report", raising=False)
+    monkeypatch.setitem(sys.modules, "pcb_ray.searching.report", None)  # as if what it imports were not there
     with pytest.raises(RequestError, match=r"Fix: pip install 'pcb-ray\[search\]'"):
         _tools()
 
@@ -394,7 +394,7 @@ def test_a_wrong_grid_is_refused(family, sweep, complaint):
 
 def asked(search: Search, made: Plan) -> Any:
     """A searcher, and its progress."""
-    from pcb_ray.search.tune import Generations, Progress
+    from pcb_ray.searching.tune import Generations, Progress
 
     progress = Progress(search.budget, search, lambda key, record: None, {}, base=math.inf, room=8, quiet=True)
     return Generations(search, Space.of(search, made.recipe, made), progress), progress
@@ -414,7 +414,7 @@ def score(asker: Any, progress: Any, scores: list[float]) -> list[dict[str, Any]
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_logger_that_is_not_installed_or_not_reached_is_told(family, name, monkeypatch):
-    from pcb_ray.search import tune
+    from pcb_ray.searching import tune
 
     search, _ = searched(family(2), loggers=["tensorboard", name])
     with pytest.raises(RequestError, match=f"search.loggers: {name} is not installed.*Fix: pip install"):
@@ -435,7 +435,7 @@ def test_a_logger_that_is_not_installed_or_not_reached_is_told(family, name, mon
     [("CMAs", "Fix: write "), ("BayesOptimBO", "bayes_optim"), ("NelderMead", "does not support parallelization")],
 )
 def test_an_optimizer_that_cant_search_here_is_told_with_the_reason(family, name, complaint):
-    from pcb_ray.search import tune
+    from pcb_ray.searching import tune
 
     search, made = searched(family(2), optimizer=name)
     with pytest.raises(RequestError, match=f"search.optimizer.*{complaint}"):
@@ -448,7 +448,7 @@ def test_an_optimizer_that_cant_search_here_is_told_with_the_reason(family, name
 @pytest.mark.parametrize("scores", [[0.5] * 8, [0.5] * 7 + [0.6]])
 def test_scores_that_never_change_are_told_after_a_generation(family, caplog, scores):
     """As where score() uses another module than the one that load() returned."""
-    from pcb_ray.search.tune import Generations, Progress
+    from pcb_ray.searching.tune import Generations, Progress
 
     search, made = searched(family(2))
     progress = Progress(search.budget, search, lambda key, record: None, {}, base=0.5, room=8, quiet=True)
@@ -459,7 +459,7 @@ def test_scores_that_never_change_are_told_after_a_generation(family, caplog, sc
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_interrupt_that_was_lost_is_raised_again(family):
     """As where it came in a destructor, whose exceptions Python drops."""
-    from pcb_ray.search.tune import Workers, _noted
+    from pcb_ray.searching.tune import Workers, _noted
 
     asker, progress = asked(*searched(family(2)))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -476,7 +476,7 @@ def test_an_interrupt_that_was_lost_is_raised_again(family):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_grid_stops_when_more_than_a_quarter_fails_in_a_row(family):
-    from pcb_ray.search.tune import Listed, Progress, Searcher
+    from pcb_ray.searching.tune import Listed, Progress, Searcher
 
     search, _ = searched(family(2))
     points = [{"lambda": 0.1 * k} for k in range(20)]

@@ -29,9 +29,9 @@ from safetensors.torch import load_file
 
 import pcb_ray
 from pcb_ray.analysis import Run, thresholds_of
-from pcb_ray.basis import Basis
-from pcb_ray.plan import Plan, plan
+from pcb_ray.planning import Plan, plan
 from pcb_ray.runtime import LocalOwners
+from pcb_ray.searching.basis import Basis
 
 REPEATS = 7
 
@@ -43,7 +43,7 @@ class Second:
         self.seconds = seconds
 
     def load(self, model_dir: Path) -> torch.nn.Module:
-        from pcb_ray.search.evaluators import module_of
+        from pcb_ray.searching.evaluators import module_of
 
         self.module = module_of(
             {k: v.float() for path in Path(model_dir).glob("*.safetensors") for k, v in load_file(path).items()}
@@ -174,7 +174,7 @@ WORKER = """
 import json, pickle, sys, time, torch
 from safetensors.torch import load_file
 from pathlib import Path
-from pcb_ray.basis import Basis
+from pcb_ray.searching.basis import Basis
 torch.set_num_threads(1)
 made, thresholds, folder, base = pickle.load(open(sys.argv[1], "rb"))
 model = {k: v.clone() for path in Path(base).glob("*.safetensors") for k, v in load_file(path).items()}

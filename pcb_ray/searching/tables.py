@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pcb_ray.search.request import Config, Search, Space, weight_name
+from pcb_ray.searching.request import Config, Search, Space, weight_name
 
 Record = Mapping[str, Any]
 

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from pcb_ray import kernels, pcb
 from pcb_ray.answers import SAMPLE_SHIFT, Digest, Thresholds, value_of_key
-from pcb_ray.checkpoint import DTYPE_BYTES, read_header, safetensors_header
 from pcb_ray.errors import RunError
-from pcb_ray.plan import Plan, Segment
+from pcb_ray.files.checkpoint import DTYPE_BYTES, read_header, safetensors_header
+from pcb_ray.planning import Plan, Segment
 from pcb_ray.selection import add_up
 
 ARRAYS = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F64": np.float64}

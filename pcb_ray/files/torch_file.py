@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from pcb_ray.errors import RequestError
-from pcb_ray.weights import (
+from pcb_ray.files.safetensors import (
     ANEW,
     AS_SAFETENSORS,
     DTYPE_BYTES,

@@ -16,9 +16,9 @@ from typing import Any
 
 from pcb_ray.answers import Thresholds
 from pcb_ray.errors import RequestError
-from pcb_ray.plan import Plan
-from pcb_ray.search.evaluators import Evaluator, Metrics, check_splits, checked, make_evaluator, match
-from pcb_ray.search.request import Candidate, Search, Space
+from pcb_ray.planning import Plan
+from pcb_ray.searching.evaluators import Evaluator, Metrics, check_splits, checked, make_evaluator, match
+from pcb_ray.searching.request import Candidate, Search, Space
 
 HANG_GRACE_S = 5.0  # after its time scoring is interrupted; one that does not mind is ended this much later, with its process
 
@@ -78,7 +78,7 @@ class Worker:
         """The metrics of a candidate, and how long applying and scoring took. Raises whatever the evaluator raises."""
         import torch
 
-        from pcb_ray.basis import Basis
+        from pcb_ray.searching.basis import Basis
 
         start = time.monotonic()
         variant = candidate.variant or self.job.space.recipe.variant
@@ -94,7 +94,7 @@ class Worker:
 
     def score_input(self, source: int, split: str) -> Metrics:
         """The metrics of the base (0) or a model (1..N): its merged tensors in the base's place."""
-        from pcb_ray.basis import copy_input
+        from pcb_ray.searching.basis import copy_input
 
         copy_input(self._plan, source, self.parameters)
         self._update_twins()

@@ -20,8 +20,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pcb_ray.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, File, Tensor, open_checkpoint, safetensors_header
 from pcb_ray.errors import RequestError
+from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, File, Tensor, open_checkpoint, safetensors_header
 from pcb_ray.recipe import DTYPES, Recipe
 from pcb_ray.selection import TALLY_BYTES
 

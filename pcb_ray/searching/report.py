@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pcb_ray.search import plots
-from pcb_ray.search.request import Config, Search, Space, share_of
-from pcb_ray.search.tables import (
+from pcb_ray.searching import plots
+from pcb_ray.searching.request import Config, Search, Space, share_of
+from pcb_ray.searching.tables import (
     Record,
     direction,
     error_table,

@@ -18,7 +18,7 @@ from typing import Any
 
 from pcb_ray.checks import choice, number, section, shown, size_of, text, whole, wrong
 from pcb_ray.errors import RequestError
-from pcb_ray.plan import Plan
+from pcb_ray.planning import Plan
 from pcb_ray.recipe import VARIANTS, Recipe
 
 BUILT_IN = ("causal_lm", "classification", "lm_eval", "command")

@@ -16,8 +16,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pcb_ray.search.request import Bounds, Config, Search, Space, share_of, weight_name
-from pcb_ray.search.tables import Record, shown_score
+from pcb_ray.searching.request import Bounds, Config, Search, Space, share_of, weight_name
+from pcb_ray.searching.tables import Record, shown_score
 
 # Told apart by colour-blind readers (Okabe and Ito). A colour per model; more models than colours are not drawn as lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

@@ -18,10 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pcb_ray import hub
 from pcb_ray.errors import RequestError
-from pcb_ray.torch_file import read_torch_file
-from pcb_ray.weights import (
+from pcb_ray.files import hub
+from pcb_ray.files.safetensors import (
     ANEW,
     DTYPE_BYTES,
     FLOAT_DTYPES,
@@ -42,6 +41,7 @@ from pcb_ray.weights import (
     some,
     strict_json,
 )
+from pcb_ray.files.torch_file import read_torch_file
 
 __all__ = [
     "DTYPE_BYTES", "FLOAT_DTYPES", "Checkpoint", "File", "Tensor", "fsync_folder", "open_checkpoint", "read_header",

@@ -16,8 +16,8 @@ from pcb_ray.errors import RequestError, RunError, reason_in, with_place
 from pcb_ray.output import State
 from pcb_ray.progress import Counted
 from pcb_ray.runtime import CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S
-from pcb_ray.search.request import Config, key_of
-from pcb_ray.search.worker import Job
+from pcb_ray.searching.request import Config, key_of
+from pcb_ray.searching.worker import Job
 
 log = logging.getLogger("pcb_ray")
 
@@ -64,7 +64,7 @@ def references(
     """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials.
 
     What can't be scored has no metrics, with a warning: the search is not lost for it."""
-    from pcb_ray.search import tune
+    from pcb_ray.searching import tune
 
     request, space = job.search, job.space
     splits = (request.search_split, request.report_split)
@@ -106,8 +106,8 @@ class _Scorer:
     """A worker as a Ray actor, for what is scored outside of trials."""
 
     def __init__(self, job: Job) -> None:
-        from pcb_ray.search.trial import prepare_process
-        from pcb_ray.search.worker import Worker
+        from pcb_ray.searching.trial import prepare_process
+        from pcb_ray.searching.worker import Worker
 
         prepare_process(job)
         self._start = lambda: Worker(job)
@@ -126,7 +126,7 @@ class _Scorer:
         except RequestError:
             raise
         except Exception as error:  # the evaluator's
-            from pcb_ray.search.trial import is_spoiled
+            from pcb_ray.searching.trial import is_spoiled
 
             if is_spoiled():
                 os._exit(1)
@@ -140,7 +140,7 @@ class _Scorers:
     def __init__(self, job: Job, count: int) -> None:
         import ray
 
-        from pcb_ray.search.tune import shown_resources
+        from pcb_ray.searching.tune import shown_resources
 
         self._actor: Any = ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory)
         self._job = ray.put(job)

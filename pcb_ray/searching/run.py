@@ -21,17 +21,17 @@ from typing import Any
 from pcb_ray import output, runtime
 from pcb_ray.analysis import Run, check_twins, thresholds_of
 from pcb_ray.answers import Thresholds
-from pcb_ray.checkpoint import Checkpoint
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
-from pcb_ray.merge import ARITHMETIC, companions, fetched_plan, merge
+from pcb_ray.files.checkpoint import Checkpoint
+from pcb_ray.merging import ARITHMETIC, companions, fetched_plan, merge
 from pcb_ray.output import RECIPE, State
-from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, basis_bytes, choose_block, method_of, worker_bytes, writer_bytes
+from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan, basis_bytes, choose_block, method_of, worker_bytes, writer_bytes
 from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import Recipe
-from pcb_ray.search.evaluators import check_evaluator
-from pcb_ray.search.references import dry_score, references
-from pcb_ray.search.request import Config, Search, Space, grid_of
-from pcb_ray.search.worker import Arm, Job
+from pcb_ray.searching.evaluators import check_evaluator
+from pcb_ray.searching.references import dry_score, references
+from pcb_ray.searching.request import Config, Search, Space, grid_of
+from pcb_ray.searching.worker import Arm, Job
 
 log = logging.getLogger("pcb_ray")
 
@@ -162,7 +162,7 @@ def sweep(
 def _tools() -> tuple[Any, Any]:
     """Two modules with seconds of imports, for when the request is known to be right. Raises RequestError if a library is not installed."""
     try:
-        from pcb_ray.search import report, tune
+        from pcb_ray.searching import report, tune
     except ImportError as error:
         raise RequestError(f"search: {error}. Fix: pip install 'pcb-ray[search]'.") from error
     return report, tune
@@ -185,7 +185,7 @@ def _prepared(
     memory: int | None,
 ) -> Iterator[tuple[State, Job]]:
     """The state on disk, the cluster, and a job whose bases are yet to be made. `model`: whether the output is to have one."""
-    from pcb_ray.search import tune
+    from pcb_ray.searching import tune
 
     output.check_place(out)
     if (address or os.environ.get("RAY_ADDRESS") or "").startswith("ray://"):
@@ -327,7 +327,7 @@ def _with_bases(job: Job, state: State, scored: bool, *, workers: int | None, me
 
 
 def _with_basis(arm: Arm, state: State, variant: str, scored: bool, *, workers: int | None, memory: int | None, quiet: bool) -> Arm:
-    from pcb_ray.basis import chunk_file
+    from pcb_ray.searching.basis import chunk_file
 
     plan, folder = arm.plan, Path(arm.folder)
     folder.mkdir(exist_ok=True)
@@ -374,7 +374,7 @@ def _tried(
     job: Job, state: State, asker: Any, progress: Any, total: int, known: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The records of all trials, and the best. Raises RunError if there is none with a score."""
-    from pcb_ray.search import tune
+    from pcb_ray.searching import tune
 
     shutil.rmtree(state.folder / "tune", ignore_errors=True)
     records = tune.run_trials(job, asker, progress, total, storage=state.folder, known=known, name="tune")
@@ -394,7 +394,7 @@ def _commit(state: State, winner: Recipe) -> None:
 
 def _progress(total: int, job: Job, state: State, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
     """What keeps a record of each trial as it ends, and the records of an earlier run."""
-    from pcb_ray.search import tune
+    from pcb_ray.searching import tune
 
     def keep(key: str, record: Mapping[str, Any]) -> None:
         state.wrote({f"trial {job.scored_by} {key}": json.dumps(record)})
@@ -423,7 +423,7 @@ def _known_trials(job: Job, state: State) -> dict[str, Any]:
 
 def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_shard_bytes: int, **options: Any) -> None:
     """The ordinary merge of the winner into the staging folder. It knows the thresholds already, as a resumed merge does."""
-    from pcb_ray.basis import Basis
+    from pcb_ray.searching.basis import Basis
 
     place = state.folder / "winner"
     for leftover in (place, output.state_folder(place)):

@@ -14,8 +14,8 @@ import ray
 from ray import tune
 
 from pcb_ray.errors import with_place
-from pcb_ray.search.request import key_of
-from pcb_ray.search.worker import Job, Worker
+from pcb_ray.searching.request import key_of
+from pcb_ray.searching.worker import Job, Worker
 
 OBJECTIVE = "objective"  # what Tune sees as the metric of a trial: the user's metric, NaN for a trial that failed
 

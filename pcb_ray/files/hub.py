@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pcb_ray.errors import RequestError
-from pcb_ray.weights import show
+from pcb_ray.files.safetensors import show
 
 _TIMEOUT_S = 10
 # What a merged model takes from its base besides weights: never code, never another format's weights.

@@ -20,12 +20,12 @@ import numpy as np
 from pcb_ray import output, runtime
 from pcb_ray.analysis import Run, Sweep, check_twins, digest_of, digests_of_inputs, thresholds_of, warnings_of
 from pcb_ray.answers import Thresholds
-from pcb_ray.checkpoint import Checkpoint, Tensor, open_checkpoint, read_header
 from pcb_ray.errors import RequestError
+from pcb_ray.files.checkpoint import Checkpoint, Tensor, open_checkpoint, read_header
 from pcb_ray.output import RECEIPT, RECIPE, State
-from pcb_ray.plan import DEFAULT_SHARD_BYTES, Plan, choose_block, plan_of
-from pcb_ray.plan import plan as make_plan
-from pcb_ray.plan import worker_bytes as announced_bytes
+from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan, choose_block, plan_of
+from pcb_ray.planning import plan as make_plan
+from pcb_ray.planning import worker_bytes as announced_bytes
 from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import Model, Recipe
 
