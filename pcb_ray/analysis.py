@@ -15,7 +15,7 @@ from pcb_ray.answers import BETA, LARGEST_KEY, MAGNITUDE, Thresholds, value_of_k
 from pcb_ray.errors import InputError
 from pcb_ray.planning import CLIP, SAMPLE_RUN, Plan
 from pcb_ray.progress import Progress
-from pcb_ray.runtime import Owners
+from pcb_ray.questions import Owners
 from pcb_ray.selection import TALLY_ENTRIES, Bracket
 
 log = logging.getLogger("pcb_ray")

@@ -11,15 +11,16 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pcb_ray import runtime
+from pcb_ray.cluster import nodes
 from pcb_ray.errors import RequestError, RunError, reason_in, with_place
 from pcb_ray.output import State
 from pcb_ray.progress import Counted
-from pcb_ray.runtime import CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S
 from pcb_ray.searching.request import Config, key_of
 from pcb_ray.searching.worker import Job
 
 log = logging.getLogger("pcb_ray")
+
+CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S = 300.0, 120.0
 
 Scores = dict[str, dict[str, Any]]
 """Metrics by split."""
@@ -172,7 +173,7 @@ class _Scorers:
             elif time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
                 raise RunError(
                     f"no worker with {self._waits_for} could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: other jobs may hold what the cluster has "
-                    f"({runtime.nodes()}); free some, then --resume goes on"
+                    f"({nodes()}); free some, then --resume goes on"
                 )
             for answer in ready:
                 if answer in self._starting:
