@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from pcb_ray.errors import InputError, RequestError, RunError
-from pcb_ray.files.checkpoint import Checkpoint, fsync_file, fsync_folder, write_atomically
+from pcb_ray.files.checkpoint import Checkpoint
+from pcb_ray.files.store import fsync_file, fsync_folder, write_atomically
 from pcb_ray.planning import Plan, Slot
 from pcb_ray.recipe import DTYPES, Recipe
 

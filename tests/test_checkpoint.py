@@ -31,12 +31,11 @@ from pcb_ray.files.checkpoint import (
     DTYPE_BYTES,
     Checkpoint,
     Tensor,
-    fsync_folder,
     open_checkpoint,
     read_header,
     safetensors_header,
-    write_atomically,
 )
+from pcb_ray.files.store import fsync_folder, write_atomically
 
 # An oracle of its own: what torch calls the dtypes of safetensors.
 TORCH_DTYPES = {

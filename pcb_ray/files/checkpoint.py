@@ -6,10 +6,8 @@ over all its files and raised at once as a `RequestError`.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +42,7 @@ from pcb_ray.files.safetensors import (
 from pcb_ray.files.torch_file import read_torch_file
 
 __all__ = [
-    "DTYPE_BYTES", "FLOAT_DTYPES", "Checkpoint", "File", "Tensor", "fsync_folder", "open_checkpoint", "read_header",
-    "safetensors_header", "write_atomically",
+    "DTYPE_BYTES", "FLOAT_DTYPES", "Checkpoint", "File", "Tensor", "open_checkpoint", "read_header", "safetensors_header",
 ]  # fmt: skip
 
 _HUB_HEADER_BYTES = 1 << 16  # the first request for a header; it holds some 500 tensors
@@ -330,45 +327,6 @@ def _index_problems(where: str, layout: _Layout, read: Sequence[Weights]) -> lis
 
 
 # ---------------------------------------------------------------------------------------------------- files
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """After this, `path` holds `data`, also after a power cut; until then it holds what it held before.
-
-    Raises OSError, leaving nothing behind.
-    """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(aside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
-def fsync_file(path: Path) -> None:
-    """Make durable what a file holds."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_folder(path: Path) -> None:
-    """Make the folder's entries (files made, renamed, removed) durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that can't sync folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _read_weights(path: Path) -> Weights:
