@@ -63,17 +63,16 @@ class _Actor:
     adds up totals and makes files durable: it works while the first one is stuck in a read.
     """
 
-    def __init__(self, make: Callable[[Plan, str, int, str], Owner]) -> None:
-        self.make = make
+    def __init__(self) -> None:
         self.subtotal: Subtotal[Any] = Subtotal()
 
     def where(self) -> str:
         """How a person finds this process."""
         return f"pid {os.getpid()} on {socket.gethostname()}"
 
-    def use(self, plan: Plan, device: str, block_elements: int, writes_to: str) -> OwnerState:
+    def use(self, make: Callable[[Plan, str, int, str], Owner], plan: Plan, options: tuple[str, int, str]) -> OwnerState:
         """Be the owner of this plan from now on."""
-        self.owner = self.make(plan, device, block_elements, writes_to)
+        self.owner = make(plan, *options)
         return self.owner.state()
 
     def ask(self, question: Question[Answer], items: Sequence[int]) -> tuple[Answer, OwnerState, float]:
@@ -164,9 +163,8 @@ class RayOwners:
         import ray
 
         resources = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": 1}
-        self._remote = ray.remote(_Actor).options(
-            scheduling_strategy="SPREAD", memory=worker_bytes, max_restarts=0, concurrency_groups={"aside": 1}, **resources
-        )
+        actor = ray.remote(concurrency_groups={"aside": 1})(_Actor)  # type: ignore[call-overload]  # its types lack it
+        self._remote = actor.options(scheduling_strategy="SPREAD", memory=worker_bytes, max_restarts=0, **resources)
         self._device, self._make_owner, self._patience = device, make_owner, patience
         self._arguments: Sequence[Any] = ()  # of `use`
         self._workers: dict[int, _Worker] = {}  # by number; a replacement has a new one
@@ -195,7 +193,7 @@ class RayOwners:
         """All questions from now on are about this plan. The actors stay, and get new owners; so do their replacements."""
         import ray
 
-        self._arguments = (ray.put(plan), self._device, block_elements, writes_to)
+        self._arguments = (self._make_owner, ray.put(plan), (self._device, block_elements, writes_to))
         for worker in self._workers.values():
             self._open(worker)
 
@@ -432,7 +430,7 @@ class RayOwners:
     # --- coming and going -----------------------------------------------------------------------------------------------------------
 
     def _place(self) -> None:
-        worker = _Worker(self._born, self._remote.remote(self._make_owner))
+        worker = _Worker(self._born, self._remote.remote())
         self._born += 1
         self._begin_subtotal(worker)
         self._workers[worker.number] = worker
@@ -504,7 +502,7 @@ class RayOwners:
                 job.deaths[first.batch] += 1
                 same_part = job.deaths[first.batch]
             job.schedule.lost(worker.number)
-        if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._workers) + 2):
+        if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._workers) + 1):
             raise RunError(
                 f"{self._deaths} workers {'were lost' if silent else 'died'}, {same_part} of them on the same part of the model; "
                 f"the last one was {worker}: {reason}. {ADVICE_ON_SILENCE if silent else ADVICE}"

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -318,9 +318,9 @@ class FakePlan:
 
 
 @pytest.fixture
-def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalOwners]:
+def local(monkeypatch: pytest.MonkeyPatch) -> LocalOwners:
     monkeypatch.setattr("pcb_ray.owner.Owner", FakeOwner)
-    yield LocalOwners(FakePlan(), object(), threads=3)  # type: ignore[arg-type]
+    return LocalOwners(FakePlan(), object(), threads=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [1, 2, 100, 1000])
