@@ -123,6 +123,11 @@ class _Call:
     batch: int = -1
     number: int = 0  # of the subtotal that the answer belongs to
 
+    @property
+    def usual_s(self) -> float | None:
+        """How long it usually takes."""
+        return self.job.pace.usual_s(len(self.job.schedule.batches[self.batch])) if self.job else None
+
 
 @dataclass
 class _Worker:
@@ -226,7 +231,7 @@ class RayOwners:
         schedule = job.schedule
         while not schedule.done:
             yield from self._work(job)
-            written_s = {n: job.pace.usual_s(schedule.items_of(schedule.held(n))) for n in schedule.holders()}
+            written_s = {n: job.pace.usual_s(schedule.items_held(n)) for n in schedule.holders()}
             limits = {n: self._patience.sync_late_after(seconds) for n, seconds in written_s.items()}
             syncs = {n: self._workers[n].actor.sync.options(**ASIDE).remote() for n in limits}
             for number in self._aside(job, "make durable what it wrote", syncs, limits):
@@ -278,8 +283,8 @@ class RayOwners:
                 self._send(job, worker, batch)
             if not worker.calls:
                 idle.append(worker)
-        if idle:
-            slow = {worker.number for worker in self._workers.values() if self._standing(worker) >= Standing.SLOW}
+        slow = {worker.number for worker in self._workers.values() if self._standing(worker) >= Standing.SLOW} if idle else ()
+        if slow:
             for worker in idle:
                 if (batch := job.schedule.double(worker.number, slow)) is not None:
                     log.info("%s also does what a slow one has at hand", worker)
@@ -317,26 +322,28 @@ class RayOwners:
                 if _is_loss(error):
                     self._lose(worker, job, reason_in(error))
                     continue
-                if call.job is job and (job is None or not job.schedule.is_answered(call.batch)):
+                if call.job is None or (call.job is job and not job.schedule.is_answered(call.batch)):
                     raise _ours(error) from None
-                answer = None  # it matters no more
+                answer = None  # another has answered
             del worker.calls[reference]
             worker.since_s, worker.warned = self._clock_s, False
             if call.job is None:
                 self._placed_or_opened(worker, answer)
-            elif answer is not None:
-                self._fruitless = 0
+                continue
+            self._fruitless = 0
+            result, seconds = None, 0.0
+            if answer is not None:
                 result, self._states[worker.number], seconds = answer
-                if job is call.job and self._counts(job, worker, call):
-                    items = job.schedule.batches[call.batch]
-                    job.pace.learn(len(items), seconds)
-                    answers.append((items, result))
+            if job is call.job and self._counts(job, worker, call, answer is not None):
+                items = job.schedule.batches[call.batch]
+                job.pace.learn(len(items), seconds)
+                answers.append((items, result))
         self._look_after(job)
         return answers
 
-    def _counts(self, job: _Job, worker: _Worker, call: _Call) -> bool:
+    def _counts(self, job: _Job, worker: _Worker, call: _Call, answered: bool) -> bool:
         """Whether this answer counts; where answers add up, its owner hears it later."""
-        if call.number != worker.subtotal:  # it was computed while its subtotal was given away, and forgotten
+        if not answered or call.number != worker.subtotal:  # it failed, or its subtotal was given away meanwhile
             job.schedule.in_vain(worker.number, call.batch)
             return False
         counts = job.schedule.answered(worker.number, call.batch)
@@ -471,7 +478,7 @@ class RayOwners:
         silent_s = self._clock_s - worker.since_s
         if call.job is None:
             return self._patience.standing_at(silent_s, self._patience.start_s)
-        return self._patience.standing(silent_s, call.job.pace.usual_s(len(call.job.schedule.batches[call.batch])))
+        return self._patience.standing(silent_s, call.usual_s)
 
     def _look_after(self, job: _Job | None) -> None:
         """Warn of owners that are late, and replace those that are lost."""
@@ -482,9 +489,10 @@ class RayOwners:
             elif standing == Standing.LATE and not worker.warned:
                 worker.warned = True
                 log.warning(
-                    "%s has not answered for %.0f s; idle workers do its part too, and after %.0f s it is replaced",
-                    worker, silent_s, self._patience.lost * silent_s,
-                )  # fmt: skip
+                    "%s has not answered for %.0f s: idle workers do its part too, and if it goes on it is replaced",
+                    worker,
+                    silent_s,
+                )
 
     def _lose(self, worker: _Worker, job: _Job | None, reason: str, *, silent: bool = False) -> None:
         """Replace an owner that died or does not answer. Raises RunError if that happens too often."""

@@ -123,11 +123,9 @@ class Schedule:
             self.batches += batches_of(items[start:stop], size)
             self._todo[owner] = collections.deque(range(first, len(self.batches)))
         self._keeps = keeps
-        self._at: dict[int, set[int]] = {}  # batch -> the owners that have it at hand
+        self._at: dict[int, set[int]] = {}  # batch -> the owners that have it at hand, if there are any
         self._answered: dict[int, int] = {}  # batch -> the owner whose answer counts
-        self._holder: dict[
-            int, int
-        ] = {}  # batch -> the owner with which the answer would be lost; another's once totals were added up
+        self._held: dict[int, list[int]] = {}  # owner -> the batches whose answers would be lost with it
 
     @property
     def done(self) -> bool:
@@ -152,7 +150,7 @@ class Schedule:
 
     def double(self, owner: int, slow: Collection[int]) -> int | None:
         """A batch that only slow owners have at hand: now this owner has it as well. The one goes first that the fewest have."""
-        candidates = [b for b, at in self._at.items() if at and b not in self._answered and owner not in at and at.issubset(slow)]
+        candidates = [b for b, at in self._at.items() if b not in self._answered and owner not in at and at.issubset(slow)]
         if not candidates:
             return None
         batch = min(candidates, key=lambda b: (len(self._at[b]), b))
@@ -161,17 +159,17 @@ class Schedule:
 
     def answered(self, owner: int, batch: int) -> bool:
         """This owner has answered; whether its answer counts, which it does if it is the first."""
-        self._at[batch].discard(owner)
+        self._let_go(owner, batch)
         if batch in self._answered:
             return False
         self._answered[batch] = owner
         if self._keeps:
-            self._holder[batch] = owner
+            self._held.setdefault(owner, []).append(batch)
         return True
 
     def in_vain(self, owner: int, batch: int) -> None:
-        """This owner has answered, but its answer is of no use."""
-        self._at[batch].discard(owner)
+        """This owner is done with a batch, but its answer is of no use."""
+        self._let_go(owner, batch)
         self._put_back(owner, batch)
 
     def lost(self, owner: int) -> None:
@@ -182,37 +180,37 @@ class Schedule:
 
     def forgotten(self, owner: int) -> None:
         """What this owner held is gone, and to do again."""
-        for batch in self.held(owner):
-            del self._holder[batch], self._answered[batch]
+        for batch in self._held.pop(owner, []):
+            del self._answered[batch]
             self._put_back(owner, batch)
 
     def safe(self, owner: int) -> None:
         """What this owner held can't be lost any more."""
-        for batch in self.held(owner):
-            del self._holder[batch]
+        self._held.pop(owner, None)
 
     def moved(self, giver: int, taker: int) -> None:
         """What one owner held is now held by another."""
-        self._holder.update(dict.fromkeys(self.held(giver), taker))
+        self._held[taker] += self._held.pop(giver)
 
-    def held(self, owner: int) -> list[int]:
-        """The batches that would be lost with this owner."""
-        return [batch for batch, holder in self._holder.items() if holder == owner]
+    def holders(self) -> list[int]:
+        """The owners that hold something."""
+        return list(self._held)
+
+    def items_held(self, owner: int) -> int:
+        """How many items would be lost with this owner."""
+        return sum(len(self.batches[batch]) for batch in self._held.get(owner, ()))
 
     def counting(self, owner: int) -> list[int]:
         """The batches that this owner has answered itself, whose answers count, and which it holds."""
-        return [batch for batch in self.held(owner) if self._answered[batch] == owner]
+        return [batch for batch in self._held.get(owner, ()) if self._answered[batch] == owner]
 
-    def items_of(self, batches: Iterable[int]) -> int:
-        """How many items these batches have."""
-        return sum(len(self.batches[b]) for b in batches)
-
-    def holders(self) -> list[int]:
-        """The owners that hold something, in the order in which they came to it."""
-        return list(dict.fromkeys(self._holder.values()))
+    def _let_go(self, owner: int, batch: int) -> None:
+        self._at[batch].remove(owner)
+        if not self._at[batch]:
+            del self._at[batch]
 
     def _put_back(self, owner: int, batch: int) -> None:
-        if batch not in self._answered and not self._at[batch]:
+        if batch not in self._answered and batch not in self._at:
             self._todo.setdefault(owner, collections.deque()).appendleft(batch)
 
 

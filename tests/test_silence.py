@@ -177,6 +177,7 @@ def folder(tmp_path: Path) -> Folder:
 # --- claims -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_replaced_and_each_item_is_counted_once(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     told: list[int] = []
     with owners_of(folder, BRISK) as owners, caplog.at_level(logging.WARNING, "pcb_ray"):
@@ -192,6 +193,7 @@ def test_a_stopped_worker_is_replaced_and_each_item_is_counted_once(folder: Fold
     assert re.search(rf"worker \d+ \(pid {pid} on \S+\) is given up .*its part is done again by another", caplog.text)
 
 
+@pytest.mark.slow
 def test_the_place_of_a_stopped_worker_is_free_for_another(folder: Folder) -> None:
     with owners_of(folder, BRISK, workers=4) as owners:  # as many as there are cores
         counted(owners, Counting(stops=5))
@@ -201,6 +203,7 @@ def test_the_place_of_a_stopped_worker_is_free_for_another(folder: Folder) -> No
         assert len({pid for _, (_, pid) in owners.ask(WhichPlan(), range(400))}) == 4
 
 
+@pytest.mark.slow
 def test_answers_of_a_stopped_worker_that_arrived_are_not_asked_for_again(folder: Folder) -> None:
     with owners_of(folder, BRISK) as owners:
         seen = [item for batch, answer in owners.ask(Counting(stops=5), ITEMS) for item in batch if answer.of_item[item]]
@@ -245,6 +248,7 @@ def test_a_worker_that_wakes_after_its_work_was_given_away_does_not_count_twice(
         counted(owners, Counting())
 
 
+@pytest.mark.slow
 def test_what_a_worker_wrote_that_stops_while_it_syncs_is_written_again(folder: Folder) -> None:
     with owners_of(folder, BRISK) as owners:
         written = [item for batch, _ in owners.store(Writing(), ITEMS) for item in batch]
@@ -254,11 +258,12 @@ def test_what_a_worker_wrote_that_stops_while_it_syncs_is_written_again(folder: 
     assert all(folder.has(f"durable {item}") for item in ITEMS)
 
 
+@pytest.mark.slow
 def test_when_every_worker_stops_the_run_ends_and_says_so(folder: Folder) -> None:
     patience = dataclasses.replace(BRISK, late_least_s=1.0, unknown_s=1.0)
-    with owners_of(folder, patience) as owners:
-        with pytest.raises(RunError, match=r"workers were lost, .*it did not answer for \d+ s\. Fix: .*mount.*--resume"):
-            counted(owners, Counting(always=True))
+    wanted = r"workers were lost, .*it did not answer for \d+ s\. Fix: .*mount.*--resume"
+    with owners_of(folder, patience) as owners, pytest.raises(RunError, match=wanted):
+        counted(owners, Counting(always=True))
     for pid in stopped_in(folder):
         await_that("it is gone", lambda pid=pid: not psutil.pid_exists(pid))
 
@@ -280,6 +285,17 @@ def test_a_killed_worker_is_replaced_by_one_of_the_current_plan(folder: Folder, 
         assert {path for path, _ in replaced} == {str(second)}
         assert not pids & {pid for _, pid in replaced}
         assert owners.deaths == len(pids)
+
+
+def test_a_question_that_was_dropped_halfway_does_not_disturb_the_next(folder: Folder) -> None:
+    with owners_of(folder, CALM) as owners:
+        dropped = owners.ask(Counting(waits=5), ITEMS)
+        next(dropped)
+        for _ in range(2):
+            counted(owners, Counting())
+        folder.claim("go")
+        counted(owners, Counting())
+        assert owners.deaths == 0
 
 
 def test_what_an_owner_raises_is_raised_as_it_is(folder: Folder) -> None:
