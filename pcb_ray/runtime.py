@@ -26,7 +26,7 @@ from pcb_ray.cluster import nodes
 from pcb_ray.errors import RunError, reason_in
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, OwnerState, Question, TotalT
-from pcb_ray.schedule import Pace, Part, Patience, Schedule, Standing, Subtotal, proved
+from pcb_ray.schedule import Pace, Part, Patience, Schedule, Standing, Subtotal, Verdict, proved
 
 if TYPE_CHECKING:
     from pcb_ray.owner import Owner
@@ -81,19 +81,16 @@ class _Actor:
         answer = question.answer(self.owner, items)
         return answer, self.owner.state(), time.monotonic() - start
 
-    def add(
-        self, number: int, batch: int, settled: tuple[Sequence[int], Sequence[int]], question: Question[Any], items: Sequence[int]
-    ) -> tuple[None, OwnerState, float]:
-        """Settle earlier answers (those that count, those that do not), and keep this one apart until it is settled too."""
+    def add(self, verdict: Verdict, batch: int, question: Question[Any], items: Sequence[int]) -> tuple[None, OwnerState, float]:
+        """Settle earlier answers, and keep this one apart until it is settled too."""
         start = time.monotonic()
-        counting, dropping = settled
-        if self.subtotal.settle(number, counting, dropping):
-            self.subtotal.keep(number, batch, Part.of(items, question.answer(self.owner, items)))
+        if self.subtotal.settle(verdict):
+            self.subtotal.keep(verdict.number, batch, Part.of(items, question.answer(self.owner, items)))
         return None, self.owner.state(), time.monotonic() - start
 
-    def give(self, number: int, counting: Sequence[int]) -> tuple[bool, Part[Any] | None]:
+    def give(self, verdict: Verdict) -> tuple[bool, Part[Any] | None]:
         """The total of the answers that count; before it, alone, a word that it is there."""
-        return True, self.subtotal.give(number, counting)
+        return True, self.subtotal.give(verdict)
 
     def absorb(self, number: int, part: Part[Any] | None) -> None:
         """Add what another owner has counted."""
@@ -140,9 +137,6 @@ class _Worker:
     place: str = ""  # where it was placed
     opening: int = 0  # how often it is yet to open its files
     warned: bool = False
-    subtotal: int = 0  # the number of its subtotal
-    counting: list[int] = field(default_factory=list)  # batches whose answers it shall add to it, and has not been told yet
-    dropping: list[int] = field(default_factory=list)  # batches whose answers it shall forget
 
     def __str__(self) -> str:
         return f"worker {self.number} ({self.place or 'not yet placed'})"
@@ -261,9 +255,8 @@ class RayOwners:
         import ray
 
         self._fruitless = 0
-        for worker in self._workers.values():
-            self._begin_subtotal(worker)
-        return _Job(ray.put(question), Schedule(items, list(self._workers), keeps=keeps), adds_up)
+        schedule = Schedule(items, list(self._workers), keeps=keeps, numbers=self._numbers)
+        return _Job(ray.put(question), schedule, adds_up)
 
     # --- the first thread of the owners: batches ------------------------------------------------------------------------------------
 
@@ -291,14 +284,10 @@ class RayOwners:
                     self._send(job, worker, batch)
 
     def _send(self, job: _Job, worker: _Worker, batch: int) -> None:
-        items = job.schedule.batches[batch]
-        if job.adds_up:
-            settled = (worker.counting, worker.dropping)
-            reference = worker.actor.add.remote(worker.subtotal, batch, settled, job.question, items)
-            worker.counting, worker.dropping = [], []
-        else:
-            reference = worker.actor.ask.remote(job.question, items)
-        self._expect(worker, reference, _Call(job, batch, worker.subtotal))
+        items, verdict = job.schedule.batches[batch], job.schedule.verdict(worker.number)
+        actor, question = worker.actor, job.question
+        reference = actor.add.remote(verdict, batch, question, items) if job.adds_up else actor.ask.remote(question, items)
+        self._expect(worker, reference, _Call(job, batch, verdict.number))
 
     def _turn(self, job: _Job | None) -> list[tuple[Sequence[int], Any]]:
         """Wait for a sign of any owner, but not long, and look who is late. Returns what was answered of this job and counts."""
@@ -331,25 +320,17 @@ class RayOwners:
                 self._placed_or_opened(worker, answer)
                 continue
             self._fruitless = 0
-            result, seconds = None, 0.0
-            if answer is not None:
-                result, self._states[worker.number], seconds = answer
-            if job is call.job and self._counts(job, worker, call, answer is not None):
+            if answer is None:
+                if call.job is job:
+                    job.schedule.in_vain(worker.number, call.batch)
+                continue
+            result, self._states[worker.number], seconds = answer
+            if call.job is job and job.schedule.answered(worker.number, call.batch, call.number):
                 items = job.schedule.batches[call.batch]
                 job.pace.learn(len(items), seconds)
                 answers.append((items, result))
         self._look_after(job)
         return answers
-
-    def _counts(self, job: _Job, worker: _Worker, call: _Call, answered: bool) -> bool:
-        """Whether this answer counts; where answers add up, its owner hears it later."""
-        if not answered or call.number != worker.subtotal:  # it failed, or its subtotal was given away meanwhile
-            job.schedule.in_vain(worker.number, call.batch)
-            return False
-        counts = job.schedule.answered(worker.number, call.batch)
-        if job.adds_up:
-            (worker.counting if counts else worker.dropping).append(call.batch)
-        return counts
 
     # --- the second thread of the owners: totals and files --------------------------------------------------------------------------
 
@@ -396,7 +377,7 @@ class RayOwners:
         additions = {}
         for giver in gave:
             taker = self._workers[taker_of[giver]]
-            additions[taker.number] = taker.actor.absorb.options(**ASIDE).remote(taker.subtotal, parts[giver])
+            additions[taker.number] = taker.actor.absorb.options(**ASIDE).remote(job.schedule.number_of(taker.number), parts[giver])
         added = self._aside(job, "add up totals", additions, limits)
         for giver in gave:
             taken = taker_of[giver]
@@ -405,8 +386,6 @@ class RayOwners:
             else:  # nobody knows what has become of the two totals
                 job.schedule.forgotten(giver)
                 job.schedule.forgotten(taken)
-                if taken in self._workers:
-                    self._begin_subtotal(self._workers[taken])
         return len(taker_of) - len(added)
 
     def _total_of(self, job: _Job, holder: int) -> Part[Any] | None:
@@ -425,21 +404,16 @@ class RayOwners:
         return None
 
     def _give(self, job: _Job, worker: _Worker) -> tuple[Any, Any]:
-        """References to a word that the total was given, and to the total. What this owner counts from now on is another subtotal."""
+        """References to a word that the total was given, and to the total. What this owner counts from now on is another one."""
         give = worker.actor.give.options(**ASIDE, num_returns=2)
-        given, part = give.remote(worker.subtotal, job.schedule.counting(worker.number))
-        self._begin_subtotal(worker)
+        given, part = give.remote(job.schedule.last_verdict(worker.number))
         return given, part
-
-    def _begin_subtotal(self, worker: _Worker) -> None:
-        worker.subtotal, worker.counting, worker.dropping = next(self._numbers), [], []
 
     # --- coming and going -----------------------------------------------------------------------------------------------------------
 
     def _place(self) -> None:
         worker = _Worker(self._born, self._remote.remote())
         self._born += 1
-        self._begin_subtotal(worker)
         self._workers[worker.number] = worker
         self._expect(worker, worker.actor.where.remote(), _Call(None))
         if self._arguments:

@@ -15,9 +15,9 @@ import collections
 import enum
 import itertools
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, NamedTuple
 
 from pcb_ray.errors import RunError
 from pcb_ray.questions import TotalT
@@ -107,13 +107,22 @@ class Pace:
 # --- who does what ------------------------------------------------------------------------------------------------------------------
 
 
+class Verdict(NamedTuple):
+    """What an owner hears of its answers to batches: those that count in its subtotal of this number, and those to forget."""
+
+    number: int
+    counting: list[int]
+    dropping: list[int]
+
+
 class Schedule:
     """Which batches of one question are to do, at hand, and answered; and by whom. Batches and owners are numbers.
 
-    With `keeps`, answers stay with their owners (in totals, or in files that are not yet durable) and are lost with them.
+    With `keeps`, answers stay with their owners (in totals, or in files that are not yet durable) and are lost with them. `numbers` are those of
+    their subtotals: they grow from question to question.
     """
 
-    def __init__(self, items: Sequence[int], owners: Sequence[int], *, keeps: bool) -> None:
+    def __init__(self, items: Sequence[int], owners: Sequence[int], *, keeps: bool, numbers: Iterator[int]) -> None:
         size = max(1, min(MAX_BATCH, len(items) // max(1, len(owners) * BATCHES_PER_OWNER)))
         self.batches: list[Sequence[int]] = []
         self._todo: dict[int, collections.deque[int]] = {}
@@ -122,7 +131,8 @@ class Schedule:
             first = len(self.batches)
             self.batches += batches_of(items[start:stop], size)
             self._todo[owner] = collections.deque(range(first, len(self.batches)))
-        self._keeps = keeps
+        self._keeps, self._numbers = keeps, numbers
+        self._news: dict[int, Verdict] = {}  # owner -> what it has not heard yet
         self._at: dict[int, set[int]] = {}  # batch -> the owners that have it at hand, if there are any
         self._answered: dict[int, int] = {}  # batch -> the owner whose answer counts
         self._held: dict[int, list[int]] = {}  # owner -> the batches whose answers would be lost with it
@@ -157,12 +167,19 @@ class Schedule:
         self._at[batch].add(owner)
         return batch
 
-    def answered(self, owner: int, batch: int) -> bool:
-        """This owner has answered; whether its answer counts, which it does if it is the first."""
+    def answered(self, owner: int, batch: int, number: int) -> bool:
+        """This owner has answered for its subtotal of this number; whether its answer counts, which it does if it is the first. An answer that
+        came when its subtotal was given away is of no use."""
+        news = self._news_for(owner)
+        if number != news.number:
+            self.in_vain(owner, batch)
+            return False
         self._let_go(owner, batch)
         if batch in self._answered:
+            news.dropping.append(batch)
             return False
         self._answered[batch] = owner
+        news.counting.append(batch)
         if self._keeps:
             self._held.setdefault(owner, []).append(batch)
         return True
@@ -179,7 +196,8 @@ class Schedule:
             self.in_vain(owner, batch)
 
     def forgotten(self, owner: int) -> None:
-        """What this owner held is gone, and to do again."""
+        """What this owner held is gone, and to do again; it begins another subtotal."""
+        self._news.pop(owner, None)
         for batch in self._held.pop(owner, []):
             del self._answered[batch]
             self._put_back(owner, batch)
@@ -200,9 +218,26 @@ class Schedule:
         """How many items would be lost with this owner."""
         return sum(len(self.batches[batch]) for batch in self._held.get(owner, ()))
 
-    def counting(self, owner: int) -> list[int]:
-        """The batches that this owner has answered itself, whose answers count, and which it holds."""
-        return [batch for batch in self._held.get(owner, ()) if self._answered[batch] == owner]
+    def verdict(self, owner: int) -> Verdict:
+        """What this owner is to hear with its next batch."""
+        news = self._news_for(owner)
+        self._news[owner] = Verdict(news.number, [], [])
+        return news
+
+    def number_of(self, owner: int) -> int:
+        """The number of this owner's subtotal."""
+        return self._news_for(owner).number
+
+    def last_verdict(self, owner: int) -> Verdict:
+        """What this owner is to hear when it gives its subtotal away, whether it heard of it before or not; it begins another one."""
+        number = self._news_for(owner).number
+        del self._news[owner]
+        return Verdict(number, [batch for batch in self._held.get(owner, ()) if self._answered[batch] == owner], [])
+
+    def _news_for(self, owner: int) -> Verdict:
+        if owner not in self._news:
+            self._news[owner] = Verdict(next(self._numbers), [], [])
+        return self._news[owner]
 
     def _let_go(self, owner: int, batch: int) -> None:
         self._at[batch].remove(owner)
@@ -258,15 +293,15 @@ class Subtotal(Generic[TotalT]):
         self._apart: dict[int, Part[TotalT]] = {}
         self._lock = threading.Lock()
 
-    def settle(self, number: int, counting: Iterable[int], dropping: Iterable[int] = ()) -> bool:
-        """Count the answers to some batches and forget those to others; to hear again what was settled before does nothing. Returns whether an
-        answer that is computed now could count."""
+    def settle(self, verdict: Verdict) -> bool:
+        """Count answers and forget others; to hear again what was settled before does nothing. Returns whether an answer that is computed now could
+        count."""
         with self._lock:
-            if number > self._number:
-                self._number, self._part, self._apart = number, None, {}
-            if number == self._number:
-                self._settle(counting, dropping)
-            return number == self._number
+            if verdict.number > self._number:
+                self._begin(verdict.number)
+            if verdict.number == self._number:
+                self._settle(verdict)
+            return verdict.number == self._number
 
     def keep(self, number: int, batch: int, answer: Part[TotalT]) -> None:
         """Keep an answer apart, if its subtotal is still here."""
@@ -274,30 +309,30 @@ class Subtotal(Generic[TotalT]):
             if number == self._number:
                 self._apart[batch] = answer
 
-    def give(self, number: int, counting: Iterable[int]) -> Part[TotalT] | None:
+    def give(self, verdict: Verdict) -> Part[TotalT] | None:
         """The part with exactly the answers that count. What else comes to this subtotal counts nowhere."""
         with self._lock:
-            if number != self._number:
+            if verdict.number != self._number:
                 return None
-            self._settle(counting)
+            self._settle(verdict)
             part = self._part
-            self._number, self._part, self._apart = number + 1, None, {}
+            self._begin(self._number + 1)
             return part
 
     def absorb(self, number: int, part: Part[TotalT] | None) -> None:
-        """Add what another owner has counted. Raises RunError if that is nothing."""
-        if part is None:
-            raise _miscounted("the total of an owner that has counted, found none")
+        """Add what another owner has counted. Raises RunError if there is nothing to add, or no subtotal to add it to."""
         with self._lock:
-            if number > self._number:
-                self._number, self._part, self._apart = number, None, {}
-            if number == self._number:
-                self._add(part)
+            if part is None or number != self._number:
+                raise _miscounted("two subtotals to add up, found one at most")
+            self._add(part)
 
-    def _settle(self, counting: Iterable[int], dropping: Iterable[int] = ()) -> None:
-        for batch in dropping:
+    def _begin(self, number: int) -> None:
+        self._number, self._part, self._apart = number, None, {}
+
+    def _settle(self, verdict: Verdict) -> None:
+        for batch in verdict.dropping:
             self._apart.pop(batch, None)
-        for batch in counting:
+        for batch in verdict.counting:
             if (answer := self._apart.pop(batch, None)) is not None:
                 self._add(answer)
 
