@@ -291,8 +291,6 @@ class RayOwners:
 
     def _turn(self, job: _Job | None) -> list[tuple[Sequence[int], Any]]:
         """Wait for a sign of any owner, but not long, and look who is late. Returns what was answered of this job and counts."""
-        import ray
-
         worker_of = {reference: worker for worker in self._workers.values() for reference in worker.calls}
         ready = self._wait(list(worker_of))
         if ready:
@@ -302,35 +300,41 @@ class RayOwners:
         answers = []
         for reference in ready:
             worker = worker_of[reference]
-            if self._workers.get(worker.number) is not worker:
-                continue  # it was lost by an earlier one of its calls
-            call = worker.calls[reference]
-            try:
-                answer = ray.get(reference, timeout=self._patience.exchange_s)
-            except ray.exceptions.RayError as error:  # a large answer is lost with the node that keeps it
-                if _is_loss(error):
-                    self._lose(worker, job, reason_in(error))
-                    continue
-                if call.job is None or (call.job is job and not job.schedule.is_answered(call.batch)):
-                    raise _ours(error) from None
-                answer = None  # another has answered
-            del worker.calls[reference]
-            worker.since_s, worker.warned = self._clock_s, False
-            if call.job is None:
-                self._placed_or_opened(worker, answer)
-                continue
-            self._fruitless = 0
-            if answer is None:
-                if call.job is job:
-                    job.schedule.in_vain(worker.number, call.batch)
-                continue
-            result, self._states[worker.number], seconds = answer
-            if call.job is job and job.schedule.answered(worker.number, call.batch, call.number):
-                items = job.schedule.batches[call.batch]
-                job.pace.learn(len(items), seconds)
-                answers.append((items, result))
+            if self._workers.get(worker.number) is worker:  # else it was lost by an earlier one of its calls
+                answers += self._hear(job, worker, reference)
         self._look_after(job)
         return answers
+
+    def _hear(self, job: _Job | None, worker: _Worker, reference: Any) -> list[tuple[Sequence[int], Any]]:
+        """Take what an owner says to one of its calls. Returns it, if it is an answer of this job and counts."""
+        import ray
+
+        call = worker.calls[reference]
+        try:
+            answer = ray.get(reference, timeout=self._patience.exchange_s)
+        except ray.exceptions.RayError as error:  # a large answer is lost with the node that keeps it
+            if _is_loss(error):
+                self._lose(worker, job, reason_in(error))
+                return []
+            if call.job is None or (call.job is job and not job.schedule.is_answered(call.batch)):
+                raise _ours(error) from None
+            answer = None  # another has answered
+        del worker.calls[reference]
+        worker.since_s, worker.warned = self._clock_s, False
+        if call.job is None:
+            self._placed_or_opened(worker, answer)
+            return []
+        self._fruitless = 0
+        if answer is None:
+            if call.job is job:
+                job.schedule.in_vain(worker.number, call.batch)
+            return []
+        result, self._states[worker.number], seconds = answer
+        if call.job is not job or not job.schedule.answered(worker.number, call.batch, call.number):
+            return []
+        items = job.schedule.batches[call.batch]
+        job.pace.learn(len(items), seconds)
+        return [(items, result)]
 
     # --- the second thread of the owners: totals and files --------------------------------------------------------------------------
 
@@ -495,8 +499,8 @@ class RayOwners:
         waited_s = self._clock_s - self._last_sign_s
         if waited_s > self._patience.placement_s:
             raise RunError(
-                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {nodes()}, and other jobs may hold its "
-                "cores or memory. Fix: free some, then --resume"
+                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {nodes()}, and other jobs, or workers that "
+                "a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
             )
 
 

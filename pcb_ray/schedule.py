@@ -45,17 +45,19 @@ class Standing(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an owner may take for a call. What is usual follows from the batches that were answered; times are in seconds.
+    """How long an owner may take for a call, in seconds.
 
-    Time in which the driver itself did not wait (because it was stopped, or busy with an answer) counts against nobody.
+    What is usual follows from the batches of the same question that were answered, by their numbers of items: items should cost about alike. Time in
+    which the driver itself did not wait (it was stopped, or busy with an answer) counts against nobody. The least times are generous: a file server
+    that starts anew keeps its clients waiting for minutes, and nothing is wrong with them.
     """
 
     slow: float = 2.0  # it is slow after so many times the usual time,
     slow_least_s: float = 2.0  # but not sooner than this
     late: float = 10.0  # it is late after so many times the usual time,
-    late_least_s: float = 60.0  # but not sooner than this,
+    late_least_s: float = 120.0  # but not sooner than this,
     unknown_s: float = 600.0  # and after this where nothing is known yet of what is usual
-    lost: float = 2.0  # it is lost after so many times the time until it was late
+    lost: float = 3.0  # it is lost after so many times the time until it was late
     start_s: float = 600.0  # an owner that opens its files is late after this,
     exchange_s: float = 120.0  # one that gives its total, or adds another's to it, after this,
     sync: float = 2.0  # and one that makes durable what it wrote after so many times the time that writing took,

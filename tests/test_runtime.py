@@ -51,7 +51,7 @@ def test_deadlines_follow_from_the_speed_measured_so_far() -> None:
     pace.learn(4, 100.0)
     pace.learn(6, 200.0)
     assert pace.usual_s(10) == 300.0
-    for silent_s, standing in ((599, Standing.PUNCTUAL), (600, Standing.SLOW), (3000, Standing.LATE), (6000, Standing.LOST)):
+    for silent_s, standing in ((599, Standing.PUNCTUAL), (600, Standing.SLOW), (3000, Standing.LATE), (9000, Standing.LOST)):
         assert patience.standing(silent_s, pace.usual_s(10)) == standing
 
 
@@ -169,6 +169,7 @@ def test_an_answer_that_comes_when_its_subtotal_was_given_away_counts_nowhere() 
     assert subtotal.give(Verdict(1, [], [])) is None
     subtotal.keep(1, 0, Part.of([0], Count.of([0])))
     assert not subtotal.settle(Verdict(1, [0], []))
+    assert subtotal.give(Verdict(2, [0], [])) is None
     assert subtotal.settle(Verdict(7, [0], []))
     assert subtotal.give(Verdict(7, [0], [])) is None
 

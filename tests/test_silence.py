@@ -33,7 +33,7 @@ from pcb_ray.schedule import Patience
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 ITEMS = range(16)
-BRISK = Patience(slow_least_s=0.3, late_least_s=3.0, unknown_s=3.0, exchange_s=3.0, sync_least_s=3.0)  # lost after 6 s
+BRISK = Patience(slow_least_s=0.3, late_least_s=3.0, unknown_s=3.0, lost=2.0, exchange_s=3.0, sync_least_s=3.0)
 CALM = Patience(slow_least_s=0.3)  # doubles soon, and replaces nobody
 
 
@@ -127,6 +127,27 @@ class Counting:
         return Count(dict.fromkeys(items, 1))
 
 
+@dataclasses.dataclass
+class DeadlyCount(Count):
+    """The first process that adds another owner's count to its own gets a signal."""
+
+    folder: Folder
+    signal: int
+
+    def merge(self, other: Count) -> None:
+        if len(other.of_item) > 1 and self.folder.claim("signal"):  # an owner's own answers are about one item
+            os.kill(os.getpid(), self.signal)
+        super().merge(other)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadlyCounting:
+    signal: int
+
+    def answer(self, owner: Any, items: Sequence[int]) -> Count:
+        return DeadlyCount(dict.fromkeys(items, 1), owner.folder, self.signal)
+
+
 @dataclasses.dataclass(frozen=True)
 class Writing:
     """Writes items, which are durable once they are synced."""
@@ -164,7 +185,7 @@ def stopped_in(folder: Folder) -> list[int]:
     return [int(path.name.split()[1]) for path in Path(folder.path).glob("stopped [0-9]*")]
 
 
-def counted(owners: RayOwners, question: Counting, done: Callable[[Sequence[int]], None] = lambda _: None) -> None:
+def counted(owners: RayOwners, question: Counting | DeadlyCounting, done: Callable[[Sequence[int]], None] = lambda _: None) -> None:
     """The sum is right: each item once."""
     assert owners.fold(question, ITEMS, done).of_item == dict.fromkeys(ITEMS, 1)
 
@@ -256,6 +277,29 @@ def test_what_a_worker_wrote_that_stops_while_it_syncs_is_written_again(folder: 
     assert set(written) == set(ITEMS)
     assert len(written) > len(ITEMS)
     assert all(folder.has(f"durable {item}") for item in ITEMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_lost_while_it_adds_up_takes_two_totals_with_it_and_all_is_counted_again(folder: Folder, number: int) -> None:
+    told: list[int] = []
+    with owners_of(folder, BRISK, workers=3) as owners:
+        counted(owners, DeadlyCounting(number), told.extend)
+        assert folder.has("signal")
+        assert owners.deaths == 1
+    assert len(told) > len(ITEMS)
+
+
+def test_time_in_which_the_driver_was_busy_counts_against_nobody(folder: Folder) -> None:
+    patience = dataclasses.replace(BRISK, late_least_s=1.0, unknown_s=1.0, exchange_s=1.0)  # lost after 2 s
+    with owners_of(folder, patience) as owners:
+        answers = owners.ask(Counting(waits=0), ITEMS)
+        seen = [*next(answers)[0]]
+        time.sleep(3)
+        folder.claim("go")
+        seen += [item for batch, _ in answers for item in batch]
+        assert sorted(seen) == list(ITEMS)
+        assert owners.deaths == 0
 
 
 @pytest.mark.slow
