@@ -6,7 +6,7 @@ from pcb_ray.merging import merge
 from pcb_ray.planning import plan
 from pcb_ray.receipt import Receipt, Verified
 from pcb_ray.recipe import Model, Recipe
-from pcb_ray.searching.run import search, sweep
+
 from pcb_ray.verifying import verify
 
 __all__ = [

@@ -34,7 +34,7 @@ def analyse(session: Session, known: Known | None = None, keep: Callable[[Known]
             else:
                 found = _sums(session, step, wanted, known)
             session.found[key] = found
-        known |= found
+        known = {**known, **found}  # a new one: kernels know by its identity what they have prepared
         if problems := method.refuse(known, plan.settings, plan.names):
             raise InputError(problems)
         keep(known)

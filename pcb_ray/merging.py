@@ -17,7 +17,7 @@ from pcb_ray.errors import InputError
 from pcb_ray.files.store import LocalStore
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import side_files
-from pcb_ray.output.publish import check_out, check_place
+from pcb_ray.output.place import check_out, check_place
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, fetched, open_inputs, plan_of
 from pcb_ray.questions import DifferingTwins, shown_digest
@@ -67,7 +67,7 @@ def merge(
             progress = Kept(state.found, session, start)
             known = progress.analysed(state)
             output = write(session, store, known, str(state.staging), state)
-            check_unchanged(plan, store, stamps)
+            check_unchanged(store, stamps)
             return publish(
                 session,
                 state,
@@ -99,7 +99,8 @@ class Kept:
         self._found, self._session, self._start = found, session, start
         self._earlier = [Sweep(**sweep) for sweep in found.get("sweeps", [])]
         self._spent = Spent(**found.get("spent", {}))
-        session.inputs = tuple(int(digest, 16) for digest in found.get("inputs", []))
+        if "inputs" in found:
+            session.inputs = tuple(int(digest, 16) for digest in found["inputs"])
 
     def analysed(self, state: State) -> Known:
         """What the method must know; each pass is kept as soon as it is found. Raises InputError for tied copies that differ."""

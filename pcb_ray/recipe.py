@@ -155,13 +155,12 @@ class Recipe:
             return methods.own_method(self.code, self.folder)
         return methods.variants_of(self.merge_method)[self.parameters.get("variant", "")]
 
-    def with_parameters(self, **changes: Any) -> Recipe:
-        """The recipe with other values of some parameters, for all models alike; `lambda_` is lambda."""
-        changed = {name.removesuffix("_"): value for name, value in changes.items()}
+    def with_parameters(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values of some parameters, for all models alike."""
         models = tuple(
-            dataclasses.replace(m, parameters={k: v for k, v in m.parameters.items() if k not in changed}) for m in self.models
+            dataclasses.replace(m, parameters={k: v for k, v in m.parameters.items() if k not in changes}) for m in self.models
         )
-        return dataclasses.replace(self, models=models, parameters={**self.parameters, **changed})
+        return dataclasses.replace(self, models=models, parameters={**self.parameters, **changes})
 
     @classmethod
     def of(cls, recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:

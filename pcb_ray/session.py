@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pcb_ray.errors import InputError
 from pcb_ray.methods import Known
 from pcb_ray.planning import Copied, Plan
-from pcb_ray.progress import Progress
+from pcb_ray.progress import ByteBar
 from pcb_ray.questions import Answer, Digest, Owners, Question, TotalT
 from pcb_ray.receipt import Sweep
 
@@ -35,6 +35,8 @@ class Session:
 
     def begin(self, plan: Plan) -> None:
         """Go on with another plan."""
+        if plan is self.plan:
+            return
         if _what_is_read(plan) != _what_is_read(self.plan):
             self.inputs, self.found = (), {}
         self.plan, self.owners, self.sweeps = plan, self._owners_for(plan), []
@@ -108,20 +110,20 @@ class _Sweep:
         self._start = time.monotonic()
         self._last = self._start
         self._done: set[int] = set()
-        self._progress = Progress(name, sum(map(bytes_of, items)), quiet=session.quiet)
+        self._bar = ByteBar(name, sum(map(bytes_of, items)), quiet=session.quiet)
 
     def advance(self, items: Sequence[int]) -> None:
         """These are done; some may be done again, since their owner was lost."""
         new = set(items) - self._done
         self._done |= new
-        self._progress.advance(sum(map(self._bytes_of, new)))
+        self._bar.advance(sum(map(self._bytes_of, new)))
         self._last = time.monotonic()  # the wait for the disk that may follow is no part of the sweep
 
     def __enter__(self) -> _Sweep:
-        self._progress.__enter__()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.__exit__(*error)  # type: ignore[arg-type]
+        self._bar.__exit__(*error)  # type: ignore[arg-type]
         if error[0] is None:
-            self._session.sweeps.append(Sweep(self._name, self._last - self._start, self._progress.done))
+            self._session.sweeps.append(Sweep(self._name, self._last - self._start, self._bar.done))

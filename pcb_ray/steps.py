@@ -25,13 +25,13 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import choose_device, choose_workers
 from pcb_ray.errors import InputError
-from pcb_ray.files.store import Store
+from pcb_ray.files.store import Stamp, Store
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import CARD, model_card, write_side_files
 from pcb_ray.output.state import State
@@ -91,8 +91,8 @@ class Output:
 
 
 def write(session: Session, store: Store, known: Known, folder: str, state: State | None = None, label: str = "part") -> Output:
-    """Merge into the files of `folder`. The journal of `state`, if there is one, remembers each part under `label`, and what it remembers is not written
-    again if the files hold just those bytes.
+    """Merge into the files of `folder`. The journal of `state`, if there is one, remembers each part under `label`, and what it
+    remembers is not written again if the files hold just those bytes.
 
     Raises InputError if the inputs are no longer what the analysis has read."""
     plan = session.plan
@@ -128,25 +128,25 @@ def _written_before(session: Session, folder: str, state: State, label: str) -> 
     return good
 
 
-Stamps = Mapping[str, tuple[int, int]]
-"""Size and time of each file of the inputs, in nanoseconds."""
+Stamps = Mapping[str, Stamp]
+"""What tells each file of the inputs from what it may become."""
 
 
 def stamps_of(plan: Plan, store: Store) -> Stamps:
-    return {file.path: tuple(store.stamp(file.path)) for one in plan.inputs for file in one.files}
+    return {file.path: store.stamp(file.path) for one in plan.inputs for file in one.files}
 
 
-def check_unchanged(plan: Plan, store: Store, before: Stamps) -> None:
+def check_unchanged(store: Store, before: Stamps) -> None:
     """Raises InputError if a file of the inputs is no longer what it was."""
     problems = []
     for path, stamp in before.items():
         try:
-            now: object = tuple(store.stamp(path))
+            now: object = store.stamp(path)
         except OSError as error:
             now = error.strerror
         if now != stamp:
             problems.append(
-                f"{path}: wanted the file as it was when the run began ({stamp[0]} bytes, time {stamp[1]}), found {now}: "
+                f"{path}: wanted the file as it was when the run began ({stamp}), found {now}: "
                 "it was changed during the run. Fix: let nothing write to the models while they are merged, and start afresh."
             )
     if problems:
@@ -189,7 +189,8 @@ def publish(
     resumed: bool,
     commit: bool = True,
 ) -> Receipt:
-    """Put the files beside the tensors, the card and the receipt into the staging folder, and (unless it is part of a larger output) give it its name."""
+    """Put the files beside the tensors, the card and the receipt into the staging folder, and give it its name (unless it is part of a
+    larger output)."""
     plan = session.plan
     receipt = Receipt(
         version=VERSION,
@@ -220,8 +221,8 @@ def publish(
         startup_s=round(startup_s, 3),
         elapsed_s=spent.elapsed_s,
     )
-    all_files = {**files, CARD: model_card(plan, receipt)}
-    receipt = receipt.with_files(write_side_files(state.staging, all_files))
+    all_files = {**files, CARD: model_card(plan, receipt.versions["pcb_ray"])}
+    receipt = replace(receipt, files_sha256=write_side_files(state.staging, all_files))
     (state.staging / RECEIPT).write_text(receipt.to_json())
     if commit:
         state.commit()
@@ -237,4 +238,3 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
-

@@ -1,4 +1,4 @@
-"""A worker of a search: an evaluator whose model stays loaded, and the bases that candidates are made from. No Ray in it."""
+"""What a trial holds: an evaluator whose model stays loaded, and the bases that candidates are made from. No Ray in it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pcb_ray.answers import Thresholds
 from pcb_ray.errors import RequestError
+from pcb_ray.methods import Known
 from pcb_ray.planning import Plan
 from pcb_ray.searching.evaluators import Evaluator, Metrics, check_splits, checked, make_evaluator, match
 from pcb_ray.searching.request import Candidate, Search, Space
@@ -29,12 +29,12 @@ class Arm:
 
     plan: Plan
     folder: str
-    thresholds: Thresholds
+    known: Known
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs; the same for all."""
+    """All that a scorer needs; the same for all."""
 
     search: Search
     space: Space
@@ -50,7 +50,7 @@ class Job:
     """One that Python code gave; None: the one that the recipe names."""
 
 
-class Worker:
+class Scorer:
     """Loads the model once; then each candidate is an update of it."""
 
     def __init__(self, job: Job) -> None:
@@ -81,12 +81,12 @@ class Worker:
         from pcb_ray.searching.basis import Basis
 
         start = time.monotonic()
-        variant = candidate.variant or self.job.space.recipe.variant
+        variant = candidate.variant or self.job.space.recipe.parameters.get("variant", "")
         arm = self.job.arms[variant]
-        basis = self._bases.get(variant) or self._bases.setdefault(variant, Basis(arm.plan, arm.folder, arm.thresholds))
+        basis = self._bases.get(variant) or self._bases.setdefault(variant, Basis(arm.plan, arm.folder, arm.known))
         threads = torch.get_num_threads()
-        thresholds = basis.thresholds(candidate.density, threads=threads)
-        basis.apply(self.parameters, self.job.space.lambdas(candidate), candidate.lambda_, thresholds, threads=threads)
+        known = basis.known(candidate.density, threads=threads)
+        basis.apply(self.parameters, self.job.space.lambdas(candidate), candidate.lambda_, known, threads=threads)
         self._update_twins()
         applied = time.monotonic()
         metrics = self._metrics(split)
