@@ -19,24 +19,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from pcb_ray.errors import InputError, RequestError, RunError
+from pcb_ray.files import companions
 from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.files.store import fsync_file, fsync_folder, write_atomically
 from pcb_ray.planning import Plan, Slot
 from pcb_ray.recipe import DTYPES, Recipe
 
-TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-    ),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
-)
-BASE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 RECEIPT, RECIPE, CARD = "pcb_receipt.json", "pcb_recipe.yaml", "README.md"
 DTYPE_NAMES = {short: name for name, short in DTYPES.items()}
 
@@ -246,18 +234,11 @@ def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoi
     files: dict[str, bytes] = {}
     if tokenizer is not base:
         _check_vocabularies(base, tokenizer)
-    if base.folder is not None:
-        if base.config is not None:
-            files["config.json"] = _as_json(_config(base.config, plan, recipe))
-        for name in BASE_FILES:
-            if (base.folder / name).is_file():
-                files[name] = (base.folder / name).read_bytes()
-    if tokenizer.folder is not None:
-        for name in ("generation_config.json", *TOKENIZER_FILES):
-            if (tokenizer.folder / name).is_file():
-                files[name] = (tokenizer.folder / name).read_bytes()
-        for path in sorted((tokenizer.folder / "additional_chat_templates").glob("*.jinja")):
-            files[f"additional_chat_templates/{path.name}"] = path.read_bytes()
+    if base.config is not None:
+        files[companions.CONFIG] = _as_json(_config(base.config, plan, recipe))
+    for folder, patterns in ((base.folder, companions.OF_BASE), (tokenizer.folder, companions.OF_TOKENIZER)):
+        if folder is not None:
+            files |= {name: (folder / name).read_bytes() for name in companions.in_folder(folder, patterns)}
     if recipe.chat_template is not None:
         files["chat_template.jinja"] = recipe.chat_template.encode()
     if len(plan.files) > 1:

@@ -22,7 +22,11 @@ import torch
 from hub_server import HubServer, Model, commit_of
 from safetensors.torch import save
 
+from pcb_ray.files import companions
 from pcb_ray.files.checkpoint import open_checkpoint
+from pcb_ray.output import side_files
+from pcb_ray.planning import plan_of
+from pcb_ray.recipe import Recipe
 
 TOKEN = "hf_thisIsSecret0123456789"
 OPEN = """
@@ -86,10 +90,8 @@ def sharded(seed: int) -> dict[str, bytes]:
     return {
         **{file: save(tensors) for file, tensors in shards.items()},
         "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
-        **{name: json.dumps({"of": name}).encode() for name in NEEDED if name.endswith("json") and name != "config.json"},
+        **{name: json.dumps({"of": name}).encode() for name in NEEDED},
         "config.json": json.dumps({"seed": seed}).encode(),
-        "tokenizer.model": b"pieces",
-        "chat_template.jinja": b"{{ messages }}",
         "modeling_custom.py": b"raise SystemExit('never run')",
         "tokenization_custom.py": b"",
         "pytorch_model.bin": b"not wanted",
@@ -99,11 +101,32 @@ def sharded(seed: int) -> dict[str, bytes]:
         "onnx/model.onnx": b"not wanted",
         "original/consolidated.00.pth": b"not wanted",
         "original/tokenizer.model": b"not wanted",
+        "additional_chat_templates/run.py": b"not wanted",
     }
 
 
-NEEDED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-          "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+# A file for each pattern of `companions`.
+COMPANION_OF = {
+    "config.json": "config.json",
+    "preprocessor_config.json": "preprocessor_config.json",
+    "processor_config.json": "processor_config.json",
+    "video_preprocessor_config.json": "video_preprocessor_config.json",
+    "generation_config.json": "generation_config.json",
+    "tokenizer*.json": "tokenizer_config.json",
+    "tokenizer*.txt": "tokenizer_words.txt",
+    "special_tokens_map.json": "special_tokens_map.json",
+    "added_tokens.json": "added_tokens.json",
+    "vocab*.json": "vocab.json",
+    "vocab*.txt": "vocab.txt",
+    "merges.txt": "merges.txt",
+    "*.model": "sentencepiece.bpe.model",
+    "*.tiktoken": "qwen.tiktoken",
+    "tekken.json": "tekken.json",
+    "chat_template*.json": "chat_template.json",
+    "chat_template*.jinja": "chat_template.jinja",
+    "additional_chat_templates/*.jinja": "additional_chat_templates/tool.jinja",
+}
+NEEDED = (*COMPANION_OF.values(), "tokenizer.json", "tokenizer.model")
 
 
 def one(files: dict[str, bytes], **settings: Any) -> Model:
@@ -241,7 +264,7 @@ def test_a_download_takes_the_needed_files_only_and_serves_when_the_hub_is_gone(
     wanted = {*NEEDED, *shards, "model.safetensors.index.json"}
     assert hub.fetched("org/whole").keys() == wanted
     folder = Path(result["folder"])
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == wanted
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == wanted
     assert all((folder / name).read_bytes() == BIG[name] for name in wanted)
     assert (result["commit"], result["config"]) == (NEW, {"seed": 2})
     assert result["tensors"] == [
@@ -264,10 +287,22 @@ def test_a_download_takes_the_needed_files_only_and_serves_when_the_hub_is_gone(
                 assert part in problem(told)
                 assert told["elapsed_s"] < 5
     # and what is missing in the cache is told with the reason why it was asked
-    (folder / "model-00002-of-00003.safetensors").unlink()
+    (folder / "model-00002-of-00003.safetensors").rename(folder / "aside")
     (again,) = open_all(opened.root, nowhere(), Job("org/whole", True))
+    (folder / "aside").rename(folder / "model-00002-of-00003.safetensors")
     assert any("cannot be reached" in problem for problem in again["problems"])
     assert any("model-00002-of-00003.safetensors: no such file" in problem for problem in again["problems"])
+
+
+def test_every_file_beside_the_tensors_that_is_fetched_is_copied_too_and_the_other_way_round(opened: Opened) -> None:
+    assert COMPANION_OF.keys() == {*companions.COMPANIONS}
+    folder = Path(opened.results["org/whole download"]["folder"])
+    fetched = {name for name in opened.hub.fetched("org/whole") if "safetensors" not in name}
+    recipe = Recipe.from_dict({"merge_method": "linear", "models": [{"model": str(folder)}]})
+    base = open_checkpoint(str(folder))
+    copied = side_files(recipe, plan_of(recipe, [base, base]), base, base)
+    assert copied.keys() - {"pcb_recipe.yaml"} == fetched == {*NEEDED}
+    assert all(copied[name] == (folder / name).read_bytes() for name in fetched - {"config.json"})
 
 
 def test_a_revision_is_a_branch_a_tag_a_pull_request_or_a_commit(opened: Opened) -> None:

@@ -5,7 +5,6 @@ Whatever fails is told in our own words: a text of the library or of its transpo
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
 from dataclasses import dataclass
@@ -14,16 +13,10 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pcb_ray.errors import RequestError
+from pcb_ray.files import companions
 from pcb_ray.files.safetensors import show
 
 _TIMEOUT_S = 10
-# What a merged model takes from its base besides weights: never code, never another format's weights.
-_SMALL_FILES = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-    "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*",
-    "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
-_SMALL_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 
 
 class Snapshot(NamedTuple):
@@ -78,7 +71,7 @@ class HubModel:
         """Put these files, and config and tokenizer files, into the Hub's cache; `revision` is noted there."""
         from huggingface_hub import snapshot_download
 
-        wanted = [*names, *(name for name in self.names if _is_small_file(name))]
+        wanted = [*names, *companions.among(self.names, companions.COMPANIONS)]
         try:
             return Path(snapshot_download(self.repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
         except _failures() as error:
@@ -157,9 +150,3 @@ def _host(endpoint: str) -> str:
     if not name or address.scheme not in ("http", "https"):
         raise RequestError("HF_ENDPOINT: not an http or https address; set it to one such as https://huggingface.co")
     return name
-
-
-def _is_small_file(name: str) -> bool:
-    return name.endswith(_SMALL_SUFFIXES) and any(
-        fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in _SMALL_FILES
-    )
