@@ -22,7 +22,7 @@ from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.files import companions
 from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.files.store import fsync_file, fsync_folder, write_atomically
-from pcb_ray.planning import Plan, Slot
+from pcb_ray.planning import Input, Plan, Slot
 from pcb_ray.recipe import DTYPES, Recipe
 
 RECEIPT, RECIPE, CARD = "pcb_receipt.json", "pcb_recipe.yaml", "README.md"
@@ -50,13 +50,10 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bo
         problems.append(f"{out}: is not a directory; --overwrite replaces directories only")
     target = out.resolve()
     for one in plan.inputs:
-        for file in one.files:
-            folder = Path(file.path).resolve()
-            if Path(one.source).name != Path(file.path).name:  # a model that is one file claims no folder
-                folder = folder.parent
-            if folder == target or folder in target.parents or target in folder.parents:
+        for place in _claimed_by(one, plan.recipe.folder):
+            if place == target or place in target.parents or target in place.parents:
                 problems.append(
-                    f"{out}: would lie inside or around the input {one.source} ({folder}); choose a folder apart from the inputs"
+                    f"{out}: would lie inside or around the input {one.source} ({place}); choose a folder apart from the inputs"
                 )
                 break
     parent = existing_parent(target)
@@ -76,6 +73,16 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bo
             problems.append(f"{state}: holds an unfinished run to {out}; go on with --resume, or start afresh with --overwrite")
     if problems:
         raise RequestError(problems)
+
+
+def _claimed_by(one: Input, relative_to: Path) -> list[Path]:
+    """The folder of an input, whose files may lie anywhere below it, and the files, which may be links; a model that is one file has no folder."""
+    files = [Path(file.path) for file in one.files]
+    if one.commit is None:
+        folders = [relative_to / Path(one.source).expanduser()]
+    else:  # the snapshot of a model of the Hub is named after its commit
+        folders = [folder for folder in files[0].parents if folder.name == one.commit]
+    return [path.resolve() for path in (*folders, *files)]
 
 
 def existing_parent(path: Path) -> Path:
