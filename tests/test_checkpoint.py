@@ -36,6 +36,7 @@ from pcb_ray.files.checkpoint import (
     read_header,
     safetensors_header,
 )
+from pcb_ray.files.safetensors import OF_TORCH, dtype_problems
 from pcb_ray.files.store import fsync_folder, write_atomically
 
 # An oracle of its own: what torch calls the dtypes of safetensors.
@@ -630,6 +631,34 @@ def test_a_hostile_pickle_is_refused_at_once_and_in_little_memory(tmp_path: Path
     begin = time.perf_counter()
     problem_of(path, str(path))
     assert time.perf_counter() - begin < 5
+
+
+def test_dtypes_of_torch_that_cannot_be_merged_are_told_together_and_by_their_kind() -> None:
+    known = {str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items()}
+    assert OF_TORCH.items() >= known.items()
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in OF_TORCH)
+    given = {
+        "ok": torch.bfloat16,
+        "e4": torch.float8_e4m3fn,
+        "c": torch.complex64,
+        "e4 too": torch.float8_e4m3fn,
+        "q": torch.quint8,
+    }
+    names = {name: str(dtype).removeprefix("torch.") for name, dtype in given.items()}
+    problems = dtype_problems("models[1]", {name: OF_TORCH.get(dtype, dtype) for name, dtype in names.items()})
+    assert [problem.partition("found ")[2] for problem in problems] == [
+        "2 tensors ('e4', 'e4 too') of 'F8_E4M3', quantised. Fix: give the model in bfloat16, float16 or float32.",
+        "1 tensors ('c') of 'C64', complex. Fix: split it into real tensors.",
+        "1 tensors ('q') of 'quint8', not a known dtype. Fix: convert it to one of them.",
+    ]
+    assert all(GRAMMAR.fullmatch(problem) for problem in problems)
+    assert dtype_problems("base", dict.fromkeys(known, "BF16")) == []
+
+
+def test_a_header_with_a_name_that_readers_would_misread_is_never_written() -> None:
+    for names in (["__metadata__"], ["a", "a"]):
+        with pytest.raises(ValueError, match=rf"tensor '{names[-1]}'"):
+            safetensors_header([(name, "F32", (1,)) for name in names], {})
 
 
 def test_a_structure_as_large_as_allowed_takes_bounded_memory_whatever_it_holds(tmp_path: Path) -> None:

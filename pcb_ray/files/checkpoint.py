@@ -1,4 +1,4 @@
-"""Read-only models on disk or on the Hugging Face Hub: names, dtypes, shapes and byte ranges, from headers alone.
+"""Read-only models on disk or on the Hugging Face Hub are described here by headers alone: names, dtypes, shapes, byte ranges.
 
 No tensor data is read here and nothing from a checkpoint is ever run. Whatever is wrong with a checkpoint is gathered
 over all its files and raised at once as a `RequestError`.
@@ -48,7 +48,7 @@ __all__ = [
     "DTYPE_BYTES", "FLOAT_DTYPES", "Checkpoint", "File", "Tensor", "open_checkpoint", "read_header", "safetensors_header",
 ]  # fmt: skip
 
-_HUB_FIRST_BYTES = 1 << 16  # of the first request for a file: a header there holds some 500 tensors
+_HUB_FIRST_BYTES = 1 << 16  # The first request for a file asks for so many: a header of these describes some 500 tensors.
 _HUB_CONNECTIONS = 8
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
@@ -57,7 +57,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that can be read: `tensors` by name, file after file and by offset within a file.
+    """A model that can be read. `tensors` are sorted by file, and by offset within a file.
 
     `aliases` leads from a name to the first name with the same bytes (shared storage in a `.bin` file); an alias is
     not in `tensors`. `folder` is where config and tokenizer files lie: None for a single file, and for a model on the
@@ -97,7 +97,7 @@ def open_checkpoint(source: str, relative_to: Path = Path("."), *, download: boo
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return _open_hub(source, path, download)
-    except RuntimeError:  # ~name of nobody
+    except RuntimeError:  # There is no user of this ~name.
         raise RequestError(f"model {source}: {mismatch('a home folder', 'no such user', 'write the path out')}") from None
     except OSError as error:
         raise RequestError(os_problem(Path(clip(source)), error)) from None
@@ -168,7 +168,8 @@ def _open_hub(source: str, path: Path, download: bool) -> Checkpoint:
     if problems or layout is None:
         raise RequestError(problems)
     if download:
-        folder = model.download([*layout.files, *layout.index_names], parts[2])
+        names = layout.files if layout.index_name is None else [*layout.files, layout.index_name]
+        folder = model.download(names, parts[2])
         return _open_folder(folder, source, folder.name)
     with ThreadPoolExecutor(_HUB_CONNECTIONS) as pool:
         contents = _gather(problems, [pool.submit(read_contents, name).result for name in layout.files])
@@ -184,7 +185,7 @@ def _checkpoint(
     commit: str | None,
     problems: Sequence[str],
 ) -> Checkpoint:
-    """The checkpoint made of these files; raises the problems found so far with those that its kind has."""
+    """Make the checkpoint of these files, or raise the problems found so far with those that its kind has."""
     tensors = {name: tensor for one in contents for name, tensor in one.tensors.items()}
     aliases = {name: first for one in contents for name, first in one.aliases.items()}
     problems = [*problems, *_kind_problems(source, tensors.values(), config)]
@@ -216,7 +217,7 @@ _LORA_NAME = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\
 
 
 def _quantization(config: dict[str, Any] | None) -> str | None:
-    """The method named by a config's quantization_config (also a text part's); None where there is none."""
+    """Return the method that a config's quantization_config names (also a text part's), or None where there is none."""
     for part in (config or {}, (config or {}).get("text_config")):
         if isinstance(part, dict) and part.get("quantization_config"):
             settings = part["quantization_config"]
@@ -238,15 +239,15 @@ def _gguf_problem(source: str) -> str:
 
 
 class _Layout(NamedTuple):
-    """Which files of a model hold its tensors; `weight_map` (tensor name -> file) if an index says so."""
+    """It says which files of a model hold its tensors, and which file each of them lies in (`weight_map`) if there is an index."""
 
     files: list[str]
-    index_names: list[str]  # one, or none
+    index_name: str | None
     weight_map: dict[str, str]
 
 
 def _survey(where: str, names: set[str], read: Callable[[str], bytes]) -> tuple[list[str], dict[str, Any] | None, _Layout | None]:
-    """The problems, config and layout of a folder or Hub model with files of these names, told by its small files."""
+    """Tell problems, config and layout of a folder or Hub model with files of these names, from its small files."""
     problems: list[str] = []
     configs = _gather(problems, [partial(_read_config, where, read)] if "config.json" in names else [])
     layouts = _gather(problems, [partial(_choose_files, where, names, read)])
@@ -271,14 +272,14 @@ def _choose_files(where: str, names: set[str], read: Callable[[str], bytes]) -> 
             if single in top and single not in files:
                 found = f"both {single} and {index}"
                 raise RequestError(f"{where}: {mismatch('one model', found, 'remove the one that is not meant')}")
-            return _Layout(files, [index], weight_map)
+            return _Layout(files, index, weight_map)
         if single in top:
-            return _Layout([single], [], {})
+            return _Layout([single], None, {})
         if suffix == ".safetensors":
             others = sorted(n for n in top if n.endswith(suffix) and not n.startswith("adapter_model."))
             shard = len(others) == 1 and re.search(r"-(\d+)-of-(\d+)\.safetensors$", others[0])
             if len(others) == 1 and not (shard and int(shard[2]) > 1):
-                return _Layout(others, [], {})
+                return _Layout(others, None, {})
             if others and not top & {"pytorch_model.bin", "pytorch_model.bin.index.json"}:
                 found = f"{len(others)} .safetensors files ({some(others)}) and none that says which belong together"
                 raise RequestError(f"{where}: {mismatch(index, found, 'add the index, or name one file')}")
@@ -297,7 +298,7 @@ def _read_index(where: str, raw: bytes, suffix: str) -> dict[str, str]:
         raise RequestError(f"{where}: {mismatch('a weight_map from tensor names to files', 'none', ANEW)}")
     problems = []
     for file in {v: None for v in weight_map.values() if isinstance(v, str)}:
-        # Judged by its text alone, links are followed: in the Hub's cache every file is a link to `../../blobs`.
+        # A name is judged by its text, and links are followed: in the Hub's cache every file is a link to `../../blobs`.
         if not is_plain_text(file) or "\\" in file or {"", ".", ".."} & set(file.split("/")):
             problems.append(f"{where}: {mismatch('shards in its own folder or below it', show(file), 'mend the index')}")
         elif not file.endswith(suffix):
@@ -313,7 +314,9 @@ def _read_index(where: str, raw: bytes, suffix: str) -> dict[str, str]:
 
 
 def _index_problems(where: str, layout: _Layout, read: Sequence[FileContents]) -> list[str]:
-    """Where the index and the files (those that could be read) disagree."""
+    """Tell where the index and the files (those that could be read) disagree."""
+    if layout.index_name is None:
+        return []
     problems: list[tuple[str, str]] = []
     held = {one.file.path.removeprefix(f"{where}/"): {*one.tensors, *one.aliases} for one in read}
     holder: dict[str, str] = {}
@@ -328,7 +331,7 @@ def _index_problems(where: str, layout: _Layout, read: Sequence[FileContents]) -
         if file in held and name not in held[file]:
             found = f"it in {holder[name]}" if name in holder else "it in no file that could be read"
             problems.append((name, mismatch(f"it in {file}", found, "mend the index")))
-    return [f"{where}/{index}: tensor {show(name)}: {problem}" for index in layout.index_names for name, problem in problems]
+    return [f"{where}/{layout.index_name}: tensor {show(name)}: {problem}" for name, problem in problems]
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -353,7 +356,7 @@ def _read_small(path: Path) -> bytes:
 
 
 def _gather(problems: list[str], attempts: Iterable[Callable[[], _T]]) -> list[_T]:
-    """What the attempts give, in order, and in `problems` what is wrong with the others."""
+    """Return what the attempts give, in order, and add to `problems` what is wrong with the others."""
     results = []
     for attempt in attempts:
         try:

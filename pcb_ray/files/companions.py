@@ -1,6 +1,6 @@
-"""The files beside the tensors that a merged model takes from its inputs: one list, for what is fetched and for what is copied.
+"""A merged model takes files beside the tensors from its inputs: this is one list, for what is fetched and for what is copied.
 
-They are config, processor and tokenizer files by name: never code, and never weights of another format.
+They are config, processor and tokenizer files by name: never code, and never tensors in another format.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ COMPANIONS = (CONFIG, *OF_BASE, *OF_TOKENIZER)
 
 
 def among(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Those of a model's files, by their paths in it, that the patterns mean, in order. A `*` stands for no `/`."""
+    """Return those of a model's files, by their paths in it, that the patterns mean, in order. A `*` stands for no `/`."""
     return sorted(name for name in names if any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in patterns))
 
 
 def in_folder(folder: Path, patterns: Sequence[str]) -> list[str]:
-    """`among` the files of a folder."""
+    """Return those files of a folder that the patterns mean, in order."""
     places = sorted({folder / PurePosixPath(pattern).parent for pattern in patterns})
     files = [path for place in places if place.is_dir() for path in place.iterdir() if path.is_file()]
     return among((path.relative_to(folder).as_posix() for path in files), patterns)

@@ -1,4 +1,4 @@
-"""What every reader of files from anywhere needs: regular files only, strict JSON, and messages that are safe to print."""
+"""Readers of files from anywhere share this: regular files only, strict JSON, and messages that are safe to print."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, BinaryIO
 
 from pcb_ray.errors import RequestError
 
-MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library, for a header; an index has the same
-MAX_PROBLEMS = 100  # of one file: a wrecked header would otherwise have one per tensor
+MAX_JSON_BYTES = 100_000_000  # The safetensors library has this limit for a header; an index has the same here.
+MAX_PROBLEMS = 100  # A wrecked header would otherwise have one for each tensor.
 
 ANEW = "copy or download it again"
 
 
 def mismatch(wanted: str, found: str, fix: str) -> str:
-    """What follows the place in the message of an error."""
+    """Say what is wrong, to follow the place in the message of an error."""
     return f"wanted {wanted}, found {found}. Fix: {fix}."
 
 
@@ -85,7 +85,7 @@ def is_unicode(value: Any) -> bool:
 
 
 def is_plain_text(text: str) -> bool:
-    """Whether a name can be written to a file, a terminal or a header: UTF-8, no control characters."""
+    """Tell whether a name can be written to a file, a terminal or a header: UTF-8, no control characters."""
     return not re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text)
 
 
@@ -95,7 +95,7 @@ _BRIEF.maxlist = _BRIEF.maxtuple = 8
 
 
 def show(value: Any) -> str:
-    """A value in a message: one line, short and printable whatever it is, nested a thousand deep or of a megabyte."""
+    """Show a value in a message: it takes one short, printable line, be it nested a thousand deep or of a megabyte."""
     return clip(_BRIEF.repr(value))
 
 

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, through `huggingface_hub`: which files, ranges of their bytes, a download.
+"""Models on the Hugging Face Hub are asked for through `huggingface_hub`: which files, ranges of their bytes, a download.
 
 Whatever fails is told in our own words: a text of the library or of its transport could quote the token.
 """
@@ -20,7 +20,7 @@ _TIMEOUT_S = 10
 
 
 class Snapshot(NamedTuple):
-    """A model in the Hub's cache, whole or not, there being a problem with the Hub itself."""
+    """A model that lies in the Hub's cache, whole or not, while there is a problem with the Hub itself."""
 
     folder: Path
     problem: str
@@ -28,7 +28,7 @@ class Snapshot(NamedTuple):
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model by its commit. `source` is what the user wrote, `path` where there is no such folder, for the messages."""
+    """A model is given by its commit. For the messages, `source` is what the user wrote, and at `path` there is no such folder."""
 
     source: str
     path: Path
@@ -42,7 +42,7 @@ class HubModel:
         return f"hub://{self.repo}@{self.commit}"
 
     def read(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
-        """Bytes `start` to `stop` of a file, or up to its end if that comes first, and its size; nothing is stored."""
+        """Fetch bytes `start` to `stop` of a file, or up to its end if that comes first, and its size; nothing is stored."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -84,8 +84,8 @@ class HubModel:
 
 
 def find_model(source: str, path: Path, repo: str, revision: str | None) -> HubModel | Snapshot:
-    """The model as the Hub has it now, or as the cache has it if the Hub can't be asked. Raises RequestError."""
-    host = _host(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")  # the library fails to load with a wrong one
+    """Find the model as the Hub has it now, or as the cache has it if the Hub can't be asked. Raises RequestError."""
+    host = _host(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")  # With a wrong one the library fails to load.
 
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -98,7 +98,7 @@ def find_model(source: str, path: Path, repo: str, revision: str | None) -> HubM
         problem = _problem(source, path, host, error)
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise RequestError(problem) from None
-    try:  # the pattern asks for no file that must be there: what is missing, opening the folder tells
+    try:  # The pattern asks for no file that must be there: opening the folder tells what is missing.
         folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns="config.json")
     except _failures():
         raise RequestError(problem) from None
@@ -148,7 +148,7 @@ def _problem(source: str, path: Path, host: str, error: Exception, when: str = "
 
 
 def _host(endpoint: str) -> str:
-    """The host of HF_ENDPOINT, without a user or password that the address may carry."""
+    """Return the host of HF_ENDPOINT, without a user or password that the address may carry."""
     try:
         address = urlsplit(endpoint)
         name = f"{address.hostname}:{address.port}" if address.port else address.hostname

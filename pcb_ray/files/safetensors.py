@@ -1,4 +1,4 @@
-"""One file of a model: where each tensor's bytes lie, and the header that says so in a `.safetensors` file."""
+"""One file of a model is described here: where each tensor's bytes lie, and the header that says so in a `.safetensors` file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from pcb_ray.files.foreign import (
     strict_json,
 )
 
-# The names that safetensors gives to dtypes, with the bytes of one element.
+# These are the names that safetensors gives to dtypes, with the bytes of one element.
 DTYPE_BYTES: dict[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-# The same by torch's names, with those that can't be merged.
+# torch has other names for them; here are also those that can't be merged.
 OF_TORCH: dict[str, str] = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
     "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
@@ -42,15 +42,15 @@ OF_TORCH: dict[str, str] = {
 _QUANTISED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0")
 _COMPLEX_DTYPES = ("C32", "C64", "C128")
 
-METADATA = "__metadata__"  # the entry of a header that is no tensor
-MAX_DIMS = 64  # numpy's limit
+METADATA = "__metadata__"  # This entry of a header is no tensor.
+MAX_DIMS = 64  # numpy has this limit.
 
 AS_SAFETENSORS = "load it once with torch and save it as safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where a tensor's bytes lie: C-contiguous and little-endian in `file`, from byte `start` up to `stop`."""
+    """A tensor's bytes lie C-contiguous and little-endian in `file`, from byte `start` up to `stop`."""
 
     name: str
     dtype: str
@@ -72,7 +72,7 @@ class Tensor:
 
 
 class File(NamedTuple):
-    """A file of tensors, by what tells it from another: its size in bytes and the SHA-256 of its header.
+    """A file of tensors is told from another by its size in bytes and the SHA-256 of its header.
 
     The header is all that comes before the data of a `.safetensors` file, and the pickled structure of a `.bin` file.
     """
@@ -83,7 +83,7 @@ class File(NamedTuple):
 
 
 class FileContents(NamedTuple):
-    """What a file holds; an alias leads from a name to the tensor with the same bytes."""
+    """A file holds these tensors; an alias leads from a name to the tensor with the same bytes."""
 
     file: File
     tensors: dict[str, Tensor]
@@ -94,7 +94,7 @@ class FileContents(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes]:
-    """One `.safetensors` file's tensors in the order of their data, its metadata, and the bytes before the data.
+    """Read one `.safetensors` file's tensors in the order of their data, its metadata, and the bytes before the data.
 
     The tensors cover the data exactly: no overlap, no hole, nothing after them. Raises RequestError.
     """
@@ -111,9 +111,9 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes]:
 
 
 def safetensors_header(entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The bytes that precede the data of a `.safetensors` file holding `entries` (name, dtype, shape) in that order.
+    """Make the bytes that precede the data of a `.safetensors` file holding `entries` (name, dtype, shape) in that order.
 
-    Padded with spaces, so that the data starts at a multiple of 8 bytes.
+    They are padded with spaces, so that the data start at a multiple of 8 bytes.
     """
     table: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     start = 0
@@ -134,7 +134,7 @@ def safetensors_header(entries: Sequence[tuple[str, str, tuple[int, ...]]], meta
 
 
 def parse_header(where: str, size: int, read_first: Callable[[int], bytes]) -> tuple[dict[str, Tensor], dict[str, str], bytes]:
-    """`read_header` of a file of `size` bytes, of which `read_first(n)` gives the first n, or all if they are fewer."""
+    """Do as `read_header`, for a file of `size` bytes whose first n `read_first(n)` gives, or all if they are fewer."""
     head = read_first(64)
     if size < 8:
         raise RequestError(f"{where}: {mismatch('a safetensors file, of at least 10 bytes', f'{size} bytes', ANEW)}")
@@ -173,13 +173,13 @@ def parse_header(where: str, size: int, read_first: Callable[[int], bytes]) -> t
 
 
 def contents_of(where: str, tensors: dict[str, Tensor], raw: bytes) -> FileContents:
-    """A file by its parsed header, which is known to account for every byte of it."""
+    """Describe a file by its parsed header, which is known to account for every byte of it."""
     size = len(raw) + sum(tensor.nbytes for tensor in tensors.values())
     return FileContents(File(where, size, hashlib.sha256(raw).hexdigest()), tensors, {})
 
 
 def name_problem(name: str) -> str | None:
-    """What is wrong with a tensor's name, to stand after the place; None if it can be written."""
+    """Say what is wrong with a tensor's name, to follow the place; None if it can be written."""
     if name == METADATA:
         return mismatch("the name of a tensor", f"{METADATA}, which safetensors keeps for itself", "rename or remove the tensor")
     if not is_plain_text(name):
@@ -188,7 +188,7 @@ def name_problem(name: str) -> str | None:
 
 
 def dtype_problems(where: str, dtypes: Mapping[str, str]) -> list[str]:
-    """One line for each dtype that can't be merged, among these dtypes by tensor name."""
+    """Tell, in one line for each, which of these dtypes (by tensor name) can't be merged."""
     refused: dict[str, list[str]] = {}
     for name, dtype in dtypes.items():
         if dtype not in DTYPE_BYTES:
@@ -211,7 +211,7 @@ def is_shape(sizes: Sequence[Any]) -> bool:
 
 
 def foreign_format(head: bytes) -> tuple[str, str] | None:
-    """What other kind of file starts with these bytes, and what to do about it."""
+    """Say what other kind of file starts with these bytes, and what to do about it."""
     for magic, what, fix in (
         (b"PK\x03\x04", "a zip archive, as torch.save writes", "name it .bin"),
         (b"\x80\x02", "a pickle, as torch.save wrote before torch 1.6", AS_SAFETENSORS),
@@ -236,7 +236,7 @@ def _why_not_safetensors(head: bytes, length: int, size: int) -> str:
 
 
 def _entry_problem(name: str, entry: Any) -> str | None:
-    """What is wrong with one tensor's entry in a header, looked at alone."""
+    """Say what is wrong with one tensor's entry in a header, looked at alone."""
     if problem := name_problem(name):
         return problem
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -255,7 +255,7 @@ def _entry_problem(name: str, entry: Any) -> str | None:
 
 
 def _span_problems(where: str, spans: Iterable[tuple[int, int, str]], data_bytes: int) -> list[str]:
-    """Where sorted spans (begin, end, name) fail to cover `data_bytes` exactly."""
+    """Tell where sorted spans (begin, end, name) fail to cover `data_bytes` exactly."""
     problems: list[str] = []
     covered = 0
     last: str | None = None

@@ -1,4 +1,4 @@
-"""The one way by which the bytes of models are read and written, with two implementations: local files, and arrays in memory.
+"""The bytes of models are read and written in this one way, with two implementations: local files, and arrays in memory.
 
 The interface asks for no more than an object store can give, since that is the implementation to come. An object is written front
 to back by one writer, as the parts of one upload; it can't be renamed, and no single byte of it can be changed. So nothing here
@@ -33,7 +33,7 @@ _HASHED_AT_ONCE = 1 << 20
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file is still the one that was seen."""
+    """It tells whether a file is still the one that was seen."""
 
     size: int
     modified_ns: int
@@ -56,11 +56,11 @@ class Store(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes `read` and `view` have given so far."""
+        """Count the bytes that `read` and `view` have given so far."""
         ...
 
     def stamp(self, file: str) -> Stamp:
-        """The size and time of a file."""
+        """Return the size and time of a file."""
         ...
 
     def read(self, file: str, start: int, out: memoryview) -> None:
@@ -68,11 +68,11 @@ class Store(Protocol):
         ...
 
     def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:
-        """Bytes `start` to `stop`, read-only and without a copy, if they lie in memory; else None, and they are to be read."""
+        """Show bytes `start` to `stop`, read-only and without a copy, if they lie in memory; if None, they are to be read."""
         ...
 
     def sha256(self, file: str) -> str:
-        """The digest of a whole file."""
+        """Return the digest of a whole file."""
         ...
 
     def create(self, file: str, size: int) -> None:
@@ -116,10 +116,10 @@ class LocalStore:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_open = max_open if limit == resource.RLIM_INFINITY else max(1, min(max_open, limit // 4))
         self._bytes_read = 0
-        self._released = threading.Condition()  # guards all that follows, but `_syncing`
-        self._readers: OrderedDict[str, _Opened] = OrderedDict()  # the one whose use is longest past comes first
-        self._written: dict[tuple[int, int], tuple[str, int]] = {}  # by inode, a descriptor of each file that is not yet durable
-        self._folders: set[str] = set()  # folders with entries that are not yet durable
+        self._released = threading.Condition()  # It guards all that follows, but `_syncing`.
+        self._readers: OrderedDict[str, _Opened] = OrderedDict()  # The one whose use is longest past comes first.
+        self._written: dict[tuple[int, int], tuple[str, int]] = {}  # They are not yet durable, by inode.
+        self._folders: set[str] = set()  # Their entries are not yet durable.
         self._failure: OSError | None = None
         self._syncing = threading.Lock()
 
@@ -177,7 +177,7 @@ class LocalStore:
         # opened later hears of it only while the inode stays in memory, and closing a file reports nothing on a local disk. So a
         # descriptor through which a file was written stays open until it is synced; to sync the path later would not be enough.
         # After a failure the pages count as clean, and the next fsync would succeed without them: hence no later sync succeeds.
-        with self._syncing:  # who comes second waits, since the file that the first one syncs may hold parts of the second's
+        with self._syncing:  # Who comes second waits, since what the first one syncs may be the second's, too.
             with self._released:
                 written, self._written = self._written, {}
                 folders, self._folders = self._folders, set()
@@ -210,12 +210,12 @@ class LocalStore:
             os.close(descriptor)
 
     def __del__(self) -> None:
-        if hasattr(self, "_syncing"):  # the constructor came to its end
+        if hasattr(self, "_syncing"):  # The constructor came to its end.
             self.close()
 
     @contextmanager
     def _reading(self, file: str) -> Iterator[int]:
-        """A descriptor to read `file`, which stays open until the block is left.
+        """Give a descriptor to read `file`, which stays open until the block is left.
 
         A thread holds one at most, and none while it waits for one, so whoever waits gets one in the end.
         """
@@ -234,11 +234,11 @@ class LocalStore:
         finally:
             with self._released:
                 reader.users -= 1
-                self._released.notify_all()  # Not one alone, who might fail to open what it wants.
+                self._released.notify_all()  # One alone might fail to open what it wants, and tell nobody.
 
     @contextmanager
     def _writing(self, file: str, flags: int = 0) -> Iterator[int]:
-        """A descriptor to write `file`. If the block is left as it should be, the file is noted for the next sync."""
+        """Give a descriptor to write `file`. If the block is left as it should be, the file is noted for the next sync."""
         with self._released:
             # It can't read: a network file system would fetch whole pages to complete those that are written in part, and then
             # write them back over what another machine has written beside.
@@ -272,7 +272,7 @@ class LocalStore:
 
 
 def _open(file: str, flags: int) -> int | None:
-    """A descriptor; None if this process has no more, the rest of it having used up the limit."""
+    """Return a descriptor, or None if this process has no more, since the rest of it has used up the limit."""
     try:
         return os.open(file, flags | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -451,7 +451,7 @@ def fsync_folder(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that can't sync folders
+        if error.errno != errno.EINVAL:  # Some file systems can't sync folders.
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A file of torch.save: where its tensors lie, without torch, without reading data, and without running anything.
+"""A file of torch.save tells where its tensors lie, without torch, without reading data, and without running anything.
 
 The pickled structure goes through Python's own unpickler, with torch's few names leading to descriptions, every other
 name refused, and no opcodes but those of plain data. torch.load(weights_only=True) is not enough for a file from
@@ -38,9 +38,9 @@ from pcb_ray.files.safetensors import (
     name_problem,
 )
 
-_MAX_PICKLE_BYTES = 2_000_000  # 150 bytes a tensor: 13,000 of them in one file; a hostile one takes 100 times as much memory
-_MAX_DIRECTORY_BYTES = 16_000_000  # 120 bytes a record
-_BLOCK_BYTES = 1 << 16  # of one request for a file that is read by ranges
+_MAX_PICKLE_BYTES = 2_000_000  # 13,000 tensors take that; a hostile one takes 100 times as much memory.
+_MAX_DIRECTORY_BYTES = 16_000_000  # A record takes about 120.
+_BLOCK_BYTES = 1 << 16  # A file that is read by ranges is read in blocks of this size.
 _KEPT_BLOCKS = 64
 
 _STORAGES = {
@@ -58,7 +58,7 @@ _TENSOR_OF_DTYPE = "torch._utils _rebuild_tensor_v3"
 _OPCODES = (
     "PROTO FRAME STOP MARK BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
     "LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST APPEND APPENDS "
-    "EMPTY_DICT GLOBAL STACK_GLOBAL BINPERSID REDUCE"  # and those that _Unpickler redefines
+    "EMPTY_DICT GLOBAL STACK_GLOBAL BINPERSID REDUCE"  # _Unpickler adds those that it redefines.
 )
 _NAMES = {*_STORAGES, *_DTYPES, _ORDERED_DICT, _PARAMETER, _TENSOR, _TENSOR_OF_DTYPE}
 
@@ -70,18 +70,18 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor as pickled: a storage, and offset, shape and stride in elements of `dtype`."""
+    """A tensor is pickled as a storage, with offset, shape and stride in elements of `dtype`."""
 
     storage: _Storage
     dtype: str
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    flags: Any  # of values that are not what the bytes say: a lazy negation or conjugation
+    flags: Any  # They are set if the values are not what the bytes say: a lazy negation or conjugation.
 
 
 class _Name(NamedTuple):
-    """A class or function that the structure refers to. It stays a name; called, it describes what torch would make."""
+    """The structure refers to a class or function: it stays a name, and called, it describes what torch would make."""
 
     name: str
 
@@ -104,9 +104,9 @@ class _Name(NamedTuple):
 
 
 class _Unpickler(pickle._Unpickler):
-    """The unpickler written in Python, whose opcodes are in a table; the one in C believes sizes that a pickle announces."""
+    """This is the unpickler written in Python, whose opcodes are in a table; the one in C believes the sizes in a pickle."""
 
-    stack: list[Any]  # this and the next are the base class's, and missing in its stubs
+    stack: list[Any]  # This and the next are the base class's, and missing in its stubs.
     pop_mark: Callable[[], list[Any]]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]]
 
@@ -141,14 +141,14 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(table, dict):
             raise ValueError("not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str):  # nor is it hashed, which for nested tuples may take for ever or crash
+            if not isinstance(key, str):  # It is not hashed either: for nested tuples that may take for ever, or crash.
                 raise RequestError(f"{self.where}: {mismatch('texts as names of tensors', _kind(key), 'save tensors by name')}")
             if key in table:
                 raise RequestError(f"{self.where}: {mismatch(f'one {show(key)}', 'several', ANEW)}")
             table[key] = value
 
     def load_build(self) -> None:
-        """The attributes of an OrderedDict: `_metadata`, which holds no tensor."""
+        """Drop the attributes of an OrderedDict, `_metadata`, which hold no tensor."""
         self.stack.pop()
         if not isinstance(self.stack[-1], dict):
             raise ValueError("attributes of something else than a dict")
@@ -161,14 +161,14 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _BoundedFile(io.FileIO):
-    """A file for `zipfile`, which would believe whatever size a damaged directory announces."""
+    """A file as `zipfile` may have it, which would believe whatever size a damaged directory announces."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(_bounded(size, os.fstat(self.fileno()).st_size - self.tell())) or b""
 
 
 class _RangedFile(io.RawIOBase):
-    """The same for a file elsewhere: it is read in blocks, neighbours at once, and a few are kept."""
+    """The same for a file elsewhere, which is read in blocks: neighbours come at once, and a few are kept."""
 
     def __init__(self, size: int, read_range: Callable[[int, int], bytes]) -> None:
         self._size, self._read_range = size, read_range
@@ -204,7 +204,7 @@ class _RangedFile(io.RawIOBase):
 
 
 def _bounded(size: int | None, left: int) -> int:
-    """How many bytes to read where `size` are asked for (None or negative: all) and so many are left."""
+    """Tell how many bytes to read where `size` are asked for (None or negative: all) and so many are left."""
     count = max(left, 0) if size is None or size < 0 else min(size, max(left, 0))
     if count > _MAX_DIRECTORY_BYTES:
         raise zipfile.BadZipFile(f"a directory of {count} bytes")
@@ -212,7 +212,7 @@ def _bounded(size: int | None, left: int) -> int:
 
 
 def read_torch_file(path: Path) -> FileContents:
-    """A file of torch.save, from its zip directory and its pickled structure. Raises RequestError."""
+    """Read a file of torch.save, from its zip directory and its pickled structure. Raises RequestError."""
     try:
         with open_regular(path) as opened:
             head, size = opened.read(64), os.fstat(opened.fileno()).st_size
@@ -224,10 +224,10 @@ def read_torch_file(path: Path) -> FileContents:
 
 
 def parse_torch_file(where: str, size: int, read_range: Callable[[int, int], bytes]) -> FileContents:
-    """`read_torch_file` of a file of `size` bytes elsewhere, of which `read_range` gives bytes start to stop.
+    """Do as `read_torch_file`, for a file of `size` bytes elsewhere, of which `read_range` gives bytes start to stop.
 
-    A few blocks are read, at the end and where the structure lies. Where exactly the data of a record begin is written before them
-    only. They are not read for that: a tensor's `start` is the least that it can be.
+    Only a few blocks are read, at the end and where the structure lies. Where exactly the data of a record begin is written nowhere
+    but just before them, which is not read: a tensor's `start` is the least that it can be.
     """
     _check_head(where, read_range(0, min(size, _BLOCK_BYTES))[:64])
     return _parse(where, size, _RangedFile(size, read_range), exact=False)
@@ -263,7 +263,10 @@ def _parse(where: str, size: int, file: io.RawIOBase, *, exact: bool) -> FileCon
 def _read_archive(
     where: str, size: int, archive: zipfile.ZipFile, file: io.RawIOBase | None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The pickled structure, and by storage key where a record's bytes begin and how many they are; without `file`, the least begin."""
+    """Return the pickled structure, and by storage key where a record's bytes begin and how many they are.
+
+    Without `file`, a record begins where it may at the least.
+    """
     infos = archive.infolist()
     roots = [info.filename[: -len("data.pkl")] for info in infos if re.fullmatch(r"[^/]+/data\.pkl", info.filename)]
     if len(roots) != 1 or len({info.filename for info in infos}) < len(infos):
@@ -296,7 +299,7 @@ def _read_archive(
 
 
 def _locate(where: str, value: Any, records: dict[str, tuple[int, int]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of an unpickled state dict, by place, and the aliases among them."""
+    """Return the tensors of an unpickled state dict, by place, and the aliases among them."""
     if isinstance(value, dict) and len(value) == 1:
         key, inner = next(iter(value.items()))
         value = inner if key in ("state_dict", "model", "module") and isinstance(inner, dict) else value
