@@ -117,6 +117,7 @@ class LocalStore:
         self.max_open = max_open if limit == resource.RLIM_INFINITY else max(1, min(max_open, limit // 4))
         self._bytes_read = 0
         self._released = threading.Condition()  # It guards all that follows, but `_syncing`.
+        self._waiting = 0
         self._readers: OrderedDict[str, _Opened] = OrderedDict()  # The one whose use is longest past comes first.
         self._written: dict[tuple[int, int], tuple[str, int]] = {}  # They are not yet durable, by inode.
         self._folders: set[str] = set()  # Their entries are not yet durable.
@@ -132,30 +133,40 @@ class LocalStore:
         return Stamp(found.st_size, found.st_mtime_ns)
 
     def read(self, file: str, start: int, out: memoryview) -> None:
-        with self._reading(file) as descriptor:
-            got = 0
+        reader, got = self._hold(file), 0
+        try:
             while got < len(out):
-                count = os.preadv(descriptor, [out[got:]], start + got)
+                count = os.preadv(reader.descriptor, [out[got:]], start + got)
                 if count == 0:
                     raise _cut_short(file, start + len(out), start + got)
                 got += count
-        with self._released:
-            self._bytes_read += got
+        except OSError as error:
+            raise _named(error, file) from None
+        finally:
+            self._let_go(reader, got)
 
     def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
         return None  # A mapped file that is cut short ends the process that looks at it.
 
     def sha256(self, file: str) -> str:
         digest, at = hashlib.sha256(), 0
-        with self._reading(file) as descriptor:
-            while data := os.pread(descriptor, _HASHED_AT_ONCE, at):
+        reader = self._hold(file)
+        try:
+            while data := os.pread(reader.descriptor, _HASHED_AT_ONCE, at):
                 digest.update(data)
                 at += len(data)
+        except OSError as error:
+            raise _named(error, file) from None
+        finally:
+            self._let_go(reader, 0)
         return digest.hexdigest()
 
     def create(self, file: str, size: int) -> None:
-        with self._writing(file, os.O_CREAT) as descriptor, _naming(file):
-            os.ftruncate(descriptor, size)
+        with self._writing(file, os.O_CREAT) as descriptor:
+            try:
+                os.ftruncate(descriptor, size)
+            except OSError as error:
+                raise _named(error, file) from None
         with self._released:
             self._folders.add(os.path.dirname(os.path.abspath(file)))
 
@@ -187,17 +198,17 @@ class LocalStore:
                 try:
                     os.fsync(descriptor)
                 except OSError as error:
-                    failure = failure or OSError(error.errno, error.strerror, file)
+                    failure = failure or _named(error, file)
                 finally:
                     os.close(descriptor)
             for folder in sorted(folders):
                 try:
                     fsync_folder(Path(folder))
                 except OSError as error:
-                    failure = failure or OSError(error.errno, error.strerror, folder)
+                    failure = failure or _named(error, folder)
             self._failure = failure
         if failure is not None:
-            raise OSError(failure.errno, failure.strerror, failure.filename)
+            raise _named(failure, failure.filename)
 
     def close(self) -> None:
         with self._released:
@@ -213,27 +224,26 @@ class LocalStore:
         if hasattr(self, "_syncing"):  # The constructor came to its end.
             self.close()
 
-    @contextmanager
-    def _reading(self, file: str) -> Iterator[int]:
-        """Give a descriptor to read `file`, which stays open until the block is left.
+    def _hold(self, file: str) -> _Opened:
+        """Give a descriptor to read `file`, which stays open until it is let go.
 
         A thread holds one at most, and none while it waits for one, so whoever waits gets one in the end.
         """
         with self._released:
-            while file not in self._readers:
+            while (reader := self._readers.get(file)) is None:
                 if len(self._readers) < self.max_open and (opened := _open(file, os.O_RDONLY)) is not None:
                     self._readers[file] = _Opened(opened)
                 else:
                     self._make_room(file)
-            reader = self._readers[file]
             reader.users += 1
             self._readers.move_to_end(file)
-        try:
-            with _naming(file):
-                yield reader.descriptor
-        finally:
-            with self._released:
-                reader.users -= 1
+        return reader
+
+    def _let_go(self, reader: _Opened, got: int) -> None:
+        with self._released:
+            reader.users -= 1
+            self._bytes_read += got
+            if self._waiting:
                 self._released.notify_all()  # One alone might fail to open what it wants, and tell nobody.
 
     @contextmanager
@@ -265,7 +275,11 @@ class LocalStore:
         if idle is not None:
             os.close(self._readers.pop(idle).descriptor)
         elif self._readers:
-            self._released.wait()
+            self._waiting += 1
+            try:
+                self._released.wait()
+            finally:
+                self._waiting -= 1
         else:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             raise RunError(f"{file}: wanted one more open file, found all {limit} taken. Fix: raise the limit (ulimit -n).")
@@ -291,8 +305,10 @@ class _LocalPart:
         if self._at + len(left) > self._stop:
             raise _wrong_count(self._file, self._start, self._stop, self._at + len(left))
         while left:
-            with _naming(self._file):
+            try:
                 count = os.pwrite(self._descriptor, left, self._at)
+            except OSError as error:
+                raise _named(error, self._file) from None
             self._at, left = self._at + count, left[count:]
 
     def check(self) -> None:
@@ -405,14 +421,9 @@ def _wrong_count(file: str, start: int, stop: int, at: int) -> ValueError:
     return ValueError(f"{file}: wanted the {stop - start} bytes of the part from byte {start} on, found {at - start}")
 
 
-@contextmanager
-def _naming(file: str) -> Iterator[None]:
-    """Give the file's name to errors of calls that know a descriptor only."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or file
-        raise
+def _named(error: OSError, file: str) -> OSError:
+    """Make the same error with the file's name, which a call that knows a descriptor only can't give."""
+    return OSError(error.errno, error.strerror, file)
 
 
 # ---------------------------------------------------------------------------------------------------- small files, and durability
