@@ -191,6 +191,17 @@ MODELS = {
     "org/absent": one({"model.safetensors.index.json": b'{"weight_map": {"x": "x.safetensors"}}'}),
     **{f"org/status-{status}": Model({}, {}, failing=status) for status in (200, 403, 429, 500)},
 }  # fmt: skip
+
+
+class Moving(dict[str, str]):
+    """Revisions of which each leads to the old commit when it is first asked for, and then to the new one."""
+
+    def get(self, revision: str, other: Any = None) -> Any:
+        first = revision not in self
+        self[revision] = OLD if first else NEW
+        return other if revision in (OLD, NEW) else self[revision]
+
+
 REFUSED = {
     "org/nothing": "no such model on 127.0.0.1",
     "org/tagged@v9": "no such revision",
@@ -373,6 +384,14 @@ def test_a_server_without_ranges_is_told_with_the_bytes_that_a_plan_would_have_t
             f"sends whole files only, {len(files[shard])} bytes. Fix: fetch the model with `hf download org/bins-no-ranges" in told
         )
     assert len(opened.results["org/bins-no-ranges download"]["tensors"]) == len(opened.results["org/bins"]["tensors"])
+
+
+def test_a_branch_that_moves_before_the_download_is_told_rather_than_two_commits_mixed(tmp_path: Path) -> None:
+    commits = {commit: {"model.safetensors": save(tensors_for(seed, 1))} for seed, commit in enumerate((OLD, NEW))}
+    with HubServer({"org/moving": Model(commits, Moving())}) as server:
+        results = open_all(tmp_path, server.endpoint, Job("org/moving", True), Job("org/moving", True))
+    assert f"wanted commit {OLD}, found {NEW}, to which it moved just now" in problem(results[0])
+    assert results[1]["commit"] == NEW
 
 
 def test_a_folder_with_the_name_of_a_hub_model_is_opened_instead(opened: Opened) -> None:

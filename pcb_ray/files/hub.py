@@ -78,9 +78,13 @@ class HubModel:
 
         wanted = [*names, *companions.among(self.names, companions.COMPANIONS)]
         try:
-            return Path(snapshot_download(self.repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
+            folder = Path(snapshot_download(self.repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
         except _failures() as error:
             raise RequestError(_problem(self.source, self.path, self.host, error, " while downloading")) from None
+        if folder.name != self.commit:
+            found = f"{folder.name}, to which it moved just now"
+            raise RequestError(f"model {self.source}: {mismatch(f'commit {self.commit}', found, 'run again, or name a commit')}")
+        return folder
 
 
 def find_model(source: str, path: Path, repo: str, revision: str | None) -> HubModel | Snapshot:
