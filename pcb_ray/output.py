@@ -19,23 +19,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from pcb_ray.errors import InputError, RequestError, RunError
-from pcb_ray.files.checkpoint import Checkpoint, fsync_file, fsync_folder, write_atomically
-from pcb_ray.planning import Plan, Slot
+from pcb_ray.files import companions
+from pcb_ray.files.checkpoint import Checkpoint
+from pcb_ray.files.store import fsync_file, fsync_folder, write_atomically
+from pcb_ray.planning import Input, Plan, Slot
 from pcb_ray.recipe import DTYPES, Recipe
 
-TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-    ),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
-)
-BASE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 RECEIPT, RECIPE, CARD = "pcb_receipt.json", "pcb_recipe.yaml", "README.md"
 DTYPE_NAMES = {short: name for name, short in DTYPES.items()}
 
@@ -61,13 +50,10 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bo
         problems.append(f"{out}: is not a directory; --overwrite replaces directories only")
     target = out.resolve()
     for one in plan.inputs:
-        for file in one.files:
-            folder = Path(file.path).resolve()
-            if Path(one.source).name != Path(file.path).name:  # a model that is one file claims no folder
-                folder = folder.parent
-            if folder == target or folder in target.parents or target in folder.parents:
+        for place in _claimed_by(one, plan.recipe.folder):
+            if place == target or place in target.parents or target in place.parents:
                 problems.append(
-                    f"{out}: would lie inside or around the input {one.source} ({folder}); choose a folder apart from the inputs"
+                    f"{out}: would lie inside or around the input {one.source} ({place}); choose a folder apart from the inputs"
                 )
                 break
     parent = existing_parent(target)
@@ -87,6 +73,16 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bo
             problems.append(f"{state}: holds an unfinished run to {out}; go on with --resume, or start afresh with --overwrite")
     if problems:
         raise RequestError(problems)
+
+
+def _claimed_by(one: Input, relative_to: Path) -> list[Path]:
+    """The folder of an input, whose files may lie anywhere below it, and the files, which may be links; a model that is one file has no folder."""
+    files = [Path(file.path) for file in one.files]
+    if one.commit is None:
+        folders = [relative_to / Path(one.source).expanduser()]
+    else:  # the snapshot of a model of the Hub is named after its commit
+        folders = [folder for folder in files[0].parents if folder.name == one.commit]
+    return [path.resolve() for path in (*folders, *files)]
 
 
 def existing_parent(path: Path) -> Path:
@@ -245,18 +241,11 @@ def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoi
     files: dict[str, bytes] = {}
     if tokenizer is not base:
         _check_vocabularies(base, tokenizer)
-    if base.folder is not None:
-        if base.config is not None:
-            files["config.json"] = _as_json(_config(base.config, plan, recipe))
-        for name in BASE_FILES:
-            if (base.folder / name).is_file():
-                files[name] = (base.folder / name).read_bytes()
-    if tokenizer.folder is not None:
-        for name in ("generation_config.json", *TOKENIZER_FILES):
-            if (tokenizer.folder / name).is_file():
-                files[name] = (tokenizer.folder / name).read_bytes()
-        for path in sorted((tokenizer.folder / "additional_chat_templates").glob("*.jinja")):
-            files[f"additional_chat_templates/{path.name}"] = path.read_bytes()
+    if base.config is not None:
+        files[companions.CONFIG] = _as_json(_config(base.config, plan, recipe))
+    for folder, patterns in ((base.folder, companions.OF_BASE), (tokenizer.folder, companions.OF_TOKENIZER)):
+        if folder is not None:
+            files |= {name: (folder / name).read_bytes() for name in companions.in_folder(folder, patterns)}
     if recipe.chat_template is not None:
         files["chat_template.jinja"] = recipe.chat_template.encode()
     if len(plan.files) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -70,6 +71,52 @@ def test_an_existing_output_is_refused_unless_it_is_to_be_replaced(family, tmp_p
 def test_an_output_inside_or_around_an_input_is_refused_also_with_overwrite(family, where):
     one = family(1)
     assert any("inside or around the input" in p for p in problems_of(one.folder / where, planned(one), overwrite=True))
+
+
+def into_subfolders(model: Path) -> None:
+    """Move the shards of a model to folders below it, to which its index leads."""
+    index = model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    places = {f: f"shards/{k // 2}/{f}" for k, f in enumerate(sorted({*content["weight_map"].values()}))}
+    for file, place in places.items():
+        (model / place).parent.mkdir(parents=True, exist_ok=True)
+        (model / file).rename(model / place)
+    index.write_text(json.dumps(content | {"weight_map": {name: places[file] for name, file in content["weight_map"].items()}}))
+
+
+@pytest.mark.parametrize("where", ["base", "base/out", "base/shards/0/out", "model0/out", "."])
+def test_an_output_inside_or_around_an_input_with_shards_in_subfolders_is_refused(family, where):
+    one = family(1, shards=3)
+    for name in ("base", "model0"):
+        into_subfolders(one.folder / name)
+    assert any("inside or around the input" in p for p in problems_of(one.folder / where, planned(one), overwrite=True))
+    assert problems_of(one.folder / "out", planned(one)) == ()
+
+
+def test_where_the_shards_of_the_inputs_lie_does_not_show_in_the_output(family):
+    one = family(1, shards=3)
+    flat = families.merge_locally(planned(one, max_shard_bytes=5000), one.folder / "flat").files
+    sides_of_flat = sides(one, max_shard_bytes=5000)
+    for name in ("base", "model0"):
+        into_subfolders(one.folder / name)
+    assert families.merge_locally(planned(one, max_shard_bytes=5000), one.folder / "nested").files == flat
+    assert sides(one, max_shard_bytes=5000) == sides_of_flat
+    assert "model.safetensors.index.json" in sides_of_flat
+
+
+def test_an_output_inside_a_snapshot_of_the_hub_is_refused(family, tmp_path):
+    one = family(1)
+    snapshot, blob = tmp_path / "hub" / "snapshots" / "abc123", tmp_path / "hub" / "blobs" / "0"
+    (snapshot / "deep").mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.touch()
+    (snapshot / "deep" / "m.safetensors").symlink_to(blob)
+    made = planned(one)
+    file = made.inputs[0].files[0]._replace(path=str(snapshot / "deep" / "m.safetensors"))
+    made = dataclasses.replace(made, inputs=(dataclasses.replace(made.inputs[0], commit="abc123", files=(file,)), made.inputs[1]))
+    for where in (snapshot / "out", snapshot / "deep", tmp_path / "hub" / "blobs", tmp_path / "hub"):
+        assert any("inside or around the input" in p for p in problems_of(where, made, overwrite=True)), where
+    assert problems_of(tmp_path / "out", made) == ()
 
 
 def test_an_output_beside_a_model_that_is_one_file_is_welcome(family, tmp_path):
