@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcb_ray import output, runtime
+from pcb_ray import runtime
 from pcb_ray.analysis import Run, Sweep, check_twins, digest_of, digests_of_inputs, thresholds_of, warnings_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import Checkpoint, Tensor, open_checkpoint, read_header
-from pcb_ray.output import RECEIPT, RECIPE, State
+from pcb_ray.output import companions as beside
+from pcb_ray.output.place import check_out, check_place
+from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan, choose_block, plan_of
 from pcb_ray.planning import plan as make_plan
 from pcb_ray.planning import worker_bytes as announced_bytes
 from pcb_ray.progress import readable_bytes
+from pcb_ray.receipt import RECEIPT
 from pcb_ray.recipe import Model, Recipe
 
 if TYPE_CHECKING:
@@ -65,18 +68,18 @@ def merge(
     start = time.monotonic()
     recipe = Recipe.of(recipe)
     out = Path(out)
-    output.check_place(out)
+    check_place(out)
     plan = fetched_plan(recipe, max_shard_bytes)
-    output.check_out(out, plan, overwrite=overwrite, resume=resume)
+    check_out(out, plan, overwrite=overwrite, resume=resume)
     base, tokenizer = companions(recipe)
-    files = output.side_files(recipe, plan, base, tokenizer)
+    files = beside.side_files(recipe, plan, base, tokenizer)
     if memory is not None:
         choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
     for note in () if resume else plan.notes:  # told when it began
         log.warning("note: %s", note)
 
     with contextlib.ExitStack() as stack:
-        state = stack.enter_context(State(out, output.asked_of(plan, ARITHMETIC), resume=resume))
+        state = stack.enter_context(State(out, asked_of(plan, ARITHMETIC), resume=resume, overwrite=overwrite))
         stack.enter_context(runtime.cluster(address))
         device = runtime.choose_device(device)
         block = choose_block(plan, device, memory)
@@ -124,8 +127,8 @@ def merge(
             "startup_s": round(startup_s, 3),
             **_spent(earlier, owners, start),
         }
-        files[output.CARD] = output.model_card(plan, receipt)
-        receipt["files_sha256"] = output.write_side_files(state.staging, files)
+        files[beside.CARD] = beside.model_card(plan, versions()["pcb_ray"])
+        receipt["files_sha256"] = beside.write_side_files(state.staging, files)
         (state.staging / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
         state.commit()
     for warning in warnings:
@@ -272,7 +275,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
             problems.append(f"{path}: its header is not the one that was written")
     if problems:
         return problems
-    recipe = Recipe.from_yaml((out / RECIPE).read_text(), out.parent)
+    recipe = Recipe.from_yaml((out / beside.RECIPE).read_text(), out.parent)
     plan = make_plan(recipe, max_shard_bytes=receipt["max_shard_bytes"], download=True)
     for then, now in zip(receipt["inputs"], plan.inputs, strict=True):
         place = os.path.basename if now.commit is not None else str  # models of the Hub: wherever this machine keeps them
@@ -363,7 +366,7 @@ def merge_state_dicts(
         log.warning("warning: %s", warning)
     written: dict[str, torch.Tensor] = {}
     flat, kinds = torch.from_numpy(memory[file.name]), _torch_dtypes()
-    for name, slot in output.slots_of(plan).items():
+    for name, slot in beside.slots_of(plan).items():
         kind, shape = kinds[slot.dtype], base[name].shape
         written[name] = flat[slot.start : slot.start + shape.numel() * kind.itemsize].clone().view(kind).view(shape)
     tied = dict(plan.tied)

@@ -416,7 +416,7 @@ def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(fa
 
     def interrupted(*args: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pcb_ray.output.State.commit", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("pcb_ray.output.state.State.commit", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
             merge(*args, **options)
 
     monkeypatch.setattr(run, "merge", interrupted)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pcb_ray import runtime
 from pcb_ray.errors import RequestError, RunError, reason_in, with_place
-from pcb_ray.output import State
+from pcb_ray.output.state import State
 from pcb_ray.progress import Counted
 from pcb_ray.runtime import CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S
 from pcb_ray.searching.request import Config, key_of

@@ -18,13 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pcb_ray import output, runtime
+from pcb_ray import runtime
 from pcb_ray.analysis import Run, check_twins, thresholds_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.merging import ARITHMETIC, companions, fetched_plan, merge
-from pcb_ray.output import RECIPE, State
+from pcb_ray.output.companions import RECIPE, side_files, write_side_files
+from pcb_ray.output.place import check_out, check_place
+from pcb_ray.output.state import State, asked_of, state_folder
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan, basis_bytes, choose_block, method_of, worker_bytes, writer_bytes
 from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import Recipe
@@ -187,7 +189,7 @@ def _prepared(
     """The state on disk, the cluster, and a job whose bases are yet to be made. `model`: whether the output is to have one."""
     from pcb_ray.searching import tune
 
-    output.check_place(out)
+    check_place(out)
     if (address or os.environ.get("RAY_ADDRESS") or "").startswith("ray://"):
         raise RequestError(
             "--address ray://...: a search can't run through Ray Client. Fix: `ray job submit`, or HOST:6379 on a node of the cluster."
@@ -195,14 +197,14 @@ def _prepared(
     plans = {v: fetched_plan(_analysed(recipe, request, v), max_shard_bytes) for v in variants}
     plan = next(iter(plans.values()))
     beside = sum(basis_bytes(p, scored) for p in plans.values())
-    output.check_out(out, plan, overwrite=overwrite, resume=resume, model=model, beside=beside)
+    check_out(out, plan, overwrite=overwrite, resume=resume, model=model, beside=beside)
     for one in plans.values():
         choose_block(one, "cpu", memory, writer_bytes(one, scored))  # a wrong bound is told before a cluster starts
     space = Space.of(request, recipe, plan)
     tune.check_optimizer(request, space)
     _check_picklable(evaluator)
     base, tokenizer = companions(recipe)
-    files = output.side_files(recipe, plan, base, tokenizer)
+    files = side_files(recipe, plan, base, tokenizer)
     for note in (*plan.notes, *space.notes):
         log.warning("note: %s", note)
     if len(space.groups) > 1:
@@ -211,11 +213,11 @@ def _prepared(
     if request.optimizer == "CMA" and request.budget <= request.population:
         log.warning("note: the budget is one generation, which is spread over uniform coefficients: CMA-ES begins with the second")
     asked = {
-        **output.asked_of(plan, ARITHMETIC),
+        **asked_of(plan, ARITHMETIC),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
     }
     with contextlib.ExitStack() as stack:
-        state = stack.enter_context(State(out, asked, resume=resume))
+        state = stack.enter_context(State(out, asked, resume=resume, overwrite=overwrite))
         model_dir = state.folder / "model"
         _make_model_dir(model_dir, base, files)
         stack.enter_context(runtime.cluster(address))
@@ -314,7 +316,7 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) 
     else:
         for path in (*weights, *base.folder.glob("*.index.json")):
             (folder / path.name).symlink_to(path.absolute())
-    output.write_side_files(folder, {n: d for n, d in files.items() if n != RECIPE and not n.endswith(".index.json")})
+    write_side_files(folder, {n: d for n, d in files.items() if n != RECIPE and not n.endswith(".index.json")})
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------------------------
@@ -426,7 +428,7 @@ def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_s
     from pcb_ray.searching.basis import Basis
 
     place = state.folder / "winner"
-    for leftover in (place, output.state_folder(place)):
+    for leftover in (place, state_folder(place)):
         shutil.rmtree(leftover, ignore_errors=True)
     candidate = job.space.candidate(best)
     arm = job.arms[winner.variant]
@@ -434,7 +436,7 @@ def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_s
     found = state.found["arms"][winner.variant]
     plan = fetched_plan(winner, max_shard_bytes)
     if found:
-        with State(place, output.asked_of(plan, ARITHMETIC), resume=False) as merging:
+        with State(place, asked_of(plan, ARITHMETIC), resume=False) as merging:
             merging.found = {"thresholds": thresholds.to_json(), "inputs": found["inputs"], "sweeps": found["sweeps"]}
             merging.save()
     try:
