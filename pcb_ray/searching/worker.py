@@ -23,6 +23,7 @@ from pcb_ray.searching.request import Candidate, Search, Space
 T = TypeVar("T")
 
 HANG_GRACE_S = 5.0  # after its time scoring is interrupted; one that does not mind is ended this much later, with its process
+WATCH = "time limit"  # the name of the thread that does so
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def within(seconds: float | None, call: Callable[[], T]) -> T:
     left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        threading.Thread(target=end_process, args=(seconds + HANG_GRACE_S,), daemon=True).start()
+        threading.Thread(target=end_process, args=(seconds + HANG_GRACE_S,), name=WATCH, daemon=True).start()
         try:
             armed = True
             signal.setitimer(signal.ITIMER_REAL, seconds)
