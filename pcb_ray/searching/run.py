@@ -390,6 +390,7 @@ def _commit(state: State, winner: Recipe) -> None:
     (state.staging / BEST).write_text(winner.resolved().to_yaml())
     for pickled in (state.folder / "tune").rglob("*.pkl"):
         pickled.unlink()  # for Tune to go on with; they hold the evaluator's options, whatever these may be
+    shutil.rmtree(state.staging / "tune", ignore_errors=True)  # of an earlier run, whose output could not have its name
     (state.folder / "tune").rename(state.staging / "tune")
     state.commit()
 
