@@ -24,7 +24,8 @@ from torch import Tensor
 
 from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, SAMPLE_SHIFT, Counted, Digest, Extrema, Sampled, Sums, Thresholds
 from pcb_ray.errors import InputError, RequestError, RunError
-from pcb_ray.files.checkpoint import DTYPE_BYTES, fsync_file
+from pcb_ray.files.checkpoint import DTYPE_BYTES
+from pcb_ray.files.store import fsync_file
 from pcb_ray.kernels import DTYPES, choose_kernel, keys
 from pcb_ray.planning import MIN_BLOCK, SAMPLE_RUN, Plan, Segment, choose_block
 from pcb_ray.searching.basis import Writer, chunk_file, digest_of

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from pcb_ray.checks import shown, wrong
 from pcb_ray.errors import RequestError
-from pcb_ray.files.safetensors import is_plain_text, strict_json
+from pcb_ray.files.foreign import is_plain_text, strict_json
 from pcb_ray.planning import Input, Plan
 
 RECEIPT = "pcb_receipt.json"
@@ -124,13 +124,13 @@ class Receipt:
     def of(cls, out: Path) -> Self:
         """The receipt in an output folder. Raises RequestError."""
         path = out / RECEIPT
+        if not path.is_file():  # a pipe would be waited for
+            raise RequestError(f"{path}: wanted a receipt, found no file. Fix: name a directory that pcb-ray merge wrote.")
         try:
             with path.open("rb") as file:
                 raw = file.read(MAX_BYTES + 1)
         except OSError as error:
-            raise RequestError(
-                f"{path}: wanted a receipt, found: {error.strerror}. Fix: name a directory that pcb-ray merge wrote."
-            ) from None
+            raise RequestError(f"{path}: wanted to read it, found: {error.strerror}. Fix: check the file and its rights.") from None
         if len(raw) > MAX_BYTES:
             raise RequestError(f"{path}: wanted at most {MAX_BYTES:,} bytes, found more. Fix: {_FIX}.")
         return cls.from_json(raw, str(path))

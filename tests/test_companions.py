@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from families import Family
-from test_output import planned
+from test_output import into_subfolders, planned
 
 from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.files.checkpoint import open_checkpoint
@@ -101,6 +101,17 @@ def test_shards_have_the_index_that_transformers_reads(family):
     (one.folder / "out" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert set(open_checkpoint(str(one.folder / "out")).tensors) == set(one.base)
     assert "model.safetensors.index.json" not in sides(one)
+
+
+def test_where_the_shards_of_the_inputs_lie_does_not_show_in_the_output(family):
+    one = family(1, shards=3)
+    flat = families.merge_locally(planned(one, max_shard_bytes=5000), one.folder / "flat").files
+    sides_of_flat = sides(one, max_shard_bytes=5000)
+    for name in ("base", "model0"):
+        into_subfolders(one.folder / name)
+    assert families.merge_locally(planned(one, max_shard_bytes=5000), one.folder / "nested").files == flat
+    assert sides(one, max_shard_bytes=5000) == sides_of_flat
+    assert "model.safetensors.index.json" in sides_of_flat
 
 
 @pytest.mark.parametrize("method", ["pcb", "ties", "task_arithmetic", "linear"])

@@ -189,7 +189,7 @@ def test_a_place_that_is_just_being_taken_is_left_alone(tmp_path, monkeypatch):
     FolderLock(tmp_path, tmp_path / "out").release()
 
 
-# --- with flock ---------------------------------------------------------------------------------------------------------------------
+# --- with flock -------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_lock_tells_its_holder(tmp_path):

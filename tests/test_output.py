@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import json
 import os
 import re
 from collections.abc import Callable
@@ -35,7 +37,7 @@ def fill(state: State, text: str = "new") -> None:
     (state.staging / "file").write_text(text)
 
 
-# --- before anything is computed ------------------------------------------------------------------------------------------------------
+# --- before anything is computed --------------------------------------------------------------------------------------------------
 
 
 def problems_of(out: Path, made: Plan, *, overwrite: bool = False, resume: bool = False) -> tuple[str, ...]:
@@ -68,6 +70,41 @@ def test_an_existing_output_is_refused_unless_it_is_to_be_replaced(family, tmp_p
 def test_an_output_inside_or_around_an_input_is_refused_also_with_overwrite(family, where):
     one = family(1)
     assert any("inside or around the input" in p for p in problems_of(one.folder / where, planned(one), overwrite=True))
+
+
+def into_subfolders(model: Path) -> None:
+    """Move the shards of a model to folders below it, to which its index leads."""
+    index = model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    places = {f: f"shards/{k // 2}/{f}" for k, f in enumerate(sorted({*content["weight_map"].values()}))}
+    for file, below in places.items():
+        (model / below).parent.mkdir(parents=True, exist_ok=True)
+        (model / file).rename(model / below)
+    index.write_text(json.dumps(content | {"weight_map": {name: places[file] for name, file in content["weight_map"].items()}}))
+
+
+@pytest.mark.parametrize("where", ["base", "base/out", "base/shards/0/out", "model0/out", "."])
+def test_an_output_inside_or_around_an_input_with_shards_in_subfolders_is_refused(family, where):
+    one = family(1, shards=3)
+    for name in ("base", "model0"):
+        into_subfolders(one.folder / name)
+    assert any("inside or around the input" in p for p in problems_of(one.folder / where, planned(one), overwrite=True))
+    assert problems_of(one.folder / "out", planned(one)) == ()
+
+
+def test_an_output_inside_a_snapshot_of_the_hub_is_refused(family, tmp_path):
+    one = family(1)
+    snapshot, blob = tmp_path / "hub" / "snapshots" / "abc123", tmp_path / "hub" / "blobs" / "0"
+    (snapshot / "deep").mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.touch()
+    (snapshot / "deep" / "m.safetensors").symlink_to(blob)
+    made = planned(one)
+    file = made.inputs[0].files[0]._replace(path=str(snapshot / "deep" / "m.safetensors"))
+    made = dataclasses.replace(made, inputs=(dataclasses.replace(made.inputs[0], commit="abc123", files=(file,)), made.inputs[1]))
+    for where in (snapshot / "out", snapshot / "deep", tmp_path / "hub" / "blobs", tmp_path / "hub"):
+        assert any("inside or around the input" in p for p in problems_of(where, made, overwrite=True)), where
+    assert problems_of(tmp_path / "out", made) == ()
 
 
 def test_an_output_beside_a_model_that_is_one_file_is_welcome(family, tmp_path):
@@ -115,7 +152,7 @@ def test_an_unfinished_merge_is_continued_or_forgotten_on_request_only(family, t
     assert problems_of(out, made, resume=True) == problems_of(out, made, overwrite=True) == ()
 
 
-# --- the state ------------------------------------------------------------------------------------------------------------------------
+# --- the state --------------------------------------------------------------------------------------------------------------------
 
 
 def test_two_merges_cannot_write_one_output_at_once(family, tmp_path):
@@ -221,7 +258,7 @@ def test_a_wrong_request_leaves_nothing_behind_unless_there_is_work_to_go_on_wit
         assert state.journal == {"0": "aa"}
 
 
-# --- commit ---------------------------------------------------------------------------------------------------------------------------
+# --- commit -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_commit_gives_the_name_and_leaves_no_state(family, tmp_path):
@@ -304,8 +341,8 @@ def contents(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("kind", PLACED)
 def test_an_output_that_appears_during_the_run_is_not_touched_and_the_work_is_kept(family, tmp_path, kind):
     made, out = planned(family(1)), tmp_path / "out"
-    with pytest.raises(RunError, match=rf"wanted a free name .*, found {kind} that appeared .*move it away and finish with --resume") as told, \
-         state_of(out, made) as state:  # fmt: skip
+    told_all = rf"wanted a free name .*, found {kind} that appeared .*move it away and finish with --resume"
+    with pytest.raises(RunError, match=told_all) as told, state_of(out, made) as state:
         fill(state)
         PLACED[kind](out)
         before = contents(out)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +100,20 @@ def test_what_is_no_receipt_at_all_is_told(raw):
 
 def test_a_receipt_that_is_not_there_is_told(tmp_path):
     for where in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(RequestError, match=rf"{RECEIPT}: wanted a receipt, found: No such file.*Fix: name a directory"):
+        with pytest.raises(RequestError, match=rf"{RECEIPT}: wanted a receipt, found no file. Fix: name a directory"):
             Receipt.of(where)
-    (tmp_path / RECEIPT).mkdir()
-    with pytest.raises(RequestError, match="Is a directory"):
+    os.mkfifo(tmp_path / RECEIPT)
+    with pytest.raises(RequestError, match="found no file"):
         Receipt.of(tmp_path)
+
+
+def test_what_is_wrong_is_told_without_asserts_too(tmp_path):
+    (tmp_path / RECEIPT).write_text(json.dumps(CONTENT | {"N": 0, "files_sha256": {"../x": ""}}))
+    program = f"from pathlib import Path; from pcb_ray.receipt import Receipt; Receipt.of(Path({str(tmp_path)!r}))"
+    run = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=120)
+    assert "RequestError" in run.stderr
+    assert "N: wanted at least 1, found 0" in run.stderr
+    assert "wanted a name inside the output, found '../x'" in run.stderr
 
 
 JSON = st.recursive(
@@ -154,7 +166,7 @@ def test_no_change_of_its_bytes_gives_a_traceback(at, length, put):
     assert read_or_refused(raw[:at] + put + raw[at + length :])
 
 
-# --- what it tells ------------------------------------------------------------------------------------------------------------------
+# --- what it tells ----------------------------------------------------------------------------------------------------------------
 
 
 def test_inputs_are_told_by_name_and_no_path_of_this_machine(family, tmp_path):

@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pcb_ray.errors import RequestError, RunError
+from pcb_ray.files import companions
 from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.planning import Plan, Slot
 from pcb_ray.receipt import RECEIPT, names_of_inputs
 from pcb_ray.recipe import DTYPES, Recipe
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-BASE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 RECIPE, CARD = "pcb_recipe.yaml", "README.md"
 DTYPE_NAMES = {short: name for name, short in DTYPES.items()}
 
@@ -29,9 +25,11 @@ def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoi
     files: dict[str, bytes] = {}
     if tokenizer is not base:
         _check_vocabularies(base, tokenizer)
-    if base.folder is not None and base.config is not None:
-        files["config.json"] = _as_json(_config(base.config, plan, recipe))
-    files |= _copied(base, tokenizer)
+    if base.config is not None:
+        files[companions.CONFIG] = _as_json(_config(base.config, plan, recipe))
+    for folder, patterns in ((base.folder, companions.OF_BASE), (tokenizer.folder, companions.OF_TOKENIZER)):
+        if folder is not None:
+            files |= {name: (folder / name).read_bytes() for name in companions.in_folder(folder, patterns)}
     if recipe.chat_template is not None:
         files["chat_template.jinja"] = recipe.chat_template.encode()
     if len(plan.files) > 1:
@@ -41,18 +39,6 @@ def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoi
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         )
     files[RECIPE] = _pinned(recipe.resolved(), plan).to_yaml().encode()
-    return files
-
-
-def _copied(base: Checkpoint, tokenizer: Checkpoint) -> dict[str, bytes]:
-    """The files that go along as they are, by name."""
-    files: dict[str, bytes] = {}
-    for model, names in ((base, BASE_FILES), (tokenizer, ("generation_config.json", *TOKENIZER_FILES))):
-        if model.folder is not None:
-            files |= {name: (model.folder / name).read_bytes() for name in names if (model.folder / name).is_file()}
-    if tokenizer.folder is not None:
-        for path in sorted((tokenizer.folder / "additional_chat_templates").glob("*.jinja")):
-            files[f"additional_chat_templates/{path.name}"] = path.read_bytes()
     return files
 
 
@@ -97,8 +83,9 @@ def _check_vocabularies(base: Checkpoint, tokenizer: Checkpoint) -> None:
         if first != second:
             sizes = [f"{len(v)} entries" for v in (first, second)]
             raise RequestError(
-                f"tokenizer_source: the vocabulary of {tokenizer.source} ({sizes[1]}) differs from the base's ({sizes[0]}) in {name}, "
-                "and merged embeddings follow the base's. Fix: write `tokenizer_source: base`, or merge models that share it."
+                f"tokenizer_source: the vocabulary of {tokenizer.source} ({sizes[1]}) differs from the base's ({sizes[0]}) in "
+                f"{name}, and merged embeddings follow the base's. "
+                "Fix: write `tokenizer_source: base`, or merge models that share it."
             )
 
 
@@ -141,8 +128,8 @@ def model_card(plan: Plan, version: str) -> bytes:
     ]
     if recipe.merge_method == "pcb":
         lines += [
-            f"Parameter competition balancing (variant `{recipe.variant}`): of each task vector's {plan.D:,} elements, the share below",
-            "is kept by a threshold over the whole model, and competing elements are weighed by their scores.",
+            f"Parameter competition balancing (variant `{recipe.variant}`): of each task vector's {plan.D:,} elements, the share",
+            "below is kept by a threshold over the whole model, and competing elements are weighed by their scores.",
             "",
         ]
     base, *models = _public_names(plan)

@@ -17,7 +17,7 @@ import socket
 from pathlib import Path
 
 from pcb_ray.errors import RequestError
-from pcb_ray.files.checkpoint import write_atomically
+from pcb_ray.files.store import write_atomically
 
 LOCK, HOLDER = "lock", "holder"
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)

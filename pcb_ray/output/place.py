@@ -9,7 +9,7 @@ from pathlib import Path
 from pcb_ray.errors import RequestError
 from pcb_ray.output.publish import kind_of
 from pcb_ray.output.state import is_unfinished, state_folder
-from pcb_ray.planning import Plan
+from pcb_ray.planning import Input, Plan
 
 
 def check_place(out: Path) -> None:
@@ -74,17 +74,25 @@ def _overlaps(out: Path, plan: Plan) -> list[str]:
     """A problem for each input that OUT would lie inside or around."""
     problems, target = [], out.resolve()
     for one in plan.inputs:
-        for file in one.files:
-            folder = Path(file.path).resolve()
-            if Path(one.source).name != Path(file.path).name:  # a model that is one file claims no folder
-                folder = folder.parent
-            if folder == target or folder in target.parents or target in folder.parents:
+        for place in _claimed_by(one, plan.recipe.folder):
+            if place == target or place in target.parents or target in place.parents:
                 problems.append(
-                    f"{out}: wanted a folder apart from the inputs, found it inside or around the input {one.source} ({folder}). "
+                    f"{out}: wanted a folder apart from the inputs, found it inside or around the input {one.source} ({place}). "
                     "Fix: choose another folder."
                 )
                 break
     return problems
+
+
+def _claimed_by(one: Input, relative_to: Path) -> list[Path]:
+    """The folder of an input, whose files may lie anywhere below it, and the files, which may be links; a model that is one file
+    has no folder."""
+    files = [Path(file.path) for file in one.files]
+    if one.commit is None:
+        folders = [relative_to / Path(one.source).expanduser()]
+    else:  # the snapshot of a model of the Hub is named after its commit
+        folders = [folder for folder in files[0].parents if folder.name == one.commit]
+    return [path.resolve() for path in (*folders, *files)]
 
 
 def existing_parent(path: Path) -> Path:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from pcb_ray.errors import RunError
-from pcb_ray.files.checkpoint import fsync_file, fsync_folder
+from pcb_ray.files.store import fsync_file, fsync_folder
 
 REPLACED = "replaced"
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)

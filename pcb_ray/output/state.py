@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pcb_ray.errors import InputError, RequestError, RunError
-from pcb_ray.files.checkpoint import write_atomically
+from pcb_ray.files.store import write_atomically
 from pcb_ray.output.lock import HOLDER, LOCK, FolderLock
 from pcb_ray.output.publish import REPLACED, kind_of, publish, restore
 from pcb_ray.planning import Plan
@@ -45,8 +45,8 @@ class State:
     """The state of one merge (or search) on disk. `with State(...)` holds its lock: two to one OUT can't run at once.
 
     `asked` is what an unfinished one must share with the one that resumes it, as JSON values. `overwrite` lets `commit` replace an
-    OUT that is there. Raises RequestError if another process holds the state, if OUT is there and may not be replaced, or if the run
-    that was begun is another one."""
+    OUT that is there. Raises RequestError if another process holds the state, if OUT is there and may not be replaced, or if
+    another run was begun."""
 
     def __init__(self, out: Path, asked: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
         self.out = out.resolve()

@@ -315,7 +315,9 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) 
         (folder / f"model{weights[0].suffix}").symlink_to(weights[0].absolute())
     else:
         for path in (*weights, *base.folder.glob("*.index.json")):
-            (folder / path.name).symlink_to(path.absolute())
+            link = folder / path.relative_to(base.folder)  # where the index says; that may be in a subfolder
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.absolute())
     write_side_files(folder, {n: d for n, d in files.items() if n != RECIPE and not n.endswith(".index.json")})
 
 

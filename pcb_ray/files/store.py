@@ -1,0 +1,457 @@
+"""The one way by which the bytes of models are read and written, with two implementations: local files, and arrays in memory.
+
+The interface asks for no more than an object store can give, since that is the implementation to come. An object is written front
+to back by one writer, as the parts of one upload; it can't be renamed, and no single byte of it can be changed. So nothing here
+writes at a place of the caller's choice: a file is made at its full size, it is divided into parts, and each part is written from
+its first to its last byte by one writer at a time. How a finished output gets its name is not decided here: a folder is renamed,
+while in an object store the object that is written last would have to say that the others are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import resource
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcb_ray.errors import RunError
+
+MAX_OPEN = 128
+_HASHED_AT_ONCE = 1 << 20
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file is still the one that was seen."""
+
+    size: int
+    modified_ns: int
+
+
+class PartWriter(Protocol):
+    """Takes the bytes of one part of a file, from the first to the last."""
+
+    def write(self, data: bytes | memoryview | NDArray[Any]) -> None:
+        """Append the bytes of `data`, which lie in one piece."""
+        ...
+
+
+class Store(Protocol):
+    """Reads and writes files by name. Any number of threads may use one store at once.
+
+    What the system refuses raises OSError, with the file's name. A file that is no longer what it was raises RunError. To give a
+    part too few or too many bytes is a mistake of the caller, and raises ValueError.
+    """
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes `read` and `view` have given so far."""
+        ...
+
+    def stamp(self, file: str) -> Stamp:
+        """The size and time of a file."""
+        ...
+
+    def read(self, file: str, start: int, out: memoryview) -> None:
+        """Fill the whole of `out`, which is made of bytes, with those of `file` from `start` on."""
+        ...
+
+    def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:
+        """Bytes `start` to `stop`, read-only and without a copy, if they lie in memory; else None, and they are to be read."""
+        ...
+
+    def sha256(self, file: str) -> str:
+        """The digest of a whole file."""
+        ...
+
+    def create(self, file: str, size: int) -> None:
+        """Make a file of this size, to write its parts. One that is there is brought to the size and keeps what it holds."""
+        ...
+
+    def part(self, file: str, start: int, stop: int) -> AbstractContextManager[PartWriter]:
+        """Write bytes `start` to `stop` of a file that was created; leaving the block checks that all were given.
+
+        A part belongs to one writer at a time. Parts of one file may be written in any order, at once, and anew after a failure.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Make durable all that was created, and all parts that were finished, before this call by whichever thread."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is open. What was not made durable by `sync` may be lost in a power cut."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------- local files
+
+
+@dataclass
+class _Opened:
+    descriptor: int
+    users: int = 0
+
+
+class LocalStore:
+    """Files by their paths on this machine.
+
+    A model may have any number of files, and all threads of a process may read each of them. So the store keeps open at most
+    `max_open` files that it reads, at most as many that it has written, and the parts that are being written. It keeps to a quarter
+    of the process's own limit, too. A file that is replaced is read on as it was while it is open: its stamp tells.
+    """
+
+    def __init__(self, max_open: int = MAX_OPEN) -> None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_open = max_open if limit == resource.RLIM_INFINITY else max(1, min(max_open, limit // 4))
+        self._bytes_read = 0
+        self._released = threading.Condition()  # guards all that follows, but `_syncing`
+        self._readers: OrderedDict[str, _Opened] = OrderedDict()  # the one whose use is longest past comes first
+        self._written: dict[tuple[int, int], tuple[str, int]] = {}  # by inode, a descriptor of each file that is not yet durable
+        self._folders: set[str] = set()  # folders with entries that are not yet durable
+        self._failure: OSError | None = None
+        self._syncing = threading.Lock()
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
+
+    def stamp(self, file: str) -> Stamp:
+        found = os.stat(file)
+        return Stamp(found.st_size, found.st_mtime_ns)
+
+    def read(self, file: str, start: int, out: memoryview) -> None:
+        with self._reading(file) as descriptor:
+            got = 0
+            while got < len(out):
+                count = os.preadv(descriptor, [out[got:]], start + got)
+                if count == 0:
+                    raise _cut_short(file, start + len(out), start + got)
+                got += count
+        with self._released:
+            self._bytes_read += got
+
+    def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
+        return None  # A mapped file that is cut short ends the process that looks at it.
+
+    def sha256(self, file: str) -> str:
+        digest, at = hashlib.sha256(), 0
+        with self._reading(file) as descriptor:
+            while data := os.pread(descriptor, _HASHED_AT_ONCE, at):
+                digest.update(data)
+                at += len(data)
+        return digest.hexdigest()
+
+    def create(self, file: str, size: int) -> None:
+        with self._writing(file, os.O_CREAT) as descriptor, _naming(file):
+            os.ftruncate(descriptor, size)
+        with self._released:
+            self._folders.add(os.path.dirname(os.path.abspath(file)))
+
+    @contextmanager
+    def part(self, file: str, start: int, stop: int) -> Iterator[PartWriter]:
+        with self._writing(file) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if not 0 <= start <= stop <= size:
+                raise RunError(
+                    f"{file}: wanted bytes {start} to {stop}, found a file of {size} bytes: it was changed during the run. "
+                    "Fix: let nothing else write there, and start afresh with --overwrite."
+                )
+            writer = _LocalPart(file, descriptor, start, stop)
+            yield writer
+            writer.check()
+
+    def sync(self) -> None:
+        # Linux reports a failed write-back to the descriptors that were open when it failed, to each once. A descriptor that is
+        # opened later hears of it only while the inode stays in memory, and closing a file reports nothing on a local disk. So a
+        # descriptor through which a file was written stays open until it is synced; to sync the path later would not be enough.
+        # After a failure the pages count as clean, and the next fsync would succeed without them: hence no later sync succeeds.
+        with self._syncing:  # who comes second waits, since the file that the first one syncs may hold parts of the second's
+            with self._released:
+                written, self._written = self._written, {}
+                folders, self._folders = self._folders, set()
+            failure = self._failure
+            self._failure = failure or OSError(errno.EINTR, "the sync was interrupted")  # It stands if Ctrl-C ends this block.
+            for file, descriptor in written.values():
+                try:
+                    os.fsync(descriptor)
+                except OSError as error:
+                    failure = failure or OSError(error.errno, error.strerror, file)
+                finally:
+                    os.close(descriptor)
+            for folder in sorted(folders):
+                try:
+                    fsync_folder(Path(folder))
+                except OSError as error:
+                    failure = failure or OSError(error.errno, error.strerror, folder)
+            self._failure = failure
+        if failure is not None:
+            raise OSError(failure.errno, failure.strerror, failure.filename)
+
+    def close(self) -> None:
+        with self._released:
+            opened = [
+                *(reader.descriptor for reader in self._readers.values()),
+                *(written for _, written in self._written.values()),
+            ]
+            self._readers, self._written = OrderedDict(), {}
+        for descriptor in opened:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_syncing"):  # the constructor came to its end
+            self.close()
+
+    @contextmanager
+    def _reading(self, file: str) -> Iterator[int]:
+        """A descriptor to read `file`, which stays open until the block is left.
+
+        A thread holds one at most, and none while it waits for one, so whoever waits gets one in the end.
+        """
+        with self._released:
+            while file not in self._readers:
+                if len(self._readers) < self.max_open and (opened := _open(file, os.O_RDONLY)) is not None:
+                    self._readers[file] = _Opened(opened)
+                else:
+                    self._make_room(file)
+            reader = self._readers[file]
+            reader.users += 1
+            self._readers.move_to_end(file)
+        try:
+            with _naming(file):
+                yield reader.descriptor
+        finally:
+            with self._released:
+                reader.users -= 1
+                self._released.notify_all()  # Not one alone, who might fail to open what it wants.
+
+    @contextmanager
+    def _writing(self, file: str, flags: int = 0) -> Iterator[int]:
+        """A descriptor to write `file`. If the block is left as it should be, the file is noted for the next sync."""
+        with self._released:
+            # It can't read: a network file system would fetch whole pages to complete those that are written in part, and then
+            # write them back over what another machine has written beside.
+            while (descriptor := _open(file, os.O_WRONLY | flags)) is None:
+                self._make_room(file)
+        try:
+            yield descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        found = os.fstat(descriptor)
+        with self._released:
+            _, kept = self._written.setdefault((found.st_dev, found.st_ino), (file, descriptor))
+            full = len(self._written) >= self.max_open
+        if kept != descriptor:
+            os.close(descriptor)  # The other one was open all the time, and hears of a failure as well.
+        if full:
+            with contextlib.suppress(OSError):  # Who asks for the next sync is told.
+                self.sync()
+
+    def _make_room(self, file: str) -> None:
+        """Close the reader whose use is longest past, or else wait until one is no longer used."""
+        idle = next((name for name, reader in self._readers.items() if reader.users == 0), None)
+        if idle is not None:
+            os.close(self._readers.pop(idle).descriptor)
+        elif self._readers:
+            self._released.wait()
+        else:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise RunError(f"{file}: wanted one more open file, found all {limit} taken. Fix: raise the limit (ulimit -n).")
+
+
+def _open(file: str, flags: int) -> int | None:
+    """A descriptor; None if this process has no more, the rest of it having used up the limit."""
+    try:
+        return os.open(file, flags | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        return None
+
+
+class _LocalPart:
+    def __init__(self, file: str, descriptor: int, start: int, stop: int) -> None:
+        self._file, self._descriptor = file, descriptor
+        self._start, self._at, self._stop = start, start, stop
+
+    def write(self, data: bytes | memoryview | NDArray[Any]) -> None:
+        left = _as_bytes(data)
+        if self._at + len(left) > self._stop:
+            raise _wrong_count(self._file, self._start, self._stop, self._at + len(left))
+        while left:
+            with _naming(self._file):
+                count = os.pwrite(self._descriptor, left, self._at)
+            self._at, left = self._at + count, left[count:]
+
+    def check(self) -> None:
+        if self._at != self._stop:
+            raise _wrong_count(self._file, self._start, self._stop, self._at)
+
+
+# ---------------------------------------------------------------------------------------------------- arrays in memory
+
+
+class MemoryStore:
+    """Files that are arrays of bytes in `arrays`, by name; nothing is durable."""
+
+    def __init__(self, arrays: dict[str, NDArray[np.uint8]]) -> None:
+        self.arrays = arrays
+        self._bytes_read = 0
+        self._lock = threading.Lock()
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
+
+    def stamp(self, file: str) -> Stamp:
+        return Stamp(self._array(file).nbytes, 0)
+
+    def read(self, file: str, start: int, out: memoryview) -> None:
+        out[:] = self._range(file, start, start + len(out)).data
+
+    def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:
+        seen = self._range(file, start, stop)
+        seen.flags.writeable = False
+        return seen
+
+    def sha256(self, file: str) -> str:
+        return hashlib.sha256(self._array(file).data).hexdigest()
+
+    def create(self, file: str, size: int) -> None:
+        there = self.arrays.get(file)
+        if there is None or there.nbytes != size:
+            made = np.zeros(size, dtype=np.uint8)
+            if there is not None:
+                made[: there.nbytes] = there[:size]
+            self.arrays[file] = made
+
+    @contextmanager
+    def part(self, file: str, start: int, stop: int) -> Iterator[PartWriter]:
+        size = self._array(file).nbytes
+        if not 0 <= start <= stop <= size:
+            raise RunError(
+                f"{file}: wanted bytes {start} to {stop}, found an array of {size} bytes. Fix: create it at its full size."
+            )
+        writer = _MemoryPart(file, self.arrays[file], start, stop)
+        yield writer
+        writer.check()
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _array(self, file: str) -> NDArray[np.uint8]:
+        try:
+            return self.arrays[file]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file) from None
+
+    def _range(self, file: str, start: int, stop: int) -> NDArray[np.uint8]:
+        found = self._array(file)[start:stop]
+        if len(found) < stop - start:
+            raise _cut_short(file, stop, start + len(found))
+        with self._lock:
+            self._bytes_read += len(found)
+        return found
+
+
+class _MemoryPart:
+    def __init__(self, file: str, array: NDArray[np.uint8], start: int, stop: int) -> None:
+        self._file, self._array = file, array
+        self._start, self._at, self._stop = start, start, stop
+
+    def write(self, data: bytes | memoryview | NDArray[Any]) -> None:
+        given = _as_bytes(data)
+        if self._at + len(given) > self._stop:
+            raise _wrong_count(self._file, self._start, self._stop, self._at + len(given))
+        self._array.data[self._at : self._at + len(given)] = given
+        self._at += len(given)
+
+    def check(self) -> None:
+        if self._at != self._stop:
+            raise _wrong_count(self._file, self._start, self._stop, self._at)
+
+
+# ---------------------------------------------------------------------------------------------------- what both need
+
+
+def _as_bytes(data: bytes | memoryview | NDArray[Any]) -> memoryview:
+    seen = data.data if isinstance(data, np.ndarray) else memoryview(data)
+    return seen.cast("B") if seen.nbytes else memoryview(b"")  # An empty shape can't be cast.
+
+
+def _cut_short(file: str, wanted: int, found: int) -> RunError:
+    return RunError(
+        f"{file}: wanted data up to byte {wanted}, found its end at byte {found}: it was changed during the run. "
+        "Fix: restore the file, and run again."
+    )
+
+
+def _wrong_count(file: str, start: int, stop: int, at: int) -> ValueError:
+    return ValueError(f"{file}: wanted the {stop - start} bytes of the part from byte {start} on, found {at - start}")
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Give the file's name to errors of calls that know a descriptor only."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or file
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------- small files, and durability
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """After this, `path` holds `data`, also after a power cut; until then it holds what it held before.
+
+    Raises OSError, leaving nothing behind.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(aside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_file(path: Path) -> None:
+    """Make durable what a file holds."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the folder's entries (files made, renamed, removed) durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that can't sync folders
+            raise
+    finally:
+        os.close(descriptor)
