@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -426,6 +427,26 @@ def test_an_output_that_appears_between_the_two_renames_is_not_touched(family, t
         again.commit()
     assert contents(out) == {"file": "new"}
     assert not beside(out).exists()
+
+
+def test_a_rename_that_fails_leaves_the_old_output_where_it_was(family, tmp_path, monkeypatch):
+    made, out = planned(family(1)), tmp_path / "out"
+    place_a_folder(out)
+    rename = Path.rename
+
+    def fail_for_the_new(path: Path, target: Path) -> Path:
+        if path == beside(out) / "out":
+            raise OSError(errno.EIO, "broken", str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="broken"), state_of(out, made, overwrite=True) as state:
+        fill(state)
+        patch.setattr(Path, "rename", fail_for_the_new)
+        state.commit()
+    assert contents(out) == {"file": "theirs"}
+    with state_of(out, made, resume=True, overwrite=True) as again:
+        again.commit()
+    assert contents(out) == {"file": "new"}
 
 
 def test_an_old_output_that_a_crash_set_aside_comes_back_and_is_replaced_on_request_only(family, tmp_path, monkeypatch):

@@ -178,9 +178,10 @@ class FolderLock:
             elif self._file < 0 and name.read_text(errors="replace") == self._me.to_json():
                 lock.unlink(missing_ok=True)
                 name.unlink()
-            self.folder.rmdir()
         if self._file >= 0:
             os.close(self._file)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -32,6 +32,7 @@ def publish(staging: Path, out: Path, *, overwrite: bool) -> None:
             _set_aside(out, staging.parent / REPLACED)
         staging.rename(out)
     except OSError as error:
+        restore(out, staging.parent / REPLACED)
         if error.errno not in _IN_THE_WAY or not os.path.lexists(out):
             raise
         replace = ", or replace it with --resume --overwrite" if kind_of(out) == "a folder" else ""
