@@ -1,11 +1,12 @@
-"""All of Ray for merging: starting or joining a cluster, placing owners, asking them, replacing the dead.
+"""Owners as Ray actors: placing them, asking them, replacing the dead and the silent. Who does what is decided in `schedule`.
 
-`ask` sends one question about many items (chunks) to all owners and yields answers as they come, in no order: answers are such that order does
-not matter. `fold` is for answers that add up: each owner keeps the sum of its own, and the owners then add up in pairs, as a tree, so that the
-driver receives one answer whatever their number. `store` is for questions that write: it ends when all is durable.
+`ask` sends one question about many items to all owners and yields answers as they come, in no order: answers are such that order does not matter.
+`fold` is for answers that add up: each owner keeps the sum of its own, and the owners then add up in pairs, as a tree, so that the driver receives
+one answer whatever their number. `store` is for questions that write: it ends when all is durable.
 
-Each owner works through its own shard, a contiguous run of items; one that is done takes batches from the end of the longest shard left. The
-items of a dead owner are asked again, with those whose answers it alone held. `LocalOwners` does the same without Ray in this process.
+An owner dies with its process or node, which Ray tells; or it is stopped, or waits for a file system that does not answer, which nobody tells. So
+every call has a deadline (`Patience`): an owner that is slow has its work done by idle ones too, one that is late is warned of, and one that is lost
+is killed and replaced. What it had at hand and what it alone held is asked for again.
 """
 
 from __future__ import annotations
@@ -15,454 +16,525 @@ import contextlib
 import itertools
 import logging
 import os
-import signal
-import sys
-import threading
+import socket
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pcb_ray.errors import RequestError, RunError, reason_in
+from pcb_ray.cluster import nodes
+from pcb_ray.errors import RunError, reason_in
 from pcb_ray.planning import Plan
+from pcb_ray.questions import Answer, OwnerState, Question, TotalT
+from pcb_ray.schedule import Pace, Part, Patience, Schedule, Standing, Subtotal, proved
+
+if TYPE_CHECKING:
+    from pcb_ray.owner import Owner
 
 log = logging.getLogger("pcb_ray")
 
-BATCHES_PER_OWNER = 32  # an owner's shard is asked for in about so many batches: progress, and work for those who finish early
-MAX_BATCH = 64
-IN_FLIGHT = 2  # batches an owner has at hand, so that it need not wait for the driver
-PLACEMENT_TIMEOUT_S = 120.0
+# Batches that an owner has at hand, so that it need not wait for the driver; and so many answers it may keep apart from its total.
+IN_FLIGHT = 2
 MAX_DEATHS_OF_BATCH = 3
-CALL_TIMEOUT_S, SYNC_TIMEOUT_S = 300.0, 3600.0
-LOCAL_OBJECT_STORE_BYTES = 80 << 20  # near the smallest that Ray accepts; what does not fit goes to disk
-ADVICE = "If they ran out of memory, lower --workers; finished work is kept: --resume goes on"
+ASIDE = {"concurrency_group": "aside"}
+TICK_S = 1.0  # how often the driver looks who is late
+ADVICE = "Fix: if they ran out of memory, lower --workers; finished work is kept: --resume goes on"
+ADVICE_ON_SILENCE = (
+    "Fix: look whether the file systems of the inputs and the output answer on the nodes (a dead mount makes readers wait for ever); "
+    "finished work is kept: --resume goes on"
+)
 
 
-class Owners(Protocol):
-    """Whoever answers questions about chunks."""
+def make_owner(plan: Plan, device: str, block_elements: int, writes_to: str) -> Owner:
+    """What an actor holds."""
+    import torch
 
-    stats: dict[int, dict[str, Any]]
-    deaths: int
+    from pcb_ray.files.store import LocalStore
+    from pcb_ray.owner import Owner
 
-    def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        """Yields (some items, the answer about them)."""
-        ...
-
-    def fold(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        """Yields (some items, None) as they are done - again, if their answer was lost - and last ((), the sum of all answers)."""
-        ...
-
-    def store(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        """As `ask`, for questions that write to the output: when it ends, all of that is durable. What a dead owner wrote is written again."""
-        ...
-
-
-class LocalOwners:
-    """Owners in this process, a thread each: for models in memory and for `verify`. The kernels leave the interpreter lock free."""
-
-    deaths = 0
-
-    def __init__(
-        self,
-        plan: Plan,
-        out_dir: str = "",
-        *,
-        memory: dict[str, NDArray[np.uint8]] | None = None,
-        threads: int | None = None,
-        block_elements: int | None = None,
-    ) -> None:
-        from pcb_ray.owner import Owner
-
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._owners = [
-            Owner(plan, out_dir, memory=memory, block_elements=block_elements) for _ in range(min(threads or cores, plan.chunks))
-        ]
-        self.stats: dict[int, dict[str, Any]] = {}
-
-    def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        import torch
-
-        def answer(number: int, batch: Sequence[Any]) -> tuple[int, Sequence[Any], Any]:
-            return number, batch, getattr(self._owners[number], question)(batch, *args)
-
-        size = max(1, min(MAX_BATCH, len(items) // (8 * len(self._owners))))
-        batches = iter([items[at : at + size] for at in range(0, len(items), size)])
-        before = torch.get_num_threads()
-        try:
-            # One torch thread each: a block is too small to be shared.
-            with ThreadPoolExecutor(len(self._owners), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                running = {pool.submit(answer, n, batch) for n, batch in zip(range(len(self._owners)), batches, strict=False)}
-                while running:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for number, batch, result in (future.result() for future in done):
-                        if (following := next(batches, None)) is not None:
-                            running.add(pool.submit(answer, number, following))
-                        self.stats[number] = self._owners[number].state()
-                        yield batch, result
-        finally:
-            torch.set_num_threads(before)
-
-    def fold(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        total: Any = None
-        for batch, answer in self.ask(question, items, *args):
-            if total is None:
-                total = answer
-            else:
-                total.merge(answer)
-            yield batch, None
-        yield (), total
-
-    store = ask  # whoever commits the output makes it durable
+    torch.set_num_threads(1)  # one owner per core
+    return Owner(plan, LocalStore(), device=device, block_elements=block_elements, writes_to=writes_to)
 
 
 class _Actor:
-    """An owner as Ray runs it. Its owner is made by `start` and not by the constructor, since what a constructor raises is lost."""
+    """An owner as Ray runs it. Its owner is made by `use` and not by the constructor, since what a constructor raises is lost.
 
-    def start(self, plan: Plan, out_dir: str, options: dict[str, Any]) -> dict[str, Any]:
-        import torch
+    It has two threads. One makes the owner and answers questions, in the order in which they were asked. The other (the group `aside`) gives and
+    adds up totals and makes files durable: it works while the first one is stuck in a read.
+    """
 
-        from pcb_ray.owner import Owner
+    def __init__(self) -> None:
+        self.subtotal: Subtotal[Any] = Subtotal()
 
-        torch.set_num_threads(1)  # one owner per core
-        self.owner = Owner(plan, out_dir, **options)
-        self.sum = (0, 0)  # which one `total` is
-        self.total: Any = None
+    def where(self) -> str:
+        """How a person finds this process."""
+        return f"pid {os.getpid()} on {socket.gethostname()}"
+
+    def use(self, make: Callable[[Plan, str, int, str], Owner], plan: Plan, options: tuple[str, int, str]) -> OwnerState:
+        """Be the owner of this plan from now on."""
+        self.owner = make(plan, *options)
         return self.owner.state()
 
-    def ask(self, question: str, items: Sequence[Any], *args: Any) -> tuple[Any, dict[str, Any]]:
-        return getattr(self.owner, question)(items, *args), self.owner.state()
+    def ask(self, question: Question[Answer], items: Sequence[int]) -> tuple[Answer, OwnerState, float]:
+        """The answer, and how long it took."""
+        start = time.monotonic()
+        answer = question.answer(self.owner, items)
+        return answer, self.owner.state(), time.monotonic() - start
 
-    def add(self, number: tuple[int, int], question: str, items: Sequence[Any], *args: Any) -> tuple[Any, dict[str, Any]]:
-        """Add the answer to the total, which begins anew with another number of the sum."""
-        answer = getattr(self.owner, question)(items, *args)
-        if number != self.sum:
-            self.sum, self.total = number, answer
-        else:
-            self.total.merge(answer)
-        return None, self.owner.state()
+    def add(
+        self, number: int, batch: int, settled: tuple[Sequence[int], Sequence[int]], question: Question[Any], items: Sequence[int]
+    ) -> tuple[None, OwnerState, float]:
+        """Settle earlier answers (those that count, those that do not), and keep this one apart until it is settled too."""
+        start = time.monotonic()
+        counting, dropping = settled
+        if self.subtotal.settle(number, counting, dropping):
+            self.subtotal.keep(number, batch, Part.of(items, question.answer(self.owner, items)))
+        return None, self.owner.state(), time.monotonic() - start
 
-    def give(self) -> Any:
-        """The total so far."""
-        return self.total
+    def give(self, number: int, counting: Sequence[int]) -> tuple[bool, Part[Any] | None]:
+        """The total of the answers that count; before it, alone, a word that it is there."""
+        return True, self.subtotal.give(number, counting)
 
-    def absorb(self, total: Any) -> None:
-        """Add the total of another owner to one's own."""
-        self.total.merge(total)
+    def absorb(self, number: int, part: Part[Any] | None) -> None:
+        """Add what another owner has counted."""
+        self.subtotal.absorb(number, part)
 
     def sync(self) -> None:
+        """Make durable what was written so far."""
         self.owner.sync()
 
 
-@contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """Join the cluster at this address, or the one this job runs in, or start a local one; leave it (or end it) afterwards."""
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local" and "ray" not in sys.modules:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # authentication on, and no warning about it; Ray reads it when imported
-    import ray
+@dataclass
+class _Job:
+    """One question under way."""
 
-    if ray.is_initialized():  # the caller's own: used, and left as it is
-        yield
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise RunError(
-            f"no Ray cluster at {address}: {reason_in(error)}; start one with `ray start --head`, "
-            "set RAY_AUTH_MODE=token if it asks for a token, or leave --address out for a local one"
-        ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process without a word
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    question: Any  # a reference to it: it travels once to each node, and not with each batch
+    schedule: Schedule
+    adds_up: bool
+    pace: Pace = field(default_factory=Pace)
+    deaths: collections.Counter[int] = field(default_factory=collections.Counter)  # of owners at work on a batch
 
 
-def nodes() -> list[dict[str, float]]:
-    """CPUs, GPUs and memory of the cluster's living nodes."""
-    import ray
+@dataclass(frozen=True)
+class _Call:
+    """What an owner is asked for, in the order of its thread."""
 
-    return [
-        {"CPU": n["Resources"].get("CPU", 0.0), "GPU": n["Resources"].get("GPU", 0.0), "memory": n["Resources"].get("memory", 0.0)}
-        for n in ray.nodes()
-        if n["Alive"]
-    ]
+    job: _Job | None  # none: it is being placed, or opens its files
+    batch: int = -1
+    number: int = 0  # of the subtotal that the answer belongs to
 
 
-def choose_device(device: str) -> str:
-    """cpu or cuda; `auto` is cuda where the cluster has a GPU."""
-    gpus = sum(n["GPU"] for n in nodes())
-    if device == "cuda" and gpus < 1:
-        raise RequestError("--device cuda: the cluster has no GPU; use --device cpu, or join a cluster with GPUs by --address")
-    return ("cuda" if gpus >= 1 else "cpu") if device == "auto" else device
+@dataclass
+class _Worker:
+    """An actor as the driver knows it."""
 
+    number: int
+    actor: Any
+    since_s: float = 0.0  # when it could begin the first of its calls
+    calls: dict[Any, _Call] = field(default_factory=dict)  # by the reference to their results, in the order of its thread
+    place: str = ""  # where it was placed
+    opening: int = 0  # how often it is yet to open its files
+    warned: bool = False
+    subtotal: int = 0  # the number of its subtotal
+    counting: list[int] = field(default_factory=list)  # batches whose answers it shall add to it, and has not been told yet
+    dropping: list[int] = field(default_factory=list)  # batches whose answers it shall forget
 
-def choose_workers(workers: int | None, device: str, worker_bytes: int, chunks: int) -> int:
-    """The wished number of workers, else one per core (GPU) of the cluster as memory allows; never more than the cluster can place."""
-    unit = "GPU" if device == "cuda" else "CPU"
-    fits = [min(int(n[unit]), int(n["memory"] // worker_bytes)) for n in nodes()]
-    cores = int(sum(n[unit] for n in nodes()))
-    if sum(fits) == 0:
-        raise RequestError(
-            f"no node has room for a worker of {worker_bytes / 1e9:.2f} GB and one {unit}: the nodes have {nodes()}; "
-            "lower --memory or use larger nodes"
-        )
-    if workers is None:
-        return min(sum(fits), chunks)
-    if workers > sum(fits):
-        raise RequestError(
-            f"--workers {workers}: the cluster has {cores} {unit}s and memory for {sum(fits)} workers of "
-            f"{worker_bytes / 1e9:.2f} GB; ask for at most {sum(fits)}, or lower --memory"
-        )
-    return workers
+    def __str__(self) -> str:
+        return f"worker {self.number} ({self.place or 'not yet placed'})"
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be asked."""
+        return bool(self.place) and not self.opening
 
 
 class RayOwners:
-    """Owners as Ray actors, spread over the nodes."""
+    """Owners as Ray actors, spread over the nodes. `use` says of which plan."""
 
-    def __init__(self, plan: Plan, out_dir: str, *, workers: int, device: str, worker_bytes: int, block_elements: int) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int,
+        device: str,
+        worker_bytes: int,
+        patience: Patience = Patience(),  # noqa: B008 - it is frozen
+        make_owner: Callable[[Plan, str, int, str], Owner] = make_owner,
+    ) -> None:
         import ray
 
-        self.stats: dict[int, dict[str, Any]] = {}
-        self.deaths = 0
         resources = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": 1}
-        self._actor = ray.remote(_Actor).options(scheduling_strategy="SPREAD", memory=worker_bytes, max_restarts=0, **resources)
-        self._arguments = (ray.put(plan), out_dir, {"device": device, "block_elements": block_elements})
-        self._owners: dict[int, Any] = {}  # by number; a replacement has a new one
-        self._starting: dict[Any, int] = {}  # reference to the end of `start` -> number
+        actor = ray.remote(concurrency_groups={"aside": 1})(_Actor)  # type: ignore[call-overload]  # its types lack it
+        self._remote = actor.options(scheduling_strategy="SPREAD", memory=worker_bytes, max_restarts=0, **resources)
+        self._device, self._make_owner, self._patience = device, make_owner, patience
+        self._arguments: Sequence[Any] = ()  # of `use`
+        self._workers: dict[int, _Worker] = {}  # by number; a replacement has a new one
+        self._states: dict[int, OwnerState] = {}
+        self._numbers = itertools.count(1)  # of subtotals, in all owners
         self._born = 0
-        self._sums = 0
-        # What is lost with an owner: the batches whose answers are in its total, or whose output it has written.
-        self._held: dict[int, list[Sequence[Any]]] = {}
-        self._given: collections.Counter[int] = collections.Counter()  # how often an owner's total went to another
-        self._failures: collections.Counter[Any] = collections.Counter()  # deaths at work on an item
+        self._deaths = 0
         self._fruitless = 0  # deaths since the last answer
+        self._clock_s = 0.0  # how long the driver has waited
+        self._last_sign_s = 0.0  # when it last heard of an owner
+        self._tick_s = min(TICK_S, patience.slow_least_s / 2)
         for _ in range(workers):
             self._place()
+
+    @property
+    def states(self) -> Sequence[OwnerState]:
+        """Of all owners there were, the dead included, as of their last answer."""
+        return list(self._states.values())
+
+    @property
+    def deaths(self) -> int:
+        """How many owners were lost and replaced."""
+        return self._deaths
+
+    def use(self, plan: Plan, block_elements: int, writes_to: str = "") -> None:
+        """All questions from now on are about this plan. The actors stay, and get new owners; so do their replacements."""
+        import ray
+
+        self._arguments = (self._make_owner, ray.put(plan), (self._device, block_elements, writes_to))
+        for worker in self._workers.values():
+            self._open(worker)
+
+    def wait_until_ready(self) -> None:
+        """Wait for all owners to have opened their files, but not for ever: `ask` works with those there are. Raises what an owner raised."""
+        until_s = self._clock_s + self._patience.placement_s / 4
+        while self._clock_s < until_s and not all(worker.ready for worker in self._workers.values()):
+            self._turn(None)
 
     def close(self) -> None:
         """Let the actors go; a local cluster ends with the driver, another one goes on."""
         import ray
 
-        for actor in self._owners.values():
-            ray.kill(actor)
-        self._owners, self._starting = {}, {}
+        for worker in self._workers.values():
+            ray.kill(worker.actor)
+        self._workers = {}
 
-    def wait_until_ready(self) -> None:
-        """Wait for all owners to have started, but not for ever: `ask` works with those there are."""
+    # --- questions ----------------------------------------------------------------------------------------------------------------
+
+    def ask(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+        """(some items, the answer about them), as answers come, in no order; each item once.
+
+        Raises what an owner raised, or RunError if items keep killing owners.
+        """
+        yield from self._work(self._job(question, items, keeps=False))
+
+    def store(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+        """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and yielded, again."""
+        job = self._job(question, items, keeps=True)
+        schedule = job.schedule
+        while not schedule.done:
+            yield from self._work(job)
+            written_s = {n: job.pace.usual_s(schedule.items_of(schedule.held(n))) for n in schedule.holders()}
+            limits = {n: self._patience.sync_late_after(seconds) for n, seconds in written_s.items()}
+            syncs = {n: self._workers[n].actor.sync.options(**ASIDE).remote() for n in limits}
+            for number in self._aside(job, "make durable what it wrote", syncs, limits):
+                schedule.safe(number)
+
+    def fold(self, question: Question[TotalT], items: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
+        """The sum of the answers about all items. `done` is called with items as they are counted - again, if their owner was lost.
+
+        Raises as `ask` does.
+        """
+        job = self._job(question, items, keeps=True, adds_up=True)
+        setbacks = 0
+        while setbacks <= 3 * (len(self._workers) + 1):
+            for batch, _ in self._work(job):
+                done(batch)
+            holders = job.schedule.holders()
+            if len(holders) > 1:
+                setbacks += self._add_up(job, holders)
+                continue
+            part: Part[TotalT] | None = self._total_of(job, holders[0]) if holders else None
+            if part is not None or not items:
+                return proved(part, items)
+            setbacks += 1
+        raise RunError(f"the workers: wanted the sum of what they had counted, found that {setbacks} additions failed. {ADVICE}")
+
+    def _job(self, question: Question[Any], items: Sequence[int], *, keeps: bool, adds_up: bool = False) -> _Job:
         import ray
 
-        ray.wait(list(self._starting), num_returns=len(self._starting), timeout=PLACEMENT_TIMEOUT_S / 4)
+        self._fruitless = 0
+        for worker in self._workers.values():
+            self._begin_subtotal(worker)
+        return _Job(ray.put(question), Schedule(items, list(self._workers), keeps=keeps), adds_up)
+
+    # --- the first thread of the owners: batches ------------------------------------------------------------------------------------
+
+    def _work(self, job: _Job) -> Iterator[tuple[Sequence[int], Any]]:
+        """Have all batches answered; yields the answers that count."""
+        while not job.schedule.done:
+            self._hand_out(job)
+            yield from self._turn(job)
+
+    def _hand_out(self, job: _Job) -> None:
+        """Give each owner as much to do as it should have at hand. Those that find nothing left double what slow ones have."""
+        idle = []
+        for worker in self._workers.values():
+            if not worker.ready or len(worker.calls) >= IN_FLIGHT or self._standing(worker) >= Standing.SLOW:
+                continue
+            while len(worker.calls) < IN_FLIGHT and (batch := job.schedule.take(worker.number)) is not None:
+                self._send(job, worker, batch)
+            if not worker.calls:
+                idle.append(worker)
+        if idle:
+            slow = {worker.number for worker in self._workers.values() if self._standing(worker) >= Standing.SLOW}
+            for worker in idle:
+                if (batch := job.schedule.double(worker.number, slow)) is not None:
+                    log.info("%s also does what a slow one has at hand", worker)
+                    self._send(job, worker, batch)
+
+    def _send(self, job: _Job, worker: _Worker, batch: int) -> None:
+        items = job.schedule.batches[batch]
+        if job.adds_up:
+            settled = (worker.counting, worker.dropping)
+            reference = worker.actor.add.remote(worker.subtotal, batch, settled, job.question, items)
+            worker.counting, worker.dropping = [], []
+        else:
+            reference = worker.actor.ask.remote(job.question, items)
+        self._expect(worker, reference, _Call(job, batch, worker.subtotal))
+
+    def _turn(self, job: _Job | None) -> list[tuple[Sequence[int], Any]]:
+        """Wait for a sign of any owner, but not long, and look who is late. Returns what was answered of this job and counts."""
+        import ray
+
+        worker_of = {reference: worker for worker in self._workers.values() for reference in worker.calls}
+        ready = self._wait(list(worker_of))
+        if ready:
+            self._last_sign_s = self._clock_s
+        elif not any(worker.place for worker in self._workers.values()):
+            self._check_placement()
+        answers = []
+        for reference in ready:
+            worker = worker_of[reference]
+            if self._workers.get(worker.number) is not worker:
+                continue  # it was lost by an earlier one of its calls
+            call = worker.calls[reference]
+            try:
+                answer = ray.get(reference, timeout=self._patience.exchange_s)
+            except ray.exceptions.RayError as error:  # a large answer is lost with the node that keeps it
+                if _is_loss(error):
+                    self._lose(worker, job, reason_in(error))
+                    continue
+                if call.job is job and (job is None or not job.schedule.is_answered(call.batch)):
+                    raise _ours(error) from None
+                answer = None  # it matters no more
+            del worker.calls[reference]
+            worker.since_s, worker.warned = self._clock_s, False
+            if call.job is None:
+                self._placed_or_opened(worker, answer)
+            elif answer is not None:
+                self._fruitless = 0
+                result, self._states[worker.number], seconds = answer
+                if job is call.job and self._counts(job, worker, call):
+                    items = job.schedule.batches[call.batch]
+                    job.pace.learn(len(items), seconds)
+                    answers.append((items, result))
+        self._look_after(job)
+        return answers
+
+    def _counts(self, job: _Job, worker: _Worker, call: _Call) -> bool:
+        """Whether this answer counts; where answers add up, its owner hears it later."""
+        if call.number != worker.subtotal:  # it was computed while its subtotal was given away, and forgotten
+            job.schedule.in_vain(worker.number, call.batch)
+            return False
+        counts = job.schedule.answered(worker.number, call.batch)
+        if job.adds_up:
+            (worker.counting if counts else worker.dropping).append(call.batch)
+        return counts
+
+    # --- the second thread of the owners: totals and files --------------------------------------------------------------------------
+
+    def _aside(self, job: _Job, what: str, calls: Mapping[int, Any], limits: Mapping[int, float]) -> set[int]:
+        """Wait for calls to some owners. Returns the numbers of those that did it; the lost are replaced."""
+        import ray
+
+        begin_s, warned, did = self._clock_s, set[int](), set[int]()
+        waiting = {reference: number for number, reference in calls.items()}
+        while waiting:
+            for reference in self._wait(list(waiting)):
+                number = waiting.pop(reference)
+                try:
+                    ray.get(reference, timeout=self._patience.exchange_s)
+                except ray.exceptions.RayError as error:
+                    if not _is_loss(error):
+                        raise _ours(error) from None
+                    if not isinstance(error, ray.exceptions.RayTaskError):  # else what it should have added was lost, and it lives
+                        self._lose(self._workers[number], job, reason_in(error))
+                else:
+                    did.add(number)
+            silent_s = self._clock_s - begin_s
+            for reference, number in list(waiting.items()):
+                standing, worker = self._patience.standing_at(silent_s, limits[number]), self._workers[number]
+                if standing == Standing.LOST:
+                    del waiting[reference]
+                    self._lose(worker, job, f"it did not {what} in {silent_s:.0f} s", silent=True)
+                elif standing == Standing.LATE and number not in warned:
+                    warned.add(number)
+                    replaced_s = self._patience.lost * limits[number]
+                    log.warning("%s did not yet %s in %.0f s; after %.0f s it is replaced", worker, what, silent_s, replaced_s)
+        return did
+
+    def _add_up(self, job: _Job, holders: Sequence[int]) -> int:
+        """One level of the tree: half of those who hold a total add another's to their own. Returns how many could not."""
+        ordered = sorted(holders, key=lambda number: len(self._workers[number].calls))  # those still at work give theirs away
+        half = (len(ordered) + 1) // 2
+        taker_of = dict(zip(ordered[half:], ordered[:half], strict=False))
+        limits = dict.fromkeys(ordered, self._patience.exchange_s)
+        given, parts = {}, {}
+        for giver in taker_of:
+            given[giver], parts[giver] = self._give(job, self._workers[giver])
+        gave = self._aside(job, "give its total", given, limits)
+        additions = {}
+        for giver in gave:
+            taker = self._workers[taker_of[giver]]
+            additions[taker.number] = taker.actor.absorb.options(**ASIDE).remote(taker.subtotal, parts[giver])
+        added = self._aside(job, "add up totals", additions, limits)
+        for giver in gave:
+            taken = taker_of[giver]
+            if taken in added:
+                job.schedule.moved(giver, taken)
+            else:  # nobody knows what has become of the two totals
+                job.schedule.forgotten(giver)
+                job.schedule.forgotten(taken)
+                if taken in self._workers:
+                    self._begin_subtotal(self._workers[taken])
+        return len(taker_of) - len(added)
+
+    def _total_of(self, job: _Job, holder: int) -> Part[Any] | None:
+        """The total that this owner holds; none if it was lost, and must be found again."""
+        import ray
+
+        given, part = self._give(job, self._workers[holder])
+        if self._aside(job, "give its total", {holder: given}, {holder: self._patience.exchange_s}):
+            try:
+                total: Part[Any] | None = ray.get(part, timeout=self._patience.exchange_s)
+                return total
+            except ray.exceptions.RayError as error:
+                if not _is_loss(error):
+                    raise _ours(error) from None
+                job.schedule.forgotten(holder)
+        return None
+
+    def _give(self, job: _Job, worker: _Worker) -> tuple[Any, Any]:
+        """References to a word that the total was given, and to the total. What this owner counts from now on is another subtotal."""
+        give = worker.actor.give.options(**ASIDE, num_returns=2)
+        given, part = give.remote(worker.subtotal, job.schedule.counting(worker.number))
+        self._begin_subtotal(worker)
+        return given, part
+
+    def _begin_subtotal(self, worker: _Worker) -> None:
+        worker.subtotal, worker.counting, worker.dropping = next(self._numbers), [], []
+
+    # --- coming and going -----------------------------------------------------------------------------------------------------------
 
     def _place(self) -> None:
-        number, self._born = self._born, self._born + 1
-        self._owners[number] = self._actor.remote()
-        self._starting[self._owners[number].start.remote(*self._arguments)] = number
+        worker = _Worker(self._born, self._remote.remote())
+        self._born += 1
+        self._begin_subtotal(worker)
+        self._workers[worker.number] = worker
+        self._expect(worker, worker.actor.where.remote(), _Call(None))
+        if self._arguments:
+            self._open(worker)
 
-    def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        """Raises what an owner raised, or RunError if items keep killing owners."""
-        return self._work(self._begin(items), question, _put(args))
+    def _open(self, worker: _Worker) -> None:
+        worker.opening += 1
+        self._expect(worker, worker.actor.use.remote(*self._arguments), _Call(None))
 
-    def store(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        """Raises as `ask` does."""
+    def _placed_or_opened(self, worker: _Worker, answer: Any) -> None:
+        if not worker.place:
+            worker.place = answer
+        else:
+            worker.opening -= 1
+            self._states[worker.number] = answer
+
+    def _expect(self, worker: _Worker, reference: Any, call: _Call) -> None:
+        if not worker.calls:
+            worker.since_s, worker.warned = self._clock_s, False
+        worker.calls[reference] = call
+
+    def _wait(self, references: list[Any]) -> list[Any]:
+        """Those that are ready, after a moment at most. The clock counts this time and no other: nobody is late because the driver was."""
         import ray
 
-        shards, shared = self._begin(items), _put(args)
-        while shards.left:
-            yield from self._work(shards, question, shared, hold=True)
-            for number, synced in [(n, self._owners[n].sync.remote()) for n in self._held]:
-                try:
-                    ray.get(synced, timeout=SYNC_TIMEOUT_S)
-                except ray.exceptions.RayError as error:
-                    self._bury_or_raise(number, shards, error)
+        begin = time.monotonic()
+        ready, _ = ray.wait(references, num_returns=1, timeout=self._tick_s)
+        self._clock_s += min(time.monotonic() - begin, 2 * self._tick_s)
+        return list(ray.wait(references, num_returns=len(references), timeout=0.0)[0]) if ready else []
 
-    def fold(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        """Raises as `ask` does."""
+    def _standing(self, worker: _Worker) -> Standing:
+        """What to think of this owner, by the first of its calls."""
+        call = next(iter(worker.calls.values()), None)
+        if call is None or not worker.place:
+            return Standing.PUNCTUAL
+        silent_s = self._clock_s - worker.since_s
+        if call.job is None:
+            return self._patience.standing_at(silent_s, self._patience.start_s)
+        return self._patience.standing(silent_s, call.job.pace.usual_s(len(call.job.schedule.batches[call.batch])))
+
+    def _look_after(self, job: _Job | None) -> None:
+        """Warn of owners that are late, and replace those that are lost."""
+        for worker in list(self._workers.values()):
+            standing, silent_s = self._standing(worker), self._clock_s - worker.since_s
+            if standing == Standing.LOST:
+                self._lose(worker, job, f"it did not answer for {silent_s:.0f} s", silent=True)
+            elif standing == Standing.LATE and not worker.warned:
+                worker.warned = True
+                log.warning(
+                    "%s has not answered for %.0f s; idle workers do its part too, and after %.0f s it is replaced",
+                    worker, silent_s, self._patience.lost * silent_s,
+                )  # fmt: skip
+
+    def _lose(self, worker: _Worker, job: _Job | None, reason: str, *, silent: bool = False) -> None:
+        """Replace an owner that died or does not answer. Raises RunError if that happens too often."""
         import ray
 
-        shards, shared = self._begin(items), _put(args)
-        self._sums += 1
-        lost, total = 0, None
-        while shards.left or len(self._held) > 1 or (self._held and total is None):
-            for batch, _ in self._work(shards, question, shared, hold=True, add=True):
-                yield batch, None
-            before = self.deaths
-            if len(self._held) > 1:
-                self._add_up(shards)
-            elif self._held:
-                (last,) = self._held
-                try:
-                    total = ray.get(self._owners[last].give.remote(), timeout=CALL_TIMEOUT_S)
-                except ray.exceptions.RayError as error:
-                    self._bury_or_raise(last, shards, error)
-            lost += self.deaths - before
-            if lost > 3 * (len(self._owners) + 1):
-                raise RunError(f"{lost} workers died while they added up what they had counted. {ADVICE}")
-        yield (), total
-
-    def _begin(self, items: Sequence[Any]) -> _Shards:
-        self._held, self._fruitless = {}, 0
-        self._failures.clear()
-        return _Shards(items, list(self._owners))
-
-    def _add_up(self, shards: _Shards) -> None:
-        """One level of the tree: half of those who hold a total add another's to their own."""
-        import ray
-
-        holders = list(self._held)
-        pairs = [
-            (one, other, self._owners[one].absorb.remote(self._owners[other].give.remote()))
-            for one, other in zip(holders[::2], holders[1::2], strict=False)
-        ]
-        for one, other, absorbed in pairs:
-            try:
-                ray.get(absorbed, timeout=CALL_TIMEOUT_S)
-            except ray.exceptions.RayTaskError as error:  # the argument was lost, and the sum is as it was
-                self._bury_or_raise(other, shards, error)
-            except ray.exceptions.RayError as error:  # before or after it had added: nobody knows
-                self._bury_or_raise(one, shards, error)
-            else:
-                self._held[one] += self._held.pop(other)
-                self._given[other] += 1
-
-    def _bury_or_raise(self, number: int, shards: _Shards, error: Exception) -> None:
-        """Replace an owner that died, which sends back what it held; raise any other error as one of ours."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-
-        if not isinstance(error, _deaths()):
-            cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
-            if isinstance(cause, OSError):
-                where = f"{cause.filename}: " if cause.filename else ""
-                raise RunError(
-                    f"{where}{cause.strerror or cause}; finished work is kept: free space or mend the disk, then --resume goes on"
-                ) from None
-            if isinstance(cause, RayError | MemoryError):
-                raise RunError(f"a worker failed: {reason_in(cause)}. {ADVICE}") from None
-            raise cause from None
-        if number not in self._owners:
-            return  # not the first of its answers to fail
-        self.deaths, self._fruitless = self.deaths + 1, self._fruitless + 1
-        log.warning("worker %d died (%s); its part is done again by another", number, reason_in(error))
-        with contextlib.suppress(RayError, ValueError):
-            ray.kill(self._owners[number])
-        del self._owners[number]
-        self._starting = {r: n for r, n in self._starting.items() if n != number}
-        for batch in self._held.pop(number, []):
-            shards.give_back(number, batch)
-        same_part = max(self._failures.values(), default=0)
-        if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._owners) + 1):
+        self._deaths, self._fruitless, self._last_sign_s = self._deaths + 1, self._fruitless + 1, self._clock_s
+        log.warning("%s %s (%s); its part is done again by another", worker, "is given up" if silent else "died", reason)
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(worker.actor)  # a process that is stopped or stuck gets SIGKILL a few seconds later, and its place is free
+        del self._workers[worker.number]
+        same_part = 0
+        if job is not None:
+            first = next(iter(worker.calls.values()), None)
+            if first is not None and first.job is job:
+                job.deaths[first.batch] += 1
+                same_part = job.deaths[first.batch]
+            job.schedule.lost(worker.number)
+        if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._workers) + 1):
             raise RunError(
-                f"{self.deaths} workers died, {same_part} of them on the same part of the model; last: {reason_in(error)}. {ADVICE}"
-            ) from error
+                f"{self._deaths} workers {'were lost' if silent else 'died'}, {same_part} of them on the same part of the model; "
+                f"the last one was {worker}: {reason}. {ADVICE_ON_SILENCE if silent else ADVICE}"
+            )
         self._place()
 
-    def _work(
-        self, shards: _Shards, question: str, shared: Sequence[Any], *, hold: bool = False, add: bool = False
-    ) -> Iterator[tuple[Sequence[Any], Any]]:
-        """Have all batches of the shards done; with `hold`, again if their owner dies later. With `add`, owners keep the answers and add them up."""
-        import ray
-
-        asked: dict[Any, tuple[int, Sequence[Any]]] = {}
-        busy: collections.Counter[int] = collections.Counter()
-        last_sign = time.monotonic()
-
-        def refill(number: int) -> None:
-            while busy[number] < IN_FLIGHT and (batch := shards.take(number)):
-                owner = self._owners[number]
-                call = partial(owner.add.remote, (self._sums, self._given[number])) if add else owner.ask.remote
-                asked[call(question, batch, *shared)] = (number, batch)
-                busy[number] += 1
-
-        def refill_all() -> None:
-            starting = set(self._starting.values())
-            for number in self._owners:
-                if number not in starting:
-                    refill(number)
-
-        refill_all()
-        while shards.left or asked:
-            references = [*asked, *self._starting]
-            if not ray.wait(references, num_returns=1, timeout=5.0)[0]:
-                if not asked and time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
-                    raise RunError(
-                        f"no worker could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: the cluster has {nodes()}; "
-                        "other jobs may hold its cores or memory. Free some, then --resume"
-                    )
-                continue
-            last_sign = time.monotonic()
-            for reference in ray.wait(references, num_returns=len(references), timeout=0.0)[0]:
-                if reference not in asked and reference not in self._starting:
-                    continue  # its owner was buried meanwhile
-                number, batch = asked.pop(reference) if reference in asked else (self._starting.pop(reference), ())
-                busy[number] -= bool(batch)
-                try:
-                    answer = ray.get(reference, timeout=CALL_TIMEOUT_S)
-                except ray.exceptions.RayError as error:  # a large answer is lost with the node that keeps it
-                    self._failures.update(batch)
-                    shards.give_back(number, batch)
-                    self._bury_or_raise(number, shards, error)
-                    refill_all()
-                    continue
-                self._fruitless = 0
-                if batch and hold and number not in self._owners:  # answered before it was buried, and lost with it
-                    shards.give_back(number, batch)
-                    refill_all()
-                    continue
-                if number in self._owners:
-                    refill(number)
-                if batch:
-                    answer, self.stats[number] = answer
-                    if hold:
-                        self._held.setdefault(number, []).append(batch)
-                    yield batch, answer
+    def _check_placement(self) -> None:
+        waited_s = self._clock_s - self._last_sign_s
+        if waited_s > self._patience.placement_s:
+            raise RunError(
+                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {nodes()}, and other jobs may hold its "
+                "cores or memory. Fix: free some, then --resume"
+            )
 
 
-class _Shards:
-    """Who has which items still to do."""
-
-    def __init__(self, items: Sequence[Any], owners: Sequence[int]) -> None:
-        size = max(1, min(MAX_BATCH, len(items) // max(1, len(owners) * BATCHES_PER_OWNER)))
-        cuts = [len(items) * k // len(owners) for k in range(len(owners) + 1)]
-        self._of = {
-            owner: collections.deque(items[at : min(at + size, stop)] for at in range(start, stop, size))
-            for owner, (start, stop) in zip(owners, itertools.pairwise(cuts), strict=True)
-        }
-
-    @property
-    def left(self) -> bool:
-        return any(self._of.values())
-
-    def take(self, owner: int) -> Sequence[Any] | None:
-        """The next batch of this owner's shard, or the last one of the longest shard."""
-        if self._of.get(owner):
-            return self._of[owner].popleft()
-        longest = max(self._of.values(), key=len)
-        return longest.pop() if longest else None
-
-    def give_back(self, owner: int, batch: Sequence[Any]) -> None:
-        if batch:
-            self._of.setdefault(owner, collections.deque()).appendleft(batch)
-
-
-def _put(args: Sequence[Any]) -> list[Any]:
-    import ray
-
-    return [ray.put(a) for a in args]
-
-
-def _deaths() -> tuple[type[Exception], ...]:
-    """What a call raises when its owner, or the node that keeps its answer, is gone."""
+def _is_loss(error: Exception) -> bool:
+    """Whether an owner, or the node that keeps its answer, is gone."""
     from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
 
-    return (RayActorError, ObjectLostError, OutOfMemoryError, GetTimeoutError)
+    return isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError | GetTimeoutError)
+
+
+def _ours(error: Exception) -> Exception:
+    """What an owner raised, as one of our errors where that is possible."""
+    from ray.exceptions import RayError, RayTaskError
+
+    cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+    if isinstance(cause, OSError):
+        where = f"{cause.filename}: " if cause.filename else ""
+        return RunError(
+            f"{where}{cause.strerror or cause}. Fix: free space or mend the disk; finished work is kept: --resume goes on"
+        )
+    if isinstance(cause, RayError | MemoryError):
+        return RunError(f"a worker failed: {reason_in(cause)}. {ADVICE}")
+    return cause

@@ -23,7 +23,7 @@ from pcb_ray import owner as owner_module
 from pcb_ray.analysis import Run, thresholds_of
 from pcb_ray.answers import Thresholds
 from pcb_ray.planning import Plan
-from pcb_ray.runtime import LocalOwners
+from pcb_ray.local import LocalOwners
 
 StateDict = dict[str, Tensor]
 

@@ -448,7 +448,7 @@ class StayingTrials(FIFOScheduler):
 
 def check_resources(search: Search) -> int:
     """How many trials run at a time: what the recipe says, or the cluster holds. Raises RequestError if it is none."""
-    from pcb_ray.runtime import nodes
+    from pcb_ray.cluster import nodes
 
     found = nodes()
     fits = [

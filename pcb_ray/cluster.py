@@ -1,0 +1,157 @@
+"""Joining or starting a Ray cluster, and what it has room for."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pcb_ray.errors import RequestError, RunError, reason_in
+
+LOCAL_OBJECT_STORE_BYTES = 80 << 20  # near the smallest that Ray accepts; what does not fit goes to disk
+AUTH_MODE, ACCELERATORS = "RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+
+
+@contextlib.contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Join the cluster at this address, or the one this job runs in, or start a local one; leave it (or end it) afterwards.
+
+    A Ray that the caller already runs is used and left as it is. Raises RequestError if the address names another one; RunError if there is none.
+    """
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():
+            running = ray.get_runtime_context().gcs_address
+            if address and not is_same_cluster(address, running):
+                raise RequestError(
+                    f"--address {address}: wanted this cluster, found that this process already uses the one at {running}. "
+                    "Fix: leave the address out to use that one, or call ray.shutdown() first"
+                )
+            yield
+            return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    defaults = {ACCELERATORS: "0"}  # the coming default; silences a warning
+    if address == "local" and "ray" not in sys.modules:
+        defaults[AUTH_MODE] = "token"  # authentication on, and no warning about it; Ray reads it when imported
+    with _environment(defaults):
+        import ray
+
+        _join(address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def is_same_cluster(address: str, running: str) -> bool:
+    """Whether this address, as `--address` takes it, names the cluster whose address is `running` (host:port)."""
+    if address == "auto":  # whichever runs
+        return True
+    host, _, port = address.rpartition(":")
+    running_host, _, running_port = running.rpartition(":")
+    if not host or port != running_port:  # `local` asks for a new one, `ray://host:port` goes by another port
+        return False
+    wanted, found = _addresses_of(host), _addresses_of(running_host)
+    return bool(wanted & found) or (any(map(_is_ours, wanted)) and any(map(_is_ours, found)))
+
+
+def nodes() -> list[dict[str, float]]:
+    """CPUs, GPUs and memory of the cluster's living nodes."""
+    import ray
+
+    return [
+        {"CPU": n["Resources"].get("CPU", 0.0), "GPU": n["Resources"].get("GPU", 0.0), "memory": n["Resources"].get("memory", 0.0)}
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
+
+
+def choose_device(device: str) -> str:
+    """cpu or cuda; `auto` is cuda where the cluster has a GPU."""
+    gpus = sum(n["GPU"] for n in nodes())
+    if device == "cuda" and gpus < 1:
+        raise RequestError(
+            "--device cuda: wanted a GPU, found none in the cluster. Fix: use --device cpu, or join a cluster with GPUs by --address"
+        )
+    return ("cuda" if gpus >= 1 else "cpu") if device == "auto" else device
+
+
+def choose_workers(workers: int | None, device: str, worker_bytes: int, chunks: int) -> int:
+    """The wished number of workers, else one per core (GPU) of the cluster as memory allows; never more than the cluster can place."""
+    unit = "GPU" if device == "cuda" else "CPU"
+    fits = [min(int(n[unit]), int(n["memory"] // worker_bytes)) for n in nodes()]
+    cores = int(sum(n[unit] for n in nodes()))
+    if sum(fits) == 0:
+        raise RequestError(
+            f"the cluster: wanted a node with room for a worker of {worker_bytes / 1e9:.2f} GB and one {unit}, found {nodes()}. "
+            "Fix: lower --memory or use larger nodes"
+        )
+    if workers is None:
+        return min(sum(fits), chunks)
+    if workers > sum(fits):
+        raise RequestError(
+            f"--workers {workers}: the cluster has {cores} {unit}s and memory for {sum(fits)} workers of "
+            f"{worker_bytes / 1e9:.2f} GB. Fix: ask for at most {sum(fits)}, or lower --memory"
+        )
+    return workers
+
+
+def _join(address: str) -> None:
+    import ray
+
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise RunError(
+            f"no Ray cluster at {address}: {reason_in(error)}. Fix: start one with `ray start --head`, "
+            "set RAY_AUTH_MODE=token if it asks for a token, or leave --address out for a local one"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process without a word
+
+
+@contextlib.contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment that are not set, and restore them afterwards, with what Ray set itself."""
+    before = {name: os.environ.get(name) for name in (AUTH_MODE, ACCELERATORS)}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = old
+
+
+def _addresses_of(host: str) -> set[str]:
+    """The IP addresses of a host; none if nobody knows it."""
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host.strip("[]"), None)}
+    except OSError:
+        return set()
+
+
+def _is_ours(address: str) -> bool:
+    """Whether this IP address is one of this machine: a socket can be bound to no other."""
+    family = socket.AF_INET6 if ipaddress.ip_address(address.partition("%")[0]).version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
