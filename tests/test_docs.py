@@ -15,6 +15,7 @@ import pytest
 import pcb_ray
 from pcb_ray import cli
 from pcb_ray.recipe import Recipe
+from pcb_ray.searching.request import Search
 
 ROOT = Path(__file__).parent.parent
 READABLE = ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))
@@ -99,10 +100,12 @@ def test_the_two_commands_of_the_readme_come_first():
 
 
 @each_readable
-def test_recipes_are_accepted(document):
+def test_recipes_and_their_searches_are_accepted(document):
     whole = "merge_method: pcb\nbase_model: base\nmodels: [math, code]\n"
     for block in blocks(document, "yaml"):
-        Recipe.from_yaml(block if "models:" in block else whole + block)
+        recipe = Recipe.from_yaml(block if "models:" in block else whole + block)
+        if recipe.search is not None:
+            Search.of(recipe, has_evaluator=False)
 
 
 @each_readable
