@@ -6,9 +6,11 @@ from pcb_ray.merging import merge
 from pcb_ray.planning import plan
 from pcb_ray.receipt import Receipt, Verified
 from pcb_ray.recipe import Model, Recipe
-
+from pcb_ray.searching.results import Found, Swept
+from pcb_ray.searching.run import search, sweep
 from pcb_ray.verifying import verify
 
 __all__ = [
-    "Model", "Receipt", "Recipe", "RequestError", "RunError", "Verified", "merge", "merge_state_dicts", "plan", "search", "sweep", "verify",
+    "Found", "Model", "Receipt", "Recipe", "RequestError", "RunError", "Swept", "Verified", "merge", "merge_state_dicts", "plan",
+    "search", "sweep", "verify",
 ]  # fmt: skip

@@ -34,9 +34,7 @@ def _recipe_help() -> str:
         users = ", ".join(dict.fromkeys(method.name for method in methods))
         own = "; models may have their own" if known.per_model else ""
         lines.append(f"    {name + ': ' + str(known.default):26} # {known.help} ({users}{own})")
-    for name in names():
-        if len(variants := variants_of(name)) > 1:
-            lines.append(f"    {'variant: ' + next(iter(variants)):26} # {' | '.join(variants)} ({name})")
+    lines += [f"    {'variant: ' + next(iter(of)):26} # {' | '.join(of)} ({name})" for name, of in _with_variants().items()]
     table = [f"  {method.full_name:16} {textwrap.shorten(method.formula, 110)}" for method in METHODS]
     return "\n".join(
         [
@@ -118,10 +116,13 @@ def _search_help() -> str:
     for name, parameter in _searched().items():
         bounds = f"{name}: {{lower: {parameter.range[0]:g}, upper: {parameter.range[1]:g}}}"
         lines.append(f"      {bounds:61} # optional; {parameter.help}; init: the recipe's")
-    for name in names():
-        if len(variants := variants_of(name)) > 1:
-            lines.append(f"      {'variant: [' + ', '.join(variants) + ']':61} # optional ({name})")
+    lines += [f"      {'variant: [' + ', '.join(of) + ']':61} # optional ({name})" for name, of in _with_variants().items()]
     return SEARCH_HELP.replace("PARAMETERS", "\n".join(lines))
+
+
+def _with_variants() -> dict[str, dict[str, Method]]:
+    """By name the methods that have variants."""
+    return {name: of for name in names() if len(of := variants_of(name)) > 1}
 
 
 def _sweep_help() -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pcb_ray.analysis import analyse
 from pcb_ray.errors import RequestError
-from pcb_ray.files.checkpoint import DTYPE_BYTES, Checkpoint, Tensor
+from pcb_ray.files.checkpoint import Checkpoint, Tensor
 from pcb_ray.files.safetensors import dtype_problems
 from pcb_ray.files.store import MemoryStore
 from pcb_ray.local import LocalOwners
@@ -60,7 +60,8 @@ def merge_state_dicts(
         exclude=tuple(exclude),
     )
     arrays: dict[str, NDArray[np.uint8]] = {}
-    opened = [_opened(name, state, arrays) for name, state in (("base", base), *zip(recipe_names(models), models, strict=True))]
+    named = [("base", base), *((model.source, state) for model, state in zip(recipe.models, models, strict=True))]
+    opened = [_opened(name, state, arrays) for name, state in named]
     plan = plan_of(recipe, Inputs(opened[0], tuple(opened[1:]), opened[0]), max_shard_bytes=1 << 62)
     store = MemoryStore(arrays)
     session = Session(plan, lambda plan: LocalOwners(plan, store))
@@ -76,10 +77,6 @@ def merge_state_dicts(
         written[name] = flat[slot.start : slot.start + shape.numel() * kind.itemsize].clone().view(kind).view(shape)
     tied = dict(plan.tied)
     return {name: written[tied.get(name, name)] for name in base}
-
-
-def recipe_names(models: Sequence[object]) -> list[str]:
-    return [f"models[{i}]" for i in range(len(models))]
 
 
 def _parameters(given: Mapping[str, Any], n: int) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
@@ -110,23 +107,19 @@ def _opened(source: str, state: Mapping[str, torch.Tensor], arrays: dict[str, ND
     import torch
 
     names = {kind: name for name, kind in _torch_dtypes().items()}
+    dtypes = {name: names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")) for name, tensor in state.items()}
+    if problems := dtype_problems(source, dtypes):
+        raise RequestError(problems)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    refused: dict[str, list[str]] = {}
     for name, tensor in state.items():
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
             continue
         seen[key] = name
-        dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-        if dtype not in DTYPE_BYTES:
-            refused.setdefault(dtype, []).append(name)
-            continue
         file = f"{source}/{name}"
         arrays[file] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        tensors[name] = Tensor(name, dtype, tuple(tensor.shape), file, 0)
-    if problems := dtype_problems(source, refused):
-        raise RequestError(problems)
+        tensors[name] = Tensor(name, dtypes[name], tuple(tensor.shape), file, 0)
     return Checkpoint(source=source, folder=None, tensors=tensors, aliases=aliases, files=(), config=None, commit=None)

@@ -61,25 +61,28 @@ def merge(
         log.warning("note: %s", note)
     store = LocalStore()
     stamps = stamps_of(plan, store)
-    with State(out, asked_of(plan, ARITHMETIC), resume=resume, overwrite=overwrite) as state, cluster(address):
-        with placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, quiet=quiet) as session:
-            startup_s = time.monotonic() - start
-            progress = Kept(state.found, session, start)
-            known = progress.analysed(state)
-            output = write(session, store, known, str(state.staging), state)
-            check_unchanged(store, stamps)
-            return publish(
-                session,
-                state,
-                known,
-                output,
-                files,
-                sweeps=progress.sweeps(),
-                spent=progress.spent(),
-                max_shard_bytes=max_shard_bytes,
-                startup_s=startup_s,
-                resumed=resume,
-            )
+    with (
+        State(out, asked_of(plan, ARITHMETIC), resume=resume, overwrite=overwrite) as state,
+        cluster(address),
+        placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, quiet=quiet) as session,
+    ):
+        startup_s = time.monotonic() - start
+        kept = Kept(state.found, session, start)
+        known = kept.analysed(state)
+        output = write(session, store, known, str(state.staging), state)
+        check_unchanged(store, stamps)
+        return publish(
+            session,
+            state,
+            known,
+            output,
+            files,
+            sweeps=kept.sweeps(),
+            spent=kept.spent(),
+            max_shard_bytes=max_shard_bytes,
+            startup_s=startup_s,
+            resumed=resume,
+        )
 
 
 def opened(recipe: Recipe, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> tuple[Inputs, Plan]:

@@ -73,6 +73,7 @@ class Receipt:
     versions: Mapping[str, str]
     arithmetic: str
     method: str
+    code_sha256: str | None
     N: int
     D: int
     thresholds: Mapping[str, tuple[float, ...]]
@@ -86,7 +87,7 @@ class Receipt:
     workers_lost: int
     announced_worker_bytes: int
     peak_worker_bytes: int
-    chunk_elements: int
+    sizes: Mapping[str, int]
     max_shard_bytes: int
     inputs: tuple[MergedInput, ...]
     outputs: tuple[WrittenFile, ...]
@@ -141,7 +142,6 @@ class Receipt:
             for key, value, least in (
                 ("N", self.N, 1),
                 ("D", self.D, 1),
-                ("chunk_elements", self.chunk_elements, 1),
                 ("max_shard_bytes", self.max_shard_bytes, 1),
             )
             if value < least

@@ -292,6 +292,8 @@ class Method:
     nearest_to: tuple[str, ...] = ()
     """Methods of mergekit that are not here and that this one comes nearest to."""
     normalize: Normalize = Normalize()
+    hub_tag: str = ""
+    """If it is not the name."""
     wrong_weights: Callable[[Sequence[float]], str] = lambda _weights: ""
     """What is wrong with the lambda_i of a tensor; empty if nothing is."""
 
@@ -300,8 +302,10 @@ class Method:
         """The name, with the variant where there are several."""
         return f"{self.name}-{self.variant}" if self.variant else self.name
 
-    def defaults(self) -> dict[str, Any]:
-        return {name: parameter.default for name, parameter in self.parameters.items()}
+    @property
+    def tag(self) -> str:
+        """What the Hub finds merges by this method by."""
+        return self.hub_tag or self.name.replace("_", "-")
 
     @property
     def sweeps(self) -> int:

@@ -315,6 +315,7 @@ def _clipped(variant: str, formula: str, beta: Quantity, clip_ranks: Ranks, c: f
         warnings=partial(_nothing_to_rank, c=c),
         impossible=_keeps_nothing,
         nearest_to=("sce",),
+        hub_tag="pcb-merging",
     )
 
 
@@ -392,4 +393,5 @@ PAPER = Method(
     native=Native(3, _paper_arrays, most_models=700),
     warnings=_paper_warnings,
     impossible=_keeps_nothing,
+    hub_tag="pcb-merging",
 )

@@ -114,7 +114,7 @@ def model_card(plan: Plan, version: str) -> bytes:
     hub_ids = [i.source.split("@")[0] for i in plan.inputs if i.commit is not None]
     metadata: dict[str, Any] = {
         "library_name": "transformers",
-        "tags": ["merge", "pcb-merging" if plan.method.startswith("pcb") else plan.method.replace("_", "-")],
+        "tags": ["merge", plan.method.tag],
     }
     if hub_ids:
         metadata |= {"base_model": hub_ids, "base_model_relation": "merge"}
@@ -123,22 +123,17 @@ def model_card(plan: Plan, version: str) -> bytes:
         yaml.safe_dump(metadata, sort_keys=False).strip(),
         "---",
         "",
-        f"# {plan.N} models merged by {recipe.merge_method}",
+        f"# {plan.N} models merged by {plan.method.name}",
         "",
     ]
-    if recipe.merge_method == "pcb":
-        lines += [
-            f"Parameter competition balancing (variant `{recipe.variant}`): of each task vector's {plan.D:,} elements, the share",
-            "below is kept by a threshold over the whole model, and competing elements are weighed by their scores.",
-            "",
-        ]
+    lines += [f"{plan.method.full_name}: {plan.method.formula}.", plan.method.source, ""] if plan.method.formula else []
     base, *models = _public_names(plan)
     rows = [(base, "base", "")] if recipe.base_model is not None else []
     for k, name in enumerate(models):
         weights = recipe.models[k].weight
         weight = f"{weights[0][1]:g}" if len(weights) == 1 and weights[0][0] is None else "by tensor"
-        density = f", density {recipe.density_of(k):g}" if recipe.merge_method in ("pcb", "ties") else ""
-        rows.append((name, "model", f"weight {weight}{density}"))
+        own = [f"{key} {plan.settings.of_model[k][key]:g}" for key, p in plan.method.parameters.items() if p.per_model]
+        rows.append((name, "model", ", ".join([f"weight {weight}", *own])))
     lines += ["| checkpoint | role | parameters |", "| --- | --- | --- |"]
     lines += [f"| {name.replace('|', '&#124;')} | {role} | {parameters} |" for name, role, parameters in rows]
     lines += ["", "## Recipe", "", "```yaml", _named(recipe, plan).to_yaml().strip(), "```", ""]

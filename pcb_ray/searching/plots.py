@@ -150,7 +150,7 @@ def _coefficient_heat(request: Search, space: Space, records: Sequence[Record], 
     for [axis], (title, names) in zip(grid, panels, strict=False):
         axis.spines[:].set_visible(False)
         drift = [
-            [sum(_drift(space.bounds[n], n, r["config"][n]) for r in part) / len(part) for part in parts] for n in names.values()
+            [sum(_drift(space.bounds[n], r["config"][n]) for r in part) / len(part) for part in parts] for n in names.values()
         ]
         rows = range(len(names))
         image = axis.pcolormesh(edges, [k - 0.5 for k in range(len(names) + 1)], drift, vmin=-1, vmax=1, cmap="RdBu")
@@ -390,7 +390,7 @@ def _number_of(records: Sequence[Record], config: Config) -> int | None:
     return next((r["number"] for r in records if r["config"] == config), None)
 
 
-def _drift(b: Bounds, name: str, value: float) -> float:
+def _drift(b: Bounds, value: float) -> float:
     """How far a value is from the start: -1 at the lower bound, 1 at the upper."""
     of_start = share_of(b, b.init)
     moved = share_of(b, value) - of_start

@@ -106,8 +106,8 @@ class _ScorerActor:
     """A worker as a Ray actor, for what is scored outside of trials."""
 
     def __init__(self, job: Job) -> None:
-        from pcb_ray.searching.trial import prepare_process
         from pcb_ray.searching.scorer import Scorer
+        from pcb_ray.searching.trial import prepare_process
 
         prepare_process(job)
         self._start = lambda: Scorer(job)

@@ -36,6 +36,7 @@ from pcb_ray.searching.evaluators import check_evaluator
 from pcb_ray.searching.references import dry_score, references
 from pcb_ray.searching.request import Config, Search, Space, grid_of
 from pcb_ray.searching.results import Found, Scores, Swept
+from pcb_ray.searching.scorer import Arm, Job
 from pcb_ray.searching.volumes import (
     BuildVolumes,
     CheckLinear,
@@ -46,7 +47,6 @@ from pcb_ray.searching.volumes import (
     volumes_of,
     writer_bytes,
 )
-from pcb_ray.searching.scorer import Arm, Job
 from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, Stamps, check_unchanged, placed, publish, stamps_of, write
 

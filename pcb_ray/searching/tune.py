@@ -27,8 +27,8 @@ from ray.tune.search.nevergrad import NevergradSearch
 from pcb_ray.errors import RequestError, RunError, reason_in
 from pcb_ray.progress import readable_bytes
 from pcb_ray.searching.request import Config, Search, Space, key_of
-from pcb_ray.searching.trial import LOAD_FAILED, OBJECTIVE, Record, Trial
 from pcb_ray.searching.scorer import Job
+from pcb_ray.searching.trial import LOAD_FAILED, OBJECTIVE, Record, Trial
 
 log = logging.getLogger("pcb_ray")
 
