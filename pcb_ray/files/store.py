@@ -87,7 +87,10 @@ class Store(Protocol):
         ...
 
     def sync(self) -> None:
-        """Make durable all that was created, and all parts that were finished, before this call by whichever thread."""
+        """Make durable all that was created, and all parts that were finished, before this call by whichever thread.
+
+        After a failure no later sync of this store succeeds either, since nobody can tell what was lost.
+        """
         ...
 
     def close(self) -> None:
