@@ -26,16 +26,16 @@ from families import CONFIG, Family, fine_tuned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from junk import junk, places, replaced
+from pcb_ray.answers import Thresholds
 
 from pcb_ray import Recipe, RequestError, RunError
-from pcb_ray.answers import Thresholds
 from pcb_ray.errors import with_place
 from pcb_ray.files.checkpoint import open_checkpoint
 from pcb_ray.planning import plan
 from pcb_ray.searching.evaluators import check_splits, make_evaluator, match, module_of
 from pcb_ray.searching.request import Search, Space
 from pcb_ray.searching.run import _make_model_dir
-from pcb_ray.searching.worker import Arm, Job, Worker
+from pcb_ray.searching.scorer import Arm, Job, Worker
 
 EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
 TOKEN = "hf_" + 34 * "x"

@@ -503,7 +503,7 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
     hidden = families.load(family.folder / "hidden")
     for row in rows:
         merged = package.merge_state_dicts(
-            family.base, family.models, mask_ratio=row["density"], variant=row["variant"], lambda_=row["lambda"]
+            family.base, family.models, density=row["density"], variant=row["variant"], lambda_=row["lambda"]
         )
         distance = sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in merged.items())
         assert row["objective"] == pytest.approx(-distance, abs=2e-6)

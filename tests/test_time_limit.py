@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pcb_ray.searching import worker
-from pcb_ray.searching.worker import within
+from pcb_ray.searching.scorer import within
 
 # The tests own the alarm: pytest-timeout would have it otherwise.
 pytestmark = pytest.mark.timeout(300, method="thread")

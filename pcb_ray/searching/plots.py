@@ -149,9 +149,7 @@ def _coefficient_heat(request: Search, space: Space, records: Sequence[Record], 
     edges = [part[0]["number"] for part in parts] + [records[-1]["number"] + 1]
     for [axis], (title, names) in zip(grid, panels, strict=False):
         axis.spines[:].set_visible(False)
-        drift = [
-            [sum(_drift(space.bounds[n], r["config"][n]) for r in part) / len(part) for part in parts] for n in names.values()
-        ]
+        drift = [[sum(_drift(space.bounds[n], r["config"][n]) for r in part) / len(part) for part in parts] for n in names.values()]
         rows = range(len(names))
         image = axis.pcolormesh(edges, [k - 0.5 for k in range(len(names) + 1)], drift, vmin=-1, vmax=1, cmap="RdBu")
         axis.set_yticks(rows, [_text(label, 60) for label in names], fontsize=7)
