@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pcb_ray.analysis import analyse
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import Checkpoint, Tensor
-from pcb_ray.files.safetensors import dtype_problems
+from pcb_ray.files.foreign import show
+from pcb_ray.files.safetensors import OF_TORCH, dtype_problems, name_problem
 from pcb_ray.files.store import MemoryStore
 from pcb_ray.local import LocalOwners
 from pcb_ray.output.companions import slots_of
@@ -71,7 +72,8 @@ def merge_state_dicts(
         log.warning("warning: %s", warning)
     written: dict[str, torch.Tensor] = {}
     (file,) = plan.files
-    flat, kinds = torch.from_numpy(arrays[file.name]), _torch_dtypes()
+    flat = torch.from_numpy(arrays[file.name])
+    kinds = {short: getattr(torch, name) for name, short in OF_TORCH.items() if hasattr(torch, name)}
     for name, slot in slots_of(plan).items():
         kind, shape = kinds[slot.dtype], base[name].shape
         written[name] = flat[slot.start : slot.start + shape.numel() * kind.itemsize].clone().view(kind).view(shape)
@@ -96,19 +98,15 @@ def _parameters(given: Mapping[str, Any], n: int) -> tuple[dict[str, Any], list[
     return shared, own, problems
 
 
-def _torch_dtypes() -> dict[str, torch.dtype]:
-    from safetensors.torch import _TYPES
-
-    return {name: kind for name, kind in _TYPES.items() if kind is not None}
-
-
 def _opened(source: str, state: Mapping[str, torch.Tensor], arrays: dict[str, NDArray[np.uint8]]) -> Checkpoint:
     """A state dict as a checkpoint whose files are arrays. Raises RequestError for dtypes that can't be merged."""
     import torch
 
-    names = {kind: name for name, kind in _torch_dtypes().items()}
-    dtypes = {name: names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")) for name, tensor in state.items()}
-    if problems := dtype_problems(source, dtypes):
+    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
+    dtypes = {name: OF_TORCH.get(kind, kind) for name, kind in kinds.items()}
+    problems = [f"{source}: tensor {show(name)}: {problem}" for name in state if (problem := name_problem(name))]
+    problems += dtype_problems(source, dtypes)
+    if problems:
         raise RequestError(problems)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

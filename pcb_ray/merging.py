@@ -14,7 +14,7 @@ from pcb_ray.analysis import analyse
 from pcb_ray.budget import choose_block
 from pcb_ray.cluster import cluster
 from pcb_ray.errors import InputError
-from pcb_ray.files.store import LocalStore
+from pcb_ray.files.store import open_store
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import side_files
 from pcb_ray.output.place import check_out, check_place
@@ -59,7 +59,7 @@ def merge(
         choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
     for note in () if resume else plan.notes:  # told when it began
         log.warning("note: %s", note)
-    store = LocalStore()
+    store = open_store()
     stamps = stamps_of(plan, store)
     with (
         State(out, asked_of(plan, ARITHMETIC), resume=resume, overwrite=overwrite) as state,

@@ -38,7 +38,7 @@ from pcb_ray.output.state import State
 from pcb_ray.planning import Plan
 from pcb_ray.progress import readable_bytes
 from pcb_ray.questions import Digest, DigestParts, WriteParts, Written, add_digests, shown_digest
-from pcb_ray.receipt import RECEIPT, VERSION, Receipt, Sweep, WrittenFile, inputs_of_receipt
+from pcb_ray.receipt import RECEIPT, VERSION, Receipt, Sweep, WrittenFile, inputs_of_receipt, names_of_inputs
 from pcb_ray.session import Session
 
 log = logging.getLogger("pcb_ray")
@@ -201,7 +201,7 @@ def publish(
         N=plan.N,
         D=plan.D,
         thresholds=dict(known),
-        warnings=tuple(plan.method.warnings(known, plan.settings, plan.names)),
+        warnings=tuple(plan.method.warnings(known, plan.settings, names_of_inputs(plan)[1:])),
         sweeps=tuple(sweeps),
         full_sweeps=1 + sum(s.bytes >= plan.sweep_bytes for s in sweeps if s.name != "write"),  # the write may be in several goes
         kernels=tuple(spent.kernels),

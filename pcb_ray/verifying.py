@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import read_header
-from pcb_ray.files.store import LocalStore
+from pcb_ray.files.store import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.output.companions import RECIPE
 from pcb_ray.planning import Plan, Sizes, fetched, open_inputs, plan_of
@@ -43,7 +43,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     plan = plan_of(recipe, inputs, max_shard_bytes=receipt.max_shard_bytes, sizes=_sizes(receipt, out))
     if problems := _wrong_inputs(plan, receipt):
         return Verified(tuple(problems))
-    store = LocalStore()
+    store = open_store()
     session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=quiet)
     parts, digest = range(len(plan.parts)), 0
     for _, answer in session.ask_parts("read the output", DigestParts(str(out)), parts):

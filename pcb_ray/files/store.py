@@ -98,6 +98,11 @@ class Store(Protocol):
         ...
 
 
+def open_store() -> Store:
+    """Return the store that merges read and write by: local files. A store of another kind joins here, told by how a file is named."""
+    return LocalStore()
+
+
 # ---------------------------------------------------------------------------------------------------- local files
 
 

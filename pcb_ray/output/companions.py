@@ -158,8 +158,13 @@ def _named(recipe: Recipe, plan: Plan) -> Recipe:
         resolved = recipe.resolved()
         places = [Path(model.source) for model in resolved.models]
         tokenizer = models[places.index(Path(resolved.tokenizer_source))]
+    code = recipe.code
+    if code is not None and code.is_file:
+        code = code._replace(name=code.name[code.name.rfind("/") + 1 :])
     return dataclasses.replace(
         recipe,
+        merge_method=recipe.merge_method if code is None else code.name,
+        code=code,
         base_model=None if recipe.base_model is None else base,
         models=tuple(dataclasses.replace(model, source=name) for model, name in zip(recipe.models, models, strict=True)),
         tokenizer_source=tokenizer,

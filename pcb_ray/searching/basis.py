@@ -38,7 +38,7 @@ from torch import Tensor
 
 from pcb_ray.errors import RunError
 from pcb_ray.files.checkpoint import DTYPE_BYTES
-from pcb_ray.files.store import LocalStore
+from pcb_ray.files.store import open_store
 from pcb_ray.kernels.native import STRIP, KnownInC, load_native
 from pcb_ray.kernels.reference import keys
 from pcb_ray.methods import Known, Ranks
@@ -47,7 +47,7 @@ from pcb_ray.planning import Plan, Segment
 from pcb_ray.questions import SAMPLE_SHIFT, Digest, value_of_key
 from pcb_ray.searching.volumes import chunks_of_volume, volume_file, volumes_of
 from pcb_ray.selection import add_up
-from pcb_ray.sources import DTYPES
+from pcb_ray.sources import DTYPES, Reader, Wanted
 
 if TYPE_CHECKING:
     from pcb_ray.owner import Owner
@@ -59,6 +59,7 @@ WAYS = {
     (torch.bfloat16, torch.bfloat16): 1,
     (torch.bfloat16, torch.float32): 2,
 }
+COPIED_AT_ONCE = 1 << 20  # elements
 ALIGNMENT = 64  # of an array in a volume
 PADDING = 16  # values beyond the last: _native.c reads them in vectors
 # Scores that are brought together to be ranked. Where more agree in their upper bits, they are counted by the next so many bits of their keys.
@@ -294,14 +295,16 @@ def _bin_of(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
 
 def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor]) -> None:
     """Write the base (0) or a model (1..N) as its files hold it into `parameters`, in place, each in its own dtype."""
-    store = LocalStore()
+    reader = Reader(open_store(), COPIED_AT_ONCE, plan.dtypes_of(source), torch.device("cpu"))
     for tensor in plan.tensors:
         held = tensor.sources[source]
         if held is not None and tensor.name in parameters:
             parameter = parameters[tensor.name].detach()
-            raw = np.empty(held.nbytes, dtype=np.uint8)
-            store.read(held.file, held.start, raw.data)
-            parameter.copy_(torch.from_numpy(raw).view(DTYPES[held.dtype]).view(parameter.shape))
+            whole = torch.empty(tensor.numel, dtype=DTYPES[held.dtype])
+            for start in range(0, tensor.numel, COPIED_AT_ONCE):
+                stop = min(start + COPIED_AT_ONCE, tensor.numel)
+                whole[start:stop] = reader.block([Wanted(held, start, stop, cell=-1)])
+            parameter.copy_(whole.view(parameter.shape))
 
 
 class Basis:

@@ -22,7 +22,7 @@ from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import cluster
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.files.checkpoint import Checkpoint
-from pcb_ray.files.store import LocalStore
+from pcb_ray.files.store import open_store
 from pcb_ray.merging import Kept, opened
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import RECIPE, side_files, write_side_files
@@ -228,7 +228,7 @@ def _prepared(
         **asked_of(plan, ARITHMETIC),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
     }
-    stamps = stamps_of(plan, LocalStore())
+    stamps = stamps_of(plan, open_store())
     with State(out, asked, resume=how.resume, overwrite=how.overwrite) as state:
         model_dir = state.folder / "model"
         _make_model_dir(model_dir, inputs.base, files)
@@ -449,7 +449,7 @@ def _write_winner(run: _Run, winner: Recipe, best: Config, start: float) -> Rece
         state.staging.mkdir()
         state.found["winner"] = label
         state.save()
-    store = LocalStore()
+    store = open_store()
     with placed([plan], workers=how.workers, memory=how.memory, writes_to=state.staging, quiet=how.quiet) as session:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
         try:
