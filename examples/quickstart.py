@@ -80,7 +80,7 @@ def choose_lambdas(family: Path, domains: list[str]) -> dict[str, float | None]:
                 base,
                 experts,
                 method=str(says["merge_method"]),
-                mask_ratio=DENSITY,
+                density=DENSITY,
                 variant=str(says.get("variant", "pairwise")),
                 lambda_=value,
             )

@@ -121,9 +121,12 @@ def text(raw: object, where: str, problems: list[str], wanted: str = "text") -> 
     return ""
 
 
-def choice(raw: object, where: str, known: Sequence[str], problems: list[str], equivalents: Mapping[str, str] = NO_FIXES) -> str:
+def choice(
+    raw: object, where: str, known: Sequence[str], problems: list[str], equivalents: Mapping[str, str] = NO_FIXES, more: str = ""
+) -> str:
+    """One of the known words; `more` tells what else would be right."""
     if isinstance(raw, str) and raw in known:
         return raw
     near = equivalents.get(raw) if isinstance(raw, str) else None
-    problems.append(wrong(where, " | ".join(known), raw, f"`{near}` is the nearest" if near else nearest(raw, known)))
+    problems.append(wrong(where, " | ".join(known) + more, raw, f"`{near}` is the nearest" if near else nearest(raw, known)))
     return ""

@@ -8,31 +8,54 @@ import logging
 import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.checks import size_of
 from pcb_ray.errors import RequestError, RunError
-from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan, choose_block, worker_bytes
+from pcb_ray.methods import METHODS, Method, Parameter, names, variants_of
+from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan
 from pcb_ray.progress import readable_bytes
 
-RECIPE_HELP = """\
-A recipe is a YAML file:
 
-  merge_method: pcb            # pcb | ties | task_arithmetic | linear
-  base_model: models/base      # a directory, a .safetensors file, or a Hub id (org/name@revision)
-  models:
-    - model: models/math
-      parameters: {weight: 1.0}
-    - model: models/code
-  parameters:
-    density: 0.1               # the fraction of all parameters that is kept
-    lambda: 1.0                # scales the merged task vector
-    variant: pairwise          # pairwise | released | paper
-  dtype: bfloat16              # of the output; by default the base's
-"""
+def _recipe_help() -> str:
+    """What a recipe is, with the methods and their parameters as their records tell."""
+    of_parameter: dict[str, list[Method]] = {}
+    for method in METHODS:
+        for name in method.parameters:
+            of_parameter.setdefault(name, []).append(method)
+    lines = []
+    for name, methods in of_parameter.items():
+        known = methods[0].parameters[name]
+        users = ", ".join(dict.fromkeys(method.name for method in methods))
+        own = "; models may have their own" if known.per_model else ""
+        lines.append(f"    {name + ': ' + str(known.default):26} # {known.help} ({users}{own})")
+    lines += [f"    {'variant: ' + next(iter(of)):26} # {' | '.join(of)} ({name})" for name, of in _with_variants().items()]
+    table = [f"  {method.full_name:16} {textwrap.shorten(method.formula, 110)}" for method in METHODS]
+    return "\n".join(
+        [
+            "A recipe is a YAML file:",
+            "",
+            f"  {'merge_method: ' + METHODS[0].name:28} # {' | '.join(names())}, or my_methods.py:name",
+            "  base_model: models/base      # a directory, a .safetensors file, or a Hub id (org/name@revision)",
+            "  models:",
+            "    - model: models/math",
+            "      parameters: {weight: 1.0} # lambda_i",
+            "    - model: models/code",
+            "  parameters:",
+            *lines,
+            "  dtype: bfloat16              # of the output; by default the base's",
+            "",
+            "Methods:",
+            "",
+            *table,
+        ]
+    )
+
 
 MERGE_HELP = """\
 Without --address a local Ray is started for the merge; inside a Ray job the job's cluster is used:
@@ -63,9 +86,7 @@ example where it says optional:
     space:
       weight: {lower: 0.0, upper: 2.0}  # lambda_i of each model; init: the recipe's weight
       groups: {attention: "*self_attn*", mlp: "*mlp*", layers: 4}   # optional: coefficients of their own, by tensor name and depth
-      lambda: {lower: 0.5, upper: 2.0}                              # optional; init: the recipe's
-      density: {lower: 0.02, upper: 0.4}                            # optional; one for all models
-      variant: [pairwise, released]                                 # optional
+PARAMETERS
     optimizer: CMA                      # CMA-ES, or another of Nevergrad's by name
     budget: 100                         # candidates
     population: 8                       # candidates that are asked at a time, and told together
@@ -82,10 +103,35 @@ Each model is read for the analysis only; a candidate updates a model that stays
 SWEEP_HELP = """\
 The recipe has a `search:` section that names the evaluator and the metric (see pcb-ray search --help), and a grid:
 
-  sweep: {density: [0.05, 0.1, 0.2], lambda: [0.8, 1.0, 1.2], variant: [pairwise, released]}
+  sweep: {density: [0.05, 0.1, 0.2], lambda: [0.8, 1.0, 1.2]}
+
+Its axes are the parameters that a search of the method can vary: PARAMETERS.
 
 OUT holds the table (sweep.parquet), a heat map (sweep.png), report.html and best_recipe.yaml.
 """
+
+
+def _search_help() -> str:
+    lines = []
+    for name, parameter in _searched().items():
+        bounds = f"{name}: {{lower: {parameter.range[0]:g}, upper: {parameter.range[1]:g}}}"
+        lines.append(f"      {bounds:61} # optional; {parameter.help}; init: the recipe's")
+    lines += [f"      {'variant: [' + ', '.join(of) + ']':61} # optional ({name})" for name, of in _with_variants().items()]
+    return SEARCH_HELP.replace("PARAMETERS", "\n".join(lines))
+
+
+def _with_variants() -> dict[str, dict[str, Method]]:
+    """By name the methods that have variants."""
+    return {name: of for name in names() if len(of := variants_of(name)) > 1}
+
+
+def _sweep_help() -> str:
+    return SWEEP_HELP.replace("PARAMETERS", ", ".join([*_searched(), "variant"]))
+
+
+def _searched() -> dict[str, Parameter]:
+    """The parameters that a search can vary, of all methods."""
+    return {name: p for method in METHODS for name, p in method.parameters.items() if p.searched}
 
 
 def size(text: str) -> int:
@@ -106,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
         prog="pcb-ray",
         description="Merge fine-tuned models of one base by PCB-Merging on Ray: thresholds exact over the whole model,\n"
         "bounded memory, the same bytes on any number of workers, resumable.",
-        epilog=RECIPE_HELP,
+        epilog=_recipe_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="plan | merge | search | sweep | verify")
@@ -116,11 +162,11 @@ def parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    plan = command("plan", "Tell what a merge will do, from headers alone, in seconds; nothing is written.", RECIPE_HELP)
+    plan = command("plan", "Tell what a merge will do, from headers alone, in seconds; nothing is written.", _recipe_help())
     plan.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    merge = command("merge", "Merge the models of RECIPE into the directory OUT.", MERGE_HELP + "\n" + RECIPE_HELP)
+    merge = command("merge", "Merge the models of RECIPE into the directory OUT.", MERGE_HELP + "\n" + _recipe_help())
     merge.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
     merge.add_argument("out", metavar="OUT", type=Path, help="the directory to make; transformers loads it")
     merge.add_argument("--workers", type=count, metavar="N", help="workers (default: one per core or GPU of the cluster)")
@@ -138,8 +184,8 @@ def parser() -> argparse.ArgumentParser:
         help="replace OUT if it exists (when the new one is whole), and forget an unfinished merge to it",
     )
 
-    search = command("search", "Search the coefficients of RECIPE, and merge the best into the directory OUT.", SEARCH_HELP)
-    sweep = command("sweep", "Score a grid of densities, lambdas and variants.", SWEEP_HELP)
+    search = command("search", "Search the coefficients of RECIPE, and merge the best into the directory OUT.", _search_help())
+    sweep = command("sweep", "Score a grid of the method's parameters and variants.", _sweep_help())
     for one, made in (search, "the directory to make: the merged winner and the report"), (sweep, "the directory to make"):
         one.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
         one.add_argument("out", metavar="OUT", type=Path, help=made)
@@ -163,9 +209,9 @@ def parser() -> argparse.ArgumentParser:
             "--memory", type=size, metavar="SIZE", help="bound on a worker's anonymous memory, torch included, such as 2GB"
         )
 
-    verify = command("verify", "Check a merged directory: all digests, and a sample of chunks recomputed from the inputs.", "")
+    verify = command("verify", "Check a merged directory: all digests, and a sample of parts recomputed from the inputs.", "")
     verify.add_argument("out", metavar="OUT", type=Path, help="a directory that pcb-ray merge wrote")
-    verify.add_argument("--sample", type=count, default=8, metavar="N", help="chunks to recompute (default: 8)")
+    verify.add_argument("--sample", type=count, default=8, metavar="N", help="parts to recompute (default: 8)")
     for one in plan, merge, search, sweep, verify:
         one.add_argument("-v", "--verbose", action="store_true", help="explain what is done")
     return top
@@ -217,8 +263,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(made.summary() | memory | {"disk_free_here": free} | ({"search": search} if search else {}), indent=2))
     else:
-        print(describe(made, memory["worker_bytes"], free))
-        print(*describe_search(search), sep="\n") if search else None
+        print("\n".join([*describe(made, memory["worker_bytes"], free), *(describe_search(search) if search else [])]))
     return 0
 
 
@@ -241,17 +286,21 @@ def describe_search(search: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def describe(plan: Plan, worker: int, free: int) -> str:
+def describe(plan: Plan, worker: int, free: int) -> list[str]:
     """The plan for people."""
     facts = plan.summary()
-    lines = [f"{plan.method}: {plan.N} models, D = {plan.D:,} merged elements in {len(plan.tensors)} tensors", "", "inputs"]
+    lines = [
+        f"{plan.method.full_name}: {plan.N} models, D = {plan.D:,} merged elements in {len(plan.tensors)} tensors",
+        "",
+        "inputs",
+    ]
     for k, one in enumerate(facts["inputs"]):
         role = "base" if k == 0 and plan.recipe.base_model is not None else "layout" if k == 0 else f"model {k}"
         commit = f" at {one['commit'][:12]}" if one["commit"] else ""
         lines.append(f"  {role:8} {one['source']}{commit}: {_number(one['files'], 'file')}, {readable_bytes(one['bytes'])}")
-    if facts["densities"]:
-        kept = {f"{r:g}" for r in facts["densities"]}
-        lines.append(f"density    {', '.join(sorted(kept))}: a fraction of D, thresholds over the whole model")
+    for name, parameter in plan.method.parameters.items():
+        values = dict.fromkeys(f"{value:g}" if isinstance(value, float) else str(value) for value in plan.settings.each(name))
+        lines.append(f"{name:10} {', '.join(values)}: {parameter.help}")
     copied = [f"{number} {why}" for why, number in facts["tensors_copied"].items()]
     if copied:
         lines.append(f"copied     {', '.join(copied)} (from the base, as they are)")
@@ -260,14 +309,14 @@ def describe(plan: Plan, worker: int, free: int) -> str:
     lines += [f"tied       {name} = {original}" for name, original in plan.tied]
     lines += [f"left out   {name}: excluded, and not in the base" for name in plan.dropped]
     lines += [
-        f"reads      {readable_bytes(facts['bytes_read'])}: {_number(plan.sweeps, 'sweep')} of "
+        f"reads      {readable_bytes(facts['bytes_read'])}: {_number(plan.method.sweeps, 'sweep')} of "
         f"{readable_bytes(plan.sweep_bytes)} in the usual case",
         f"writes     {readable_bytes(plan.written_bytes)} in {_number(len(plan.files), 'file')}; "
         f"{readable_bytes(free)} are free here",
         f"memory     at most {readable_bytes(worker)} per worker (the driver takes less)",
         *(f"note: {note}" for note in plan.notes),
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def _number(count: int, what: str) -> str:
@@ -289,9 +338,9 @@ def _merge(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
     )
     print(
-        f"{options.out}: {receipt['N']} models merged in {receipt['elapsed_s']:.1f} s by {receipt['workers']} workers; "
-        f"read {readable_bytes(receipt['bytes_read'])} in {receipt['full_sweeps']} full sweeps, wrote {readable_bytes(receipt['bytes_written'])}; "
-        f"a worker took at most {readable_bytes(receipt['peak_worker_bytes'])}"
+        f"{options.out}: {receipt.N} models merged in {receipt.elapsed_s:.1f} s by {receipt.workers} workers; "
+        f"read {readable_bytes(receipt.bytes_read)} in {receipt.full_sweeps} full sweeps, wrote {readable_bytes(receipt.bytes_written)}; "
+        f"a worker took at most {readable_bytes(receipt.peak_worker_bytes)}"
     )
     return 0
 
@@ -302,10 +351,10 @@ def _search(options: argparse.Namespace) -> int:
     found = search(options.recipe, options.out, max_shard_bytes=options.max_shard_size, **_shared(options))
     from pcb_ray.searching import tables  # and libraries: `search` has told if one is missing
 
-    print(tables.scoreboard(found["request"], found["scores"]).as_text())
-    for note in found["notes"]:
+    print(tables.scoreboard(found.request, found.scores).as_text())
+    for note in found.notes:
         print(f"note: {note}")
-    print(f"{options.out}: the winner of {found['trials']} candidates, merged; {options.out / 'report.html'} shows the search")
+    print(f"{options.out}: the winner of {found.trials} candidates, merged; {options.out / 'report.html'} shows the search")
     return 0
 
 
@@ -315,11 +364,11 @@ def _sweep(options: argparse.Namespace) -> int:
     found = sweep(options.recipe, options.out, **_shared(options))
     from pcb_ray.searching import report, tables
 
-    request, records = found["request"], found["records"]
+    request, records = found.request, found.records
     print(tables.grid_table(request, records).as_text())
-    for note in report.notes_of_sweep(request, records, found["base"][request.search_split][request.metric]):
+    for note in report.notes_of_sweep(request, records, found.base[request.search_split][request.metric]):
         print(f"note: {note}")
-    print(f"{options.out}: {len(found['records'])} points; {options.out / 'report.html'} shows them")
+    print(f"{options.out}: {len(found.records)} points; {options.out / 'report.html'} shows them")
     return 0
 
 
@@ -328,11 +377,11 @@ def _shared(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from pcb_ray.merging import verify
+    from pcb_ray.verifying import verify
 
-    problems = verify(options.out, sample=options.sample)
-    for problem in problems:
+    found = verify(options.out, sample=options.sample)
+    for problem in found.problems:
         print(f"pcb-ray: {problem}", file=sys.stderr)
-    if not problems:
-        print(f"{options.out}: all digests match, and the chunks recomputed are what the inputs give")
-    return 1 if problems else 0
+    if found.ok:
+        print(f"{options.out}: all digests match, and the parts recomputed are what the inputs give")
+    return 0 if found.ok else 1

@@ -1,10 +1,14 @@
 """What a merge will do, known from headers alone: a pure function of the recipe and the files, comparable with ==.
 
-`plan(recipe)` opens every checkpoint (headers only), matches the tensors, and lays out the output; whatever is wrong with any of them is raised
-at once. Owners, the driver and `verify` then only execute the plan.
+`open_inputs` opens every checkpoint (headers only), `plan_of` matches the tensors and lays out the output; whatever is wrong with any of them is
+raised at once. Owners, the driver and `verify` then only execute the plan.
 
-The merged elements of the whole model are numbered 0..D-1: tensors in the order of their names, elements in C order. A *chunk* is a run of
-`chunk_elements` of these numbers: the unit of progress, retry and resume, and fixed by the plan alone.
+The merged elements of the whole model are numbered 0..D-1: tensors in the order of their names, elements in C order. The plan cuts them, and the
+output's bytes, into pieces that depend on nothing else:
+
+    chunk    a run of these numbers: what an analysis sweep asks an owner about
+    cell     the elements of one tensor in one chunk: what input digests are taken of, so that sweeps in any order can be compared
+    part     a run of bytes of one output file, whole cells and copied tensors: what one owner writes, from its first byte to its last
 """
 
 from __future__ import annotations
@@ -17,28 +21,43 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, File, Tensor, open_checkpoint, safetensors_header
+from pcb_ray.methods import Method, Settings
 from pcb_ray.recipe import DTYPES, Recipe
-from pcb_ray.selection import TALLY_BYTES
 
-# Chunks: large enough that asking for one costs nothing beside computing it, small enough to share work evenly and to redo little.
-MIN_CHUNK_ELEMENTS, MAX_CHUNK_ELEMENTS, CHUNKS_WANTED = 1 << 16, 1 << 22, 256
-# Larger ones where they would become too many: three bases of a search are mapped, a file per chunk, and Linux lets a process have 65,530 maps.
-MOST_CHUNKS = 1 << 14
-COPY_BYTES = 32 << 20  # a copied tensor is copied in pieces of this size
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
 
-# The sample: runs of this many elements at pseudo-random places, about this many over the model.
-SAMPLE_RUN, SAMPLE_RUNS = 1 << 10, 1 << 12
 
-# Elements of a block: on a CPU what hides the cost of Python and system calls, on a GPU that of launching kernels.
-CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 18, 1 << 23, 1 << 12
-# Anonymous memory of a worker that has Python, torch and Ray loaded and no work yet.
-PROCESS_BYTES = 450 << 20
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How the work is cut. None of it decides which elements are kept; `chunk_elements` shows in the last bit of `paper`'s sums."""
+
+    chunk_elements: int
+    """Large enough that asking for a chunk costs nothing beside computing it, small enough to share work evenly and to redo little."""
+    copy_bytes: int = 32 << 20
+    """A copied tensor is a segment of a part for each so many bytes."""
+    sample_run: int = 1 << 10
+    """The sample consists of runs of so many elements, at places that depend on the plan alone."""
+    sample_stride: int = 1 << 14
+    """One sample run lies in each stretch of so many elements."""
+    tally_entries: int = 1 << 19
+    """Of a table of counts (selection.Tally); beyond it keys lose precision and another sweep settles the rest."""
+
+    @classmethod
+    def of(cls, D: int) -> Sizes:
+        """What suits a model of D merged elements.
+
+        A sixteenth of a small model is read for a sample, of a large one 1/128, so that the keys which a bracket leaves to be collected stay few
+        enough for a tally."""
+        chunk = min(max(1 << max(0, (D // 256).bit_length() - 1), 1 << 16), 1 << 22)
+        run, runs = cls.sample_run, 1 << 12
+        return cls(chunk, sample_stride=min(max(16 * run, D // runs // run * run), 128 * run))
+
 
 # Output heads that share the weights of the input embedding in models with `tie_word_embeddings`.
 HEADS = (
@@ -53,9 +72,6 @@ EMBEDDINGS = (
     *("shared.weight", "embeddings.weight", "embedding.weight"),
 )
 
-# Clip fractions c of the two clipped variants (DESIGN section 2).
-CLIP = {"pcb-released": 1e-4, "pcb-pairwise": 1e-2}
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
@@ -68,14 +84,15 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MergedTensor:
-    """A tensor of the merge: elements first..first+numel-1 of the model. `sources` are the base (None for `linear`) and the models."""
+    """A tensor of the merge: elements first..first+numel-1 of the model. `sources` are the base (None for a method without one) and the models."""
 
     name: str
     first: int
     numel: int
     sources: tuple[Tensor | None, ...]
     slot: Slot
-    lambdas: tuple[float, ...]
+    weights: tuple[float, ...]
+    """lambda_i."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,12 +133,29 @@ class Segment:
     stop: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Copied:
+    """Bytes start..stop-1 of one copied tensor."""
+
+    copy: int
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes start..stop-1 of an output file: its header, if it is the file's first part, then these segments one after another."""
+
+    file: int
+    start: int
+    stop: int
+    segments: tuple[Segment | Copied, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     recipe: Recipe
-    method: str  # pcb-released, pcb-pairwise, pcb-paper, ties, task_arithmetic, linear
-    inputs: tuple[Input, ...]  # the base (`linear` takes only layout and copied tensors from it), then the models
-    N: int
+    inputs: tuple[Input, ...]  # the base (a method without one takes only layout and copied tensors from it), then the models
     D: int
     tensors: tuple[MergedTensor, ...]
     copies: tuple[CopiedTensor, ...]
@@ -129,16 +163,27 @@ class Plan:
     twins: tuple[tuple[int, Tensor, Tensor], ...]  # stored copies of tied tensors: input, copy, original; they must be equal
     dropped: tuple[str, ...]  # excluded tensors that only models have
     files: tuple[OutputFile, ...]
-    chunk_elements: int
+    sizes: Sizes
     notes: tuple[str, ...] = dataclasses.field(compare=False, default=())
 
     @property
-    def chunks(self) -> int:
-        return -(-self.D // self.chunk_elements)
+    def N(self) -> int:
+        return len(self.recipe.models)
 
     @property
-    def densities(self) -> tuple[float, ...]:
-        return tuple(self.recipe.density_of(i) for i in range(self.N))
+    def method(self) -> Method:
+        return self.recipe.method
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The method's parameters, as its functions take them."""
+        shared = self.recipe.parameters
+        return Settings(self.N, self.D, len(self.tensors), shared, tuple({**shared, **m.parameters} for m in self.recipe.models))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the models, for messages."""
+        return tuple(model.source for model in self.recipe.models)
 
     @property
     def sweep_bytes(self) -> int:
@@ -153,20 +198,72 @@ class Plan:
     def written_bytes(self) -> int:
         return sum(f.size for f in self.files)
 
-    @property
-    def sample_stride(self) -> int:
-        """One sample run lies in each stretch of so many elements: a sixteenth of a small model is read for a sample, of a large one
-        1/128, so that the keys which a bracket leaves to be collected stay few enough for a tally."""
-        return min(max(16 * SAMPLE_RUN, self.D // SAMPLE_RUNS // SAMPLE_RUN * SAMPLE_RUN), 128 * SAMPLE_RUN)
-
     def dtypes_of(self, source: int) -> set[str]:
         """The dtypes that merged tensors have in the base (0) or a model (1..N); none for a base that is not read."""
         return {t.dtype for tensor in self.tensors if (t := tensor.sources[source]) is not None}
 
+    # --- pieces -----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def bounds(self) -> Sequence[int]:
+        """Where chunks begin, and D: chunk k has elements bounds[k]..bounds[k + 1] - 1. For a method that must see whole tensors, none is cut."""
+        size = self.sizes.chunk_elements
+        if self.method.unit != "tensor":
+            return [*range(0, self.D, size), self.D]
+        found = [0]
+        for tensor in self.tensors:
+            if tensor.first - found[-1] >= size:
+                found.append(tensor.first)
+        return [*found, self.D]
+
     @property
-    def sweeps(self) -> int:
-        """Full sweeps over the inputs in the usual case, the writing one included."""
-        return {"pcb-released": 3, "pcb-pairwise": 3, "pcb-paper": 4, "ties": 2}.get(self.method, 1)
+    def chunks(self) -> int:
+        return len(self.bounds) - 1
+
+    def cells_of(self, chunk: int) -> list[Segment]:
+        """The segments of a chunk, one for each of its tensors."""
+        return list(self.segments(self.bounds[chunk], self.bounds[chunk + 1]))
+
+    def cell_of(self, segment: Segment) -> int:
+        """The number of the first element of the cell that holds this segment."""
+        tensor = self.tensors[segment.tensor]
+        chunk = bisect.bisect_right(self.bounds, tensor.first + segment.start) - 1
+        return max(tensor.first, self.bounds[chunk])
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The output in pieces that are about as large as a chunk, file by file."""
+        found: list[Part] = []
+        pieces: list[list[tuple[int, int, Segment | Copied]]] = [[] for _ in self.files]  # (first byte, bytes, segment) by file
+        for index, tensor in enumerate(self.tensors):
+            itemsize = DTYPE_BYTES[tensor.slot.dtype]
+            for cell in self._cells_of_tensor(index):
+                size = (cell.stop - cell.start) * itemsize
+                pieces[tensor.slot.file].append((tensor.slot.start + cell.start * itemsize, size, cell))
+        for index, copy in enumerate(self.copies):
+            for start in range(0, copy.source.nbytes, self.sizes.copy_bytes):
+                stop = min(start + self.sizes.copy_bytes, copy.source.nbytes)
+                pieces[copy.slot.file].append((copy.slot.start + start, stop - start, Copied(index, start, stop)))
+        for number, (file, of_file) in enumerate(zip(self.files, pieces, strict=True)):
+            start, stop, segments = 0, len(file.header), list[Segment | Copied]()
+            for first, size, segment in sorted(of_file, key=lambda piece: piece[0]):
+                if first != stop:
+                    raise AssertionError(f"{file.name}: byte {stop} belongs to no tensor")
+                if segments and stop - start >= 2 * self.sizes.chunk_elements:
+                    found.append(Part(number, start, stop, tuple(segments)))
+                    start, segments = stop, []
+                segments.append(segment)
+                stop = first + size
+            found.append(Part(number, start, stop, tuple(segments)))
+        return tuple(found)
+
+    def _cells_of_tensor(self, index: int) -> Iterator[Segment]:
+        tensor = self.tensors[index]
+        chunk, at = bisect.bisect_right(self.bounds, tensor.first) - 1, 0
+        while at < tensor.numel:
+            stop = min(self.bounds[chunk + 1] - tensor.first, tensor.numel)
+            yield Segment(index, at, stop)
+            chunk, at = chunk + 1, stop
 
     def segments(self, first: int, stop: int) -> Iterator[Segment]:
         """The pieces of tensors that make up elements first..stop-1 of the model."""
@@ -179,29 +276,21 @@ class Plan:
                 first = end
             at += 1
 
-    @property
+    @cached_property
     def _firsts(self) -> list[int]:
-        # Cached by hand: a frozen dataclass has no cached_property, and owners ask for segments all the time.
-        cached: list[int] | None = self.__dict__.get("_firsts_cache")
-        if cached is None:
-            cached = self.__dict__["_firsts_cache"] = [t.first for t in self.tensors]
-        return cached
+        return [t.first for t in self.tensors]
 
-    def copy_pieces(self) -> list[tuple[int, int, int]]:
-        """(index in `copies`, first byte, last byte + 1) of all there is to copy."""
-        return [
-            (index, start, min(start + COPY_BYTES, copy.source.nbytes))
-            for index, copy in enumerate(self.copies)
-            for start in range(0, copy.source.nbytes, COPY_BYTES)
-        ]
+    # --- as JSON ----------------------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the output's bytes, as JSON values: what a resumed run must share with the run it continues."""
+        code = self.recipe.code
         return {
             "recipe": self.recipe.to_yaml(),
+            "code_sha256": None if code is None else code.sha256,
             "inputs": [dataclasses.asdict(i) for i in self.inputs],
             "output": [[f.name, f.size, hashlib.sha256(f.header).hexdigest()] for f in self.files],
-            "chunk_elements": self.chunk_elements,
+            "sizes": dataclasses.asdict(self.sizes),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -209,8 +298,11 @@ class Plan:
         why: dict[str, int] = {}
         for copy in self.copies:
             why[copy.why] = why.get(copy.why, 0) + 1
+        method = self.method
         return {
-            "method": self.method,
+            "method": method.full_name,
+            "parameters": {name: list(self.settings.each(name)) for name, p in method.parameters.items() if p.per_model}
+            | {name: self.settings[name] for name, p in method.parameters.items() if not p.per_model},
             "N": self.N,
             "D": self.D,
             "inputs": [
@@ -222,92 +314,78 @@ class Plan:
             "copied": [{"name": c.source.name, "why": c.why, "bytes": c.source.nbytes} for c in self.copies],
             "tied": dict(self.tied),
             "dropped": list(self.dropped),
-            "densities": list(self.densities) if self.method.startswith(("pcb", "ties")) else None,
-            "sweeps": self.sweeps,
+            "sweeps": method.sweeps,
             "bytes_per_sweep": self.sweep_bytes,
-            "bytes_read": self.sweeps * self.sweep_bytes + self.copied_bytes,
+            "bytes_read": method.sweeps * self.sweep_bytes + self.copied_bytes,
             "bytes_written": self.written_bytes,
             "output_files": [{"name": f.name, "bytes": f.size} for f in self.files],
             "chunks": self.chunks,
+            "parts": len(self.parts),
             "notes": list(self.notes),
         }
 
 
-def worker_bytes(plan: Plan, block_elements: int) -> int:
-    """The most anonymous memory a worker takes with blocks of this size: what `--memory` bounds and the plan announces."""
-    n = plan.N
-    pairs = n * (n + 1) // 2
-    scores = 8 * (6 * n + 2 * pairs) if plan.method == "pcb-paper" else 4 * (8 * n + 8)  # with temporaries, of the torch kernel
-    raw = sum(max((DTYPE_BYTES[dtype] for dtype in plan.dtypes_of(source)), default=0) for source in range(n + 1))
-    per_element = raw + 4 + 8 * n + scores + 16  # as read, theta, tau, scores, output
-    # Two ranks of each task, in the total of a sweep and in the answer that is added to it.
-    tallies = 2 * 2 * n * TALLY_BYTES if plan.sweeps > 1 else 0
-    return PROCESS_BYTES + block_elements * per_element + tallies
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The checkpoints of a recipe, opened once."""
+
+    base: Checkpoint
+    """The base; for a method without one, whose layout, config and tokenizer the output gets."""
+    models: tuple[Checkpoint, ...]
+    tokenizer: Checkpoint
+    """Where the tokenizer is taken from: one of the others."""
 
 
-def writer_bytes(plan: Plan, scored: bool) -> int:
-    """The most memory that a worker takes beside, to gather the basis of a search for one chunk, all of whose elements may be kept."""
-    score = (8 if plan.method == "pcb-paper" else 4) * scored
-    per_element = max(1 + 4 + score, 4 + 2 * score, 4 + 4 + score) + 0.25  # parts; scores, then values, in their parts and joined
-    return int(plan.N * plan.chunk_elements * per_element) + 2 * _histogram_bytes(plan, scored) + (8 << 20)
+def open_inputs(recipe: Recipe) -> Inputs:
+    """All checkpoints of the recipe, by their headers; each is looked up once. Raises RequestError with all that is wrong with any of them."""
+    return _opened(recipe, lambda source: open_checkpoint(source, recipe.folder))
 
 
-def basis_bytes(plan: Plan, scored: bool) -> int:
-    """What the basis of a search takes on disk at most, but for headers: the entries, the masks, and the histograms of a scored one."""
-    score = (8 if plan.method == "pcb-paper" else 4) * scored
-    kept = plan.densities if plan.method.startswith(("pcb", "ties")) else [1.0] * plan.N
-    return int(sum((4 + score) * r + 0.125 for r in kept) * plan.D) + plan.chunks * _histogram_bytes(plan, scored)
+def fetched(recipe: Recipe, inputs: Inputs) -> Inputs:
+    """The same with models of the Hub in its cache, each at the commit that was found when it was opened. Raises RequestError."""
+    at = {c.source: c for c in (inputs.base, *inputs.models, inputs.tokenizer)}
+
+    def fetch(source: str) -> Checkpoint:
+        before = at[source]
+        if before.commit is None:
+            return before
+        found = open_checkpoint(source, recipe.folder, download=True)
+        if found.commit != before.commit:  # the branch has moved meanwhile
+            pinned = f"{source.split('@')[0]}@{before.commit}"
+            found = dataclasses.replace(open_checkpoint(pinned, recipe.folder, download=True), source=source)
+        return found
+
+    return _opened(recipe, fetch)
 
 
-def _histogram_bytes(plan: Plan, scored: bool) -> int:
-    """Of a chunk: a row of three integers for each value that the upper bits of its scores' keys take. In practice these span some binary orders of
-    magnitude, of 256 values each."""
-    return 24 * plan.N * min(32 * 256, plan.chunk_elements) * scored
-
-
-def choose_block(plan: Plan, device: str, memory: int | None, beside: int = 0) -> int:
-    """Elements of a block: the most, up to what suits the device, with which a worker that takes `beside` more stays under `memory` bytes."""
-    block = CUDA_BLOCK if device == "cuda" else CPU_BLOCK
-    while memory is not None and worker_bytes(plan, block) + beside > memory and block > MIN_BLOCK:
-        block //= 2
-    if memory is not None and worker_bytes(plan, block) + beside > memory:
-        least = worker_bytes(plan, MIN_BLOCK) + beside
-        raise RequestError(
-            f"--memory {memory:,}: a worker for {plan.N} models needs at least {least:,} bytes; give it that, or merge fewer models at once"
-        )
-    return block
-
-
-def plan(
-    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
-    *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    download: bool = False,
-) -> Plan:
-    """The plan of a recipe (or of its file, or of the dictionary that such a file holds), from headers alone.
-
-    With `download`, models of the Hub are fetched first.
-
-    Raises RequestError with everything that is wrong with the inputs.
-    """
-    recipe = Recipe.of(recipe)
-    opened: list[Checkpoint] = []
+def _opened(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Inputs:
+    base = recipe.base_model or recipe.models[0].source
+    tokenizer = base if recipe.tokenizer_source == "base" else recipe.tokenizer_source
+    found: dict[str, Checkpoint] = {}
     problems: list[str] = []
-    for source in (recipe.base_model or recipe.models[0].source, *(m.source for m in recipe.models)):
+    for source in dict.fromkeys((base, *(m.source for m in recipe.models), tokenizer)):
         try:
-            opened.append(open_checkpoint(source, recipe.folder, download=download))
+            found[source] = opened(source)
         except RequestError as error:
             problems += error.problems
     if problems:
         raise RequestError(problems)
-    return plan_of(recipe, opened, max_shard_bytes=max_shard_bytes)
+    return Inputs(found[base], tuple(found[m.source] for m in recipe.models), found[tokenizer])
 
 
-def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
-    """The plan for checkpoints that are open: the base (`linear` may use its first model as such), then the models."""
-    linear = recipe.merge_method == "linear"
-    n = len(recipe.models)
-    assert len(checkpoints) == n + 1
+def plan(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+    """The plan of a recipe (or of its file, or of the dictionary that such a file holds), from headers alone.
+
+    Raises RequestError with everything that is wrong with the inputs.
+    """
+    recipe = Recipe.of(recipe)
+    return plan_of(recipe, open_inputs(recipe), max_shard_bytes=max_shard_bytes)
+
+
+def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, sizes: Sizes | None = None) -> Plan:
+    """The plan for inputs that are open; pure. `sizes` are those that suit the model, unless given. Raises RequestError."""
+    method, n = recipe.method, len(recipe.models)
+    checkpoints = (inputs.base, *inputs.models)
     notes = list(recipe.notes)
     unused = [key for key in ("search", "sweep") if getattr(recipe, key) is not None]
     notes += [f"`{key}` has no effect on a merge: it is for `pcb-ray {key}`." for key in unused]
@@ -318,8 +396,6 @@ def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_byte
     base_tensors, tied, _ = stored[0]
 
     D = sum(base_tensors[name].numel for name in merged_names)
-    _check_densities(recipe, n, D)
-
     # Output: the tensors in the base's order, cut into files at the wanted size.
     keep = set(merged_names) | set(copied)
     dtypes = {name: base_tensors[name].dtype if name in copied else _output_dtype(recipe, base_tensors[name]) for name in keep}
@@ -332,21 +408,15 @@ def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_byte
         base = base_tensors[name]
         if name in copied:
             continue
-        sources = tuple(None if linear and k == 0 else tensors_of[name] for k, (tensors_of, _, _) in enumerate(stored))
-        lambdas = tuple(recipe.weight(i, name) for i in range(n))
-        tensors.append(MergedTensor(name, first, base.numel, sources, slots[name], lambdas))
+        sources = tuple(None if k == 0 and not method.has_base else tensors_of[name] for k, (tensors_of, _, _) in enumerate(stored))
+        weights = tuple(recipe.weight(i, name) for i in range(n))
+        tensors.append(MergedTensor(name, first, base.numel, sources, slots[name], weights))
         first += base.numel
-    if linear:
-        _check_linear_weights(tensors)
     if any(t.dtype == "F64" for tensor in tensors for t in tensor.sources if t is not None):
         notes.append("float64 tensors are read as float32, and written as float32 unless `dtype` says otherwise")
-    chunk = min(max(1 << max(0, (D // CHUNKS_WANTED).bit_length() - 1), MIN_CHUNK_ELEMENTS), MAX_CHUNK_ELEMENTS)
-    chunk = max(chunk, 1 << (D // MOST_CHUNKS).bit_length())
-    return Plan(
+    made = Plan(
         recipe=recipe,
-        method=method_of(recipe),
         inputs=tuple(Input(c.source, c.commit, c.files) for c in checkpoints),
-        N=n,
         D=D,
         tensors=tuple(tensors),
         copies=tuple(CopiedTensor(base_tensors[name], slots[name], why) for name, why in copied.items()),
@@ -354,13 +424,18 @@ def plan_of(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, max_shard_byte
         twins=twins,
         dropped=tuple(dropped),
         files=files,
-        chunk_elements=chunk,
+        sizes=sizes or Sizes.of(D),
         notes=tuple(notes),
     )
-
-
-def method_of(recipe: Recipe) -> str:
-    return f"pcb-{recipe.variant}" if recipe.merge_method == "pcb" else recipe.merge_method
+    problems = [
+        f"{t.name}: {problem}: {list(t.weights)}. Fix: change a weight."
+        for t in tensors
+        if (problem := method.wrong_weights(t.weights))
+    ]
+    problems += method.impossible(made.settings, made.names)
+    if problems:
+        raise RequestError(problems)
+    return made
 
 
 def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:
@@ -470,29 +545,6 @@ def _exclude_lines(wrong: set[str], names: set[str]) -> list[str]:
         pattern = re.sub(r"\d+", "*", literal)
         lines.add(pattern if {n for n in names if fnmatch.fnmatchcase(n, pattern)} <= wrong else literal)
     return sorted(lines)
-
-
-def _check_densities(recipe: Recipe, n: int, D: int) -> None:
-    problems = []
-    if recipe.merge_method == "pcb":
-        for i in range(n):
-            r = recipe.density_of(i)
-            if int(D * (1 - r)) >= D:
-                problems.append(
-                    f"{recipe.models[i].source}: density {r} of {D} merged elements keeps nothing; the smallest that keeps one is about {1 / D:.3g}"
-                )
-    if problems:
-        raise RequestError(problems)
-
-
-def _check_linear_weights(tensors: Sequence[MergedTensor]) -> None:
-    problems = [
-        f"{t.name}: linear divides by the sum of the weights, which is 0 here: {list(t.lambdas)}; change a weight"
-        for t in tensors
-        if sum(t.lambdas) == 0
-    ]
-    if problems:
-        raise RequestError(problems)
 
 
 def _output_dtype(recipe: Recipe, tensor: Tensor) -> str:

@@ -23,7 +23,7 @@ def readable_bytes(count: float) -> str:
     raise AssertionError
 
 
-class Progress:
+class ByteBar:
     """Progress of one sweep over `total` bytes, on standard error."""
 
     def __init__(self, name: str, total: int, *, quiet: bool = False) -> None:
@@ -68,7 +68,7 @@ class Progress:
             )
 
 
-class Counted:
+class CountBar:
     """Progress over `total` things of a kind, with a few words on how it stands, on standard error."""
 
     def __init__(self, name: str, total: int, unit: str, *, quiet: bool = False) -> None:

@@ -11,6 +11,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
+import numpy as np
+
+from pcb_ray.methods import Known
+from pcb_ray.selection import Bracket, Sample, Tally
+
 if TYPE_CHECKING:
     from pcb_ray.owner import Owner
 
@@ -73,3 +78,191 @@ class Owners(Protocol):
     def store(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and yielded, again."""
         ...
+
+
+# --- digests ------------------------------------------------------------------------------------------------------------------------
+
+Digest = int
+"""128 bits. Digests of disjoint pieces, each seeded by its place, add up modulo 2^128: like a count, the sum does not depend on their order."""
+
+
+def add_digests(one: Sequence[Digest], other: Sequence[Digest]) -> tuple[Digest, ...]:
+    return tuple((a + b) % (1 << 128) for a, b in zip(one, other, strict=True))
+
+
+def shown_digest(digest: Digest) -> str:
+    return f"{digest:032x}"
+
+
+# --- what sweeps over the chunks find -----------------------------------------------------------------------------------------------
+
+# Keys are integers that sort like float32 (32 bits) or float64 (64 bits) values. Infinity has the largest:
+LARGEST_KEY = {32: 0x7F800000, 64: 0x7FF0000000000000}
+# A sample forgets this many low bits of a key, and still tells values apart to 1 part in 256.
+SAMPLE_SHIFT = {32: 15, 64: 44}
+
+
+def value_of_key(key: int, bits: int) -> float:
+    """The value whose key this is."""
+    size = np.array([abs(key)], dtype=np.uint32 if bits == 32 else np.uint64)
+    value = float(size.view(np.float32 if bits == 32 else np.float64)[0])
+    return -value if key < 0 else value
+
+
+@dataclasses.dataclass
+class Sampled:
+    """For each model where the keys of the sample lie."""
+
+    of_model: list[Sample]
+
+    def merge(self, other: Sampled) -> None:
+        for mine, theirs in zip(self.of_model, other.of_model, strict=True):
+            mine.merge(theirs)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleKeys:
+    """Where the keys of the quantity of pass `step` lie, in the sample runs that begin in these chunks."""
+
+    step: int
+    known: Known
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> Sampled:
+        return owner.sample(items, self)
+
+
+@dataclasses.dataclass
+class Counted:
+    """For each model its tallies (one per bracket) and largest key; of each input (base first) the sum of its cells' digests."""
+
+    tallies: list[list[Tally]]
+    largest: list[int]
+    digests: tuple[Digest, ...]
+
+    def merge(self, other: Counted) -> None:
+        for mine, theirs in zip(self.tallies, other.tallies, strict=True):
+            for tally, part in zip(mine, theirs, strict=True):
+                tally.merge(part)
+        self.largest = [max(pair) for pair in zip(self.largest, other.largest, strict=True)]
+        self.digests = add_digests(self.digests, other.digests)
+
+
+@dataclasses.dataclass(frozen=True)
+class CountKeys:
+    """Counts of the keys of the quantity of pass `step` against each model's brackets."""
+
+    step: int
+    known: Known
+    brackets: tuple[tuple[Bracket, ...], ...]
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> Counted:
+        return owner.count(items, self)
+
+
+@dataclasses.dataclass
+class Extremes:
+    """The smallest and largest value of each row; digests as in `Counted`."""
+
+    smallest: list[float]
+    largest: list[float]
+    digests: tuple[Digest, ...]
+
+    def merge(self, other: Extremes) -> None:
+        self.smallest = [min(pair) for pair in zip(self.smallest, other.smallest, strict=True)]
+        self.largest = [max(pair) for pair in zip(self.largest, other.largest, strict=True)]
+        self.digests = add_digests(self.digests, other.digests)
+
+
+@dataclasses.dataclass(frozen=True)
+class FindExtremes:
+    """The extremes of the rows of pass `step`."""
+
+    step: int
+    known: Known
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> Extremes:
+        return owner.extremes(items, self)
+
+
+@dataclasses.dataclass
+class Summed:
+    """The sums of each row, by the chunk or, for sums per tensor, by the cell that they were taken over: exact sums of these come last, so that no
+    order of additions shows. Digests as in `Counted`."""
+
+    of_piece: dict[int, tuple[float, ...]]
+    digests: tuple[Digest, ...]
+
+    def merge(self, other: Summed) -> None:
+        self.of_piece.update(other.of_piece)
+        self.digests = add_digests(self.digests, other.digests)
+
+
+@dataclasses.dataclass(frozen=True)
+class AddUp:
+    """The sums of the rows of pass `step`."""
+
+    step: int
+    known: Known
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> Summed:
+        return owner.sums(items, self)
+
+
+# --- the output, part by part -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A part of the output: the digest of its bytes, and of each input the sum of the digests of the cells that it was made from."""
+
+    digest: Digest
+    inputs: tuple[Digest, ...]
+
+    def to_text(self) -> str:
+        return " ".join(shown_digest(d) for d in (self.digest, *self.inputs))
+
+    @classmethod
+    def from_text(cls, text: str) -> Written:
+        """Raises ValueError for what `to_text` has not written."""
+        digest, *inputs = (int(part, 16) for part in text.split())
+        return cls(digest, tuple(inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteParts:
+    """Merge these parts into the files of `folder`."""
+
+    known: Known
+    folder: str
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Written]:
+        return owner.write(items, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DigestParts:
+    """The digests of what the files of `folder` hold for these parts."""
+
+    folder: str
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Digest]:
+        return owner.digest_parts(items, self.folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareParts:
+    """Where what the files of `folder` hold for these parts differs from what the inputs give: nothing for a part that is right."""
+
+    known: Known
+    folder: str
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, str]:
+        return owner.compare_parts(items, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DifferingTwins:
+    """Which of these stored copies of tied tensors (their numbers in `plan.twins`) differ from their originals."""
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> list[str]:
+        return owner.differing_twins(items)

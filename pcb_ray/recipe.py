@@ -17,11 +17,12 @@ from typing import Any
 
 import yaml
 
-from pcb_ray.checks import choice, number, present, section, shown, text, wrong
+from pcb_ray import methods
+from pcb_ray.checks import choice, nearest, number, present, section, shown, text, wrong
 from pcb_ray.errors import RequestError
+from pcb_ray.methods import Method
+from pcb_ray.user_code import UserCode, names_code, read_code
 
-METHODS = ("pcb", "ties", "task_arithmetic", "linear")
-VARIANTS = ("released", "pairwise", "paper")
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Rule = tuple[str | None, float]
@@ -37,8 +38,12 @@ _TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "exclude", "tokenizer_source",
     "chat_template", "search", "sweep",
 )  # fmt: skip
-_PARAMETERS = ("density", "lambda", "variant", "weight", "int8_mask", "normalize")
-_HOMES = {**dict.fromkeys(_PARAMETERS, "write it in `parameters`"), **dict.fromkeys(_TOP_KEYS, "write it at the top level")}
+_SHARED_PARAMETERS = ("weight", "int8_mask", "normalize")  # those that are not a method's own
+_PARAMETERS = tuple(dict.fromkeys(name for method in methods.METHODS for name in (*method.parameters, "variant")))
+_HOMES = {
+    **dict.fromkeys((*_PARAMETERS, *_SHARED_PARAMETERS), "write it in `parameters`"),
+    **dict.fromkeys(_TOP_KEYS, "write it at the top level"),
+}
 
 # What mergekit has and we have not, with the nearest that can be had here.
 _BY_NAME = "give `weight` rules by tensor name, such as {filter: layers.0., value: 0.5}"
@@ -49,16 +54,8 @@ _REFUSED_KEYS = {
     "rescale": "remove it: kept values are not rescaled here; `parameters.lambda` scales the whole sum",
 }
 _INT8_MASK = "`int8_mask` has no effect: it saves memory in mergekit; memory is bounded here without it."
-_NORMALIZE = {
-    "linear": ("true", "remove it; for a sum of task vectors use `merge_method: task_arithmetic`"),
-    "ties": ("false", "remove it; the sum is divided by how many models agree, not by their weights, so let these average 1"),
-}
 _FIXES = _HOMES | _REFUSED_KEYS
-_EQUIVALENTS = {
-    "sce": "pcb", "dare_ties": "ties", "della": "ties", "breadcrumbs_ties": "ties", "dare_linear": "task_arithmetic",
-    "della_linear": "task_arithmetic", "breadcrumbs": "task_arithmetic", "slerp": "linear", "nuslerp": "linear",
-    "multislerp": "linear", "karcher": "linear", "model_stock": "linear", "nearswap": "linear", "float64": "float32",
-}  # fmt: skip
+_EQUIVALENTS = {"float64": "float32"} | {foreign: method.name for method in methods.METHODS for foreign in method.nearest_to}
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,8 @@ class Model:
     source: str
     weight: tuple[Rule, ...] = ((None, 1.0),)
     """lambda_i by tensor name; the first rule that matches wins. A Recipe ends it with a rule that matches all."""
-    density: float | None = None
-    """Its own mask ratio, else the recipe's."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """What it has of the method's parameters for itself; else the recipe's count."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +74,19 @@ class Recipe:
     """A valid merge request, complete: equal recipes ask for the same merge of the same files.
 
     Wherever it comes from, it is checked and put into one form: sources are text, numbers are finite floats, every
-    model's weight ends with a rule that matches all, and (but for `linear`, which averages what is listed) an entry
-    of `models` that names the base is gone. Raises RequestError with all that is wrong.
+    model's weight ends with a rule that matches all, every parameter of the method has a value, and (but for methods
+    that average what is listed) an entry of `models` that names the base is gone. Raises RequestError with all that is wrong.
 
-    For `linear` without a `base_model` the first model stands in for the base: its config, tokenizer and dtypes.
+    Where a method needs no base and there is none, the first model stands in for it: its config, tokenizer and dtypes.
     """
 
     models: tuple[Model, ...]
     base_model: str | None = None
-    """Required for all methods but `linear`."""
-    merge_method: str = "pcb"
-    density: float = 0.1
-    """The mask ratio r: the fraction of all merged elements that is kept."""
-    lambda_: float = 1.0
-    variant: str = "pairwise"
+    """Required for all methods that merge task vectors."""
+    merge_method: str = methods.METHODS[0].name
+    """The name of a method, or `file.py:object` or `module:object` of one of the user's own."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Of the method; `variant` is one where a method has several."""
     dtype: str | None = None
     """Of the output, a key of DTYPES; None: the base's, tensor by tensor."""
     exclude: tuple[str, ...] = ()
@@ -104,6 +100,8 @@ class Recipe:
     sweep: Mapping[str, Any] | None = field(default=None, compare=False)
     folder: Path = field(default=Path("."), compare=False)
     """Relative paths are resolved against it."""
+    code: UserCode | None = field(default=None, repr=False)
+    """Of a method of the user's own, as it was read when the recipe was made."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What a mergekit user should know, to be printed before the run."""
 
@@ -111,47 +109,58 @@ class Recipe:
         problems: list[str] = []
         notes = list(self.notes)
         folder = Path(self.folder)
-        method = choice(self.merge_method, "merge_method", METHODS, problems, _EQUIVALENTS)
+        name, code, variants = _methods(self.merge_method, self.code, folder, problems)
+        parameters = _parameters(self.parameters, "parameters", variants, problems, notes)
+        method = variants.get(parameters.get("variant", "")) or next(iter(variants.values()), None)
         base = None if self.base_model is None else text(self.base_model, "base_model", problems)
-        if base is None and method in METHODS[:3]:
+        if base is None and method is not None and method.has_base:
             problems.append(wrong("base_model", "the model that all others come from", None, "add `base_model: PATH`"))
-        models = _models(self.models, base if method != "linear" else None, folder, problems, notes)
+        averages = method is not None and not method.has_base
+        models = _models(self.models, None if averages else base, folder, method, problems, notes)
         exclude = self.exclude if isinstance(self.exclude, (list, tuple)) else [self.exclude]
         checked = {
             "models": models,
             "base_model": base,
-            "merge_method": method,
-            "density": number(self.density, "parameters.density", problems, is_fraction=True),
-            "lambda_": number(self.lambda_, "parameters.lambda", problems),
-            "variant": choice(self.variant, "parameters.variant", VARIANTS, problems, _EQUIVALENTS),
+            "merge_method": name,
+            "parameters": parameters,
             "dtype": None if self.dtype is None else _dtype(self.dtype, problems),
             "exclude": tuple(text(pattern, f"exclude[{i}]", problems) for i, pattern in enumerate(exclude)),
             "tokenizer_source": _tokenizer_source(self.tokenizer_source, models, base, folder, problems),
             "chat_template": None if self.chat_template is None else _template(self.chat_template, problems),
             "folder": folder,
+            "code": code,
         }
         plain = [model.weight[0][1] for model in models if len(model.weight) == 1]
-        total = math.fsum(plain) if len(plain) == len(models) else math.nan
-        if method == "linear" and models and total == 0:
-            fix = "change a weight, or use `merge_method: task_arithmetic`"
-            problems.append(f"models: the weights sum to 0, and `linear` divides by the sum. Fix: {fix}.")
+        whole = len(plain) == len(models)
+        if method is not None and models and whole and (problem := method.wrong_weights(plain)):
+            problems.append(f"models: {problem}. Fix: change a weight.")
         if problems:
             raise RequestError(problems)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        if method != "linear" and len(models) > 1 and 0.95 <= total <= 1.05:
+        for key, value in checked.items():
+            object.__setattr__(self, key, value)
+        total = math.fsum(plain) if whole else math.nan
+        if not averages and len(models) > 1 and 0.95 <= total <= 1.05:
             notes.append(
                 f"the weights sum to {total:.3g}: `weight` is not normalised here, so each model counts for a part only. "
                 "Its default is 1 for each model; `lambda` scales the whole."
             )
-        for key, methods, is_set in (
-            ("density", METHODS[:2], self.density != Recipe.density or any(model.density is not None for model in models)),
-            ("lambda", METHODS[:3], self.lambda_ != Recipe.lambda_),
-            ("variant", METHODS[:1], self.variant != Recipe.variant),
-        ):
-            if is_set and method not in methods:
-                notes.append(f"`{key}` has no effect with `merge_method: {method}`; it belongs to {', '.join(methods)}.")
+        if code is not None:
+            notes.append(f"merge_method runs code of {code.file} (sha256 {code.sha256[:12]}...).")
         object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
+
+    @property
+    def method(self) -> Method:
+        """The record of the method."""
+        if self.code is not None:
+            return methods.own_method(self.code, self.folder)
+        return methods.variants_of(self.merge_method)[self.parameters.get("variant", "")]
+
+    def with_parameters(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values of some parameters, for all models alike."""
+        models = tuple(
+            dataclasses.replace(m, parameters={k: v for k, v in m.parameters.items() if k not in changes}) for m in self.models
+        )
+        return dataclasses.replace(self, models=models, parameters={**self.parameters, **changes})
 
     @classmethod
     def of(cls, recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:
@@ -187,31 +196,39 @@ class Recipe:
         problems: list[str] = []
         notes: list[str] = []
         top = section(mapping, "recipe", _TOP_KEYS, problems, _FIXES)
-        parameters = section(top.get("parameters", {}), "parameters", _PARAMETERS, problems, _FIXES)
-        method = top.get("merge_method", cls.merge_method)
-
-        default = _rules(parameters["weight"], "parameters.weight", problems) if "weight" in parameters else ()
+        raw = top.get("parameters", {})
+        if not isinstance(raw, Mapping):
+            problems.append(wrong("parameters", "`key: value` lines", raw, f"give some of {', '.join(_PARAMETERS)}"))
+            raw = {}
+        parameters = present(raw)
+        weight, int8_mask, normalize = (parameters.pop(key, None) for key in _SHARED_PARAMETERS)
+        default = () if weight is None else _rules(weight, "parameters.weight", problems)
         models = top.get("models", ())
         if isinstance(models, (list, tuple)):
             models = tuple(_entry(entry, f"models[{i}]", default, problems, notes) for i, entry in enumerate(models))
             if default and all(model.weight[-len(default) :] != default for model in models):
                 notes.append("`parameters.weight` has no effect: each model has its own.")
-            if "density" in parameters and all(model.density is not None for model in models):
-                notes.append("`parameters.density` has no effect: each model has its own.")
-        if "int8_mask" in parameters:
+            notes += [
+                f"`parameters.{name}` has no effect: each model has its own."
+                for name in parameters
+                if models and all(name in model.parameters for model in models)
+            ]
+        if int8_mask is not None:
             notes.append(_INT8_MASK)
-        if "normalize" in parameters and parameters["normalize"] == (method == "linear"):
-            notes.append(f"`normalize` has no effect: it asks for what `{method}` does anyway.")
-        elif "normalize" in parameters and method in METHODS:
-            wanted, fix = _NORMALIZE.get(method, ("false", "remove it, and scale the weights by hand"))
-            problems.append(wrong("parameters.normalize", wanted, parameters["normalize"], fix))
+        if normalize is not None:
+            _, _, variants = _methods(top.get("merge_method", cls.merge_method), None, Path(folder), [])
+            for method in list(variants.values())[:1]:
+                if normalize == method.normalize.harmless:
+                    notes.append(f"`normalize` has no effect: it asks for what `{method.name}` does anyway.")
+                else:
+                    wanted = str(method.normalize.harmless).lower()
+                    problems.append(wrong("parameters.normalize", wanted, normalize, method.normalize.fix))
         if "dtype" in top and top.get("out_dtype", top["dtype"]) != top["dtype"]:
             notes.append("`out_dtype` sets the output's dtype; `dtype` has no effect, since the arithmetic is float32 always.")
         asked = {
             **top,
-            **parameters,
+            "parameters": parameters,
             "models": models,
-            "lambda_": parameters.get("lambda"),
             "dtype": top.get("out_dtype", top.get("dtype")),
             "folder": Path(folder),
             "notes": tuple(notes),
@@ -232,13 +249,13 @@ class Recipe:
         models = []
         for model in self.models:
             rules = [{"value": value} if part is None else {"filter": part, "value": value} for part, value in model.weight]
-            own: dict[str, object] = {"weight": rules if len(rules) > 1 else model.weight[0][1], "density": model.density}
-            models.append({"model": model.source, "parameters": present(own)})
+            own: dict[str, object] = {"weight": rules if len(rules) > 1 else model.weight[0][1], **model.parameters}
+            models.append({"model": model.source, "parameters": own})
         layout = {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
             "models": models,
-            "parameters": {"density": self.density, "lambda": self.lambda_, "variant": self.variant},
+            "parameters": dict(self.parameters) or None,
             "dtype": self.dtype,
             "exclude": list(self.exclude),
             "tokenizer_source": self.tokenizer_source,
@@ -255,8 +272,13 @@ class Recipe:
             path = _path(source, self.folder)
             return str(path) if os.path.exists(path) else source
 
+        code = self.code
+        if code is not None and code.is_file:
+            code = code._replace(name=f"{code.file}:{code.name.rpartition(':')[2]}")
         return dataclasses.replace(
             self,
+            merge_method=self.merge_method if code is None else code.name,
+            code=code,
             base_model=None if self.base_model is None else absolute(self.base_model),
             models=tuple(dataclasses.replace(model, source=absolute(model.source)) for model in self.models),
             tokenizer_source="base" if self.tokenizer_source == "base" else absolute(self.tokenizer_source),
@@ -265,11 +287,6 @@ class Recipe:
     def weight(self, model_index: int, tensor_name: str) -> float:
         """lambda_i of the model for the tensor: the value of the first rule that matches its name."""
         return next(value for part, value in self.models[model_index].weight if part is None or part in tensor_name)
-
-    def density_of(self, model_index: int) -> float:
-        """The mask ratio of the model: its own, else the recipe's."""
-        own = self.models[model_index].density
-        return self.density if own is None else own
 
 
 def _path(source: str, folder: Path) -> Path:
@@ -280,16 +297,72 @@ def _path(source: str, folder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------- parts of a recipe
 
 
+def _methods(
+    raw: object, code: UserCode | None, folder: Path, problems: list[str]
+) -> tuple[str, UserCode | None, dict[str, Method]]:
+    """The name of a method, the code of one of the user's own, and the records by variant; none if it is wrong."""
+    if not names_code(raw):
+        name = choice(raw, "merge_method", methods.names(), problems, _EQUIVALENTS, " or my_methods.py:name")
+        return name, None, methods.variants_of(name)
+    name = str(raw)
+    try:
+        if code is None or code.name != name:
+            code = read_code(name, folder, "merge_method")
+        return name, code, {"": methods.own_method(code, folder)}
+    except RequestError as error:
+        problems += error.problems
+        return name, None, {}
+
+
+def _parameters(raw: object, where: str, variants: Mapping[str, Method], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """The parameters of the method, each with a value in one form."""
+    if not isinstance(raw, Mapping):
+        problems.append(wrong(where, "`key: value` lines", raw, "write such as `density: 0.1`"))
+        return {}
+    if not variants:
+        return {}
+    given = present(raw)
+    found: dict[str, Any] = {}
+    default = next(iter(variants))
+    variant = choice(given.pop("variant", default), f"{where}.variant", tuple(variants), problems) if default else ""
+    method = variants.get(variant, variants[default])
+    for name, parameter in method.parameters.items():
+        found[name] = parameter.check(given.pop(name, parameter.default), f"{where}.{name}", problems)
+    if default:
+        found["variant"] = variant
+    _complain(given, where, method, tuple(method.parameters), problems, notes)
+    return found
+
+
+def _complain(
+    left: Mapping[Any, Any], where: str, method: Method, known: Sequence[str], problems: list[str], notes: list[str]
+) -> None:
+    """About keys that are none of the method's parameters: those of another method have no effect, others are wrong."""
+    for key in left:
+        homes = [other.name for other in methods.METHODS if key in other.parameters or (key == "variant" and other.variant)]
+        if homes:
+            belongs = ", ".join(dict.fromkeys(homes))
+            notes.append(f"`{key}` has no effect with `merge_method: {method.name}`; it belongs to {belongs}.")
+        else:
+            fix = _FIXES.get(key) if isinstance(key, str) else None
+            problems.append(f"{where}: unknown key {shown(key)}. Fix: {fix or nearest(key, (*known, *_SHARED_PARAMETERS))}.")
+
+
 def _entry(entry: object, where: str, default: tuple[Rule, ...], problems: list[str], notes: list[str]) -> Model:
     """One entry of `models`; but for the layout of its weight it is still unchecked."""
     says = section(entry, where, ("model", "parameters"), problems, _FIXES) if isinstance(entry, Mapping) else {"model": entry}
-    own = section(says.get("parameters", {}), f"{where}.parameters", ("weight", "density", "int8_mask"), problems, _FIXES)
-    if "int8_mask" in own:
+    raw = says.get("parameters", {})
+    if not isinstance(raw, Mapping):
+        problems.append(wrong(f"{where}.parameters", "`key: value` lines", raw, "write such as `parameters: {weight: 1.0}`"))
+        raw = {}
+    own = present(raw)
+    if own.pop("int8_mask", None) is not None:
         notes.append(_INT8_MASK)
-    weight = _rules(own["weight"], f"{where}.parameters.weight", problems) if "weight" in own else ()
+    raw_weight = own.pop("weight", None)
+    weight = () if raw_weight is None else _rules(raw_weight, f"{where}.parameters.weight", problems)
     if not _matches_all(weight):  # as in mergekit: where no rule of the model matches, the recipe's own `weight` decides
         weight += default
-    return Model(says.get("model"), weight or Model.weight, own.get("density"))  # type: ignore[arg-type]
+    return Model(says.get("model"), weight or Model.weight, own)  # type: ignore[arg-type]
 
 
 def _matches_all(rules: tuple[Rule, ...]) -> bool:
@@ -345,7 +418,9 @@ def _rules(raw: object, where: str, problems: list[str]) -> tuple[Rule, ...]:
     return tuple(rules) if len(problems) == before else ()
 
 
-def _models(raw: object, base: str | None, folder: Path, problems: list[str], notes: list[str]) -> tuple[Model, ...]:
+def _models(
+    raw: object, base: str | None, folder: Path, method: Method | None, problems: list[str], notes: list[str]
+) -> tuple[Model, ...]:
     """The models, checked, without those that name the base."""
     if not isinstance(raw, (list, tuple)) or not raw:
         problems.append(wrong("models", "a list of models", raw or None, "list them, each as `- model: PATH`"))
@@ -361,19 +436,31 @@ def _models(raw: object, base: str | None, folder: Path, problems: list[str], no
         if not _matches_all(weight):
             weight += Model.weight
             notes.append(f"{where}: tensors that no filter of its `weight` matches get 1.0, the default.")
-        density = model.density
-        if density is not None:
-            density = number(density, f"{where}.parameters.density", problems, is_fraction=True)
+        own = {} if method is None else _of_model(model.parameters, f"{where}.parameters", method, problems, notes)
         path = _path(source, folder)
         if source and base and path == _path(base, folder):
             notes.append(f"{where} {shown(source)} is the base model: it is left out and not counted.")
             continue
         if source and seen.setdefault(path, i) != i:
             problems.append(f"{where}: {shown(source)} is given twice; it is models[{seen[path]}] too. Fix: remove one.")
-        models.append(Model(source, weight, density))
+        models.append(Model(source, weight, own))
     if not models:
         problems.append(f"models: wanted a fine-tuned model, found only the base {shown(base)}. Fix: list the others.")
     return tuple(models)
+
+
+def _of_model(raw: Mapping[str, Any], where: str, method: Method, problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """What a model has of the method's parameters for itself."""
+    given = present(raw)
+    known = {name: parameter for name, parameter in method.parameters.items() if parameter.per_model}
+    found = {
+        name: parameter.check(given.pop(name), f"{where}.{name}", problems) for name, parameter in known.items() if name in given
+    }
+    for name in [name for name in given if name in method.parameters or name == "variant"]:
+        del given[name]
+        problems.append(f"{where}: unknown key {shown(name)}. Fix: {_HOMES.get(name, 'write it in `parameters`')}.")
+    _complain(given, where, method, tuple(known), problems, notes)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ YAML

@@ -49,11 +49,11 @@ def make_owner(plan: Plan, device: str, block_elements: int, writes_to: str) -> 
     """What an actor holds."""
     import torch
 
-    from pcb_ray.files.store import LocalStore
+    from pcb_ray.files.store import open_store
     from pcb_ray.owner import Owner
 
     torch.set_num_threads(1)  # one owner per core
-    return Owner(plan, LocalStore(), device=device, block_elements=block_elements, writes_to=writes_to)
+    return Owner(plan, open_store(), device=device, block_elements=block_elements, writes_to=writes_to)
 
 
 class _Actor:

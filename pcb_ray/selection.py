@@ -25,9 +25,6 @@ from numpy.typing import NDArray
 
 Keys = NDArray[np.int64]
 
-# Entries of a tally; beyond it keys lose precision. With the buffer of collected keys, the memory of one tally.
-TALLY_ENTRIES = 1 << 19
-TALLY_BYTES = TALLY_ENTRIES * 2 * 16
 MAX_PENDING = 4096  # arrays of keys that wait to be added up: each takes some memory of its own
 # Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the model.
 GROUP_BITS = 4
@@ -51,10 +48,17 @@ def add_up(keys: Keys, counts: Keys) -> tuple[Keys, Keys]:
     return keys[first], np.add.reduceat(counts, first) if len(first) else counts
 
 
-class Tally:
-    """Counts of keys against a bracket: below lo, up to lo, below hi, up to hi, and (key, count) strictly between."""
+def tally_bytes(max_entries: int) -> int:
+    """The most memory of a tally: its entries, and as much again while collected keys are added up."""
+    return max_entries * 2 * 16
 
-    def __init__(self, bracket: Bracket, max_entries: int = TALLY_ENTRIES) -> None:
+
+class Tally:
+    """Counts of keys against a bracket: below lo, up to lo, below hi, up to hi, and (key, count) strictly between.
+
+    It has at most `max_entries` of these; beyond that its keys lose low bits."""
+
+    def __init__(self, bracket: Bracket, max_entries: int) -> None:
         self.bracket = bracket
         self.max_entries = max_entries
         self.below_lo = self.upto_lo = self.below_hi = self.upto_hi = 0
@@ -169,7 +173,7 @@ class Sample:
         self._compact()
         return self.__dict__
 
-    def bracket(self, rank: int, D: int, smallest: int, largest: int) -> Bracket:
+    def bracket(self, rank: int, D: int, smallest: int, largest: int, tally_entries: int) -> Bracket:
         """A bracket for the key of this rank among all D, wide enough that missing it is rare; any answer is safe."""
         self._compact()
         bin_of, group_of = self.bins >> GROUP_BITS, self.bins & (SAMPLE_GROUPS - 1)
@@ -190,7 +194,7 @@ class Sample:
         spread = float(np.std(below, ddof=1)) / math.sqrt(len(below)) if len(below) > 1 else 0.1
         margin = 6.0 * max(spread, math.sqrt(q * (1.0 - q) / total)) + 4.0 / total
         # A wider bracket is free as long as its keys surely fit in a tally.
-        margin = max(margin, 0.125 * TALLY_ENTRIES / D)
+        margin = max(margin, 0.125 * tally_entries / D)
         first = bins[min(int(np.searchsorted(upto, (q - margin) * total, side="left")), len(bins) - 1)] if q > margin else None
         last_at = int(np.searchsorted(upto, (q + margin) * total, side="left"))
         lo = smallest if first is None else int(first) << self.shift

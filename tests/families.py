@@ -18,12 +18,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pcb_ray import analysis, planning, selection
-from pcb_ray import owner as owner_module
-from pcb_ray.analysis import Run, thresholds_of
-from pcb_ray.answers import Thresholds
-from pcb_ray.planning import Plan
+from pcb_ray.analysis import analyse
+from pcb_ray.files.store import LocalStore
 from pcb_ray.local import LocalOwners
+from pcb_ray.methods import Known
+from pcb_ray.planning import Plan, Sizes
+from pcb_ray.questions import WriteParts
+from pcb_ray.session import Session
 
 StateDict = dict[str, Tensor]
 
@@ -132,42 +133,38 @@ MakeFamily = Callable[..., Family]
 
 class Local(NamedTuple):
     files: dict[str, bytes]
-    run: Run
-    thresholds: Thresholds
+    session: Session
+    known: Known
 
     @property
     def bytes_read(self) -> int:
         """As the owners counted."""
-        return sum(stats["bytes_read"] for stats in self.run.owners.stats.values())
+        return sum(state.bytes_read for state in self.session.owners.states)
 
 
 def merge_locally(
-    plan: Plan, out: Path, *, block_elements: int | None = None, threads: int | None = None, chunks: Sequence[int] | None = None
+    plan: Plan, out: Path, *, block_elements: int | None = None, threads: int | None = None, parts: Sequence[int] | None = None
 ) -> Local:
-    """The merge of a plan into the folder `out` without Ray. `chunks` is the order in which the chunks are written."""
+    """The merge of a plan into the folder `out` without Ray. `parts` is the order in which the parts are written."""
     out.mkdir(parents=True, exist_ok=True)
+    store = LocalStore()
+    session = Session(plan, lambda plan: LocalOwners(plan, store, block_elements=block_elements, threads=threads))
+    known = analyse(session)
     for file in plan.files:
-        with (out / file.name).open("wb") as stream:
-            stream.write(file.header)
-            stream.truncate(file.size)
-    owners = LocalOwners(plan, str(out), block_elements=block_elements, threads=threads)
-    run = Run(plan, owners, quiet=True)
-    thresholds = thresholds_of(run)
-    for _ in run.sweep("write", "write", thresholds, plan.sweeps == 1, chunks=chunks):
+        store.create(str(out / file.name), file.size)
+    for _ in session.store("write", WriteParts(known, str(out)), range(len(plan.parts)) if parts is None else parts):
         pass
-    for _ in owners.ask("copy", plan.copy_pieces()):
-        pass
-    return Local({file.name: (out / file.name).read_bytes() for file in plan.files}, run, thresholds)
+    return Local({file.name: (out / file.name).read_bytes() for file in plan.files}, session, known)
+
+
+def small_sizes(tally_entries: int = 64, chunk_elements: int = 64, sample_run: int = 16) -> Sizes:
+    """Sizes so small that little data is sampled, lies in several chunks, and overflows a tally into further sweeps."""
+    return Sizes(chunk_elements, copy_bytes=64, sample_run=sample_run, sample_stride=16 * sample_run, tally_entries=tally_entries)
 
 
 @contextlib.contextmanager
 def small_engine(tally_entries: int = 64, chunk_elements: int = 64, sample_run: int = 16) -> Iterator[None]:
-    """Constants so small that little data is sampled, lies in several chunks, and overflows a tally into further sweeps."""
+    """Plans have these sizes meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (selection, analysis):
-            patch.setattr(module, "TALLY_ENTRIES", tally_entries)
-        patch.setattr(selection.Tally.__init__, "__defaults__", (tally_entries,))
-        patch.setattr(planning, "MIN_CHUNK_ELEMENTS", chunk_elements)
-        for module in (planning, owner_module, analysis):
-            patch.setattr(module, "SAMPLE_RUN", sample_run)
+        patch.setattr(Sizes, "of", classmethod(lambda _cls, _D: small_sizes(tally_entries, chunk_elements, sample_run)))
         yield

@@ -106,7 +106,7 @@ def test_a_scored_basis_gives_the_bits_of_the_merge_at_any_smaller_mask_ratio(tm
     family = families.Family(tmp_path, *families.fine_tuned(3))
     with families.small_engine(chunk_elements=4096):
         basis = build(family, tmp_path / "basis", method, scored=True, density=0.3)
-    found, wanted = applied(basis, family.base, mask_ratio=ratio), merged(family, method, mask_ratio=ratio)
+    found, wanted = applied(basis, family.base, density=ratio), merged(family, method, density=ratio)
     for name in wanted:
         assert torch.equal(found[name], wanted[name]), name
 
@@ -128,8 +128,8 @@ def test_thresholds_from_a_scored_basis_are_those_of_an_analysis(tmp_path_factor
                 made = plan(family.recipe(parameters={"density": ratio, "variant": method.removeprefix("pcb-")}))
                 expected = thresholds_of(Run(made, LocalOwners(made, str(folder)), quiet=True))
                 assert basis.thresholds(ratio) == expected
-    for name, x in applied(basis, family.base, mask_ratio=0.1).items():
-        assert torch.equal(x, merged(family, method, mask_ratio=0.1)[name])
+    for name, x in applied(basis, family.base, density=0.1).items():
+        assert torch.equal(x, merged(family, method, density=0.1)[name])
 
 
 @pytest.mark.parametrize("method", PCB)
@@ -297,7 +297,7 @@ def test_a_candidate_has_the_bytes_of_the_merge_down_to_the_signs_of_zeros(tmp_p
     )
     basis = build(family, folder / "basis", method, scored=True, density=0.6)
     wanted = merge_state_dicts(
-        family.base, family.models, variant=method.removeprefix("pcb-"), weights=weights, lambda_=lambda_, mask_ratio=0.5
+        family.base, family.models, variant=method.removeprefix("pcb-"), weights=weights, lambda_=lambda_, density=0.5
     )
     for kernel in ("", "torch"):
         with pytest.MonkeyPatch.context() as patch:

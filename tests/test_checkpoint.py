@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from pcb_ray.files.checkpoint import (
     read_header,
     safetensors_header,
 )
+from pcb_ray.files.safetensors import OF_TORCH, dtype_problems
 from pcb_ray.files.store import fsync_folder, write_atomically
 
 # An oracle of its own: what torch calls the dtypes of safetensors.
@@ -74,7 +76,12 @@ def assert_holds(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> N
 
 
 def assert_one_line_each(error: RequestError) -> None:
+    """Each problem says where, what was wanted, what was found, and what to do about it, in one line."""
     assert all("\n" not in problem and len(problem) < 2000 for problem in error.problems), error.problems
+    assert all(GRAMMAR.fullmatch(problem) for problem in error.problems), error.problems
+
+
+GRAMMAR = re.compile(r".+: wanted .+, found .+\. Fix: .+\.")
 
 
 def problems_of(source: str | Path, **arguments: Any) -> tuple[str, ...]:
@@ -286,47 +293,47 @@ def test_a_model_of_30_shards_and_140_gb_opens_in_a_fraction_of_a_second_and_lit
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (b"", ["0 bytes", "too short"]),
-        (b"\x02\0\0\0\0\0\0", ["7 bytes", "too short"]),
-        (framed("{}", length=3), ["header of 3 bytes", "but 2 bytes follow"]),
-        (framed("{}", length=2**63 + 5), [str(2**63 + 5), "but 2 bytes follow"]),
-        (framed("[]"), ["starts with b'['", "b'{'"]),
-        (framed(""), ["starts with b''"]),
-        (framed(b'{"a\xff": 1}'), ["not UTF-8 at byte 3"]),
-        (framed('{"a": }'), ["not JSON"]),
-        (framed('{"a": NaN}'), ["not JSON", "NaN"]),
-        (framed('{"a": ' + "9" * 5000 + "}"), ["not JSON"]),
+        (b"", ["wanted a safetensors file, of at least 10 bytes, found 0 bytes"]),
+        (b"\x02\0\0\0\0\0\0", ["of at least 10 bytes, found 7 bytes"]),
+        (framed("{}", length=3), ["wanted a header of 3 bytes, found 2 bytes after"]),
+        (framed("{}", length=2**63 + 5), [f"wanted a header of {2**63 + 5} bytes, found 2 bytes after"]),
+        (framed("[]"), ["starts with b'{', found b'['"]),
+        (framed(""), ["starts with b'{', found b''"]),
+        (framed(b'{"a\xff": 1}'), ["wanted UTF-8, found something else at byte 3"]),
+        (framed('{"a": }'), ["wanted JSON, found"]),
+        (framed('{"a": NaN}'), ["wanted JSON, found", "NaN"]),
+        (framed('{"a": ' + "9" * 5000 + "}"), ["wanted JSON, found"]),
         (framed('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), ["nested too deeply"]),
         (framed('{"a":' * 5_000 + "1" + "}" * 5_000), ["nested too deeply"]),
-        (framed('{"a":1,"a":2}'), ["'a' occurs twice"]),
-        (framed({"__metadata__": {"step": 3}}), ["__metadata__", "'step': 3", "texts"]),
-        (framed({"__metadata__": ["x"]}), ["__metadata__", "['x']"]),
-        (framed({"a": 3}), ["tensor 'a'", "entry is 3"]),
-        (framed({"a": {"dtype": "F32", "shape": [1]}}), ["tensor 'a'", "expected dtype, shape and data_offsets"]),
-        (framed({"a": entry(0, 4, dtype=7)}, b"1234"), ["tensor 'a'", "dtype is 7"]),
-        (framed({"a": entry(0, 4, dtype="F33")}, b"1234"), ["'F33'", "not a known dtype", "BF16"]),
+        (framed('{"a":1,"a":2}'), ["wanted one 'a', found several"]),
+        (framed({"__metadata__": {"step": 3}}), ["__metadata__: wanted texts by name, found {'step': 3}"]),
+        (framed({"__metadata__": ["x"]}), ["__metadata__: wanted texts by name, found ['x']"]),
+        (framed({"a": 3}), ["tensor 'a': wanted dtype, shape and data_offsets, found 3"]),
+        (framed({"a": {"dtype": "F32", "shape": [1]}}), ["tensor 'a': wanted dtype, shape and data_offsets, found {"]),
+        (framed({"a": entry(0, 4, dtype=7)}, b"1234"), ["tensor 'a': wanted a dtype such as 'BF16', found 7"]),
+        (framed({"a": entry(0, 4, dtype="F33")}, b"1234"), ["found 1 tensors ('a') of 'F33', not a known dtype", "BF16"]),
         (framed({"a": entry(0, 4, dtype="F8_E4M3", shape=[4])}, b"1234"), ["'a'", "'F8_E4M3'", "quantised"]),
         (framed({"a": entry(0, 4, dtype="F4", shape=[8])}, b"1234"), ["'F4'", "quantised"]),
         (framed({"a": entry(0, 8, dtype="C64", shape=[1])}, b"12345678"), ["'C64'", "complex"]),
-        (framed({"a": entry(0, 4, shape=[True])}, b"1234"), ["shape is [True]"]),
-        (framed({"a": entry(0, 4, shape=[1.0])}, b"1234"), ["shape is [1.0]"]),
-        (framed({"a": entry(0, 4, shape=[-1])}, b"1234"), ["shape is [-1]"]),
-        (framed({"a": entry(0, 4, shape=[2**64])}, b"1234"), ["shape is [18446744073709551616]"]),
+        (framed({"a": entry(0, 4, shape=[True])}, b"1234"), ["wanted a shape of at most 64 sizes, found [True]"]),
+        (framed({"a": entry(0, 4, shape=[1.0])}, b"1234"), ["a shape of at most 64 sizes, found [1.0]"]),
+        (framed({"a": entry(0, 4, shape=[-1])}, b"1234"), ["a shape of at most 64 sizes, found [-1]"]),
+        (framed({"a": entry(0, 4, shape=[2**64])}, b"1234"), ["a shape of at most 64 sizes, found [18446744073709551616]"]),
         (framed({"a": entry(0, 4, shape=[1] * 65)}, b"1234"), ["at most 64 sizes"]),
-        (framed({"a": entry(0, 0, shape=[2**62] * 64)}), ["takes", "hold 0"]),
-        (framed({"a": entry(0, 4, shape="1")}, b"1234"), ["shape is '1'"]),
-        (framed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, b"1234"), ["[0, 4, 8]"]),
-        (framed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]}}, b"1234"), ["[0, '4']"]),
-        (framed({"a": entry(0, 4, shape=[2])}, b"1234"), ["F32 [2] takes 8 bytes", "hold 4"]),
-        (framed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}, b"1234"), ["hold -4"]),
-        (framed({"a": entry(0, 8), "b": entry(4, 12)}, b"123456781234"), ["'b' begins at byte 4", "'a' ends at 8"]),
-        (framed({"a": entry(0, 4), "b": entry(8, 12)}, b"123456781234"), ["'b' begins at byte 8", "ends at 4", "hole"]),
-        (framed({"a": entry(4, 8)}, b"12345678"), ["begins at byte 4", "ends at 0", "hole"]),
-        (framed({"a": entry(0, 8)}, b"1234567"), ["describes 8 bytes of data, the file has 7", "cut off"]),
-        (framed({"a": entry(0, 4)}, b"12345"), ["describes 4 bytes of data, the file has 5", "belong to no tensor"]),
+        (framed({"a": entry(0, 0, shape=[2**62] * 64)}), ["bytes for F32 [46116", "found 0 between data_offsets"]),
+        (framed({"a": entry(0, 4, shape="1")}, b"1234"), ["a shape of at most 64 sizes, found '1'"]),
+        (framed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, b"1234"), ["begin and end as data_offsets, found [0, 4, 8]"]),
+        (framed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]}}, b"1234"), ["wanted begin and end as data_offsets, found [0, '4']"]),
+        (framed({"a": entry(0, 4, shape=[2])}, b"1234"), ["wanted 8 bytes for F32 [2], found 4 between data_offsets [0, 4]"]),
+        (framed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}, b"1234"), ["found -4 between data_offsets [4, 0]"]),
+        (framed({"a": entry(0, 8), "b": entry(4, 12)}, b"123456781234"), ["'b'", "at byte 8", "where tensor 'a' ends, found byte 4: overlapping"]),
+        (framed({"a": entry(0, 4), "b": entry(8, 12)}, b"123456781234"), ["'b'", "at byte 4", "where tensor 'a' ends, found byte 8: a hole"]),
+        (framed({"a": entry(4, 8)}, b"12345678"), ["'a': wanted it to begin at byte 0 of the data, found byte 4: a hole"]),
+        (framed({"a": entry(0, 8)}, b"1234567"), ["wanted 8 bytes of data, as in the header, found 7: cut off"]),
+        (framed({"a": entry(0, 4)}, b"12345"), ["wanted 4 bytes of data, as in the header, found 5: the rest belongs to no tensor"]),
         (framed({"a\x1b[2J": entry(0, 4)}, b"1234"), ["control characters"]),
         (framed('{"\\ud800": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"), ["not Unicode"]),
-        (framed({}), ["no tensor at all"]),
+        (framed({}), ["wanted tensors, found none at all"]),
         (framed({"m.lora_A.weight": entry(0, 4)}, b"1234"), ["LoRA adapter", "m.lora_A.weight"]),
         (framed({"m.qweight": entry(0, 4, dtype="I32")}, b"1234"), ["packed integers", "m.qweight"]),
         (b"PK\x03\x04 and more of a zip", ["zip archive", ".bin"]),
@@ -370,8 +377,9 @@ def test_the_problems_of_all_files_of_a_model_are_told_at_once(tmp_path: Path) -
     (tmp_path / "b.safetensors").write_bytes(b"junk")
     (tmp_path / "c.safetensors").write_bytes((tmp_path / "d.safetensors").read_bytes())
     problems = problems_of(tmp_path)
-    for part in ("a.safetensors: no such file", "b.safetensors: 4 bytes", "'d' lies in c.safetensors and in d.safe",
-                 "'c' should lie in c.safetensors", "'gptq'"):  # fmt: skip
+    for part in ("a.safetensors: wanted a file, found none", "b.safetensors: wanted a safetensors file, of at least 10 bytes, found 4",
+                 "'d': wanted it in one file, found it in c.safetensors and in d.safetensors",
+                 "'c': wanted it in c.safetensors, found it in no file", "'gptq'"):  # fmt: skip
         assert sum(part in problem for problem in problems) == 1, (part, problems)
     assert len(problems) == 5
 
@@ -379,24 +387,24 @@ def test_the_problems_of_all_files_of_a_model_are_told_at_once(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("index", "parts"),
     [
-        (b"", ["not JSON"]),
-        (b"[1]", ["no weight_map"]),
-        (b"{}", ["no weight_map"]),
-        (b'{"weight_map": {}}', ["no weight_map"]),
-        (b'{"weight_map": ["one.safetensors"]}', ["no weight_map"]),
-        (b'{"weight_map": {"x": 3}}', ["'x' maps to 3"]),
-        (b'{"weight_map": {"x": "../one.safetensors"}}', ["'../one.safetensors'", "in the index's folder"]),
-        (b'{"weight_map": {"x": "/etc/one.safetensors"}}', ["'/etc/one.safetensors'"]),
-        (b'{"weight_map": {"x": "a/../../one.safetensors"}}', ["'a/../../one.safetensors'"]),
-        (b'{"weight_map": {"x": "a\\\\one.safetensors"}}', ["one.safetensors", "in the index's folder"]),
-        (b'{"weight_map": {"x": "one.safetensors\\u0000"}}', ["in the index's folder"]),
-        (b'{"weight_map": {"x": "\\ud800.safetensors"}}', ["in the index's folder"]),
-        (b'{"weight_map": {"x": ""}}', ["in the index's folder"]),
-        (b'{"weight_map": {"x": "one.py"}}', ["'one.py'", "expected a .safetensors file"]),
-        (b'{"weight_map": {"x": "one.safetensors", "x": "one.safetensors"}}', ["'x' occurs twice"]),
-        (b'{"weight_map": {"x": "gone.safetensors"}}', ["gone.safetensors: no such file"]),
-        (b'{"weight_map": {"x": "one.safetensors", "y": "one.safetensors"}}', ["'y' should lie in one.safetensors"]),
-        (b'{"weight_map": {"y": "two.safetensors"}}', ["'z' lies in two.safetensors but is not in the index"]),
+        (b"", ["wanted JSON, found"]),
+        (b"[1]", ["wanted a weight_map from tensor names to files, found none"]),
+        (b"{}", ["wanted a weight_map from tensor names to files, found none"]),
+        (b'{"weight_map": {}}', ["wanted a weight_map from tensor names to files, found none"]),
+        (b'{"weight_map": ["one.safetensors"]}', ["wanted a weight_map from tensor names to files, found none"]),
+        (b'{"weight_map": {"x": 3}}', ["'x': wanted the name of its file, found 3"]),
+        (b'{"weight_map": {"x": "../one.safetensors"}}', ["wanted shards in its own folder or below it, found '../one.safetensors'"]),
+        (b'{"weight_map": {"x": "/etc/one.safetensors"}}', ["found '/etc/one.safetensors'"]),
+        (b'{"weight_map": {"x": "a/../../one.safetensors"}}', ["found 'a/../../one.safetensors'"]),
+        (b'{"weight_map": {"x": "a\\\\one.safetensors"}}', ["one.safetensors", "wanted shards in its own folder or below it, found"]),
+        (b'{"weight_map": {"x": "one.safetensors\\u0000"}}', ["wanted shards in its own folder or below it, found"]),
+        (b'{"weight_map": {"x": "\\ud800.safetensors"}}', ["wanted shards in its own folder or below it, found"]),
+        (b'{"weight_map": {"x": ""}}', ["wanted shards in its own folder or below it, found"]),
+        (b'{"weight_map": {"x": "one.py"}}', ["wanted .safetensors files, found 'one.py'"]),
+        (b'{"weight_map": {"x": "one.safetensors", "x": "one.safetensors"}}', ["wanted one 'x', found several"]),
+        (b'{"weight_map": {"x": "gone.safetensors"}}', ["gone.safetensors: wanted a file, found none"]),
+        (b'{"weight_map": {"x": "one.safetensors", "y": "one.safetensors"}}', ["'y': wanted it in one.safetensors, found it in no file"]),
+        (b'{"weight_map": {"y": "two.safetensors"}}', ["'z': wanted it in the index, found it in two.safetensors alone"]),
         (b'{"weight_map": ' + b"[" * 50_000, ["nested too deeply"]),
     ],
 )  # fmt: skip
@@ -413,13 +421,13 @@ def test_a_wrong_index_is_refused(tmp_path: Path, index: bytes, parts: list[str]
 @pytest.mark.parametrize(
     ("files", "parts"),
     [
-        ([], ["no weights", "no file"]),
-        (["config.json", "flax_model.msgpack"], ["no weights", "flax_model.msgpack"]),
+        ([], ["wanted model.safetensors or pytorch_model.bin", "found no file"]),
+        (["config.json", "flax_model.msgpack"], ["wanted model.safetensors or pytorch_model.bin", "found 'config.json', 'flax_model.msgpack'"]),
         (["adapter_config.json", "adapter_model.safetensors"], ["LoRA adapter", "merge_and_unload"]),
         (["adapter_model.bin"], ["LoRA adapter"]),
         (["model-q4.gguf"], ["GGUF"]),
-        (["a.safetensors", "b.safetensors"], ["2 .safetensors files", "model.safetensors.index.json"]),
-        (["model-00001-of-00002.safetensors"], ["1 .safetensors files", "model.safetensors.index.json"]),
+        (["a.safetensors", "b.safetensors"], ["wanted model.safetensors.index.json, found 2 .safetensors files"]),
+        (["model-00001-of-00002.safetensors"], ["wanted model.safetensors.index.json, found 1 .safetensors files"]),
     ],
 )  # fmt: skip
 def test_a_folder_without_one_clear_set_of_weights_is_refused(tmp_path: Path, files: list[str], parts: list[str]) -> None:
@@ -431,14 +439,14 @@ def test_a_folder_without_one_clear_set_of_weights_is_refused(tmp_path: Path, fi
 def test_two_models_in_one_folder_are_refused_rather_than_one_chosen(tmp_path: Path) -> None:
     write_shards(tmp_path, {"one.safetensors": {"x": torch.ones(3)}})
     save_file({"x": torch.zeros(3)}, tmp_path / "model.safetensors")
-    problem_of(tmp_path, "both model.safetensors and model.safetensors.index.json")
+    problem_of(tmp_path, "wanted one model, found both model.safetensors and model.safetensors.index.json")
 
 
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        ("{", ["config.json", "not JSON"]),
-        ("[1]", ["config.json", "table"]),
+        ("{", ["config.json", "wanted JSON, found"]),
+        ("[1]", ["config.json: wanted a table of settings, found [1]"]),
         ('{"quantization_config": {"quant_method": "bitsandbytes"}}', ["'bitsandbytes'", "bfloat16"]),
         ('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}', ["'fp8'"]),
         ('{"quantization_config": 8}', ["quantization_config"]),
@@ -455,22 +463,22 @@ def test_a_wrong_or_quantised_config_is_refused(tmp_path: Path, config: str, par
 @pytest.mark.parametrize(
     ("source", "parts"),
     [
-        ("", ["not a path"]),
-        ("a\0b", ["not a path"]),
-        ("a\ud800", ["not a path"]),
-        ("s3://key:secret@bucket/model", ["s3://bucket/model", "not supported yet"]),
+        ("", ["wanted a path or a Hub id, found"]),
+        ("a\0b", ["wanted a path or a Hub id, found"]),
+        ("a\ud800", ["wanted a path or a Hub id, found"]),
+        ("s3://key:secret@bucket/model", ["model s3://bucket/model: wanted a path or a Hub id, found a URI"]),
         ("org/name+org/lora", ["LoRA adapter"]),
         ("nowhere", ["no file or folder", "nowhere", "org/name"]),
         ("./no/where", ["no file or folder"]),
         ("a/b/c", ["no file or folder"]),
         ("org/name.safetensors", ["no file or folder"]),
-        ("~nobody-of-this-name/x", ["home folder"]),
-        ("x" * 5000, ["cannot be read"]),
+        ("~nobody-of-this-name/x", ["wanted a home folder, found no such user"]),
+        ("x" * 5000, ["wanted to read it, found File name too long"]),
         ("notes.txt", ["'.txt'", ".safetensors"]),
         ("m.gguf", ["GGUF"]),
         ("adapter_model.safetensors", ["LoRA adapter"]),
-        ("pipe.safetensors", ["not a regular file"]),
-        ("folder.safetensors", ["no weights"]),
+        ("pipe.safetensors", ["wanted a regular file, found something else"]),
+        ("folder.safetensors", ["wanted model.safetensors or pytorch_model.bin"]),
     ],
 )  # fmt: skip
 def test_a_source_that_names_no_model_is_refused(tmp_path: Path, source: str, parts: list[str]) -> None:
@@ -488,10 +496,10 @@ def test_a_folder_s_file_that_is_a_pipe_or_unreadable_is_refused_without_waiting
     write_shards(tmp_path, {"one.safetensors": {"x": torch.ones(3)}})
     (tmp_path / "one.safetensors").unlink()
     os.mkfifo(tmp_path / "one.safetensors")
-    problem_of(tmp_path, "one.safetensors: not a regular file")
+    problem_of(tmp_path, "one.safetensors: wanted a regular file, found something else")
     (tmp_path / "one.safetensors").unlink()
     (tmp_path / "one.safetensors").symlink_to("one.safetensors")
-    problem_of(tmp_path, "one.safetensors: cannot be read")
+    problem_of(tmp_path, "one.safetensors: wanted to read it, found Too many levels of symbolic links")
 
 
 # ------------------------------------------------------------------------------------------- wrong .bin files
@@ -539,11 +547,12 @@ def test_bin_contents_that_are_not_plain_tensors_are_refused_by_name(tmp_path: P
         {"epoch": 3, "ok": square, "turned": square.t(), "wide": square[:, :2], "list": [square], "s": "text",
          "inner": {"w": square}, "complex": torch.ones(2, dtype=torch.complex64),
          "small": torch.ones(2).to(torch.float8_e4m3fn), "spread": torch.ones(1).expand(3), "bad\n": square,
-         "negated": torch._neg_view(square)},
+         "negated": torch._neg_view(square), "__metadata__": square},
         path,
     )  # fmt: skip
     problems = problems_of(path)
-    expected = {"epoch": "int", "turned": "not contiguous", "wide": "not contiguous", "list": "list", "s": "str",
+    expected = {"__metadata__": "which safetensors keeps for itself", "epoch": "int",
+                "turned": "not contiguous", "wide": "not contiguous", "list": "list", "s": "str",
                 "inner": "dict", "complex": "complex", "small": "quantised", "spread": "not contiguous",
                 "bad\\n": "control characters", "negated": "{'neg': True}"}  # fmt: skip
     assert len(problems) == len(expected)
@@ -561,18 +570,18 @@ def test_bin_files_that_cannot_be_read_in_place_are_refused_with_the_fix(tmp_pat
     path.write_bytes(save(tensors))
     problem_of(path, "name it .safetensors")
     path.write_bytes(b"")
-    problem_of(path, "not a file of torch.save")
+    problem_of(path, "wanted a file of torch.save, found something else")
     torch.save(tensors, path)
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     for change, part in (
-        ({"compression": zipfile.ZIP_DEFLATED}, "is compressed"),
-        ({"m/byteorder": b"big"}, "not little-endian"),
-        ({"m/data/0": b"short"}, "of a storage of 400 bytes, of which the file holds 5"),
-        ({"m/data/0": None}, "its storage '0' is not in the file"),
-        ({"m/data.pkl": None}, "no single data.pkl"),
-        ({"n/data.pkl": b""}, "no single data.pkl"),
-        ({"m/data.pkl": b"\0" * 9_000_000}, "the limit is 2000000"),
+        ({"compression": zipfile.ZIP_DEFLATED}, "wanted records that can be read in place, found"),
+        ({"m/byteorder": b"big"}, "wanted little-endian data, found another byte order"),
+        ({"m/data/0": b"short"}, "wanted its data up to byte 400, found 5 in the file, of the 400 that its storage should have"),
+        ({"m/data/0": None}, "wanted storage '0' in the file, found none"),
+        ({"m/data.pkl": None}, "with one data.pkl, found another zip archive"),
+        ({"n/data.pkl": b""}, "with one data.pkl, found another zip archive"),
+        ({"m/data.pkl": b"\0" * 9_000_000}, "wanted at most 2000000 bytes, found 9000000 bytes"),
     ):
         with zipfile.ZipFile(path, "w", compression=change.pop("compression", zipfile.ZIP_STORED)) as archive:
             for name, data in (records | change).items():
@@ -580,9 +589,9 @@ def test_bin_files_that_cannot_be_read_in_place_are_refused_with_the_fix(tmp_pat
                     archive.writestr(name, data)
         problem_of(path, str(path), part)
     torch.save([torch.ones(3)], path)
-    problem_of(path, "holds a list")
+    problem_of(path, "wanted tensors by name, a state dict, found a value of type list")
     torch.save({3: torch.ones(3)}, path)
-    problem_of(path, "a int as a tensor's name")
+    problem_of(path, "wanted texts as names of tensors, found a value of type int")
 
 
 @pytest.mark.parametrize(
@@ -624,6 +633,34 @@ def test_a_hostile_pickle_is_refused_at_once_and_in_little_memory(tmp_path: Path
     assert time.perf_counter() - begin < 5
 
 
+def test_dtypes_of_torch_that_cannot_be_merged_are_told_together_and_by_their_kind() -> None:
+    known = {str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items()}
+    assert OF_TORCH.items() >= known.items()
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in OF_TORCH)
+    given = {
+        "ok": torch.bfloat16,
+        "e4": torch.float8_e4m3fn,
+        "c": torch.complex64,
+        "e4 too": torch.float8_e4m3fn,
+        "q": torch.quint8,
+    }
+    names = {name: str(dtype).removeprefix("torch.") for name, dtype in given.items()}
+    problems = dtype_problems("models[1]", {name: OF_TORCH.get(dtype, dtype) for name, dtype in names.items()})
+    assert [problem.partition("found ")[2] for problem in problems] == [
+        "2 tensors ('e4', 'e4 too') of 'F8_E4M3', quantised. Fix: give the model in bfloat16, float16 or float32.",
+        "1 tensors ('c') of 'C64', complex. Fix: split it into real tensors.",
+        "1 tensors ('q') of 'quint8', not a known dtype. Fix: convert it to one of them.",
+    ]
+    assert all(GRAMMAR.fullmatch(problem) for problem in problems)
+    assert dtype_problems("base", dict.fromkeys(known, "BF16")) == []
+
+
+def test_a_header_with_a_name_that_readers_would_misread_is_never_written() -> None:
+    for names in (["__metadata__"], ["a", "a"]):
+        with pytest.raises(ValueError, match=rf"tensor '{names[-1]}'"):
+            safetensors_header([(name, "F32", (1,)) for name in names], {})
+
+
 def test_a_structure_as_large_as_allowed_takes_bounded_memory_whatever_it_holds(tmp_path: Path) -> None:
     paths = []
     for number, (head, unit) in enumerate([(b"", b"("), (b"}", b"\x94")]):  # stacks and memos, the worst of many tried
@@ -652,7 +689,7 @@ def test_a_zip_directory_that_announces_gigabytes_is_refused_unread(tmp_path: Pa
         out.seek(0, os.SEEK_END)
         out.write(bytes(content[end:]))
     tracemalloc.start()
-    problem_of(path, "damaged zip archive")
+    problem_of(path, "wanted a sound zip archive, found a damaged one")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000

@@ -26,14 +26,16 @@ from families import CONFIG, Family, fine_tuned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from junk import junk, places, replaced
+from pcb_ray.answers import Thresholds
 
 from pcb_ray import Recipe, RequestError, RunError
-from pcb_ray.answers import Thresholds
 from pcb_ray.errors import with_place
+from pcb_ray.files.checkpoint import open_checkpoint
 from pcb_ray.planning import plan
 from pcb_ray.searching.evaluators import check_splits, make_evaluator, match, module_of
 from pcb_ray.searching.request import Search, Space
-from pcb_ray.searching.worker import Arm, Job, Worker
+from pcb_ray.searching.run import _make_model_dir
+from pcb_ray.searching.scorer import Arm, Job, Worker
 
 EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
 TOKEN = "hf_" + 34 * "x"
@@ -473,6 +475,28 @@ def test_command_scores_a_model_directory_and_removes_it(language_model, tmp_pat
     parameter.fill_(0.5)
     assert evaluator.score("test") == {"sum": 0.5 * parameter.numel(), "split": 4}
     assert not Path((tmp_path / "seen").read_text()).exists()
+
+
+def test_the_model_folder_of_a_base_with_shards_in_subfolders_is_loaded_as_the_base_itself(language_model, tmp_path):
+    import transformers
+
+    expected = safetensors.torch.load_file(language_model / "model.safetensors")
+    base = tmp_path / "base"
+    for number, name in enumerate(expected):
+        (base / "shards" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(
+            {name: expected[name]}, base / "shards" / str(number % 2) / f"{number}.safetensors", {"format": "pt"}
+        )
+    weight_map = {name: f"shards/{number % 2}/{number}.safetensors" for number, name in enumerate(expected)}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (base / "config.json").write_bytes((language_model / "config.json").read_bytes())
+
+    _make_model_dir(tmp_path / "model", open_checkpoint(str(base)), {"config.json": (base / "config.json").read_bytes()})
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    evaluator = make_evaluator("command", {"run": "find {model} -name '*.safetensors' | wc -l"}, tmp_path)
+    assert evaluator.load(tmp_path / "model").state_dict().keys() == expected.keys()
+    assert int(evaluator.score("val")) == len(expected)
 
 
 @pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(1)"])

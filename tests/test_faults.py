@@ -295,6 +295,26 @@ def test_a_disk_that_fills_up_ends_the_run_and_resume_finishes_it(job: Job, smal
     assert_whole(out, job)
 
 
+def test_an_output_that_appears_during_a_merge_is_kept_and_resume_finishes_it(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running(*joined(job.recipe, out, "--workers", 2)) as run:
+        run.wait_for("sample of |tau|: ")
+        with run.stopped():
+            out.mkdir()
+            (out / "precious").write_text("kept")
+        assert run.finish() == 1, run.text
+    assert "Traceback" not in run.text
+    assert re.search(r"^pcb-ray: .*wanted a free name .* Fix: move it away and finish with --resume", run.text, flags=re.MULTILINE)
+    assert [p.name for p in out.iterdir()] == ["precious"]
+
+    out.rename(tmp_path / "moved")
+    again = pcb_ray(*joined(job.recipe, out, "--resume", "--workers", 1))
+    assert again.process.returncode == 0, again.text
+    assert "ranks of" not in again.text
+    assert_whole(out, job)
+    assert (tmp_path / "moved" / "precious").read_text() == "kept"
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,7 +23,11 @@ import torch
 from hub_server import HubServer, Model, commit_of
 from safetensors.torch import save
 
+from pcb_ray.files import companions
 from pcb_ray.files.checkpoint import open_checkpoint
+from pcb_ray.output import side_files
+from pcb_ray.planning import plan_of
+from pcb_ray.recipe import Recipe
 
 TOKEN = "hf_thisIsSecret0123456789"
 OPEN = """
@@ -38,7 +43,7 @@ for source, download, environment in json.loads(sys.argv[1]):
     try:
         found = open_checkpoint(source, Path(sys.argv[2]), download=download)
         tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in found.tensors.values()]
-        result = {"tensors": tensors, "files": found.files, "commit": found.commit, "config": found.config,
+        result = {"tensors": tensors, "aliases": found.aliases, "files": found.files, "commit": found.commit, "config": found.config,
                   "folder": found.folder and str(found.folder), "source": found.source}
     except RequestError as error:
         result = {"problems": error.problems}
@@ -70,7 +75,7 @@ def open_all(tmp_path: Path, endpoint: str, *jobs: Job, **environment: str) -> l
 
 def problem(result: dict[str, Any]) -> str:
     (only,) = result["problems"]
-    assert "\n" not in only
+    assert re.fullmatch(r".+: wanted .+, found .+\. Fix: .+\.", only), only
     return str(only)
 
 
@@ -86,10 +91,8 @@ def sharded(seed: int) -> dict[str, bytes]:
     return {
         **{file: save(tensors) for file, tensors in shards.items()},
         "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
-        **{name: json.dumps({"of": name}).encode() for name in NEEDED if name.endswith("json") and name != "config.json"},
+        **{name: json.dumps({"of": name}).encode() for name in NEEDED},
         "config.json": json.dumps({"seed": seed}).encode(),
-        "tokenizer.model": b"pieces",
-        "chat_template.jinja": b"{{ messages }}",
         "modeling_custom.py": b"raise SystemExit('never run')",
         "tokenization_custom.py": b"",
         "pytorch_model.bin": b"not wanted",
@@ -99,11 +102,32 @@ def sharded(seed: int) -> dict[str, bytes]:
         "onnx/model.onnx": b"not wanted",
         "original/consolidated.00.pth": b"not wanted",
         "original/tokenizer.model": b"not wanted",
+        "additional_chat_templates/run.py": b"not wanted",
     }
 
 
-NEEDED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-          "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+# A file for each pattern of `companions`.
+COMPANION_OF = {
+    "config.json": "config.json",
+    "preprocessor_config.json": "preprocessor_config.json",
+    "processor_config.json": "processor_config.json",
+    "video_preprocessor_config.json": "video_preprocessor_config.json",
+    "generation_config.json": "generation_config.json",
+    "tokenizer*.json": "tokenizer_config.json",
+    "tokenizer*.txt": "tokenizer_words.txt",
+    "special_tokens_map.json": "special_tokens_map.json",
+    "added_tokens.json": "added_tokens.json",
+    "vocab*.json": "vocab.json",
+    "vocab*.txt": "vocab.txt",
+    "merges.txt": "merges.txt",
+    "*.model": "sentencepiece.bpe.model",
+    "*.tiktoken": "qwen.tiktoken",
+    "tekken.json": "tekken.json",
+    "chat_template*.json": "chat_template.json",
+    "chat_template*.jinja": "chat_template.jinja",
+    "additional_chat_templates/*.jinja": "additional_chat_templates/tool.jinja",
+}
+NEEDED = (*COMPANION_OF.values(), "tokenizer.json", "tokenizer.model")
 
 
 def one(files: dict[str, bytes], **settings: Any) -> Model:
@@ -113,6 +137,28 @@ def one(files: dict[str, bytes], **settings: Any) -> Model:
 def bin_file(tensors: dict[str, torch.Tensor]) -> bytes:
     torch.save(tensors, buffer := io.BytesIO())
     return buffer.getvalue()
+
+
+def in_bin_files(seed: int) -> dict[str, bytes]:
+    """A model of three shards of 1.4 MB each, one in a subfolder, with a tied tensor, views of one storage, and 500 small tensors."""
+    torch.manual_seed(seed)
+    embedding, views = torch.randn(600, 600), torch.randn(5000)
+    shards = {
+        "pytorch_model-00001-of-00003.bin": {"embed.weight": embedding, "lm_head.weight": embedding, "odd": torch.ones(3)},
+        "sub/pytorch_model-00002-of-00003.bin": {"w": torch.randn(600, 600), "a": views[:3000], "b": views[3000:].bfloat16()},
+        "pytorch_model-00003-of-00003.bin": {f"{k}": torch.randn(20, 30) for k in range(500)} | {"half": views[100:2100]},
+    }
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    index = {"pytorch_model.bin.index.json": json.dumps({"weight_map": weight_map}).encode()}
+    return {file: bin_file(tensors) for file, tensors in shards.items()} | index
+
+
+def announcing() -> bytes:
+    """A zip archive whose end says that its directory takes 20 MB."""
+    content = bytearray(bin_file({"x": torch.randn(6_000_000)}))
+    end = content.rfind(b"PK\x05\x06")
+    content[end + 12 : end + 20] = (20_000_000).to_bytes(4, "little") + (end - 20_000_000).to_bytes(4, "little")
+    return bytes(content).replace(b"PK\x06\x07", b"PK\x00\x00")  # and there is no other end, of 64 bits
 
 
 OLD, NEW = commit_of("old"), commit_of("new")
@@ -126,6 +172,11 @@ MODELS = {
         {"main": NEW, "v1": OLD, "refs/pr/7": OLD},
     ),
     "org/old-format": one({"config.json": b"{}", "pytorch_model.bin": bin_file({"x": torch.ones(300)}), "tf_model.h5": b"x"}),
+    "org/bins": one({"config.json": b"{}", **in_bin_files(1)}),
+    "org/bins-no-ranges": one({"config.json": b"{}", **in_bin_files(2)}, ranges=False),
+    "org/bin-cut": one({"pytorch_model.bin": bin_file({"x": torch.randn(300_000)})[:-9]}),
+    "org/bin-announcing": one({"pytorch_model.bin": announcing()}),
+    "org/bin-hostile": one({"pytorch_model.bin": bin_file({"x": torch.randn(300_000), "y": commit_of})}),
     "org/many": one({"model.safetensors": save({f"layers.{i:04}.weight": torch.ones(4) for i in range(2000)})}),
     "org/no-ranges": one({"model.safetensors": save({"x": torch.ones(16_000_000)})}, ranges=False),
     "org/private": one({"model.safetensors": save({"x": torch.ones(3)})}, token=TOKEN),
@@ -140,18 +191,32 @@ MODELS = {
     "org/absent": one({"model.safetensors.index.json": b'{"weight_map": {"x": "x.safetensors"}}'}),
     **{f"org/status-{status}": Model({}, {}, failing=status) for status in (200, 403, 429, 500)},
 }  # fmt: skip
+
+
+class Moving(dict[str, str]):
+    """Revisions of which each leads to the old commit when it is first asked for, and then to the new one."""
+
+    def get(self, revision: str, other: Any = None) -> Any:
+        first = revision not in self
+        self[revision] = OLD if first else NEW
+        return other if revision in (OLD, NEW) else self[revision]
+
+
 REFUSED = {
     "org/nothing": "no such model on 127.0.0.1",
     "org/tagged@v9": "no such revision",
     "org/gated": "gated on 127.0.0.1",
     "org/adapter": "LoRA adapter",
     "org/gptq": "'gptq'",
-    "org/cut": "describes 200000 bytes of data, the file has 199991",
-    "org/empty": "0 bytes, too short",
+    "org/cut": "wanted 200000 bytes of data, as in the header, found 199991",
+    "org/empty": "of at least 10 bytes, found 0 bytes",
     "org/escape": "'../../x.safetensors'",
-    "org/absent": "names 'x.safetensors', which the model does not have",
+    "org/bin-cut": "wanted a sound zip archive, found a damaged one",
+    "org/bin-announcing": "wanted a sound zip archive, found a damaged one (BadZipFile: 'a directory of 20000000 bytes')",
+    "org/bin-hostile": "wanted plain tensors, found 'hub_server.commit_of', which is never run",
+    "org/absent": "wanted 'x.safetensors', which its index names, found no such file",
     "org/a--b": "not a valid Hub id",
-    "org/status-500": "HTTP 500",
+    "org/status-500": "answers with HTTP 500",
     "org/status-429": "HTTP 429",
     "org/status-403": "refuses access (HTTP 403)",
     "org/status-200": "does not answer as a Hub does",
@@ -181,9 +246,9 @@ def opened(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     root = tmp_path_factory.mktemp("opened")
     (root / "org" / "local").mkdir(parents=True)
     (root / "org" / "local" / "model.safetensors").write_bytes(save({"mine": torch.ones(2)}))
-    sources = ["org/big", "org/many", "org/no-ranges", "org/old-format", "org/private", *REFUSED]
+    sources = ["org/big", "org/many", "org/no-ranges", "org/old-format", "org/private", "org/bins", "org/bins-no-ranges", *REFUSED]
     jobs = {source: Job(source) for source in sources} | {"org/local": Job("org/local", True)}
-    jobs |= {"org/private download": Job("org/private", True), "org/whole download": Job("org/whole", True)}
+    jobs |= {f"org/{name} download": Job(f"org/{name}", True) for name in ("private", "whole", "bins", "bins-no-ranges")}
     for revision in REVISIONS:
         jobs |= {f"{revision} {download}": Job(f"org/tagged@{revision}", download) for download in (False, True)}
     for token in OTHER_TOKENS:
@@ -241,7 +306,7 @@ def test_a_download_takes_the_needed_files_only_and_serves_when_the_hub_is_gone(
     wanted = {*NEEDED, *shards, "model.safetensors.index.json"}
     assert hub.fetched("org/whole").keys() == wanted
     folder = Path(result["folder"])
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == wanted
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == wanted
     assert all((folder / name).read_bytes() == BIG[name] for name in wanted)
     assert (result["commit"], result["config"]) == (NEW, {"seed": 2})
     assert result["tensors"] == [
@@ -264,10 +329,22 @@ def test_a_download_takes_the_needed_files_only_and_serves_when_the_hub_is_gone(
                 assert part in problem(told)
                 assert told["elapsed_s"] < 5
     # and what is missing in the cache is told with the reason why it was asked
-    (folder / "model-00002-of-00003.safetensors").unlink()
+    (folder / "model-00002-of-00003.safetensors").rename(folder / "aside")
     (again,) = open_all(opened.root, nowhere(), Job("org/whole", True))
+    (folder / "aside").rename(folder / "model-00002-of-00003.safetensors")
     assert any("cannot be reached" in problem for problem in again["problems"])
-    assert any("model-00002-of-00003.safetensors: no such file" in problem for problem in again["problems"])
+    assert any("model-00002-of-00003.safetensors: wanted a file, found none" in problem for problem in again["problems"])
+
+
+def test_every_file_beside_the_tensors_that_is_fetched_is_copied_too_and_the_other_way_round(opened: Opened) -> None:
+    assert COMPANION_OF.keys() == {*companions.COMPANIONS}
+    folder = Path(opened.results["org/whole download"]["folder"])
+    fetched = {name for name in opened.hub.fetched("org/whole") if "safetensors" not in name}
+    recipe = Recipe.from_dict({"merge_method": "linear", "models": [{"model": str(folder)}]})
+    base = open_checkpoint(str(folder))
+    copied = side_files(recipe, plan_of(recipe, [base, base]), base, base)
+    assert copied.keys() - {"pcb_recipe.yaml"} == fetched == {*NEEDED}
+    assert all(copied[name] == (folder / name).read_bytes() for name in fetched - {"config.json"})
 
 
 def test_a_revision_is_a_branch_a_tag_a_pull_request_or_a_commit(opened: Opened) -> None:
@@ -279,11 +356,42 @@ def test_a_revision_is_a_branch_a_tag_a_pull_request_or_a_commit(opened: Opened)
             assert (found["folder"] is not None) == download
 
 
-def test_a_model_in_bin_files_alone_is_downloaded_also_for_a_plan(opened: Opened) -> None:
-    result = opened.results["org/old-format"]
-    assert opened.hub.fetched("org/old-format").keys() == {"config.json", "pytorch_model.bin"}
-    assert result["tensors"][0][:3] == ["x", "F32", [300]]
-    assert result["commit"] == commit_of("c")
+def test_planning_a_model_in_bin_files_fetches_their_structure_only(opened: Opened) -> None:
+    result, downloaded, hub = opened.results["org/bins"], opened.results["org/bins download"], opened.hub
+    files = MODELS["org/bins"].commits[commit_of("c")]
+    shards = [name for name in files if name.endswith(".bin")]
+    assert hub.fetched("org/bins").keys() == {"config.json", "pytorch_model.bin.index.json", *shards}
+    for shard in shards:  # what the download took comes to a plan's few blocks
+        took = hub.fetched("org/bins")[shard] - len(files[shard])
+        assert 0 < took <= 4 << 16 < len(files[shard]) // 4
+    # the plan's tensors are those of the download, but for where their data begin
+    place, folder = f"hub://org/bins@{commit_of('c')}", downloaded["folder"]
+    assert [t[:4] for t in result["tensors"]] == [[*t[:3], t[3].replace(folder, place)] for t in downloaded["tensors"]]
+    assert all(0 <= exact[4] - least[4] < 256 for least, exact in zip(result["tensors"], downloaded["tensors"], strict=True))
+    assert result["files"] == [[path.replace(folder, place), size, sha256] for path, size, sha256 in downloaded["files"]]
+    assert result["aliases"] == downloaded["aliases"] == {"lm_head.weight": "embed.weight"}
+    assert (result["folder"], result["commit"], downloaded["commit"]) == (None, commit_of("c"), commit_of("c"))
+    assert opened.results["org/old-format"]["tensors"][0][:3] == ["x", "F32", [300]]
+
+
+def test_a_server_without_ranges_is_told_with_the_bytes_that_a_plan_would_have_to_fetch(opened: Opened) -> None:
+    files = MODELS["org/bins-no-ranges"].commits[commit_of("c")]
+    problems = opened.results["org/bins-no-ranges"]["problems"]
+    assert len(problems) == 3
+    for shard in (name for name in files if name.endswith(".bin")):
+        told = next(problem for problem in problems if f"/{shard}: wanted its bytes " in problem)
+        assert (
+            f"sends whole files only, {len(files[shard])} bytes. Fix: fetch the model with `hf download org/bins-no-ranges" in told
+        )
+    assert len(opened.results["org/bins-no-ranges download"]["tensors"]) == len(opened.results["org/bins"]["tensors"])
+
+
+def test_a_branch_that_moves_before_the_download_is_told_rather_than_two_commits_mixed(tmp_path: Path) -> None:
+    commits = {commit: {"model.safetensors": save(tensors_for(seed, 1))} for seed, commit in enumerate((OLD, NEW))}
+    with HubServer({"org/moving": Model(commits, Moving())}) as server:
+        results = open_all(tmp_path, server.endpoint, Job("org/moving", True), Job("org/moving", True))
+    assert f"wanted commit {OLD}, found {NEW}, to which it moved just now" in problem(results[0])
+    assert results[1]["commit"] == NEW
 
 
 def test_a_folder_with_the_name_of_a_hub_model_is_opened_instead(opened: Opened) -> None:
@@ -297,7 +405,7 @@ def test_what_the_hub_refuses_or_holds_wrong_is_told_at_once_and_by_name(opened:
         assert part in opened.problem(source), source
         assert source in opened.problem(source)
         assert opened.results[source]["elapsed_s"] < 2
-        assert sum(opened.hub.fetched(source).values()) < 1 << 17
+        assert sum(opened.hub.fetched(source).values()) < (4 << 16 if "/bin-" in source else 1 << 17)
     for token, part in OTHER_TOKENS.items():
         for download in (False, True):
             assert part in opened.problem(f"{token} {download}")
@@ -314,8 +422,8 @@ def nowhere() -> str:
 def test_wrong_settings_of_the_client_are_told_by_name_within_seconds(tmp_path: Path) -> None:
     user = nowhere().replace("//", "//user:hunter2@")
     settings = [  # the wrong addresses come first: with them the library does not even load
-        ({"HF_ENDPOINT": "http://[half"}, "HF_ENDPOINT: not an http or https address"),
-        ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT: not an http or https address"),
+        ({"HF_ENDPOINT": "http://[half"}, "HF_ENDPOINT: wanted an http or https address, found something else"),
+        ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT: wanted an http or https address, found something else"),
         ({"HF_ENDPOINT": user}, f"{user.partition('@')[2]} cannot be reached (ConnectError)"),
         ({"HF_ENDPOINT": user, "HF_TOKEN": "hf_naïveSecret"}, "HF_TOKEN is not plain ASCII"),
         ({"HF_ENDPOINT": user, "HF_TOKEN": "hf_two\nlinesSecret"}, ""),

@@ -11,16 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pcb_ray.answers import BETA, LARGEST_KEY, MAGNITUDE, Thresholds, value_of_key
 from torch import Tensor
 
-from pcb_ray import pcb
-from pcb_ray.answers import BETA, LARGEST_KEY, MAGNITUDE, Thresholds, value_of_key
 from pcb_ray.kernels import NativeKernel, Sources, TorchKernel, choose_kernel, keys
+from pcb_ray.methods import pcb
 from pcb_ray.selection import Bracket
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
-built = importlib.util.find_spec("pcb_ray._native") is not None
+built = importlib.util.find_spec("pcb_ray.kernels._native") is not None
 needs_native = pytest.mark.skipif(not built, reason="the native extension was not built: no C compiler at installation")
 FUSED = ("pcb-released", "pcb-pairwise")
 
@@ -110,7 +110,7 @@ def thresholds_for(draw: st.DrawFn, sources: list[Tensor], method: str) -> Thres
 
 def test_the_native_kernel_was_built_where_there_is_a_compiler():
     if shutil.which("gcc"):
-        assert built, "gcc is here, so installing pcb_ray must build pcb_ray._native"
+        assert built, "gcc is here, so installing pcb_ray must build pcb_ray.kernels._native"
 
 
 @needs_native

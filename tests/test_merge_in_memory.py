@@ -69,7 +69,7 @@ def assert_is_the_pcb_merge(
 
     The elements that no task keeps have the base's value; those at the threshold are among them (or, in `paper`, are not)."""
     tau_ND = models_ND - base_D
-    want = oracle.merge_pcb(base_D, models_ND, variant=variant, mask_ratio=mask_ratio, weights=weights, lambda_=lambda_)
+    want = oracle.merge_pcb(base_D, models_ND, variant=variant, density=mask_ratio, weights=weights, lambda_=lambda_)
     t_N1, top_N1 = (torch.tensor(want.thresholds[k], dtype=torch.float64)[:, None] for k in ("t", "beta_max"))
     beta_ND, error_ND = want.beta_ND.double(), score_errors(want, variant, tau_ND)
     t_error_N1 = torch.where((beta_ND - t_N1).abs() <= 4 * error_ND, error_ND, 0.0).amax(dim=1, keepdim=True)
@@ -144,7 +144,7 @@ def assert_is_the_merge(
             ulp = torch.maximum(ulp, (rounded_D - base_D).abs().double() * 2)
             merged_D = torch.where(merged_D == rounded_D, base_D, merged_D)
         assert_is_the_pcb_merge(
-            merged_D, base_D, models_ND, variant=variant, mask_ratio=mask_ratio, weights=weights_ND, lambda_=lambda_, ulp=ulp
+            merged_D, base_D, models_ND, variant=variant, density=mask_ratio, weights=weights_ND, lambda_=lambda_, ulp=ulp
         )
         return
     terms_ND = weights_ND.double() * (models_ND if method == "linear" else models_ND - base_D)
@@ -230,12 +230,12 @@ def test_any_models_are_merged_as_the_oracle_merges_them(name, data, family, lam
     options = {"mask_ratio": r, "weights": weights, "lambda_": lambda_, "dtype": DTYPES.get(dtype)}
     out = run(base, models, name, **options)
     ratios = r if isinstance(r, list) else [r] * n
-    assert_is_the_merge(out, base, models, name, mask_ratio=ratios, weights=weights, lambda_=lambda_, dtype=dtype)
+    assert_is_the_merge(out, base, models, name, density=ratios, weights=weights, lambda_=lambda_, dtype=dtype)
     if small:
         with families.small_engine():
             again = run(base, models, name, **options)
         assert all(same_bits(out[k], again[k]) for k in out if name != "pcb-paper")
-        assert_is_the_merge(again, base, models, name, mask_ratio=ratios, weights=weights, lambda_=lambda_, dtype=dtype)
+        assert_is_the_merge(again, base, models, name, density=ratios, weights=weights, lambda_=lambda_, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -249,9 +249,9 @@ def test_a_family_that_needs_sampling_is_merged_as_the_oracle_merges_it(name):
     assert D > 70_000
     with families.small_engine(tally_entries=5000, chunk_elements=1 << 13, sample_run=256):
         assert selection.TALLY_ENTRIES < D
-        out = run(base, models, name, mask_ratio=0.1, weights=[1.0, 0.5, 2.0], lambda_=0.7)
+        out = run(base, models, name, density=0.1, weights=[1.0, 0.5, 2.0], lambda_=0.7)
     lambda_ = 1.0 if name == "linear" else 0.7
-    assert_is_the_merge(out, base, models, name, mask_ratio=[0.1] * 3, weights=[1.0, 0.5, 2.0], lambda_=lambda_)
+    assert_is_the_merge(out, base, models, name, density=[0.1] * 3, weights=[1.0, 0.5, 2.0], lambda_=lambda_)
 
 
 @pytest.mark.parametrize("name", METHODS[:4])
@@ -260,7 +260,7 @@ def test_where_no_task_keeps_an_element_the_base_stays_bit_for_bit(name):
     base["zeros"] = torch.tensor([0.0, -0.0] * 50, dtype=torch.bfloat16)
     for model in models:
         model["zeros"] = -base["zeros"]
-    out = run(base, models, name, mask_ratio=0.02)
+    out = run(base, models, name, density=0.02)
     assert same_bits(out["zeros"], base["zeros"])
     same = torch.cat([(out[k] == base[k]).reshape(-1) for k in base]).float().mean()
     assert 0.95 <= same < 1.0
@@ -292,7 +292,7 @@ def test_a_model_that_differs_by_one_size_everywhere_contributes_nothing_and_war
 
 def test_a_density_that_keeps_untouched_elements_warns(caplog):
     base, models = families.fine_tuned(2, touched=0.3)
-    run(base, models, "pcb-pairwise", mask_ratio=0.9)
+    run(base, models, "pcb-pairwise", density=0.9)
     assert "density 0.9 also keeps parameters that conflict or were not touched" in caplog.text
 
 
@@ -360,7 +360,7 @@ def test_the_inputs_are_left_alone_and_may_lie_in_memory_in_any_way():
 def test_one_number_too_few_is_told():
     base, models = families.fine_tuned(2)
     with pytest.raises(RequestError) as told:
-        merge_state_dicts(base, models, weights=[1.0], mask_ratio=[0.1, 0.1, 0.1])
+        merge_state_dicts(base, models, weights=[1.0], density=[0.1, 0.1, 0.1])
     assert len(told.value.problems) == 2
     assert "weights: 1 given for 2 models" in str(told.value)
     assert "mask_ratio: 3 given for 2 models" in str(told.value)
@@ -430,4 +430,4 @@ def test_scores_that_are_no_numbers_are_refused_and_do_not_hang(mask_ratio):
     base, odd = {"w": torch.zeros(100)}, torch.arange(100) % 2
     models = [{"w": 3e38 * odd} for _ in range(3)] + [{"w": 1.0 - odd}]
     with pytest.raises(RequestError, match=r"models\[0\]: differs from the base by up to 3e\+38; the sum .* overflow float32"):
-        run(base, models, "pcb-released", mask_ratio=mask_ratio)
+        run(base, models, "pcb-released", density=mask_ratio)

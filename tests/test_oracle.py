@@ -29,7 +29,7 @@ def pcb(tau, variant="pairwise", r=0.5, base=None, weights=None, lambda_=1.0):
     base_D = torch.zeros(tau_ND.shape[1]) if base is None else torch.as_tensor(base, dtype=torch.float32)
     weights = [1.0] * len(tau_ND) if weights is None else weights
     models_ND = base_D + tau_ND
-    return oracle.merge_pcb(base_D, models_ND, variant=variant, mask_ratio=r, weights=weights, lambda_=lambda_, taus=tau_ND)
+    return oracle.merge_pcb(base_D, models_ND, variant=variant, density=r, weights=weights, lambda_=lambda_, taus=tau_ND)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -52,7 +52,7 @@ def test_the_text_reproduces_the_released_functions(path, variant):
         tau_ND = file.get_tensor("tau")
         clamped_ND, scale_ND, merged_D = (file.get_tensor(f"{PREFIX[variant]}.{key}") for key in ("clamped", "scale", "merged"))
     N, D = tau_ND.shape
-    ours = oracle.merge_pcb(torch.zeros(D), tau_ND, variant=variant, mask_ratio=mask_ratio, weights=[1.0] * N)
+    ours = oracle.merge_pcb(torch.zeros(D), tau_ND, variant=variant, density=mask_ratio, weights=[1.0] * N)
     assert torch.equal(ours.kept_ND, scale_ND > 0)
     assert torch.equal(ours.tauc_ND, clamped_ND)
     assert (ours.scale_ND - scale_ND).abs().max() <= 1e-6
@@ -121,7 +121,7 @@ def test_lambda_weights_densities_and_base_enter_as_in_plain_python(variant, N, 
     merged, scale = plain_pcb(base, tau, variant, r, weights, lambda_)
 
     base_D, tau_ND = torch.tensor(base), torch.tensor(tau)
-    ours = oracle.merge_pcb(base_D, base_D + tau_ND, variant=variant, mask_ratio=r, weights=weights, lambda_=lambda_)
+    ours = oracle.merge_pcb(base_D, base_D + tau_ND, variant=variant, density=r, weights=weights, lambda_=lambda_)
     expected_ND = torch.tensor(scale, dtype=torch.float64)
     if variant == "paper":
         assert torch.equal(ours.kept_ND, expected_ND > 0)
@@ -493,14 +493,12 @@ def family(N=3, dtype=torch.bfloat16):
 
 
 METHODS = {
-    "pcb": lambda base, models, w: (
-        oracle.merge_pcb(base, models, variant="pairwise", mask_ratio=0.3, weights=w, lambda_=0.8).merged_D
-    ),
+    "pcb": lambda base, models, w: oracle.merge_pcb(base, models, variant="pairwise", density=0.3, weights=w, lambda_=0.8).merged_D,
     "ties": lambda base, models, w: oracle.merge_ties(base, models, w, 0.8, 0.3),
     "task_arithmetic": lambda base, models, w: oracle.merge_task_arithmetic(base, models, w, 0.8),
     "linear": lambda _base, models, w: oracle.merge_linear(models, w),
 }
-merge = partial(oracle.merge_state_dicts, mask_ratio=0.3, lambda_=0.8)
+merge = partial(oracle.merge_state_dicts, density=0.3, lambda_=0.8)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -543,8 +541,8 @@ def test_an_untouched_float64_base_keeps_its_bits(method):
     base, models = family(dtype=torch.float64)
     as_float = {name: t.float() for name, t in base.items()}
     untouched, bits = 0, 0
-    merged = merge(base, models, method, mask_ratio=0.1)
-    in_float32 = merge(as_float, [{n: t.float() for n, t in m.items()} for m in models], method, mask_ratio=0.1)
+    merged = merge(base, models, method, density=0.1)
+    in_float32 = merge(as_float, [{n: t.float() for n, t in m.items()} for m in models], method, density=0.1)
     for name, theta in base.items():
         same = in_float32[name] == as_float[name]
         untouched += int(same.sum())

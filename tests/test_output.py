@@ -1,23 +1,24 @@
-"""The output folder: refused early, made aside, whole or not there, with everything that loaders want beside the tensors."""
+"""The output folder: refused early, made aside, whole or not there, and never in the place of another."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import errno
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
-import torch
-import yaml
 from families import Family
 
-from pcb_ray import Recipe, RequestError, output
-from pcb_ray.files.checkpoint import open_checkpoint
-from pcb_ray.output import State, asked_of, check_out, model_card, side_files
+from pcb_ray import Recipe, RequestError, RunError
+from pcb_ray.output import place
+from pcb_ray.output.place import check_out
+from pcb_ray.output.state import State, _differences, asked_of
 from pcb_ray.planning import Plan, plan
 
 
@@ -25,8 +26,8 @@ def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> 
     return plan(Recipe.from_dict(family.recipe(**changes)), max_shard_bytes=max_shard_bytes)
 
 
-def state_of(out: Path, made: Plan, *, resume: bool = False) -> State:
-    return State(out, asked_of(made, "a-1"), resume=resume)
+def state_of(out: Path, made: Plan, *, resume: bool = False, overwrite: bool = False) -> State:
+    return State(out, asked_of(made, "a-1"), resume=resume, overwrite=overwrite)
 
 
 def beside(out: Path) -> Path:
@@ -37,7 +38,7 @@ def fill(state: State, text: str = "new") -> None:
     (state.staging / "file").write_text(text)
 
 
-# --- before anything is computed ------------------------------------------------------------------------------------------------------
+# --- before anything is computed --------------------------------------------------------------------------------------------------
 
 
 def problems_of(out: Path, made: Plan, *, overwrite: bool = False, resume: bool = False) -> tuple[str, ...]:
@@ -72,6 +73,41 @@ def test_an_output_inside_or_around_an_input_is_refused_also_with_overwrite(fami
     assert any("inside or around the input" in p for p in problems_of(one.folder / where, planned(one), overwrite=True))
 
 
+def into_subfolders(model: Path) -> None:
+    """Move the shards of a model to folders below it, to which its index leads."""
+    index = model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    places = {f: f"shards/{k // 2}/{f}" for k, f in enumerate(sorted({*content["weight_map"].values()}))}
+    for file, below in places.items():
+        (model / below).parent.mkdir(parents=True, exist_ok=True)
+        (model / file).rename(model / below)
+    index.write_text(json.dumps(content | {"weight_map": {name: places[file] for name, file in content["weight_map"].items()}}))
+
+
+@pytest.mark.parametrize("where", ["base", "base/out", "base/shards/0/out", "model0/out", "."])
+def test_an_output_inside_or_around_an_input_with_shards_in_subfolders_is_refused(family, where):
+    one = family(1, shards=3)
+    for name in ("base", "model0"):
+        into_subfolders(one.folder / name)
+    assert any("inside or around the input" in p for p in problems_of(one.folder / where, planned(one), overwrite=True))
+    assert problems_of(one.folder / "out", planned(one)) == ()
+
+
+def test_an_output_inside_a_snapshot_of_the_hub_is_refused(family, tmp_path):
+    one = family(1)
+    snapshot, blob = tmp_path / "hub" / "snapshots" / "abc123", tmp_path / "hub" / "blobs" / "0"
+    (snapshot / "deep").mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.touch()
+    (snapshot / "deep" / "m.safetensors").symlink_to(blob)
+    made = planned(one)
+    file = made.inputs[0].files[0]._replace(path=str(snapshot / "deep" / "m.safetensors"))
+    made = dataclasses.replace(made, inputs=(dataclasses.replace(made.inputs[0], commit="abc123", files=(file,)), made.inputs[1]))
+    for where in (snapshot / "out", snapshot / "deep", tmp_path / "hub" / "blobs", tmp_path / "hub"):
+        assert any("inside or around the input" in p for p in problems_of(where, made, overwrite=True)), where
+    assert problems_of(tmp_path / "out", made) == ()
+
+
 def test_an_output_beside_a_model_that_is_one_file_is_welcome(family, tmp_path):
     one = family(1)
     files = [str(one.folder / name / "model.safetensors") for name in ("base", "model0")]
@@ -89,7 +125,7 @@ def test_all_that_is_in_the_way_is_told_at_once(family, monkeypatch):
     one = family(1)
     made, out = planned(one), one.folder / "base"
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     found = problems_of(out, made)
     assert len(found) == 3
     assert "exists" in found[0]
@@ -101,7 +137,7 @@ def test_all_that_is_in_the_way_is_told_at_once(family, monkeypatch):
 def test_what_a_resumed_run_has_on_disk_counts_as_room(family, tmp_path, monkeypatch):
     made, out = planned(family(2)), tmp_path / "out"
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage(10**6, 0, 4096))
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda _: usage(10**6, 0, 4096))
     (beside(out) / "out").mkdir(parents=True)
     (beside(out) / "out" / "model.safetensors").write_bytes(b"x" * made.written_bytes)
     assert len(problems_of(out, made)) == 1
@@ -117,7 +153,7 @@ def test_an_unfinished_merge_is_continued_or_forgotten_on_request_only(family, t
     assert problems_of(out, made, resume=True) == problems_of(out, made, overwrite=True) == ()
 
 
-# --- the state ------------------------------------------------------------------------------------------------------------------------
+# --- the state --------------------------------------------------------------------------------------------------------------------
 
 
 def test_two_merges_cannot_write_one_output_at_once(family, tmp_path):
@@ -191,15 +227,15 @@ def test_a_resume_of_another_merge_tells_every_difference(family, tmp_path):
 def test_differences_name_the_place_and_both_values():
     old = {"a": 1, "b": {"c": [1, 2]}, "text": "x: 1\ny: 2", "gone": 0}
     new = {"a": 1, "b": {"c": [1, 3]}, "text": "x: 1\ny: 5", "here": 0}
-    assert list(output._differences(old, new)) == [
+    assert list(_differences(old, new)) == [
         "b.c[1] was '2', now '3'",
         "gone was '0', now 'None'",
         "here was 'None', now '0'",
         "text was 'y: 2', now 'y: 5'",
     ]
-    assert list(output._differences(old, old)) == []
-    assert len(list(output._differences({"text": "a\nb"}, {"text": "a\nb\nc"}))) == 1
-    assert list(output._differences({"l": [1]}, {"l": [1, 2]})) == ["l was '[1]', now '[1, 2]'"]
+    assert list(_differences(old, old)) == []
+    assert len(list(_differences({"text": "a\nb"}, {"text": "a\nb\nc"}))) == 1
+    assert list(_differences({"l": [1]}, {"l": [1, 2]})) == ["l was '[1]', now '[1, 2]'"]
 
 
 def test_an_unreadable_state_is_told(family, tmp_path):
@@ -223,7 +259,7 @@ def test_a_wrong_request_leaves_nothing_behind_unless_there_is_work_to_go_on_wit
         assert state.journal == {"0": "aa"}
 
 
-# --- commit ---------------------------------------------------------------------------------------------------------------------------
+# --- commit -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_commit_gives_the_name_and_leaves_no_state(family, tmp_path):
@@ -240,7 +276,7 @@ def test_the_old_output_stays_until_the_new_one_is_whole(family, tmp_path):
     made, out = planned(family(1)), tmp_path / "out"
     out.mkdir()
     (out / "file").write_text("old")
-    with state_of(out, made) as state:
+    with state_of(out, made, overwrite=True) as state:
         fill(state)
         assert (out / "file").read_text() == "old"
         state.commit()
@@ -248,26 +284,31 @@ def test_the_old_output_stays_until_the_new_one_is_whole(family, tmp_path):
     assert not beside(out).exists()
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_crash_between_the_two_renames_loses_neither_output(family, tmp_path, monkeypatch, resume):
-    made, out = planned(family(1)), tmp_path / "out"
-    out.mkdir()
-    (out / "file").write_text("old")
-    rename, calls = Path.rename, []
+def crash_at_the_second_rename(calls: list[Path] | None = None) -> Callable[[Path, Path], Path]:
+    rename, calls = Path.rename, [] if calls is None else calls
 
-    def crash_at_the_second(path: Path, target: Path) -> Path:
+    def renamed(path: Path, target: Path) -> Path:
         calls.append(path)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return rename(path, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), state_of(out, made) as state:
+    return renamed
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_crash_between_the_two_renames_loses_neither_output(family, tmp_path, monkeypatch, resume):
+    made, out = planned(family(1)), tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    calls: list[Path] = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), state_of(out, made, overwrite=True) as state:
         fill(state)
-        patch.setattr(Path, "rename", crash_at_the_second)
+        patch.setattr(Path, "rename", crash_at_the_second_rename(calls))
         state.commit()
     assert calls == [out, beside(out) / "out"]
     assert not out.exists()
-    with state_of(out, made, resume=resume) as again:
+    with state_of(out, made, resume=resume, overwrite=True) as again:
         assert (out / "file").read_text() == "old", "restored first"
         if resume:
             assert (again.staging / "file").read_text() == "new"
@@ -277,103 +318,189 @@ def test_a_crash_between_the_two_renames_loses_neither_output(family, tmp_path, 
     assert (out / "file").read_text() == "new"
 
 
-# --- the files beside the tensors -----------------------------------------------------------------------------------------------------
+def place_a_folder(out: Path) -> None:
+    out.mkdir()
+    (out / "file").write_text("theirs")
 
 
-def sides(family: Family, tokenizer: str = "base", **changes: Any) -> dict[str, bytes]:
-    shard = changes.pop("max_shard_bytes", 10**9)
-    recipe = Recipe.from_dict(family.recipe(**changes))
-    base = open_checkpoint(str(family.folder / "base"))
-    other = base if tokenizer == "base" else open_checkpoint(str(family.folder / tokenizer))
-    return side_files(recipe, plan(recipe, max_shard_bytes=shard), base, other)
+def place_a_file(out: Path) -> None:
+    out.write_text("theirs")
 
 
-def add_tokenizer(folder: Path, vocabulary: dict[str, int], added: str = "<s>") -> None:
-    content = {"model": {"vocab": vocabulary}, "added_tokens": [{"content": added, "id": 9}]}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"from": folder.name}))
-    (folder / "chat_template.jinja").write_text(f"template of {folder.name}")
-    (folder / "additional_chat_templates").mkdir(exist_ok=True)
-    (folder / "additional_chat_templates" / "tool.jinja").write_text("tool")
-    (folder / "generation_config.json").write_text("{}")
-    (folder / "preprocessor_config.json").write_text(json.dumps({"from": folder.name}))
-    (folder / "modeling.py").write_text("print('never copied')")
+def place_a_link(out: Path) -> None:
+    place_a_folder(out.with_name("elsewhere"))
+    out.symlink_to(out.with_name("elsewhere"))
 
 
-def test_config_tokenizer_and_recipe_are_written_and_no_code(family):
-    one = family(1)
-    add_tokenizer(one.folder / "base", {"a": 0})
-    files = sides(one)
-    assert set(files) == {
-        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-        *("additional_chat_templates/tool.jinja", "preprocessor_config.json", "pcb_recipe.yaml"),
-    }
-    assert files["tokenizer.json"] == (one.folder / "base" / "tokenizer.json").read_bytes()
-    assert Recipe.from_yaml(files["pcb_recipe.yaml"].decode(), Path("/")) == Recipe.from_dict(one.recipe())
+PLACED = {"a folder": place_a_folder, "a file": place_a_file, "a link": place_a_link}
 
 
-def test_the_tokenizer_may_come_from_a_model_that_shares_the_vocabulary(family):
-    one = family(2)
-    add_tokenizer(one.folder / "base", {"a": 0, "b": 1})
-    add_tokenizer(one.folder / "model1", {"a": 0, "b": 1})
-    files = sides(one, "model1", tokenizer_source=str(one.folder / "model1"))
-    assert json.loads(files["tokenizer_config.json"]) == {"from": "model1"}
-    assert files["chat_template.jinja"] == b"template of model1"
-    assert json.loads(files["preprocessor_config.json"]) == {"from": "base"}
-    assert sides(one, chat_template="{{ own }}")["chat_template.jinja"] == b"{{ own }}"
+def contents(path: Path) -> dict[str, str]:
+    return {str(p.relative_to(path)): p.read_text() for p in [path, *path.rglob("*")] if p.is_file()}
 
 
-@pytest.mark.parametrize(("vocabulary", "added"), [({"a": 0, "b": 2}, "<s>"), ({"a": 0, "b": 1}, "<x>")])
-def test_a_tokenizer_of_another_vocabulary_is_refused(family, vocabulary, added):
-    one = family(2)
-    add_tokenizer(one.folder / "base", {"a": 0, "b": 1})
-    add_tokenizer(one.folder / "model1", vocabulary, added)
-    with pytest.raises(RequestError, match=r"vocabulary of .*model1 .* differs from the base's .* in tokenizer\.json"):
-        sides(one, "model1", tokenizer_source=str(one.folder / "model1"))
-    (one.folder / "model1" / "tokenizer.json").write_text("{")
-    with pytest.raises(RequestError, match=r"model1/tokenizer\.json: is not JSON"):
-        sides(one, "model1", tokenizer_source=str(one.folder / "model1"))
+@pytest.mark.parametrize("kind", PLACED)
+def test_an_output_that_appears_during_the_run_is_not_touched_and_the_work_is_kept(family, tmp_path, kind):
+    made, out = planned(family(1)), tmp_path / "out"
+    told_all = rf"wanted a free name .*, found {kind} that appeared .*move it away and finish with --resume"
+    with pytest.raises(RunError, match=told_all) as told, state_of(out, made) as state:
+        fill(state)
+        PLACED[kind](out)
+        before = contents(out)
+        state.commit()
+    assert contents(out) == before
+    assert out.is_symlink() == (kind == "a link")
+    assert (beside(out) / "out" / "file").read_text() == "new"
+
+    out.rename(tmp_path / "moved")  # the advice, followed
+    assert problems_of(out, made, resume=True) == ()
+    with state_of(out, made, resume=True) as again:
+        assert (again.staging / "file").read_text() == "new"
+        again.commit()
+    assert contents(out) == {"file": "new"}
+    assert contents(tmp_path / "moved") == before
+    assert not beside(out).exists()
+    assert ("--resume --overwrite" in str(told.value)) == (kind == "a folder"), "--overwrite replaces folders only"
 
 
-def test_the_config_names_the_dtype_of_the_output(family):
-    config = families.CONFIG | {"torch_dtype": "bfloat16", "vision_config": {"dtype": "bfloat16", "n": 1}, "text_config": {"n": 2}}
-    one = family(1, config=config)
-    written = json.loads(sides(one, dtype="float16")["config.json"])
-    assert written == config | {"torch_dtype": "float16", "vision_config": {"dtype": "float16", "n": 1}}
-    assert json.loads(sides(one)["config.json"]) == config
-    silent = family(1)
-    assert json.loads(sides(silent)["config.json"])["dtype"] == "bfloat16"
-    wide = family(1, dtype=torch.float64)
-    assert json.loads(sides(wide)["config.json"])["dtype"] == "float32"
+def test_a_folder_that_appeared_during_the_run_is_replaced_if_that_is_asked_for(family, tmp_path):
+    made, out = planned(family(1)), tmp_path / "out"
+    with pytest.raises(RunError, match="replace it with --resume --overwrite"), state_of(out, made) as state:
+        fill(state)
+        place_a_folder(out)
+        state.commit()
+    (problem,) = problems_of(out, made, resume=True)
+    assert "--resume --overwrite; the unfinished run goes on" in problem
+    with pytest.raises(RequestError, match="the unfinished run goes on"):
+        state_of(out, made, resume=True)
+    assert problems_of(out, made, resume=True, overwrite=True) == ()
+    with state_of(out, made, resume=True, overwrite=True) as again:
+        assert (again.staging / "file").read_text() == "new"
+        again.commit()
+    assert contents(out) == {"file": "new"}
+    assert not beside(out).exists()
 
 
-def test_shards_have_the_index_that_transformers_reads(family):
-    one = family(1)
-    one.base |= {"ids": torch.arange(3), "none": torch.empty(0, 2)}
-    one.models[0]["none"] = torch.empty(0, 2)
-    one = Family(one.folder, one.base, one.models)
-    made = planned(one, max_shard_bytes=5000)
-    index = json.loads(sides(one, max_shard_bytes=5000)["model.safetensors.index.json"])
-    assert set(index["weight_map"]) == set(one.base), "every tensor, empty ones too"
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in one.base.values())
-    assert set(index["weight_map"].values()) == {f.name for f in made.files}
-    families.merge_locally(made, one.folder / "out")
-    (one.folder / "out" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert set(open_checkpoint(str(one.folder / "out")).tensors) == set(one.base)
-    assert "model.safetensors.index.json" not in sides(one)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_folder_that_appears_during_the_run_gives_way(family, tmp_path, overwrite):
+    made, out = planned(family(1)), tmp_path / "out"
+    with state_of(out, made, overwrite=overwrite) as state:
+        fill(state)
+        out.mkdir()
+        state.commit()
+    assert contents(out) == {"file": "new"}
 
 
-@pytest.mark.parametrize("method", ["pcb", "ties", "task_arithmetic", "linear"])
-def test_the_model_card_begins_with_valid_metadata_and_names_all_models(family, method):
-    one = family(2)
-    made = planned(one, merge_method=method)
-    text = model_card(made, {"versions": {"pcb_ray": "1.2.3"}}).decode()
-    _, front, body = text.split("---\n", 2)
-    metadata = yaml.safe_load(front)
-    assert metadata["library_name"] == "transformers"
-    assert "merge" in metadata["tags"]
-    assert "base_model" not in metadata, "local paths are no Hub ids"
-    for name in ("base", "model0", "model1"):
-        assert str(one.folder / name) in body
-    recipe = body.split("```yaml\n")[1].split("```")[0]
-    assert Recipe.from_yaml(recipe, Path("/")) == made.recipe
+@pytest.mark.parametrize("kind", ["a file", "a link"])
+def test_overwrite_replaces_no_file_or_link_that_appears_during_the_run(family, tmp_path, kind):
+    made, out = planned(family(1)), tmp_path / "out"
+    with pytest.raises(RunError, match=f"found {kind} that appeared"), state_of(out, made, overwrite=True) as state:
+        fill(state)
+        PLACED[kind](out)
+        before = contents(out)
+        state.commit()
+    assert contents(out) == before
+    out.unlink()
+    with state_of(out, made, resume=True) as again:
+        again.commit()
+    assert contents(out) == {"file": "new"}
+
+
+def test_an_output_that_appears_between_the_two_renames_is_not_touched(family, tmp_path, monkeypatch):
+    made, out = planned(family(1)), tmp_path / "out"
+    place_a_folder(out)
+    rename = Path.rename
+
+    def rename_and_place(path: Path, target: Path) -> Path:
+        result = rename(path, target)
+        if path == out:
+            place_a_folder(out)
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="appeared"), state_of(out, made, overwrite=True) as state:
+        fill(state)
+        patch.setattr(Path, "rename", rename_and_place)
+        state.commit()
+    assert contents(out) == {"file": "theirs"}
+    assert contents(beside(out) / "out") == {"file": "new"}
+    with state_of(out, made, resume=True, overwrite=True) as again:
+        again.commit()
+    assert contents(out) == {"file": "new"}
+    assert not beside(out).exists()
+
+
+def test_a_rename_that_fails_leaves_the_old_output_where_it_was(family, tmp_path, monkeypatch):
+    made, out = planned(family(1)), tmp_path / "out"
+    place_a_folder(out)
+    rename = Path.rename
+
+    def fail_for_the_new(path: Path, target: Path) -> Path:
+        if path == beside(out) / "out":
+            raise OSError(errno.EIO, "broken", str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="broken"), state_of(out, made, overwrite=True) as state:
+        fill(state)
+        patch.setattr(Path, "rename", fail_for_the_new)
+        state.commit()
+    assert contents(out) == {"file": "theirs"}
+    with state_of(out, made, resume=True, overwrite=True) as again:
+        again.commit()
+    assert contents(out) == {"file": "new"}
+
+
+def test_an_old_output_that_a_crash_set_aside_comes_back_and_is_replaced_on_request_only(family, tmp_path, monkeypatch):
+    made, out = planned(family(1)), tmp_path / "out"
+    place_a_folder(out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), state_of(out, made, overwrite=True) as state:
+        fill(state)
+        patch.setattr(Path, "rename", crash_at_the_second_rename())
+        state.commit()
+    assert not out.exists()
+    with pytest.raises(RequestError, match="--resume --overwrite; the unfinished run goes on"):
+        state_of(out, made, resume=True)
+    assert contents(out) == {"file": "theirs"}
+    with state_of(out, made, resume=True, overwrite=True) as again:
+        again.commit()
+    assert contents(out) == {"file": "new"}
+
+
+def test_after_the_commit_there_is_nothing_to_resume_even_if_the_old_output_is_still_there(family, tmp_path, monkeypatch):
+    made, out = planned(family(1)), tmp_path / "out"
+    place_a_folder(out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), state_of(out, made, overwrite=True) as state:
+        fill(state)
+        patch.setattr(State, "_clear", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        state.commit()
+    assert contents(out) == {"file": "new"}
+    assert contents(beside(out) / "replaced") == {"file": "theirs"}
+    out.rename(tmp_path / "published")
+    with state_of(out, made) as again:
+        fill(again)
+        assert not out.exists(), "the old output was replaced, and stays so"
+        again.commit()
+    assert not beside(out).exists()
+    assert contents(out) == {"file": "new"}
+
+
+def test_a_state_that_ends_leaves_what_the_next_process_has_begun(family, tmp_path, monkeypatch):
+    made, out = planned(family(1)), tmp_path / "out"
+    followers: list[State] = []
+    unlink = Path.unlink
+
+    def unlink_and_follow(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=missing_ok)
+        if path.name == "lock" and not followers:
+            followers.append(state_of(tmp_path / "out", made, overwrite=True))
+
+    with monkeypatch.context() as patch, state_of(out, made) as state:
+        fill(state)
+        patch.setattr(Path, "unlink", unlink_and_follow)
+        state.commit()
+    (follower,) = followers
+    with follower:
+        with pytest.raises(RequestError, match="another merge"):
+            state_of(out, made, overwrite=True)
+        fill(follower, "newer")
+        follower.commit()
+    assert contents(out) == {"file": "newer"}

@@ -11,10 +11,10 @@ import families
 import pytest
 import torch
 from families import Local, merge_locally
+from pcb_ray.answers import BETA, MAGNITUDE, Thresholds
 
 from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.analysis import Run, thresholds_of
-from pcb_ray.answers import BETA, MAGNITUDE, Thresholds
 from pcb_ray.owner import Bytes, Owner
 from pcb_ray.planning import MIN_BLOCK, Plan, plan
 from pcb_ray.selection import TALLY_ENTRIES

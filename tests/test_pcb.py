@@ -10,11 +10,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from pcb_ray.answers import Thresholds
 from safetensors import safe_open
 from torch import Tensor
 
-from pcb_ray import pcb
-from pcb_ray.answers import Thresholds
+from pcb_ray.methods import pcb
 
 GOLDEN = sorted((Path(__file__).parent / "data").glob("*_r*.safetensors"))
 PREFIX = {"released": "reference", "pairwise": "vision"}
@@ -78,7 +78,7 @@ def test_scores_scales_and_merge_are_the_oracles(n, variant):
     tau_NB, r = task_vectors(n, 4001, seed=n), 0.13
     theta_B = torch.randn(4001, generator=torch.Generator().manual_seed(99))
     lambdas = [1.0, -0.5, 2.0, 0.0, 0.3, 1.0, 1.0, 0.7, 1.0, 1.0, 1.0, 1.0][:n]
-    want = oracle.merge_pcb(theta_B, theta_B + tau_NB, variant=variant, mask_ratio=r, weights=lambdas, lambda_=0.8, taus=tau_NB)
+    want = oracle.merge_pcb(theta_B, theta_B + tau_NB, variant=variant, density=r, weights=lambdas, lambda_=0.8, taus=tau_NB)
     thresholds = thresholds_by_sort(tau_NB, variant, r)
     if variant == "paper":
         beta_NB = pcb.beta_paper(tau_NB, thresholds, 4001)

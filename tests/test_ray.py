@@ -35,9 +35,9 @@ from clusters import (
 )
 from families import Family
 from hub_server import HubServer, Model, commit_of
+from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, Thresholds
 
 import pcb_ray as package
-from pcb_ray.answers import LARGEST_KEY, MAGNITUDE, Thresholds
 from pcb_ray.planning import MIN_BLOCK, choose_block, plan, worker_bytes
 from pcb_ray.recipe import Recipe
 from pcb_ray.runtime import LocalOwners, RayOwners
@@ -80,7 +80,7 @@ def in_memory(family: Family, name: str = "pcb-pairwise") -> dict[str, torch.Ten
         family.models,
         method=method,
         variant=variant or "pairwise",
-        mask_ratio=0.2,
+        density=0.2,
         lambda_=1.0 if method == "linear" else 0.8,
     )
 
@@ -173,7 +173,7 @@ def test_ray_merges_as_in_memory_and_as_the_oracle_says(family: Family, name: st
     method, _, variant = name.partition("-")
     lambda_ = 1.0 if method == "linear" else 0.8
     expected = oracle.merge_state_dicts(
-        family.base, family.models, method, variant=variant or "pairwise", mask_ratio=0.2, lambda_=lambda_
+        family.base, family.models, method, variant=variant or "pairwise", density=0.2, lambda_=lambda_
     )
     # Apart from roundings, next to a threshold or of the output (test_merge_in_memory has the exact bounds).
     differ = {n: (found[n].float() - t.float()).abs() > 2**-7 * t.float().abs() + 1e-6 for n, t in expected.items()}
@@ -183,7 +183,7 @@ def test_ray_merges_as_in_memory_and_as_the_oracle_says(family: Family, name: st
 
 @pytest.mark.slow
 def test_a_local_ray_with_the_native_kernel_makes_the_same_bytes(family: Family, merged: Path, tmp_path: Path) -> None:
-    if importlib.util.find_spec("pcb_ray._native") is None:
+    if importlib.util.find_spec("pcb_ray.kernels._native") is None:
         pytest.skip("the native kernel was not built: no C compiler at installation")
     recipe = family.folder / "local.yaml"
     recipe.write_text(json.dumps(recipe_of(family)))

@@ -6,6 +6,7 @@ import collections
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from families import Family
 
 import pcb_ray as package
 from pcb_ray import RequestError, RunError
+from pcb_ray.output.state import State
 
 pytestmark = [
     pytest.mark.ray,
@@ -416,7 +418,7 @@ def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(fa
 
     def interrupted(*args: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pcb_ray.output.State.commit", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("pcb_ray.output.state.State.commit", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
             merge(*args, **options)
 
     monkeypatch.setattr(run, "merge", interrupted)
@@ -427,6 +429,34 @@ def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(fa
     searched(recipe, out, resume=True)
     assert log.read_text().count("score") == scored
     assert package.verify(out, quiet=True) == []
+
+
+@pytest.mark.parametrize("what", ["search", "sweep"])
+def test_an_output_that_appears_during_a_search_is_kept_and_no_score_is_lost(family, tmp_path, monkeypatch, what):
+    out, log = tmp_path / "out", tmp_path / "log"
+    recipe = recipe_of(family, options={"log": str(log)}, budget=8)
+    go: Any = searched
+    if what == "sweep":
+        recipe, go = recipe | {"sweep": {"lambda": [0.8, 1.2]}}, partial(package.sweep, workers=1, quiet=True)
+    commit = State.commit
+
+    def late(state: State) -> None:
+        if state.out == out:
+            out.mkdir()
+            (out / "precious").write_text("kept")
+        commit(state)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="appeared during the run.*finish with --resume"):
+        patch.setattr(State, "commit", late)
+        go(recipe, out)
+    assert [p.name for p in out.iterdir()] == ["precious"]
+    scored = log.read_text().count("score")
+    out.rename(tmp_path / "moved")
+    go(recipe, out, resume=True)
+    assert (out / "best_recipe.yaml").is_file()
+    assert (out / "tune").is_dir()
+    assert log.read_text().count("score") == scored
+    assert not state_of(out).exists()
 
 
 def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tmp_path, monkeypatch):
@@ -473,7 +503,7 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
     hidden = families.load(family.folder / "hidden")
     for row in rows:
         merged = package.merge_state_dicts(
-            family.base, family.models, mask_ratio=row["density"], variant=row["variant"], lambda_=row["lambda"]
+            family.base, family.models, density=row["density"], variant=row["variant"], lambda_=row["lambda"]
         )
         distance = sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in merged.items())
         assert row["objective"] == pytest.approx(-distance, abs=2e-6)

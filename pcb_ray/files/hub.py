@@ -1,11 +1,10 @@
-"""Models on the Hugging Face Hub, through `huggingface_hub`: which files, their first bytes, a download.
+"""Models on the Hugging Face Hub are asked for through `huggingface_hub`: which files, ranges of their bytes, a download.
 
 Whatever fails is told in our own words: a text of the library or of its transport could quote the token.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
 from dataclasses import dataclass
@@ -14,20 +13,14 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pcb_ray.errors import RequestError
-from pcb_ray.files.safetensors import show
+from pcb_ray.files import companions
+from pcb_ray.files.foreign import mismatch, show
 
 _TIMEOUT_S = 10
-# What a merged model takes from its base besides weights: never code, never another format's weights.
-_SMALL_FILES = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-    "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*",
-    "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
-_SMALL_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 
 
 class Snapshot(NamedTuple):
-    """A model in the Hub's cache, whole or not, there being a problem with the Hub itself."""
+    """A model that lies in the Hub's cache, whole or not, while there is a problem with the Hub itself."""
 
     folder: Path
     problem: str
@@ -35,7 +28,7 @@ class Snapshot(NamedTuple):
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model by its commit. `source` is what the user wrote, `path` where there is no such folder, for the messages."""
+    """A model is given by its commit. For the messages, `source` is what the user wrote, and at `path` there is no such folder."""
 
     source: str
     path: Path
@@ -48,46 +41,55 @@ class HubModel:
     def where(self) -> str:
         return f"hub://{self.repo}@{self.commit}"
 
-    def first_bytes(self, name: str, count: int) -> tuple[bytes, int]:
-        """The first `count` bytes of a file (all, if they are fewer), and its size; nothing is stored."""
+    def read(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
+        """Fetch bytes `start` to `stop` of a file, or up to its end if that comes first, and its size; nothing is stored."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
+        count = stop - start
         try:
             url = hf_hub_url(self.repo, name, revision=self.commit)
-            headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+            headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
             with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as response:
-                if response.status_code == 416:  # an empty file has no first byte
+                if response.status_code == 416 and start == 0:  # An empty file has no first byte.
                     return b"", 0
                 if response.status_code >= 400:
                     response.read()
                     hf_raise_for_status(response)
-                data = bytearray()
-                for piece in response.iter_bytes(1 << 16):  # a server that ignores the range is left after `count` bytes
-                    data += piece
-                    if len(data) >= count:
-                        break
                 partial = response.status_code == 206
                 told = response.headers.get("Content-Range" if partial else "Content-Length", "").rpartition("/")[2]
-                return bytes(data[:count]), int(told) if told.isdecimal() else len(data)
+                data = bytearray()
+                if partial or start == 0:  # A server that ignores the range is left after `count` bytes.
+                    for piece in response.iter_bytes(1 << 16):
+                        data += piece
+                        if len(data) >= count:
+                            break
+                    return bytes(data[:count]), int(told) if told.isdecimal() else len(data)
         except _failures() as error:
-            problem = _problem(self.source, self.path, self.host, error)
-            raise RequestError(f"{problem} (while fetching {show(name)})") from None
+            problem = _problem(self.source, self.path, self.host, error, f" while fetching {show(name)}")
+            raise RequestError(problem) from None
+        found = f"that {self.host} sends whole files only, {told or 'unknown'} bytes"
+        fix = f"fetch the model with `hf download {self.repo} --revision {self.commit}`, and name the folder that this prints"
+        raise RequestError(f"{self.where}/{name}: {mismatch(f'its bytes {start} to {stop}', found, fix)}")
 
     def download(self, names: list[str], revision: str | None) -> Path:
         """Put these files, and config and tokenizer files, into the Hub's cache; `revision` is noted there."""
         from huggingface_hub import snapshot_download
 
-        wanted = [*names, *(name for name in self.names if _is_small_file(name))]
+        wanted = [*names, *companions.among(self.names, companions.COMPANIONS)]
         try:
-            return Path(snapshot_download(self.repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
+            folder = Path(snapshot_download(self.repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
         except _failures() as error:
-            raise RequestError(f"{_problem(self.source, self.path, self.host, error)} (while downloading)") from None
+            raise RequestError(_problem(self.source, self.path, self.host, error, " while downloading")) from None
+        if folder.name != self.commit:
+            found = f"{folder.name}, to which it moved just now"
+            raise RequestError(f"model {self.source}: {mismatch(f'commit {self.commit}', found, 'run again, or name a commit')}")
+        return folder
 
 
 def find_model(source: str, path: Path, repo: str, revision: str | None) -> HubModel | Snapshot:
-    """The model as the Hub has it now, or as the cache has it if the Hub can't be asked. Raises RequestError."""
-    host = _host(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")  # the library fails to load with a wrong one
+    """Find the model as the Hub has it now, or as the cache has it if the Hub can't be asked. Raises RequestError."""
+    host = _host(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")  # With a wrong one the library fails to load.
 
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -100,7 +102,7 @@ def find_model(source: str, path: Path, repo: str, revision: str | None) -> HubM
         problem = _problem(source, path, host, error)
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise RequestError(problem) from None
-    try:  # the pattern asks for no file that must be there: what is missing, opening the folder tells
+    try:  # The pattern asks for no file that must be there: opening the folder tells what is missing.
         folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns="config.json")
     except _failures():
         raise RequestError(problem) from None
@@ -115,51 +117,48 @@ def _failures() -> tuple[type[Exception], ...]:
     return (HTTPError, OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
-def _problem(source: str, path: Path, host: str, error: Exception) -> str:
+def _problem(source: str, path: Path, host: str, error: Exception, when: str = "") -> str:
     from huggingface_hub import errors
 
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.GatedRepoError):
-        why = f"gated on {host}; accept its terms there and set HF_TOKEN to a token of that account"
+        found, fix = f"it gated on {host}", "accept its terms there, and set HF_TOKEN to a token of that account"
     elif isinstance(error, errors.RevisionNotFoundError):
-        why = f"{host} has no such revision of it; check what follows the @"
+        found, fix = f"no such revision of it on {host}", "check what follows the @"
     elif isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-        why = f"no folder {path}, and no such model on {host} (or a private one); check the name, or set HF_TOKEN"
+        found, fix = f"no folder {path}, and no such model on {host} (or a private one)", "check the name, or set HF_TOKEN"
     elif status in (401, 403):
-        why = f"{host} refuses access (HTTP {status}); check that HF_TOKEN is valid and may read this model"
+        found, fix = f"that {host} refuses access (HTTP {status})", "check that HF_TOKEN is valid and may read this model"
     elif status is not None:
-        why = f"{host} answers with HTTP {status}; try again later"
+        found, fix = f"that {host} answers with HTTP {status}", "try again later"
     elif isinstance(error, errors.HFValidationError):
-        why = f"no folder {path}, and not a valid Hub id; check the name"
+        found, fix = f"no folder {path}, and not a valid Hub id", "check the name"
     elif isinstance(error, errors.OfflineModeIsEnabled):
-        why = "not whole in the Hub's cache, and HF_HUB_OFFLINE forbids to fetch it; unset it, or give a folder"
+        found = "it not whole in the Hub's cache, and HF_HUB_OFFLINE set, which forbids to fetch it"
+        fix = "unset HF_HUB_OFFLINE, or give a folder"
     elif isinstance(error, UnicodeError):
-        why = "HF_TOKEN is not plain ASCII; set it anew"
+        found, fix = "that HF_TOKEN is not plain ASCII", "set it anew"
     elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        why = f"cannot be stored in the Hub's cache ({os.strerror(error.errno)}); check HF_HOME and its disk"
+        found = f"that it cannot be stored in the Hub's cache ({os.strerror(error.errno)})"
+        fix = "check HF_HOME and its disk"
     elif isinstance(error, (errors.HTTPError, OSError)):  # type: ignore[attr-defined]
-        why = (
-            f"no folder {path}, and {host} cannot be reached ({type(error).__name__}), nor is it whole in the Hub's cache; "
-            "check the network and HF_ENDPOINT, or give a folder"
-        )
+        reason = f"{host} cannot be reached ({type(error).__name__})"
+        found = f"no folder {path}, that {reason}, and it not whole in the Hub's cache"
+        fix = "check the network and HF_ENDPOINT, or give a folder"
     else:
-        why = f"{host} does not answer as a Hub does ({type(error).__name__}); check HF_ENDPOINT and HF_TOKEN"
-    return f"model {source}: {why}"
+        found = f"that {host} does not answer as a Hub does ({type(error).__name__})"
+        fix = "check HF_ENDPOINT and HF_TOKEN"
+    return f"model {source}: {mismatch('a model', f'{found}{when}', fix)}"
 
 
 def _host(endpoint: str) -> str:
-    """The host of HF_ENDPOINT, without a user or password that the address may carry."""
+    """Return the host of HF_ENDPOINT, without a user or password that the address may carry."""
     try:
         address = urlsplit(endpoint)
         name = f"{address.hostname}:{address.port}" if address.port else address.hostname
     except ValueError:
         name = None
     if not name or address.scheme not in ("http", "https"):
-        raise RequestError("HF_ENDPOINT: not an http or https address; set it to one such as https://huggingface.co")
+        wanted, fix = "an http or https address", "set it to one such as https://huggingface.co"
+        raise RequestError(f"HF_ENDPOINT: {mismatch(wanted, 'something else', fix)}")
     return name
-
-
-def _is_small_file(name: str) -> bool:
-    return name.endswith(_SMALL_SUFFIXES) and any(
-        fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in _SMALL_FILES
-    )

@@ -1,4 +1,4 @@
-"""The one way by which the bytes of models are read and written, with two implementations: local files, and arrays in memory.
+"""The bytes of models are read and written in this one way, with two implementations: local files, and arrays in memory.
 
 The interface asks for no more than an object store can give, since that is the implementation to come. An object is written front
 to back by one writer, as the parts of one upload; it can't be renamed, and no single byte of it can be changed. So nothing here
@@ -33,7 +33,7 @@ _HASHED_AT_ONCE = 1 << 20
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file is still the one that was seen."""
+    """It tells whether a file is still the one that was seen."""
 
     size: int
     modified_ns: int
@@ -56,11 +56,11 @@ class Store(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes `read` and `view` have given so far."""
+        """Count the bytes that `read` and `view` have given so far."""
         ...
 
     def stamp(self, file: str) -> Stamp:
-        """The size and time of a file."""
+        """Return the size and time of a file."""
         ...
 
     def read(self, file: str, start: int, out: memoryview) -> None:
@@ -68,11 +68,11 @@ class Store(Protocol):
         ...
 
     def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:
-        """Bytes `start` to `stop`, read-only and without a copy, if they lie in memory; else None, and they are to be read."""
+        """Show bytes `start` to `stop`, read-only and without a copy, if they lie in memory; if None, they are to be read."""
         ...
 
     def sha256(self, file: str) -> str:
-        """The digest of a whole file."""
+        """Return the digest of a whole file."""
         ...
 
     def create(self, file: str, size: int) -> None:
@@ -87,12 +87,20 @@ class Store(Protocol):
         ...
 
     def sync(self) -> None:
-        """Make durable all that was created, and all parts that were finished, before this call by whichever thread."""
+        """Make durable all that was created, and all parts that were finished, before this call by whichever thread.
+
+        After a failure no later sync of this store succeeds either, since nobody can tell what was lost.
+        """
         ...
 
     def close(self) -> None:
         """Let go of what is open. What was not made durable by `sync` may be lost in a power cut."""
         ...
+
+
+def open_store() -> Store:
+    """Return the store that merges read and write by: local files. A store of another kind joins here, told by how a file is named."""
+    return LocalStore()
 
 
 # ---------------------------------------------------------------------------------------------------- local files
@@ -116,10 +124,11 @@ class LocalStore:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_open = max_open if limit == resource.RLIM_INFINITY else max(1, min(max_open, limit // 4))
         self._bytes_read = 0
-        self._released = threading.Condition()  # guards all that follows, but `_syncing`
-        self._readers: OrderedDict[str, _Opened] = OrderedDict()  # the one whose use is longest past comes first
-        self._written: dict[tuple[int, int], tuple[str, int]] = {}  # by inode, a descriptor of each file that is not yet durable
-        self._folders: set[str] = set()  # folders with entries that are not yet durable
+        self._released = threading.Condition()  # It guards all that follows, but `_syncing`.
+        self._waiting = 0
+        self._readers: OrderedDict[str, _Opened] = OrderedDict()  # The one whose use is longest past comes first.
+        self._written: dict[tuple[int, int], tuple[str, int]] = {}  # They are not yet durable, by inode.
+        self._folders: set[str] = set()  # Their entries are not yet durable.
         self._failure: OSError | None = None
         self._syncing = threading.Lock()
 
@@ -132,30 +141,40 @@ class LocalStore:
         return Stamp(found.st_size, found.st_mtime_ns)
 
     def read(self, file: str, start: int, out: memoryview) -> None:
-        with self._reading(file) as descriptor:
-            got = 0
+        reader, got = self._hold(file), 0
+        try:
             while got < len(out):
-                count = os.preadv(descriptor, [out[got:]], start + got)
+                count = os.preadv(reader.descriptor, [out[got:]], start + got)
                 if count == 0:
                     raise _cut_short(file, start + len(out), start + got)
                 got += count
-        with self._released:
-            self._bytes_read += got
+        except OSError as error:
+            raise _named(error, file) from None
+        finally:
+            self._let_go(reader, got)
 
     def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
         return None  # A mapped file that is cut short ends the process that looks at it.
 
     def sha256(self, file: str) -> str:
         digest, at = hashlib.sha256(), 0
-        with self._reading(file) as descriptor:
-            while data := os.pread(descriptor, _HASHED_AT_ONCE, at):
+        reader = self._hold(file)
+        try:
+            while data := os.pread(reader.descriptor, _HASHED_AT_ONCE, at):
                 digest.update(data)
                 at += len(data)
+        except OSError as error:
+            raise _named(error, file) from None
+        finally:
+            self._let_go(reader, 0)
         return digest.hexdigest()
 
     def create(self, file: str, size: int) -> None:
-        with self._writing(file, os.O_CREAT) as descriptor, _naming(file):
-            os.ftruncate(descriptor, size)
+        with self._writing(file, os.O_CREAT) as descriptor:
+            try:
+                os.ftruncate(descriptor, size)
+            except OSError as error:
+                raise _named(error, file) from None
         with self._released:
             self._folders.add(os.path.dirname(os.path.abspath(file)))
 
@@ -177,7 +196,7 @@ class LocalStore:
         # opened later hears of it only while the inode stays in memory, and closing a file reports nothing on a local disk. So a
         # descriptor through which a file was written stays open until it is synced; to sync the path later would not be enough.
         # After a failure the pages count as clean, and the next fsync would succeed without them: hence no later sync succeeds.
-        with self._syncing:  # who comes second waits, since the file that the first one syncs may hold parts of the second's
+        with self._syncing:  # Who comes second waits, since what the first one syncs may be the second's, too.
             with self._released:
                 written, self._written = self._written, {}
                 folders, self._folders = self._folders, set()
@@ -187,17 +206,17 @@ class LocalStore:
                 try:
                     os.fsync(descriptor)
                 except OSError as error:
-                    failure = failure or OSError(error.errno, error.strerror, file)
+                    failure = failure or _named(error, file)
                 finally:
                     os.close(descriptor)
             for folder in sorted(folders):
                 try:
                     fsync_folder(Path(folder))
                 except OSError as error:
-                    failure = failure or OSError(error.errno, error.strerror, folder)
+                    failure = failure or _named(error, folder)
             self._failure = failure
         if failure is not None:
-            raise OSError(failure.errno, failure.strerror, failure.filename)
+            raise _named(failure, failure.filename)
 
     def close(self) -> None:
         with self._released:
@@ -210,35 +229,34 @@ class LocalStore:
             os.close(descriptor)
 
     def __del__(self) -> None:
-        if hasattr(self, "_syncing"):  # the constructor came to its end
+        if hasattr(self, "_syncing"):  # The constructor came to its end.
             self.close()
 
-    @contextmanager
-    def _reading(self, file: str) -> Iterator[int]:
-        """A descriptor to read `file`, which stays open until the block is left.
+    def _hold(self, file: str) -> _Opened:
+        """Give a descriptor to read `file`, which stays open until it is let go.
 
         A thread holds one at most, and none while it waits for one, so whoever waits gets one in the end.
         """
         with self._released:
-            while file not in self._readers:
+            while (reader := self._readers.get(file)) is None:
                 if len(self._readers) < self.max_open and (opened := _open(file, os.O_RDONLY)) is not None:
                     self._readers[file] = _Opened(opened)
                 else:
                     self._make_room(file)
-            reader = self._readers[file]
             reader.users += 1
             self._readers.move_to_end(file)
-        try:
-            with _naming(file):
-                yield reader.descriptor
-        finally:
-            with self._released:
-                reader.users -= 1
-                self._released.notify_all()  # Not one alone, who might fail to open what it wants.
+        return reader
+
+    def _let_go(self, reader: _Opened, got: int) -> None:
+        with self._released:
+            reader.users -= 1
+            self._bytes_read += got
+            if self._waiting:
+                self._released.notify_all()  # One alone might fail to open what it wants, and tell nobody.
 
     @contextmanager
     def _writing(self, file: str, flags: int = 0) -> Iterator[int]:
-        """A descriptor to write `file`. If the block is left as it should be, the file is noted for the next sync."""
+        """Give a descriptor to write `file`. If the block is left as it should be, the file is noted for the next sync."""
         with self._released:
             # It can't read: a network file system would fetch whole pages to complete those that are written in part, and then
             # write them back over what another machine has written beside.
@@ -265,14 +283,18 @@ class LocalStore:
         if idle is not None:
             os.close(self._readers.pop(idle).descriptor)
         elif self._readers:
-            self._released.wait()
+            self._waiting += 1
+            try:
+                self._released.wait()
+            finally:
+                self._waiting -= 1
         else:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             raise RunError(f"{file}: wanted one more open file, found all {limit} taken. Fix: raise the limit (ulimit -n).")
 
 
 def _open(file: str, flags: int) -> int | None:
-    """A descriptor; None if this process has no more, the rest of it having used up the limit."""
+    """Return a descriptor, or None if this process has no more, since the rest of it has used up the limit."""
     try:
         return os.open(file, flags | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -291,8 +313,10 @@ class _LocalPart:
         if self._at + len(left) > self._stop:
             raise _wrong_count(self._file, self._start, self._stop, self._at + len(left))
         while left:
-            with _naming(self._file):
+            try:
                 count = os.pwrite(self._descriptor, left, self._at)
+            except OSError as error:
+                raise _named(error, self._file) from None
             self._at, left = self._at + count, left[count:]
 
     def check(self) -> None:
@@ -322,9 +346,7 @@ class MemoryStore:
         out[:] = self._range(file, start, start + len(out)).data
 
     def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:
-        seen = self._range(file, start, stop)
-        seen.flags.writeable = False
-        return seen
+        return self._range(file, start, stop)
 
     def sha256(self, file: str) -> str:
         return hashlib.sha256(self._array(file).data).hexdigest()
@@ -405,14 +427,9 @@ def _wrong_count(file: str, start: int, stop: int, at: int) -> ValueError:
     return ValueError(f"{file}: wanted the {stop - start} bytes of the part from byte {start} on, found {at - start}")
 
 
-@contextmanager
-def _naming(file: str) -> Iterator[None]:
-    """Give the file's name to errors of calls that know a descriptor only."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or file
-        raise
+def _named(error: OSError, file: str) -> OSError:
+    """Make the same error with the file's name, which a call that knows a descriptor only can't give."""
+    return OSError(error.errno, error.strerror, file)
 
 
 # ---------------------------------------------------------------------------------------------------- small files, and durability
@@ -451,7 +468,7 @@ def fsync_folder(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that can't sync folders
+        if error.errno != errno.EINVAL:  # Some file systems can't sync folders.
             raise
     finally:
         os.close(descriptor)

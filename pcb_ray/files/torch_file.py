@@ -1,4 +1,4 @@
-"""A file of torch.save: where its tensors lie, without torch, without reading data, and without running anything.
+"""A file of torch.save tells where its tensors lie, without torch, without reading data, and without running anything.
 
 The pickled structure goes through Python's own unpickler, with torch's few names leading to descriptions, every other
 name refused, and no opcodes but those of plain data. torch.load(weights_only=True) is not enough for a file from
@@ -18,30 +18,30 @@ import pickle
 import re
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from pcb_ray.errors import RequestError
+from pcb_ray.files.foreign import ANEW, MAX_PROBLEMS, mismatch, open_regular, os_problem, show
 from pcb_ray.files.safetensors import (
-    ANEW,
     AS_SAFETENSORS,
     DTYPE_BYTES,
-    MAX_JSON_BYTES,
-    MAX_PROBLEMS,
+    OF_TORCH,
     File,
+    FileContents,
     Tensor,
-    Weights,
     dtype_problems,
     foreign_format,
     is_shape,
     name_problem,
-    open_regular,
-    os_problem,
-    show,
 )
 
-_MAX_PICKLE_BYTES = 2_000_000  # 150 bytes a tensor: 13,000 of them in one file; a hostile one takes 100 times as much memory
+_MAX_PICKLE_BYTES = 2_000_000  # 13,000 tensors take that; a hostile one takes 100 times as much memory.
+_MAX_DIRECTORY_BYTES = 16_000_000  # A record takes about 120.
+_BLOCK_BYTES = 1 << 16  # A file that is read by ranges is read in blocks of this size.
+_KEPT_BLOCKS = 64
 
 _STORAGES = {
     f"torch {kind}Storage": dtype
@@ -50,15 +50,7 @@ _STORAGES = {
         "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64", "ComplexDouble": "C128",
     }.items()
 } | {"torch.storage UntypedStorage": "U8"}  # fmt: skip
-_DTYPES = {
-    f"torch {name}": dtype
-    for name, dtype in {
-        "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-        "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-        "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2",
-        "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "F4", "complex32": "C32",
-    }.items()
-}  # fmt: skip
+_DTYPES = {f"torch {name}": dtype for name, dtype in OF_TORCH.items()}
 _ORDERED_DICT = "collections OrderedDict"
 _PARAMETER = "torch._utils _rebuild_parameter"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
@@ -66,7 +58,7 @@ _TENSOR_OF_DTYPE = "torch._utils _rebuild_tensor_v3"
 _OPCODES = (
     "PROTO FRAME STOP MARK BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
     "LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST APPEND APPENDS "
-    "EMPTY_DICT GLOBAL STACK_GLOBAL BINPERSID REDUCE"  # and those that _Unpickler redefines
+    "EMPTY_DICT GLOBAL STACK_GLOBAL BINPERSID REDUCE"  # _Unpickler adds those that it redefines.
 )
 _NAMES = {*_STORAGES, *_DTYPES, _ORDERED_DICT, _PARAMETER, _TENSOR, _TENSOR_OF_DTYPE}
 
@@ -78,18 +70,18 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor as pickled: a storage, and offset, shape and stride in elements of `dtype`."""
+    """A tensor is pickled as a storage, with offset, shape and stride in elements of `dtype`."""
 
     storage: _Storage
     dtype: str
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    flags: Any  # of values that are not what the bytes say: a lazy negation or conjugation
+    flags: Any  # They are set if the values are not what the bytes say: a lazy negation or conjugation.
 
 
 class _Name(NamedTuple):
-    """A class or function that the structure refers to. It stays a name; called, it describes what torch would make."""
+    """The structure refers to a class or function: it stays a name, and called, it describes what torch would make."""
 
     name: str
 
@@ -112,9 +104,9 @@ class _Name(NamedTuple):
 
 
 class _Unpickler(pickle._Unpickler):
-    """The unpickler written in Python, whose opcodes are in a table; the one in C believes sizes that a pickle announces."""
+    """This is the unpickler written in Python, whose opcodes are in a table; the one in C believes the sizes in a pickle."""
 
-    stack: list[Any]  # this and the next are the base class's, and missing in its stubs
+    stack: list[Any]  # This and the next are the base class's, and missing in its stubs.
     pop_mark: Callable[[], list[Any]]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]]
 
@@ -125,10 +117,8 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> _Name:
         if f"{module} {name}" not in _NAMES:
-            raise RequestError(
-                f"{self.where}: refers to {show(f'{module}.{name}')}, which is not part of a plain tensor and is never run; "
-                f"{AS_SAFETENSORS}, if you trust it"
-            )
+            found = f"{show(f'{module}.{name}')}, which is never run"
+            raise RequestError(f"{self.where}: {mismatch('plain tensors', found, f'{AS_SAFETENSORS}, if you trust it')}")
         return _Name(f"{module} {name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -137,7 +127,7 @@ class _Unpickler(pickle._Unpickler):
             raise ValueError("not a storage")
         storage = _Storage(_STORAGES[kind.name], key, numel)
         if self.storages.setdefault(key, storage) != storage:
-            raise RequestError(f"{self.where}: storage {show(key)} is described in two ways; {ANEW}")
+            raise RequestError(f"{self.where}: storage {show(key)}: {mismatch('one description', 'two', ANEW)}")
         return storage
 
     def load_setitem(self) -> None:
@@ -151,14 +141,14 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(table, dict):
             raise ValueError("not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str):  # nor is it hashed, which for nested tuples may take for ever or crash
-                raise RequestError(f"{self.where}: {_kind(key)} as a tensor's name; save tensors by name (texts)")
+            if not isinstance(key, str):  # It is not hashed either: for nested tuples that may take for ever, or crash.
+                raise RequestError(f"{self.where}: {mismatch('texts as names of tensors', _kind(key), 'save tensors by name')}")
             if key in table:
-                raise RequestError(f"{self.where}: {show(key)} occurs twice; {ANEW}")
+                raise RequestError(f"{self.where}: {mismatch(f'one {show(key)}', 'several', ANEW)}")
             table[key] = value
 
     def load_build(self) -> None:
-        """The attributes of an OrderedDict: `_metadata`, which holds no tensor."""
+        """Drop the attributes of an OrderedDict, `_metadata`, which hold no tensor."""
         self.stack.pop()
         if not isinstance(self.stack[-1], dict):
             raise ValueError("attributes of something else than a dict")
@@ -171,84 +161,152 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _BoundedFile(io.FileIO):
-    """A file for `zipfile`, which would believe whatever size a damaged directory announces."""
+    """A file as `zipfile` may have it, which would believe whatever size a damaged directory announces."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        left = max(os.fstat(self.fileno()).st_size - self.tell(), 0)
-        count = left if size is None or size < 0 else min(size, left)
-        if count > MAX_JSON_BYTES:
-            raise zipfile.BadZipFile(f"a directory of {count} bytes")
-        return super().read(count) or b""
+        return super().read(_bounded(size, os.fstat(self.fileno()).st_size - self.tell())) or b""
 
 
-def read_torch_file(path: Path) -> Weights:
-    """A file of torch.save, from its zip directory and its pickled structure. Raises RequestError."""
+class _RangedFile(io.RawIOBase):
+    """The same for a file elsewhere, which is read in blocks: neighbours come at once, and a few are kept."""
+
+    def __init__(self, size: int, read_range: Callable[[int, int], bytes]) -> None:
+        self._size, self._read_range = size, read_range
+        self._at = 0
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if at < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._at = at
+        return at
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        start = self._at
+        self._at = stop = start + _bounded(size, self._size - start)
+        wanted = range(start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)) if start < stop else range(0)
+        if missing := [number for number in wanted if number not in self._blocks]:
+            first, last = missing[0], missing[-1]
+            fetched = self._read_range(first * _BLOCK_BYTES, min((last + 1) * _BLOCK_BYTES, self._size))
+            for number in range(first, last + 1):
+                self._blocks[number] = fetched[(number - first) * _BLOCK_BYTES :][:_BLOCK_BYTES]
+        joined = b"".join(self._blocks[number] for number in wanted)
+        while len(self._blocks) > _KEPT_BLOCKS:
+            self._blocks.popitem(last=False)
+        return joined[start - wanted.start * _BLOCK_BYTES :][: stop - start]
+
+
+def _bounded(size: int | None, left: int) -> int:
+    """Tell how many bytes to read where `size` are asked for (None or negative: all) and so many are left."""
+    count = max(left, 0) if size is None or size < 0 else min(size, max(left, 0))
+    if count > _MAX_DIRECTORY_BYTES:
+        raise zipfile.BadZipFile(f"a directory of {count} bytes")
+    return count
+
+
+def read_torch_file(path: Path) -> FileContents:
+    """Read a file of torch.save, from its zip directory and its pickled structure. Raises RequestError."""
     try:
         with open_regular(path) as opened:
             head, size = opened.read(64), os.fstat(opened.fileno()).st_size
-        if not head.startswith(b"PK\x03\x04"):
-            why = "a safetensors file; name it .safetensors" if head[8:9] == b"{" else foreign_format(head)
-            raise RequestError(f"{path}: {why or f'not a file of torch.save; {ANEW}'}")
-        with _BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
-            pickled, records = _read_archive(path, size, archive, file)
-    except RequestError:
-        raise
-    except Exception as error:  # zipfile does not document what it raises on a damaged archive; nothing else is done here
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a seek to where a damaged directory leads
-            raise RequestError(os_problem(path, error)) from None
-        raise RequestError(f"{path}: a damaged zip archive ({_brief(error)}); {ANEW}") from None
+        _check_head(str(path), head)
+        with _BoundedFile(path) as file:
+            return _parse(str(path), size, file, exact=True)
+    except OSError as error:
+        raise RequestError(os_problem(path, error)) from None
+
+
+def parse_torch_file(where: str, size: int, read_range: Callable[[int, int], bytes]) -> FileContents:
+    """Do as `read_torch_file`, for a file of `size` bytes elsewhere, of which `read_range` gives bytes start to stop.
+
+    Only a few blocks are read, at the end and where the structure lies. Where exactly the data of a record begin is written nowhere
+    but just before them, which is not read: a tensor's `start` is the least that it can be.
+    """
+    _check_head(where, read_range(0, min(size, _BLOCK_BYTES))[:64])
+    return _parse(where, size, _RangedFile(size, read_range), exact=False)
+
+
+def _check_head(where: str, head: bytes) -> None:
+    if not head.startswith(b"PK\x03\x04"):
+        other = ("a safetensors file", "name it .safetensors") if head[8:9] == b"{" else foreign_format(head)
+        raise RequestError(f"{where}: {mismatch('a file of torch.save', *(other or ('something else', ANEW)))}")
+
+
+def _parse(where: str, size: int, file: io.RawIOBase, *, exact: bool) -> FileContents:
     try:
-        value = _Unpickler(str(path), pickled).load()
+        with zipfile.ZipFile(file) as archive:
+            pickled, records = _read_archive(where, size, archive, file if exact else None)
     except RequestError:
         raise
-    except Exception as error:  # what pickle raises on a damaged structure is any exception, its documentation says
-        raise RequestError(
-            f"{path}: its structure is damaged, or of more than plain tensors ({_brief(error)}); {ANEW}, or if you trust it "
-            f"{AS_SAFETENSORS}"
-        ) from None
-    tensors, aliases = _locate(str(path), value, records)
-    return Weights(File(str(path), size, hashlib.sha256(pickled).hexdigest()), tensors, aliases)
+    except Exception as error:  # zipfile does not document what it raises on a damaged archive; nothing else is done here.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # That is a seek to where a damaged directory leads.
+            raise
+        raise RequestError(f"{where}: {mismatch('a sound zip archive', f'a damaged one ({_brief(error)})', ANEW)}") from None
+    try:
+        value = _Unpickler(where, pickled).load()
+    except RequestError:
+        raise
+    except Exception as error:  # What pickle raises on a damaged structure is any exception, its documentation says.
+        found = f"a structure that is damaged, or of more ({_brief(error)})"
+        raise RequestError(f"{where}: {mismatch('plain tensors', found, f'{ANEW}, or if you trust it {AS_SAFETENSORS}')}") from None
+    tensors, aliases = _locate(where, value, records)
+    return FileContents(File(where, size, hashlib.sha256(pickled).hexdigest()), tensors, aliases)
 
 
-def _read_archive(path: Path, size: int, archive: zipfile.ZipFile, file: io.FileIO) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The pickled structure, and by storage key where a record's bytes begin and how many they are."""
+def _read_archive(
+    where: str, size: int, archive: zipfile.ZipFile, file: io.RawIOBase | None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return the pickled structure, and by storage key where a record's bytes begin and how many they are.
+
+    Without `file`, a record begins where it may at the least.
+    """
     infos = archive.infolist()
     roots = [info.filename[: -len("data.pkl")] for info in infos if re.fullmatch(r"[^/]+/data\.pkl", info.filename)]
     if len(roots) != 1 or len({info.filename for info in infos}) < len(infos):
-        raise RequestError(f"{path}: a zip archive that is not a file of torch.save (no single data.pkl); {ANEW}")
+        raise RequestError(f"{where}: {mismatch('a file of torch.save, with one data.pkl', 'another zip archive', ANEW)}")
     small = {f"{roots[0]}data.pkl", f"{roots[0]}byteorder"}
     records: dict[str, tuple[int, int]] = {}
     for info in infos:
         name, length = show(info.filename), info.file_size
         if info.compress_type != zipfile.ZIP_STORED:
-            raise RequestError(f"{path}: {name} is compressed, so its bytes can't be read in place; {AS_SAFETENSORS}")
+            raise RequestError(f"{where}: {mismatch('records that can be read in place', f'{name} compressed', AS_SAFETENSORS)}")
         if info.filename in small and length > _MAX_PICKLE_BYTES:
-            raise RequestError(f"{path}: {name} has {length} bytes, the limit is {_MAX_PICKLE_BYTES}; {AS_SAFETENSORS}")
-        file.seek(info.header_offset)
-        local = file.read(30)  # only this header tells where the data begins: torch pads it to align them
-        if local[:4] != b"PK\x03\x04":
-            raise RequestError(f"{path}: no record where the directory says {name} lies; {ANEW}")
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:]))
+            found = f"{length} bytes"
+            raise RequestError(f"{where}: {name}: {mismatch(f'at most {_MAX_PICKLE_BYTES} bytes', found, AS_SAFETENSORS)}")
+        start = info.header_offset + 30 + len(info.filename)
+        if file is not None:
+            file.seek(info.header_offset)
+            local = file.read(30) or b""  # Only this header tells where the data begin: torch pads it to align them.
+            if local[:4] != b"PK\x03\x04":
+                raise RequestError(f"{where}: {name}: {mismatch(f'the record at byte {info.header_offset}', 'none', ANEW)}")
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:]))
         if info.flag_bits & 1 or info.compress_size != length or start + length > size:
-            raise RequestError(
-                f"{path}: {name} should take bytes {start} to {start + length} as they are, in a file of {size} bytes; {ANEW}"
-            )
+            wanted = f"bytes {start} to {start + length} as they are"
+            raise RequestError(f"{where}: {name}: {mismatch(wanted, f'a file of {size} bytes, or others', ANEW)}")
         if info.filename.startswith(f"{roots[0]}data/"):
             records[info.filename.removeprefix(f"{roots[0]}data/")] = (start, length)
     if f"{roots[0]}byteorder" in archive.namelist() and archive.read(f"{roots[0]}byteorder") != b"little":
-        raise RequestError(f"{path}: not little-endian; {AS_SAFETENSORS} on a little-endian machine")
+        fix = f"{AS_SAFETENSORS} on a little-endian machine"
+        raise RequestError(f"{where}: {mismatch('little-endian data', 'another byte order', fix)}")
     return archive.read(f"{roots[0]}data.pkl"), records
 
 
 def _locate(where: str, value: Any, records: dict[str, tuple[int, int]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of an unpickled state dict, by place, and the aliases among them."""
+    """Return the tensors of an unpickled state dict, by place, and the aliases among them."""
     if isinstance(value, dict) and len(value) == 1:
         key, inner = next(iter(value.items()))
         value = inner if key in ("state_dict", "model", "module") and isinstance(inner, dict) else value
     if not isinstance(value, dict):
-        raise RequestError(f"{where}: holds {_kind(value)}; expected tensors by name (a state dict); {AS_SAFETENSORS}")
+        raise RequestError(f"{where}: {mismatch('tensors by name, a state dict', _kind(value), AS_SAFETENSORS)}")
     problems: list[str] = []
-    refused: dict[str, list[str]] = {}
+    refused: dict[str, str] = {}
     first_at: dict[tuple[int, str, tuple[int, ...]], str] = {}
     tensors: list[Tensor] = []
     aliases: dict[str, str] = {}
@@ -256,9 +314,9 @@ def _locate(where: str, value: Any, records: dict[str, tuple[int, int]]) -> tupl
         if len(problems) >= MAX_PROBLEMS:
             break
         if not isinstance(view, _View):
-            problems.append(f"{where}: entry {show(name)} is {_kind(view)}, not a tensor; save the state dict without it")
+            problems.append(f"{where}: {show(name)}: {mismatch('a tensor', _kind(view), 'save the state dict without it')}")
         elif view.dtype not in DTYPE_BYTES:
-            refused.setdefault(view.dtype, []).append(name)
+            refused[name] = view.dtype
         elif problem := name_problem(name) or _view_problem(view, records):
             problems.append(f"{where}: tensor {show(name)}: {problem}")
         else:
@@ -278,28 +336,27 @@ def _locate(where: str, value: Any, records: dict[str, tuple[int, int]]) -> tupl
 
 def _view_problem(view: _View, records: dict[str, tuple[int, int]]) -> str | None:
     if view.flags:
-        return f"stored with {show(view.flags)}; load it once with torch and save tensor.resolve_neg()"
+        return mismatch("plain data", f"them with {show(view.flags)}", "load it once with torch and save tensor.resolve_neg()")
     expected = 1
     for length, stride in zip(reversed(view.shape), reversed(view.stride), strict=True):
         if length > 1 and stride != expected and 0 not in view.shape:
-            return (
-                f"not contiguous (shape {show(view.shape)}, stride {show(view.stride)}); load it once with torch and save "
-                "tensor.contiguous()"
-            )
+            found = f"them not contiguous (shape {show(view.shape)}, stride {show(view.stride)})"
+            return mismatch("contiguous data", found, "load it once with torch and save tensor.contiguous()")
         expected *= length
     if view.storage.key not in records:
-        return f"its storage {show(view.storage.key)} is not in the file; {ANEW}"
+        return mismatch(f"storage {show(view.storage.key)} in the file", "none", ANEW)
     end = (view.offset + math.prod(view.shape)) * DTYPE_BYTES[view.dtype]
     promised, held = view.storage.numel * DTYPE_BYTES[view.storage.dtype], records[view.storage.key][1]
     if not end <= promised <= held:
-        return f"ends at byte {show(end)} of a storage of {promised} bytes, of which the file holds {held}; {ANEW}"
+        found = f"{held} in the file, of the {promised} that its storage should have"
+        return mismatch(f"its data up to byte {show(end)}", found, ANEW)
     return None
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, _Name):
         return f"the name {show(value.name)}"
-    return "a tensor" if isinstance(value, _View) else f"a {type(value).__name__.lstrip('_')}"
+    return "a tensor" if isinstance(value, _View) else f"a value of type {type(value).__name__.lstrip('_')}"
 
 
 def _brief(error: Exception) -> str:

@@ -1,30 +1,34 @@
 """The Basis: what remains of N models once their thresholds are known, sparse, in files that the workers of a node map and share.
 
-The merge is linear in the coefficients (pcb.combine):
+A merge is linear in the coefficients, if its method says so (`Method.linear`):
 
-    theta_m = theta_pre + lambda sum_i lambda_i C_i        C_i = scale_i tauc_i / max(sum_j scale_j, floor)
+    theta_m = theta_pre + lambda sum_i lambda_i C_i
 
-and C_i is 0 wherever task i keeps nothing: a share r of the model. So a candidate of a search costs one pass over the base and over
-r N D entries in memory; no model is read again. A basis holds one of two things for each element that a task keeps:
+For a method that drops elements, C_i is 0 wherever task i keeps nothing: a share r of the model. So a candidate of a search costs one pass over the
+base and over r N D entries in memory; no model is read again. A basis holds one of two things for each element that a task keeps:
 
-    combined   C_i: 4 bytes. One mask ratio.
-    scored     tauc_i and beta_i: 8 bytes (`paper`: 12). Any mask ratio up to the one it was made for: the threshold of each is an exact
-               order statistic of the betas that are here, and the candidate has the bytes of the merge.
+    combined   C_i: 4 bytes. One density.
+    scored     what is merged of the task, and its score: 8 bytes (scores in float64: 12), for methods with a `Scored` record. Any density up to the
+               one it was made for: the threshold of each is an exact order statistic of the scores that are here, and the candidate has the bytes
+               of the merge.
 
-Where the entries lie is a bit per element and task: 1 / (8 r) bytes each. A chunk of the plan has a file of its own.
+Where the entries lie is a bit per element and task: 1 / (8 r) bytes each. The chunks of the plan lie one after another in a few files, `volumes`:
+one owner writes each from its first byte to its last.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import json
+import math
 import mmap
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,12 +36,21 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pcb_ray import kernels, pcb
-from pcb_ray.answers import SAMPLE_SHIFT, Digest, Thresholds, value_of_key
 from pcb_ray.errors import RunError
-from pcb_ray.files.checkpoint import DTYPE_BYTES, read_header, safetensors_header
+from pcb_ray.files.checkpoint import DTYPE_BYTES
+from pcb_ray.files.store import open_store
+from pcb_ray.kernels.native import STRIP, KnownInC, load_native
+from pcb_ray.kernels.reference import keys
+from pcb_ray.methods import Known, Ranks
+from pcb_ray.methods.method import Scored
 from pcb_ray.planning import Plan, Segment
+from pcb_ray.questions import SAMPLE_SHIFT, Digest, value_of_key
+from pcb_ray.searching.volumes import chunks_of_volume, volume_file, volumes_of
 from pcb_ray.selection import add_up
+from pcb_ray.sources import DTYPES, Reader, Wanted
+
+if TYPE_CHECKING:
+    from pcb_ray.owner import Owner
 
 ARRAYS = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F64": np.float64}
 # How _native.c puts out a value that is written in one dtype and held by a parameter in another; WIDE, NARROW and ROUNDED there.
@@ -46,6 +59,8 @@ WAYS = {
     (torch.bfloat16, torch.bfloat16): 1,
     (torch.bfloat16, torch.float32): 2,
 }
+COPIED_AT_ONCE = 1 << 20  # elements
+ALIGNMENT = 64  # of an array in a volume
 PADDING = 16  # values beyond the last: _native.c reads them in vectors
 # Scores that are brought together to be ranked. Where more agree in their upper bits, they are counted by the next so many bits of their keys.
 GATHERED, NARROWING_BITS = 1 << 20, 16
@@ -54,7 +69,7 @@ GATHERED, NARROWING_BITS = 1 << 20, 16
 def mask_of(kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """A bit for each element, the lowest of a byte first; in whole strips."""
     mask = np.packbits(kept, bitorder="little")
-    return np.pad(mask, (0, -len(mask) % (kernels.STRIP // 8)))
+    return np.pad(mask, (0, -len(mask) % (STRIP // 8)))
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -64,9 +79,9 @@ def positions_of(mask: Tensor) -> Tensor:
 
 
 def keys_of(scores: NDArray[Any]) -> NDArray[np.int64]:
-    """`kernels.keys` of float32 or float64 scores, as int64."""
-    keys: NDArray[np.int64] = kernels.keys(torch.from_numpy(scores), magnitude=False).to(torch.int64).numpy()
-    return keys
+    """`keys` of float32 or float64 scores, as int64."""
+    found: NDArray[np.int64] = keys(torch.from_numpy(scores), magnitude=False).to(torch.int64).numpy()
+    return found
 
 
 class Piece(NamedTuple):
@@ -116,8 +131,8 @@ class Writer:
         old_bins, old_counts = self._histogram.get(task, (new[:0], counts[:0]))
         self._histogram[task] = add_up(np.concatenate([old_bins, new + lowest]), np.concatenate([old_counts, counts[new]]))
 
-    def save(self, path: Path) -> tuple[int, Digest]:
-        """Write the file aside and give it its name; how many entries it has, and its digest. Raises OSError."""
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What was gathered, by name."""
         entries = [sum(map(len, parts)) for parts in self._values]
         masks = [mask_of(np.concatenate(parts)) for parts in self._kept]
         self._kept = []  # each array is let go once it has its place
@@ -131,33 +146,66 @@ class Writer:
             arrays["scores"], self._scores = _joined(self._scores), []
         arrays["values"], self._values = _joined(self._values), []
         arrays["masks"] = np.concatenate(masks)
-        # The widest first: each then lies where its type wants it. C reads masks by 64 bits.
-        ordered = sorted(arrays, key=lambda name: -8 if name == "masks" else -arrays[name].itemsize)
-        of_dtype = {np.dtype(kind): name for name, kind in ARRAYS.items()}
-        header = safetensors_header([(name, of_dtype[arrays[name].dtype], arrays[name].shape) for name in ordered], {})
-        digest = xxhash.xxh3_128()
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with open(aside, "wb") as file:
-                data: Any  # what has bytes
-                for data in (header, *(np.ascontiguousarray(arrays[name]) for name in ordered)):
-                    file.write(data)
-                    digest.update(data)
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        return sum(entries), digest.digest()
+        return arrays
+
+
+def build_volume(owner: Owner, volume: int, known: Known, scored: Scored | None, path: Path) -> Digest:
+    """Gather the basis of a volume's chunks, write the file aside and give it its name, durable; its digest. Raises OSError.
+
+    It holds the chunks' arrays one after another; then, as JSON, dtype, shape and first byte of each; then the first byte of that."""
+    names = {np.dtype(kind): name for name, kind in ARRAYS.items()}
+    digest, at, index = xxhash.xxh3_128(), 0, list[dict[str, Any]]()
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(aside, "wb") as file:
+
+            def put(data: Any) -> int:
+                file.write(data)
+                digest.update(data)
+                return memoryview(data).nbytes
+
+            for chunk in chunks_of_volume(owner.plan, volume):
+                of_chunk = {}
+                for name, array in _gather(owner, chunk, known, scored).items():
+                    of_chunk[name] = (names[array.dtype], array.shape, at)
+                    at += put(np.ascontiguousarray(array))
+                    at += put(bytes(-at % ALIGNMENT))
+                index.append(of_chunk)
+            put(json.dumps(index).encode())
+            put(np.array([at], dtype=np.int64))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return digest.intdigest()
+
+
+def _gather(owner: Owner, chunk: int, known: Known, scored: Scored | None) -> dict[str, NDArray[Any]]:
+    writer = Writer()
+    for segments in owner.blocks(chunk):
+        loaded = owner.load(segments)
+        if scored is not None:
+            values_NB, scores_NB, kept_NB = owner.kernel.scored(loaded, scored, known)
+            scores = scores_NB.cpu().numpy()
+        else:
+            values_NB, finite = owner.kernel.basis(loaded, known)
+            if not finite:
+                owner.refuse_non_finite(segments, "the basis")
+            scores, kept_NB = None, values_NB != 0.0
+        values, kept, at = values_NB.cpu().numpy(), kept_NB.cpu().numpy(), 0
+        for segment in segments:
+            part = np.s_[:, at : at + segment.stop - segment.start]
+            writer.add(segment, values[part], kept[part], None if scores is None else scores[part])
+            at += segment.stop - segment.start
+    return writer.arrays()
 
 
 def _joined(parts: Iterable[Sequence[NDArray[Any]]]) -> NDArray[Any]:
     """All in order, and room for C to read beyond them."""
     arrays = [array for of_task in parts for array in of_task]
     return np.concatenate([*arrays, np.zeros(PADDING, dtype=arrays[0].dtype)])
-
-
-def digest_of(data: Any) -> Digest:
-    return xxhash.xxh3_128_digest(data)
 
 
 @functools.cache
@@ -191,20 +239,22 @@ class _Mapped:
             self._unmap(self._address, self._size)
 
 
-def chunk_file(folder: str | os.PathLike[str], chunk: int) -> Path:
-    return Path(folder) / f"{chunk:06d}.safetensors"
+def _open_volume(path: Path, n: int) -> list[_Chunk]:
+    """The chunks of a volume, mapped."""
+    mapped = np.asarray(_Mapped(path))
+    (at,) = np.frombuffer(mapped[-8:].tobytes(), dtype=np.int64).tolist()
+    return [_Chunk(mapped, of_chunk, n) for of_chunk in json.loads(mapped[at:-8].tobytes())]
 
 
 class _Chunk:
-    """The arrays of one chunk's file, mapped; the pieces of N tasks in each segment."""
+    """The arrays of one chunk; the pieces of N tasks in each segment."""
 
-    def __init__(self, path: Path, n: int) -> None:
-        tensors, _, _ = read_header(path)
-        mapped = np.asarray(_Mapped(path))
-        arrays: dict[str, NDArray[Any]] = {
-            name: np.asarray(mapped[t.start : t.stop]).view(ARRAYS[t.dtype]).reshape(t.shape) for name, t in tensors.items()
-        }
-        self.nbytes, self.n = mapped.nbytes, n
+    def __init__(self, mapped: NDArray[np.uint8], index: Mapping[str, tuple[str, Sequence[int], int]], n: int) -> None:
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, (dtype, shape, start) in index.items():
+            stop = start + math.prod(shape) * np.dtype(ARRAYS[dtype]).itemsize
+            arrays[name] = mapped[start:stop].view(ARRAYS[dtype]).reshape(shape)
+        self.nbytes, self.n = sum(array.nbytes for array in arrays.values()), n
         self.segments = [Segment(*row) for row in arrays["segments"].tolist()]
         self.masks, self.values, self.scores = arrays["masks"], arrays["values"], arrays.get("scores")
         self.starts, self.histogram = arrays["starts"], arrays.get("histogram")
@@ -245,42 +295,61 @@ def _bin_of(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
 
 def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor]) -> None:
     """Write the base (0) or a model (1..N) as its files hold it into `parameters`, in place, each in its own dtype."""
+    reader = Reader(open_store(), COPIED_AT_ONCE, plan.dtypes_of(source), torch.device("cpu"))
     for tensor in plan.tensors:
         held = tensor.sources[source]
         if held is not None and tensor.name in parameters:
             parameter = parameters[tensor.name].detach()
-            raw = np.fromfile(held.file, dtype=np.uint8, count=held.nbytes, offset=held.start)
-            parameter.copy_(torch.from_numpy(raw).view(kernels.DTYPES[held.dtype]).view(parameter.shape))
+            whole = torch.empty(tensor.numel, dtype=DTYPES[held.dtype])
+            for start in range(0, tensor.numel, COPIED_AT_ONCE):
+                stop = min(start + COPIED_AT_ONCE, tensor.numel)
+                whole[start:stop] = reader.block([Wanted(held, start, stop, cell=-1)])
+            parameter.copy_(whole.view(parameter.shape))
 
 
 class Basis:
-    """The basis in `folder`, made for `plan`'s inputs and `thresholds`; read-only, and shared with all who map it on this machine."""
+    """The basis in `folder`, made for `plan`'s inputs and what was `known` of them; read-only, and shared with all who map it on this machine."""
 
-    def __init__(self, plan: Plan, folder: str | os.PathLike[str], thresholds: Thresholds) -> None:
-        self.plan, self.made_for = plan, thresholds
-        self._chunks = [_Chunk(chunk_file(folder, chunk), plan.N) for chunk in range(plan.chunks)]
+    def __init__(self, plan: Plan, folder: str | os.PathLike[str], known: Known) -> None:
+        self.plan, self.made_for = plan, known
+        self._chunks = [chunk for volume in range(volumes_of(plan)) for chunk in _open_volume(volume_file(folder, volume), plan.N)]
         self.entries = sum(c.entries for c in self._chunks)
         self.nbytes = sum(c.nbytes for c in self._chunks)
         self.scored = self._chunks[0].scores is not None
-        assert all((c.scores is not None) == self.scored for c in self._chunks), f"{folder}: holds files of two kinds of basis"
+        if any((c.scores is not None) != self.scored for c in self._chunks):
+            raise RunError(f"{folder}: wanted files of one basis, found two kinds. Fix: start afresh with --overwrite.")
         self._base = {
             tensor.file: np.memmap(tensor.file, dtype=np.uint8, mode="r") for t in plan.tensors if (tensor := t.sources[0])
         }
-        self._known: dict[float, Thresholds] = {}
+        self._known: dict[float, Known] = {}
 
-    def thresholds(self, mask_ratio: float | None, *, threads: int = 1) -> Thresholds:
-        """The thresholds of a mask ratio for all tasks, at most the one that this (scored) basis was made for; None: those it was made for.
+    def known(self, density: float | None, *, threads: int = 1) -> Known:
+        """What is known with this density for all tasks, at most the one that this (scored) basis was made for; None: that one.
 
-        Exact: the drop threshold of a smaller ratio is the element of the same rank among the kept betas."""
-        if mask_ratio is None:
+        Exact: the drop threshold of a smaller density is the element of the same rank among the kept scores."""
+        if density is None:
             return self.made_for
-        if mask_ratio not in self._known:
-            D = self.plan.D
-            kept = D - min(int(D * (1 - mask_ratio)), D - 1)  # the threshold is the kept-th largest score
+        if density not in self._known:
+            scored, D = self._scored, self.plan.D
+            of_model = ({**own, scored.share: density} for own in self.plan.settings.of_model)
+            kept = [D - self._place(D, own) for own in of_model]  # the threshold is the kept-th largest score
             with ThreadPoolExecutor(threads) as pool:
-                found = tuple(self._largest(i, kept, pool) for i in range(self.plan.N))
-            self._known[mask_ratio] = self.made_for.replace(t=found)
-        return self._known[mask_ratio]
+                found = tuple(self._largest(i, rank, pool) for i, rank in enumerate(kept))
+            self._known[density] = {**self.made_for, scored.threshold: found}
+        return self._known[density]
+
+    @property
+    def _scored(self) -> Scored:
+        scored = self.plan.method.scored
+        if scored is None or not self.scored:
+            raise ValueError(f"a basis of one density: it holds no scores of {self.plan.method.full_name}")
+        return scored
+
+    @property
+    def _place(self) -> Callable[[int, Mapping[str, Any]], int]:
+        """The rank of the threshold."""
+        threshold = self._scored.threshold
+        return next(p.places[threshold] for p in self.plan.method.passes if isinstance(p, Ranks) and threshold in p.places)
 
     @functools.cached_property
     def _histograms(self) -> NDArray[np.int64]:
@@ -288,20 +357,21 @@ class Basis:
         half = 1 << (self._score_bits - 1 - SAMPLE_SHIFT[self._score_bits])
         counts = np.zeros((self.plan.N, 2 * half), dtype=np.int64)
         for chunk in self._chunks:
-            assert chunk.histogram is not None, "one mask ratio only: this basis holds no scores"
+            if chunk.histogram is None:
+                raise ValueError("a basis of one density: it holds no scores")
             task, upper, count = chunk.histogram.T
             np.add.at(counts, (task, upper + half), count)
         return counts
 
     @property
     def _score_bits(self) -> int:
-        return 64 if self._paper else 32
+        return self._scored.scores.bits
 
     def _largest(self, task: int, rank: int, pool: ThreadPoolExecutor) -> float:
         """The rank-th largest score of a task; the threshold this was made for if fewer lie above it (they are tied with it)."""
         counts, bits = self._histograms[task], self._score_bits
         if rank > counts.sum():
-            return self.made_for.t[task]
+            return self.made_for[self._scored.threshold][task]
         shift = SAMPLE_SHIFT[bits]
         low = -(len(counts) // 2) << shift  # a key, as all below
         while True:
@@ -324,16 +394,16 @@ class Basis:
         parameters: Mapping[str, Tensor],
         lambdas: Sequence[Sequence[float]],
         lambda_: float,
-        thresholds: Thresholds | None = None,
+        known: Known | None = None,
         *,
         threads: int = 1,
     ) -> None:
         """Write the merge into `parameters` (name -> tensor of the merged tensor's shape), in place, as its output would hold it.
 
-        lambdas: for each of the plan's tensors its lambda_i [N]. thresholds: of a scored basis, what `thresholds` returned.
+        lambdas: for each of the plan's tensors its lambda_i [N]. known: of a scored basis, what `known` returned.
         The arithmetic is float32, rounded once to the output's dtype, also for wider parameters; and again for narrower ones.
         Tensors that `parameters` lacks are passed over."""
-        thresholds = thresholds or self.made_for
+        known = known or self.made_for
         flat: dict[int, Tensor] = {}
         apart: list[tuple[Tensor, Tensor]] = []
         for index, tensor in enumerate(self.plan.tensors):
@@ -348,7 +418,7 @@ class Basis:
                 if whole is not parameter:
                     apart.append((parameter, whole))
         work = [(c, k, s) for c in self._chunks for k, s in enumerate(c.segments) if s.tensor in flat]
-        update = functools.partial(self._update, flat, lambdas, lambda_, self._in_c(thresholds), thresholds)
+        update = functools.partial(self._update, flat, lambdas, lambda_, self._in_c(known), known)
 
         def update_all(part: Sequence[tuple[_Chunk, int, Segment]]) -> None:
             for one in part:
@@ -363,49 +433,47 @@ class Basis:
         for parameter, whole in apart:
             parameter.copy_(whole)
 
-    def _in_c(self, thresholds: Thresholds) -> Any:
-        """The thresholds for C (None for a combined basis), with what they point to."""
-        return kernels.thresholds_in_c(thresholds, self.plan.N, self.plan.D) if self.scored else None
+    def _in_c(self, known: Known) -> KnownInC | None:
+        """What C must know of a scored basis."""
+        return KnownInC(self.plan.method, known, self.plan.settings) if self.scored else None
 
     def _update(
         self,
         flat: Mapping[int, Tensor],
         lambdas: Sequence[Sequence[float]],
         lambda_: float,
-        in_c: Any,
-        thresholds: Thresholds,
+        in_c: KnownInC | None,
+        known: Known,
         chunk: _Chunk,
         number: int,
         segment: Segment,
     ) -> None:
         out_B, (base_B, base_dtype) = flat[segment.tensor][segment.start : segment.stop], self._base_of(segment)
         weights = np.array(lambdas[segment.tensor], dtype=np.float32)
-        native = kernels.load_native() if out_B.device.type == "cpu" else None
-        written = kernels.DTYPES[self.plan.tensors[segment.tensor].slot.dtype]  # a candidate is what its merge would be
+        in_native = self.plan.method.native
+        native = load_native() if out_B.device.type == "cpu" and (in_c is None or in_native is not None) else None
+        written = DTYPES[self.plan.tensors[segment.tensor].slot.dtype]  # a candidate is what its merge would be
         way = WAYS.get((written, out_B.dtype))
         if native is None or way is None or base_dtype not in (torch.float32, torch.bfloat16):
             theta_B = torch.from_numpy(base_B.copy()).view(base_dtype).to(out_B.device).float()  # the narrow type travels
             pieces = [chunk.piece(number, task) for task in range(self.plan.N)]
-            out_B.copy_(self._updated(theta_B, pieces, weights, lambda_, thresholds).to(written))
+            out_B.copy_(self._updated(theta_B, pieces, weights, lambda_, known).to(written))
             return
         tasks = chunk.in_c(number)
         native.pcb_apply(
-            *(
-                base_B.ctypes.data,
-                base_dtype == torch.bfloat16,
-                len(out_B),
-                tasks.ctypes.data,
-                len(tasks),
-                weights.ctypes.data,
-                lambda_,
-            ),
-            *(None if in_c is None else ctypes.byref(in_c[0]), self._paper, pcb.floor_of(self.plan.method)),
-            *(way, out_B.data_ptr()),
+            base_B.ctypes.data,
+            base_dtype == torch.bfloat16,
+            len(out_B),
+            tasks.ctypes.data,
+            len(tasks),
+            weights.ctypes.data,
+            lambda_,
+            None if in_c is None else in_c.pointer,
+            self.scored and self._score_bits == 64,
+            0.0 if in_native is None else in_native.floor,
+            way,
+            out_B.data_ptr(),
         )
-
-    @property
-    def _paper(self) -> bool:
-        return self.plan.method == "pcb-paper"
 
     def _base_of(self, segment: Segment) -> tuple[NDArray[np.uint8], torch.dtype]:
         """The bytes of the base where they are mapped, and their dtype."""
@@ -416,25 +484,23 @@ class Basis:
         raw = np.asarray(self._base[tensor.file][start:stop])
         if len(raw) != stop - start:
             raise RunError(f"{tensor.file}: ends before byte {stop}; it was changed during the search")
-        return raw if raw.ctypes.data % itemsize == 0 else raw.copy(), kernels.DTYPES[tensor.dtype]
+        return raw if raw.ctypes.data % itemsize == 0 else raw.copy(), DTYPES[tensor.dtype]
 
     def _updated(
-        self, theta_B: Tensor, pieces: Sequence[Piece], weights: NDArray[np.float32], lambda_: float, thresholds: Thresholds
+        self, theta_B: Tensor, pieces: Sequence[Piece], weights: NDArray[np.float32], lambda_: float, known: Known
     ) -> Tensor:
         """What _native.c computes, in torch and on any device: the specification."""
         device, size = theta_B.device, len(theta_B)
         dense = torch.zeros(len(pieces), size, device=device)
-        scores = torch.full((len(pieces), size), -torch.inf, device=device, dtype=torch.float64 if self._paper else None)
+        double = self.scored and self._score_bits == 64
+        scores = torch.full((len(pieces), size), -torch.inf, device=device, dtype=torch.float64 if double else None)
         for i, piece in enumerate(pieces):
             at = positions_of(torch.tensor(piece.mask, device=device))
             dense[i, at] = torch.tensor(piece.values, device=device)
             if piece.scores is not None:
                 scores[i, at] = torch.tensor(piece.scores, device=device)
         if self.scored:
-            scale_of = pcb.scale_of_paper if self._paper else pcb.scale_of
-            return pcb.combine(
-                theta_B, dense, scale_of(scores, thresholds), weights.tolist(), lambda_, pcb.floor_of(self.plan.method)
-            )
+            return self._scored.combine(theta_B, dense, scores, known, weights.tolist(), lambda_)
         sum_B = torch.zeros_like(theta_B)
         for x_B, weight in zip(dense, torch.from_numpy(weights).to(device), strict=True):
             sum_B.add_(x_B * weight)

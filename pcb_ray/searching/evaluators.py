@@ -529,12 +529,12 @@ class Command:
         from safetensors.torch import load_file
 
         self.model_dir = Path(model_dir)
-        files = sorted(self.model_dir.glob("*.safetensors"))
+        files = sorted(self.model_dir.rglob("*.safetensors"))  # an index may lead to subfolders
         if not files:
             raise RequestError(
                 "search.evaluator.command: needs a base in safetensors files. Fix: save it with transformers' save_pretrained."
             )
-        self.files = {file.name: load_file(file) for file in files}
+        self.files = {file.relative_to(self.model_dir).as_posix(): load_file(file) for file in files}
         return module_of({name: tensor for tensors in self.files.values() for name, tensor in tensors.items()})
 
     def score(self, split: str) -> Metrics:
@@ -545,6 +545,7 @@ class Command:
                 if path.is_file() and path.name not in self.files:
                     shutil.copy(path, scratch)
             for name, tensors in self.files.items():
+                (scratch / name).parent.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, scratch / name, metadata={"format": "pt"})
             filled = self.run.replace("{model}", shlex.quote(str(scratch))).replace("{split}", shlex.quote(split))
             code, output, errors = _run_shell(filled, self.folder, self.timeout, to_guard)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pcb_ray.searching.request import Bounds, Config, Search, Space, share_of, weight_name
+from pcb_ray.searching.results import Found
 from pcb_ray.searching.tables import Record, shown_score
 
 # Told apart by colour-blind readers (Okabe and Ito). A colour per model; more models than colours are not drawn as lines.
@@ -42,15 +43,13 @@ def _plot(draw: Callable[..., Figure]) -> Callable[..., bytes]:
 
 
 @_plot
-def best_so_far(request: Search, records: Sequence[Record], found: Mapping[str, Any]) -> Figure:
+def best_so_far(request: Search, records: Sequence[Record], found: Found) -> Figure:
     """The scores in the order asked, and the best so far. Ruined merges stand at the edge."""
     figure, [[axis]] = _figure(3.6)
     scored = [r for r in records if not r["error"]]
     split, good = request.search_split, request.better
-    lines = {name: found["scores"][name][split].get(request.metric, math.nan) for name in ("base", "start")}
-    experts = {
-        name: s[split].get(request.metric, math.nan) for name, s in found["scores"].items() if name not in (*lines, "winner")
-    }
+    lines = {name: found.scores[name][split].get(request.metric, math.nan) for name in ("base", "start")}
+    experts = {name: s[split].get(request.metric, math.nan) for name, s in found.scores.items() if name not in (*lines, "winner")}
     expert = max((n for n, v in experts.items() if math.isfinite(v)), key=lambda n: good * experts[n], default=None)
     lines |= {} if expert is None else {f"best expert {expert}": experts[expert]}
     edge, top = _range(request, [r["objective"] for r in scored], lines.values())
@@ -73,8 +72,8 @@ def best_so_far(request: Search, records: Sequence[Record], found: Mapping[str, 
         color=BLUE,
         label=f"best so far {shown_score(good * best)}",
     )
-    if (winner := _number_of(records, found["best"])) is not None:
-        score = found["scores"]["winner"][split][request.metric]
+    if (winner := _number_of(records, found.best)) is not None:
+        score = found.scores["winner"][split][request.metric]
         axis.plot(winner, score, label=f"winner {shown_score(score)}", ls="", **_STAR)
     for (name, value), style, colour in zip(lines.items(), (":", "--", "-."), (ORANGE, ORANGE, COLOURS[2]), strict=False):
         _reference(axis, name, value, (edge, top), ls=style, color=colour)
@@ -93,11 +92,16 @@ def coefficients(request: Search, space: Space, records: Sequence[Record], best:
     return (_coefficient_lines if lines else _coefficient_heat)(request, space, records, best)
 
 
+def _parameters(space: Space) -> list[str]:
+    """The method's parameters that are searched."""
+    return [name for name in (space.scale, space.share) if name in space.bounds]
+
+
 def _coefficient_lines(request: Search, space: Space, records: Sequence[Record], best: Config) -> Figure:
-    """A panel per group with a line per model, and one for each of lambda, density and variant."""
+    """A panel per group with a line per model, and one for each parameter of the method and the variant."""
     panels = [(g, {label: weight_name(label, g, space.groups) for label in space.labels}) for g in space.groups]
     panels = panels if len(panels) > 1 else [("lambda_i", panels[0][1])]
-    panels += [(name, {"": name}) for name in ("lambda", "density") if name in space.bounds]
+    panels += [(name, {"": name}) for name in _parameters(space)]
     panels += [("variant", {})] if space.variants else []
     columns = min(2, len(panels))
     figure, grid = _figure(3.6 if columns == 1 else 0.3 + 2.2 * math.ceil(len(panels) / 2), math.ceil(len(panels) / 2), columns)
@@ -121,7 +125,7 @@ def _coefficient_lines(request: Search, space: Space, records: Sequence[Record],
             if winner is not None:
                 axis.plot(winner, best[name], **_STAR | {"color": colour})
         axis.axhline(b.init, color=GREY, ls="--", lw=0.8)
-        if name == "density":
+        if b.is_log:
             axis.set_yscale("log", subs=())
             axis.set_yticks(ticks := sorted({b.lower, b.init, b.upper}), [f"{t:g}" for t in ticks])
         axis.set_ylim(b.lower, b.upper)
@@ -137,7 +141,7 @@ def _coefficient_heat(request: Search, space: Space, records: Sequence[Record], 
     panels = [(label, {g: weight_name(label, g, space.groups) for g in space.groups}) for label in space.labels]
     if len(space.groups) == 1:
         panels = [("lambda_i", {label: weight_name(label, space.groups[0], space.groups) for label in space.labels})]
-    shared = {name: name for name in ("lambda", "density") if name in space.bounds}
+    shared = {name: name for name in _parameters(space)}
     panels += [("all models", shared)] if shared else []
     heights = [len(names) for _, names in panels] + [len(space.variants)] * bool(space.variants)
     figure, grid = _figure(1.2 + 0.3 * len(heights) + 0.17 * sum(heights), len(heights), 1, height_ratios=heights, sharex=True)
@@ -145,9 +149,7 @@ def _coefficient_heat(request: Search, space: Space, records: Sequence[Record], 
     edges = [part[0]["number"] for part in parts] + [records[-1]["number"] + 1]
     for [axis], (title, names) in zip(grid, panels, strict=False):
         axis.spines[:].set_visible(False)
-        drift = [
-            [sum(_drift(space.bounds[n], n, r["config"][n]) for r in part) / len(part) for part in parts] for n in names.values()
-        ]
+        drift = [[sum(_drift(space.bounds[n], r["config"][n]) for r in part) / len(part) for part in parts] for n in names.values()]
         rows = range(len(names))
         image = axis.pcolormesh(edges, [k - 0.5 for k in range(len(names) + 1)], drift, vmin=-1, vmax=1, cmap="RdBu")
         axis.set_yticks(rows, [_text(label, 60) for label in names], fontsize=7)
@@ -180,15 +182,15 @@ def _variants_over_time(axis: Any, space: Space, records: Sequence[Record], best
 
 
 @_plot
-def parallel(request: Search, space: Space, records: Sequence[Record], found: Mapping[str, Any]) -> Figure:
+def parallel(request: Search, space: Space, records: Sequence[Record], found: Found) -> Figure:
     """Parallel coordinates: a line per candidate, the better the darker; the last axis is the score."""
     scored = sorted((r for r in records if not r["error"]), key=lambda r: request.better * r["objective"])
     edge, top = _range(request, [r["objective"] for r in scored], ())
     names = [*space.bounds, *(["variant"] if space.variants else []), "score"]
-    of_winner = found["scores"]["winner"][request.search_split].get(request.metric, math.nan)
+    of_winner = found.scores["winner"][request.search_split].get(request.metric, math.nan)
 
     def heights(config: Config, score: float) -> list[float]:
-        where = {name: share_of(b, name, config[name]) for name, b in space.bounds.items()}
+        where = {name: share_of(b, config[name]) for name, b in space.bounds.items()}
         if space.variants:
             where["variant"] = space.variants.index(config["variant"]) / (len(space.variants) - 1)
         share = (score - edge) / (top - edge)
@@ -201,7 +203,7 @@ def parallel(request: Search, space: Space, records: Sequence[Record], found: Ma
     for place, r in enumerate(scored):
         share = place / max(1, len(scored) - 1)
         lines.append((heights(r["config"], r["objective"]), {"color": colours(share), "lw": 0.9, "alpha": 0.3 + 0.5 * share}))
-    lines.append((heights(found["best"], of_winner), {"color": ORANGE, "lw": 2.5}))
+    lines.append((heights(found.best, of_winner), {"color": ORANGE, "lw": 2.5}))
 
     count = math.ceil(len(names) / MOST_AXES)
     per_row = math.ceil(len(names) / count)
@@ -243,8 +245,8 @@ def _beside(y: float, *, is_inner: bool) -> dict[str, Any]:
 
 @_plot
 def sweep(request: Search, records: Sequence[Record], base: float) -> Figure:
-    """Over density and lambda, a heat map per variant; over one of them, a line per variant; over variants alone, points."""
-    axes = {name: sorted({r["config"][name] for r in records if name in r["config"]}) for name in ("density", "lambda")}
+    """Over share and scale, a heat map per variant; over one of them, a line per variant; over variants alone, points."""
+    axes = {name: sorted({r["config"][name] for r in records if name in r["config"]}) for name in (request.share, request.scale)}
     axes = {name: values for name, values in axes.items() if len(values) > 1}
     variants = list(dict.fromkeys(r["config"].get("variant", "") for r in records))
     at = {(r["config"].get("variant", ""), *(r["config"][name] for name in axes)): r["objective"] for r in records}
@@ -285,7 +287,7 @@ def _heat_maps(
                     axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=ORANGE, lw=3, clip_on=False, zorder=4))
         axis.set_xticks(range(len(densities)), [f"{d:g}" for d in densities])
         axis.set_yticks(range(len(lambdas)), [f"{k:g}" for k in lambdas])
-        axis.set(xlabel="density", ylabel="lambda", title=variant)
+        axis.set(xlabel=request.share, ylabel=request.scale, title=variant)
         axis.label_outer()
     image = ScalarMappable(norm, colours)
     figure.colorbar(image, ax=panels[: len(variants)], label=_score_name(request), extend=clipped)
@@ -313,7 +315,7 @@ def _grid_lines(
     x = best[1] if axes else variants.index(best[0])
     axis.plot(x, at[best], ls="", label=f"best {shown_score(at[best])}", **_STAR)
     _reference(axis, "base", base, (edge, top), ls=":", color=ORANGE)
-    if name == "density":
+    if name and name == request.share:
         axis.set_xscale("log", subs=())
     axis.set_xticks(places, [f"{x:g}" for x in places] if axes else variants)
     axis.set(xlabel=name, ylabel=_score_name(request), ylim=sorted((edge, top)))
@@ -386,10 +388,10 @@ def _number_of(records: Sequence[Record], config: Config) -> int | None:
     return next((r["number"] for r in records if r["config"] == config), None)
 
 
-def _drift(b: Bounds, name: str, value: float) -> float:
+def _drift(b: Bounds, value: float) -> float:
     """How far a value is from the start: -1 at the lower bound, 1 at the upper."""
-    of_start = share_of(b, name, b.init)
-    moved = share_of(b, name, value) - of_start
+    of_start = share_of(b, b.init)
+    moved = share_of(b, value) - of_start
     return moved / (of_start if moved < 0 else 1 - of_start) if moved else 0.0
 
 

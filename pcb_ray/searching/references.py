@@ -13,17 +13,16 @@ from typing import Any
 
 from pcb_ray.cluster import nodes
 from pcb_ray.errors import RequestError, RunError, reason_in, with_place
-from pcb_ray.output import State
-from pcb_ray.progress import Counted
+from pcb_ray.output.state import State
+from pcb_ray.progress import CountBar
+from pcb_ray.schedule import Patience
 from pcb_ray.searching.request import Config, key_of
-from pcb_ray.searching.worker import Job
+from pcb_ray.searching.results import Scores
+from pcb_ray.searching.scorer import Job
 
 log = logging.getLogger("pcb_ray")
 
-CALL_TIMEOUT_S, PLACEMENT_TIMEOUT_S = 300.0, 120.0
-
-Scores = dict[str, dict[str, Any]]
-"""Metrics by split."""
+PATIENCE = Patience()
 _One = tuple[str, str]
 """What is scored by its name, and the split."""
 
@@ -35,7 +34,7 @@ def dry_score(job: Job, state: State, *, quiet: bool) -> Scores:
         return known
     request, scores = job.search, dict[str, Any]()
     asked: dict[_One, int | Config] = {("base", split): 0 for split in request.splits.values()}
-    bar = Counted("score of the base", len(asked), "splits", quiet=quiet)
+    bar = CountBar("score of the base", len(asked), "splits", quiet=quiet)
     with contextlib.closing(bar), contextlib.closing(_Scorers(job, 1)) as scorers:
         for (_, split), found in scorers.score(asked):
             if isinstance(found, RequestError):
@@ -81,7 +80,7 @@ def references(
         one: json.loads(state.journal[entry]) for one, entry in entries.items() if entry in state.journal and one not in found
     }
     left = {one: what for one, what in asked.items() if one not in found}
-    bar = Counted("scores to compare with", len(left), "scores", quiet=quiet)
+    bar = CountBar("scores to compare with", len(left), "scores", quiet=quiet)
     with contextlib.closing(bar), contextlib.closing(_Scorers(job, min(tune.check_resources(request), len(left)))) as scorers:
         for one, metrics in scorers.score(left):
             bar.advance(" on ".join(one))
@@ -103,16 +102,16 @@ def _key(what: int | Config) -> str:
     return str(what) if isinstance(what, int) else key_of(what)
 
 
-class _Scorer:
+class _ScorerActor:
     """A worker as a Ray actor, for what is scored outside of trials."""
 
     def __init__(self, job: Job) -> None:
+        from pcb_ray.searching.scorer import Scorer
         from pcb_ray.searching.trial import prepare_process
-        from pcb_ray.searching.worker import Worker
 
         prepare_process(job)
-        self._start = lambda: Worker(job)
-        self._worker: Any = None
+        self._start = lambda: Scorer(job)
+        self._scorer: Any = None
 
     def is_there(self) -> None:
         """Answers once the actor has been placed."""
@@ -120,10 +119,10 @@ class _Scorer:
     def score(self, what: int | Config, split: str) -> dict[str, float]:
         """Of the base (0), a model (1..N), or a candidate. Raises RequestError, or RunError that says what was raised, and where."""
         try:
-            self._worker = self._worker or self._start()
+            self._scorer = self._scorer or self._start()
             if isinstance(what, int):
-                return dict(self._worker.score_input(what, split))
-            return dict(self._worker.score(self._worker.job.space.candidate(what), split)[0])
+                return dict(self._scorer.score_input(what, split))
+            return dict(self._scorer.score(self._scorer.job.space.candidate(what), split)[0])
         except RequestError:
             raise
         except Exception as error:  # the evaluator's
@@ -131,7 +130,7 @@ class _Scorer:
 
             if is_spoiled():
                 os._exit(1)
-            doing = f"score({split!r})" if self._worker else "load()"
+            doing = f"score({split!r})" if self._scorer else "load()"
             raise RunError(f"{doing} raised {with_place(error)}") from None
 
 
@@ -143,7 +142,9 @@ class _Scorers:
 
         from pcb_ray.searching.tune import shown_resources
 
-        self._actor: Any = ray.remote(_Scorer).options(num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory)
+        self._actor: Any = ray.remote(_ScorerActor).options(
+            num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory
+        )
         self._job = ray.put(job)
         self._waits_for = shown_resources(job.search)
         self._starting: dict[Any, Any] = {}  # what tells that it is there -> scorer
@@ -170,9 +171,9 @@ class _Scorers:
             ready, _ = ray.wait([*self._busy, *self._starting], timeout=5.0)
             if self._busy or ready:
                 last_sign = time.monotonic()
-            elif time.monotonic() - last_sign > PLACEMENT_TIMEOUT_S:
+            elif time.monotonic() - last_sign > PATIENCE.placement_s:
                 raise RunError(
-                    f"no worker with {self._waits_for} could be placed for {PLACEMENT_TIMEOUT_S:.0f} s: other jobs may hold what the cluster has "
+                    f"no worker with {self._waits_for} could be placed for {PATIENCE.placement_s:.0f} s: other jobs may hold what the cluster has "
                     f"({nodes()}); free some, then --resume goes on"
                 )
             for answer in ready:
@@ -181,7 +182,7 @@ class _Scorers:
                     continue
                 scorer, one, again = self._busy.pop(answer)
                 try:
-                    found = dict(ray.get(answer, timeout=CALL_TIMEOUT_S))
+                    found = dict(ray.get(answer, timeout=PATIENCE.exchange_s))
                 except ray.exceptions.RayTaskError as error:
                     self._idle.append(scorer)
                     yield one, error.cause

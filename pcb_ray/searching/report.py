@@ -11,6 +11,7 @@ from typing import Any
 
 from pcb_ray.searching import plots
 from pcb_ray.searching.request import Config, Search, Space, share_of
+from pcb_ray.searching.results import Found
 from pcb_ray.searching.tables import (
     Record,
     direction,
@@ -44,11 +45,12 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
 """
 
 
-def write_search(folder: Path, request: Search, space: Space, records: Sequence[Record], found: Mapping[str, Any]) -> None:
+def write_search(folder: Path, records: Sequence[Record], found: Found) -> None:
     """trials.parquet, the plots as PNG, and report.html."""
+    request, space = found.request, found.space
     write_table(folder / "trials.parquet", records)
-    best, scores, split = found["best"], found["scores"], request.search_split
-    count = f"{found['trials']} candidates" + (f", {found['failed']} of them failed" if found["failed"] else "")
+    best, scores, split = found.best, found.scores, request.search_split
+    count = f"{found.trials} candidates" + (f", {found.failed} of them failed" if found.failed else "")
     on_split = ", ".join(
         f"{name} {shown_score(scores[name][split].get(request.metric, math.nan))}" for name in ("base", "start", "winner")
     )
@@ -73,14 +75,14 @@ def write_search(folder: Path, request: Search, space: Space, records: Sequence[
         (folder / name).write_bytes(data)
     board, errors = scoreboard(request, scores), error_table(records)
     sections = [
-        f"<p>{html.escape(count)}, in {_duration(found['elapsed_s'])}; {html.escape(request.metric)} on {html.escape(split)} decided.</p>",
-        _notes(notes_of(request, space, found)),
+        f"<p>{html.escape(count)}, in {_duration(found.elapsed_s)}; {html.escape(request.metric)} on {html.escape(split)} decided.</p>",
+        _notes(found.notes),
         f"<div class=scores>{board.as_html()}</div><p>{html.escape(_marked(request, scores))}</p>",
         "<h2>Coefficients of the winner</h2>",
         *(f"<p>{html.escape(about)}</p>{table.as_html()}" for about, table in winner_tables(space, best)),
         *(f"<h2>{title}</h2>{_image(data, text)}" for title, data, text in told.values()),
         *(["<h2>Errors</h2>", errors.as_html()] if errors else []),
-        f"<h2>Recipe of the winner</h2><pre>{html.escape(found['recipe'].to_yaml())}</pre>",
+        f"<h2>Recipe of the winner</h2><pre>{html.escape(found.recipe.to_yaml())}</pre>",
     ]
     _write_page(folder, "Search of merge coefficients", sections)
 
@@ -113,9 +115,10 @@ def write_sweep(
 # --- what to know -------------------------------------------------------------------------------------------------------------------
 
 
-def notes_of(request: Search, space: Space, found: Mapping[str, Any]) -> list[str]:
+def notes_of(found: Found) -> list[str]:
     """What a reader of the scores might overlook: a winner that is none, or that the ranges held back."""
-    best, scores = found["best"], found["scores"]
+    request, space = found.request, found.space
+    best, scores = found.best, found.scores
     of = {split: {n: s[split].get(request.metric, math.nan) for n, s in scores.items()} for split in request.splits.values()}
     notes = []
     if best == space.start:
@@ -134,8 +137,8 @@ def notes_of(request: Search, space: Space, found: Mapping[str, Any]) -> list[st
                     f"on {split} the winner ({request.metric} {shown_score(values['winner'])}) is no better than {who} ({shown_score(values[name])})"
                 )
     notes += _at_bounds(space, best)
-    if found["failed"]:
-        notes.append(f"{found['failed']} of {found['trials']} candidates failed; the report lists their errors")
+    if found.failed:
+        notes.append(f"{found.failed} of {found.trials} candidates failed; the report lists their errors")
     return notes
 
 
@@ -145,10 +148,10 @@ def notes_of_sweep(request: Search, records: Sequence[Record], base: float) -> l
     notes = []
     if request.better * (best["objective"] - base) <= 0:
         notes.append(f"no point is better than the base ({request.metric} {shown_score(base)})")
-    for name in [name for name in ("density", "lambda") if name in best["config"]]:
+    for name in [name for name in (request.share, request.scale) if name in best["config"]]:
         values = sorted({r["config"][name] for r in records})
         value = best["config"][name]
-        if len(values) > 1 and value in (values[0], values[-1]) and (name, value) != ("density", 1.0):
+        if len(values) > 1 and value in (values[0], values[-1]) and (name, value) != (request.share, 1.0):
             end = "lowest" if value == values[0] else "highest"
             notes.append(f"the best {name}, {value:g}, is the {end} of the grid: widen it")
     return notes
@@ -158,10 +161,10 @@ def _at_bounds(space: Space, best: Config) -> list[str]:
     """A note for each bound that coefficients of the winner lie at."""
     held: dict[tuple[str, float, str], list[str]] = {}
     for name, b in space.bounds.items():
-        share = share_of(b, name, best[name])
+        share = share_of(b, best[name])
         if share <= AT_BOUND:
             held.setdefault(("lower", b.lower, name.split(".")[0]), []).append(name)
-        elif share >= 1 - AT_BOUND and not (name == "density" and b.upper == 1):
+        elif share >= 1 - AT_BOUND and not (b.is_log and b.upper == 1):
             held.setdefault(("upper", b.upper, name.split(".")[0]), []).append(name)
     notes = []
     for (side, bound, kind), names in held.items():

@@ -18,8 +18,9 @@ from typing import Any
 
 from pcb_ray.checks import choice, number, section, shown, size_of, text, whole, wrong
 from pcb_ray.errors import RequestError
+from pcb_ray.methods import METHODS, Method, variants_of
 from pcb_ray.planning import Plan
-from pcb_ray.recipe import VARIANTS, Recipe
+from pcb_ray.recipe import Recipe
 
 BUILT_IN = ("causal_lm", "classification", "lm_eval", "command")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
@@ -35,7 +36,6 @@ _KEYS = (
     *("resources_per_trial", "seed", "trial_timeout", "loggers"),
 )
 _SECRETS = {"api_key": "WANDB_API_KEY", "tracking_token": "MLFLOW_TRACKING_TOKEN"}
-_SWEEP_KEYS = ("density", "lambda", "variant")
 
 Config = Mapping[str, Any]
 """The coefficients of one candidate by name, as Tune and Nevergrad see them."""
@@ -46,6 +46,8 @@ class Bounds:
     lower: float
     upper: float
     init: float
+    is_log: bool = False
+    """Whether it is the logarithm that is searched evenly: of a share."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class Range:
     init: float | None = None
     """None: what the recipe says, if it lies within; else the middle."""
 
-    def bounds(self, of_recipe: float = math.nan) -> Bounds:
+    def bounds(self, of_recipe: float = math.nan, *, is_log: bool = False) -> Bounds:
         middle = of_recipe if self.lower <= of_recipe <= self.upper else (self.lower + self.upper) / 2
-        return Bounds(self.lower, self.upper, middle if self.init is None else self.init)
+        return Bounds(self.lower, self.upper, middle if self.init is None else self.init, is_log)
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class Candidate:
     lambdas: tuple[tuple[float, ...], ...] | None
     """lambda_i by group, then model; None: the recipe's."""
     lambda_: float
+    """What multiplies the change of the base; 1 for a method without such a parameter."""
     density: float | None
-    """The mask ratio of all models; None: the recipe's."""
+    """The share that is kept of all models; None: the recipe's."""
     variant: str | None
     """None: the recipe's."""
 
@@ -91,8 +94,12 @@ class Search:
     """(name, patterns of tensor names); the first that matches wins."""
     layers: int = 1
     """Parts into which the stack of layers is cut, each with coefficients of its own."""
-    lambda_: Range | None = None
-    density: Range | None = None
+    parameters: Mapping[str, Range] = dataclasses.field(default_factory=dict)
+    """Of the method's parameters those that are searched, by name."""
+    scale: str = ""
+    """The name of the method's parameter that multiplies the change of the base; empty if it has none."""
+    share: str = ""
+    """The name of the one that says how much is kept."""
     variants: tuple[str, ...] = ()
     optimizer: str = "CMA"
     budget: int = 100
@@ -117,7 +124,10 @@ class Search:
         top = section(recipe.search, "search", _KEYS, problems)
         evaluator, options = _evaluator(top.get("evaluator"), has_evaluator, problems)
         split = section(top.get("split", {}), "search.split", ("search", "report"), problems)
-        space = section(top.get("space", {}), "search.space", ("weight", "groups", "lambda", "density", "variant"), problems)
+        method = recipe.method
+        searched = searchable(method)
+        known = ("weight", "groups", *searched, *(["variant"] if method.variant else []))
+        space = section(top.get("space", {}), "search.space", known, problems, _not_searched(method, "search"))
         weight = section(space.get("weight", {}), "search.space.weight", ("lower", "upper", "init", "groups"), problems)
         groups, layers = _groups(weight.pop("groups", space.get("groups", {})), problems)
         resources = section(top.get("resources_per_trial", {}), "search.resources_per_trial", ("cpu", "gpu", "memory"), problems)
@@ -139,9 +149,12 @@ class Search:
             weight=_bounds(weight, "search.space.weight", problems, cls.weight),
             groups=groups,
             layers=layers,
-            lambda_=_optional(space, "lambda", problems, Range(0.0, 2.0)),
-            density=_optional(space, "density", problems, Range(0.01, 0.5), is_fraction=True),
-            variants=_variants(space.get("variant", ()), "search.space.variant", problems),
+            parameters={
+                name: _searched(space[name], f"search.space.{name}", method, name, problems) for name in searched if name in space
+            },
+            scale=name_of(method, "scale"),
+            share=name_of(method, "share"),
+            variants=_variants(space.get("variant", ()), "search.space.variant", method, problems),
             optimizer=text(top.get("optimizer", cls.optimizer), "search.optimizer", problems),
             budget=budget,
             population=population,
@@ -164,14 +177,11 @@ class Search:
             problems.append(
                 f"search.budget: {budget} is less than the population of {population}. Fix: at least one generation, or several."
             )
-        for name, asked in (("density", found.density is not None), ("variant", found.variants)):
-            if asked and recipe.merge_method != "pcb":
-                problems.append(
-                    f"search.space.{name}: is searched for `merge_method: pcb` only, not {recipe.merge_method}. Fix: remove it."
-                )
-        if recipe.merge_method == "linear":
+        if not method.linear:
+            able = ", ".join(dict.fromkeys(m.name for m in METHODS if m.linear))
             problems.append(
-                "merge_method: `linear` can't be searched, it has no base. Fix: `task_arithmetic` reaches the same merges."
+                f"merge_method: wanted a method that says it is linear in the weights, found {recipe.merge_method}. Fix: use one of {able}, or, "
+                "if your own is linear, set `linear=True` in its record."
             )
         if problems:
             raise RequestError(problems)
@@ -184,9 +194,31 @@ class Search:
         return {place: split for place, split in named.items() if split}
 
     @property
+    def scored(self) -> bool:
+        """Whether candidates differ in the share that is kept."""
+        return self.share in self.parameters
+
+    @property
     def better(self) -> float:
         """The sign that makes a score one to maximise."""
         return 1.0 if self.mode == "max" else -1.0
+
+
+def searchable(method: Method) -> tuple[str, ...]:
+    """The parameters that a search can vary without reading a model again."""
+    return tuple(name for name, parameter in method.parameters.items() if parameter.searched)
+
+
+def name_of(method: Method, kind: str) -> str:
+    """The parameter that is searched in this way; empty if the method has none."""
+    return next((name for name, parameter in method.parameters.items() if parameter.searched == kind), "")
+
+
+def _not_searched(method: Method, what: str) -> dict[str, str]:
+    """What to say of keys that belong to other methods."""
+    others = {name for other in METHODS for name in (*other.parameters, "variant")}
+    able = ", ".join(dict.fromkeys(m.name for m in METHODS if searchable(m)))
+    return dict.fromkeys(others, f"remove it: a {what} of {method.name} can't vary it; methods that can vary parameters are {able}")
 
 
 _DEFAULT_METRIC = {"causal_lm": ("loss", "min"), "classification": ("accuracy", "max")}
@@ -250,15 +282,11 @@ def _bounds(raw: Mapping[str, Any], where: str, problems: list[str], default: Ra
     return found
 
 
-def _optional(
-    space: Mapping[str, Any], name: str, problems: list[str], default: Range, *, is_fraction: bool = False
-) -> Range | None:
-    if name not in space:
-        return None
-    where = f"search.space.{name}"
-    return _bounds(
-        section(space[name], where, ("lower", "upper", "init"), problems), where, problems, default, is_fraction=is_fraction
-    )
+def _searched(raw: object, where: str, method: Method, name: str, problems: list[str]) -> Range:
+    """The range of one of the method's parameters."""
+    parameter = method.parameters[name]
+    bounds = section(raw, where, ("lower", "upper", "init"), problems)
+    return _bounds(bounds, where, problems, Range(*parameter.range), is_fraction=parameter.searched == "share")
 
 
 def _groups(raw: object, problems: list[str]) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], int]:
@@ -279,9 +307,9 @@ def _groups(raw: object, problems: list[str]) -> tuple[tuple[tuple[str, tuple[st
     return tuple(groups), layers
 
 
-def _variants(raw: object, where: str, problems: list[str]) -> tuple[str, ...]:
+def _variants(raw: object, where: str, method: Method, problems: list[str]) -> tuple[str, ...]:
     listed = raw if isinstance(raw, list | tuple) else [raw]
-    return tuple(dict.fromkeys(choice(v, where, VARIANTS, problems) for v in listed))
+    return tuple(dict.fromkeys(choice(v, where, tuple(variants_of(method.name)), problems) for v in listed))
 
 
 def _loggers(raw: object, problems: list[str]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
@@ -308,7 +336,7 @@ class Space:
 
     recipe: Recipe
     bounds: Mapping[str, Bounds]
-    """Of the numbers: `weight.MODEL[.GROUP]`, `lambda`, `density`."""
+    """Of the numbers: `weight.MODEL[.GROUP]`, and the method's parameters that are searched."""
     variants: tuple[str, ...]
     """Of `variant`, where there is a choice."""
     labels: tuple[str, ...]
@@ -318,6 +346,9 @@ class Space:
     """The group of each of the plan's tensors."""
     names: tuple[str, ...]
     """The tensors."""
+    scale: str
+    share: str
+    """Names of the method's parameters; see `Search`."""
     notes: tuple[str, ...] = ()
     """What of the recipe does not show in the start."""
 
@@ -338,15 +369,16 @@ class Space:
         if search.layers > (stack := _stack(names)):
             problems.append(f"search.space.groups.layers: {search.layers} parts of {stack} layers. Fix: {stack} parts at most.")
         notes = [
-            f"the density of {label} is not used: one density is searched for all models"
+            f"the {name} of {label} is not used: one is searched for all models"
             for label, model in zip(labels, recipe.models, strict=True)
-            if model.density is not None and search.density is not None
+            for name in search.parameters
+            if name in model.parameters
         ]
         bounds: dict[str, Bounds] = {}
         outside: list[str] = []
 
         def search_for(name: str, within: Range, of_recipe: float) -> None:
-            bounds[name] = within.bounds(of_recipe)
+            bounds[name] = within.bounds(of_recipe, is_log=name == search.share)
             outside.extend([name] * (within.init is None and not within.lower <= of_recipe <= within.upper))
 
         for i, label in enumerate(labels):
@@ -356,35 +388,47 @@ class Space:
             for group, weights in of_group.items():
                 mean = weights[0] if len(set(weights)) == 1 else statistics.fmean(weights)
                 search_for(weight_name(label, group, groups), search.weight, mean)
-        if search.lambda_ is not None:
-            search_for("lambda", search.lambda_, recipe.lambda_)
-        if search.density is not None:
-            search_for("density", search.density, recipe.density)
+        for name, within in search.parameters.items():
+            search_for(name, within, recipe.parameters[name])
         if outside:
             notes.append(f"the recipe's {', '.join(outside)} lies outside its range: the search starts in the middle")
-        if search.variants and recipe.variant not in search.variants:
-            recipe = dataclasses.replace(recipe, variant=search.variants[0])
+        if search.variants and recipe.parameters["variant"] not in search.variants:
+            recipe = recipe.with_parameters({"variant": search.variants[0]})
         variants = search.variants if len(search.variants) > 1 else ()
         if len(bounds) + bool(variants) < 2 and search.optimizer == "CMA":
             problems.append(
-                "search.space: CMA needs at least two coefficients, there is one. Fix: add `lambda`, or use `optimizer: OnePlusOne`."
+                f"search.space: CMA needs at least two coefficients, there is one. Fix: add `{search.scale or 'groups'}`, or use "
+                "`optimizer: OnePlusOne`."
             )
         if problems:
             raise RequestError(problems)
-        return cls(recipe, bounds, variants, labels, groups, tuple(groups.index(g) for g in group_names), names, tuple(notes))
+        return cls(
+            recipe=recipe,
+            bounds=bounds,
+            variants=variants,
+            labels=labels,
+            groups=groups,
+            group_of=tuple(groups.index(g) for g in group_names),
+            names=names,
+            scale=search.scale,
+            share=search.share,
+            notes=tuple(notes),
+        )
 
     @property
     def start(self) -> dict[str, Any]:
         """The candidate that the search begins with."""
-        return {name: b.init for name, b in self.bounds.items()} | ({"variant": self.recipe.variant} if self.variants else {})
+        return {name: b.init for name, b in self.bounds.items()} | (
+            {"variant": self.recipe.parameters["variant"]} if self.variants else {}
+        )
 
     def first_generation(self, count: int, seed: int) -> list[dict[str, Any]]:
         """The start, and with it a Latin hypercube over what acts on all tensors alike: one lambda_i for all models and groups, lambda, and the
-        logarithm of the density. The variants take turns."""
+        logarithm of a share. The variants take turns."""
         random = Random(seed)
         values: dict[str, list[float]] = {}
         for name, b in self.bounds.items():
-            to, back = (math.log, math.exp) if name == "density" else (float, float)
+            to, back = (math.log, math.exp) if b.is_log else (float, float)
             low, width = to(b.lower), (to(b.upper) - to(b.lower)) / count
             of_start = min(int((to(b.init) - low) / width), count - 1)
             values[_axis(name)] = [back(low + (k + 0.5) * width) for k in range(count) if k != of_start]
@@ -403,8 +447,8 @@ class Space:
 
         return Candidate(
             lambdas=tuple(map(of_models, self.groups)) if weights else None,
-            lambda_=float(config.get("lambda", self.recipe.lambda_)),
-            density=config.get("density"),
+            lambda_=float(config.get(self.scale, self.recipe.parameters.get(self.scale, 1.0))),
+            density=config.get(self.share),
             variant=config.get("variant"),
         )
 
@@ -417,26 +461,19 @@ class Space:
     def recipe_of(self, candidate: Candidate) -> Recipe:
         """An ordinary recipe of the candidate, with `filter` rules where the groups differ."""
         rules = [] if candidate.lambdas is None else _rules(self.names, self.group_of)
-        models = tuple(
-            dataclasses.replace(
-                model,
-                weight=model.weight
-                if candidate.lambdas is None
-                else tuple((part, candidate.lambdas[group][i]) for part, group in rules),
-                density=model.density if candidate.density is None else None,
+        models = self.recipe.models
+        if candidate.lambdas is not None:
+            models = tuple(
+                dataclasses.replace(model, weight=tuple((part, candidate.lambdas[group][i]) for part, group in rules))
+                for i, model in enumerate(models)
             )
-            for i, model in enumerate(self.recipe.models)
-        )
-        return dataclasses.replace(
-            self.recipe,
-            models=models,
-            lambda_=candidate.lambda_,
-            density=self.recipe.density if candidate.density is None else candidate.density,
-            variant=candidate.variant or self.recipe.variant,
-            search=None,
-            sweep=None,
-            notes=(),
-        )
+        changes: dict[str, Any] = {self.scale: candidate.lambda_} if self.scale else {}
+        if candidate.density is not None:
+            changes[self.share] = candidate.density
+        if candidate.variant is not None:
+            changes["variant"] = candidate.variant
+        recipe = dataclasses.replace(self.recipe, models=models, search=None, sweep=None, notes=())
+        return recipe.with_parameters(changes)
 
 
 def weight_name(label: str, group: str, groups: Sequence[str]) -> str:
@@ -444,9 +481,9 @@ def weight_name(label: str, group: str, groups: Sequence[str]) -> str:
     return f"weight.{label}.{group}" if len(groups) > 1 else f"weight.{label}"
 
 
-def share_of(bounds: Bounds, name: str, value: float) -> float:
-    """Where a value lies between its bounds, from 0 to 1: a density by its logarithm, as it is searched."""
-    to = math.log if name == "density" else float
+def share_of(bounds: Bounds, value: float) -> float:
+    """Where a value lies between its bounds, from 0 to 1, as it is searched."""
+    to = math.log if bounds.is_log else float
     return (to(value) - to(bounds.lower)) / (to(bounds.upper) - to(bounds.lower))
 
 
@@ -545,18 +582,19 @@ def grid_of(recipe: Recipe) -> list[dict[str, Any]]:
         raise RequestError(wrong("sweep", "lists of values", None, fix))
     problems: list[str] = []
     axes: dict[str, tuple[Any, ...]] = {}
-    for name, values in section(recipe.sweep, "sweep", _SWEEP_KEYS, problems).items():
+    method = recipe.method
+    keys = (*searchable(method), *(["variant"] if method.variant else []))
+    for name, values in section(recipe.sweep, "sweep", keys, problems, _not_searched(method, "sweep")).items():
         listed = values if isinstance(values, list | tuple) else [values]
         if not listed:
             problems.append(wrong(f"sweep.{name}", "a list of values", listed, "give one at least, or remove the line"))
         if name == "variant":
-            axes[name] = _variants(listed, "sweep.variant", problems)
+            axes[name] = _variants(listed, "sweep.variant", method, problems)
         else:
-            axes[name] = tuple(dict.fromkeys(number(v, f"sweep.{name}", problems, is_fraction=name == "density") for v in listed))
-        if name != "lambda" and recipe.merge_method != "pcb":
-            problems.append(f"sweep.{name}: is swept for `merge_method: pcb` only, not {recipe.merge_method}. Fix: remove it.")
+            is_fraction = method.parameters[name].searched == "share"
+            axes[name] = tuple(dict.fromkeys(number(v, f"sweep.{name}", problems, is_fraction=is_fraction) for v in listed))
     if not axes and not problems:
-        problems.append(wrong("sweep", "lists of values", recipe.sweep, "give some of density, lambda, variant"))
+        problems.append(wrong("sweep", "lists of values", recipe.sweep, f"give some of {', '.join(keys)}"))
     if problems:
         raise RequestError(problems)
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]

@@ -14,28 +14,46 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pcb_ray import output, runtime
-from pcb_ray.analysis import Run, check_twins, thresholds_of
-from pcb_ray.answers import Thresholds
+from pcb_ray.budget import choose_block, worker_bytes
+from pcb_ray.cluster import cluster
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.files.checkpoint import Checkpoint
-from pcb_ray.merging import ARITHMETIC, companions, fetched_plan, merge
-from pcb_ray.output import RECIPE, State
-from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan, basis_bytes, choose_block, method_of, worker_bytes, writer_bytes
+from pcb_ray.files.store import open_store
+from pcb_ray.merging import Kept, opened
+from pcb_ray.methods import Known
+from pcb_ray.output.companions import RECIPE, side_files, write_side_files
+from pcb_ray.output.place import check_out, check_place
+from pcb_ray.output.state import State, asked_of
+from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, plan_of
 from pcb_ray.progress import readable_bytes
+from pcb_ray.receipt import Receipt
 from pcb_ray.recipe import Recipe
 from pcb_ray.searching.evaluators import check_evaluator
 from pcb_ray.searching.references import dry_score, references
 from pcb_ray.searching.request import Config, Search, Space, grid_of
-from pcb_ray.searching.worker import Arm, Job
+from pcb_ray.searching.results import Found, Scores, Swept
+from pcb_ray.searching.scorer import Arm, Job
+from pcb_ray.searching.volumes import (
+    BuildVolumes,
+    CheckLinear,
+    DigestVolumes,
+    basis_bytes,
+    chunks_of_volume,
+    volume_file,
+    volumes_of,
+    writer_bytes,
+)
+from pcb_ray.session import Session
+from pcb_ray.steps import ARITHMETIC, Stamps, check_unchanged, placed, publish, stamps_of, write
 
 log = logging.getLogger("pcb_ray")
 
 BEST = "best_recipe.yaml"
+LINEAR_WITHIN = 1e-4  # of the largest change: far more than rounding in float32 gives
 
 
 def search(
@@ -50,56 +68,41 @@ def search(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> Found:
     """Search the coefficients that the recipe's `search:` section opens, and merge the best candidate into the directory `out`.
 
-    `evaluator` is an object with `load` and `score` (see `search.evaluators`), instead of the one that the recipe names. `workers`, `address` and
-    `memory` are for the analysis, as in `merge`. `out` also holds best_recipe.yaml, trials.parquet, report.html and the Tune experiment.
+    `evaluator` is an object with `load` and `score` (see `searching.evaluators`), instead of the one that the recipe names. `workers`, `address`
+    and `memory` are for the analysis, as in `merge`. `out` also holds best_recipe.yaml, trials.parquet, report.html and the Tune experiment.
 
-    Returns what was found: the best config, its recipe, and the scores of base, experts, start and winner on both splits. Raises RequestError if
-    the request, an input or the evaluator is wrong (before the first trial), RunError if the run can't be finished; `resume` goes on with it.
+    Raises RequestError if the request, an input or the evaluator is wrong (before the first trial), RunError if the run can't be finished; `resume`
+    goes on with it.
     """
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
     request = Search.of(recipe, has_evaluator=evaluator is not None)
-    check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
+    how = _How(workers, address, memory, max_shard_bytes, resume, overwrite, quiet)
     report, tune = _tools()
-
-    variants = request.variants or (recipe.variant,)
-    scored = request.density is not None
-    how: dict[str, Any] = {
-        "scored": scored,
-        "address": address,
-        "memory": memory,
-        "resume": resume,
-        "overwrite": overwrite,
-        "model": True,
-    }
-    with _prepared(recipe, request, out, variants, evaluator, max_shard_bytes, **how) as (
-        state,
-        job,
-    ):
-        request = job.search
-        tune.check_loggers(request)
-        base = dry_score(job, state, quiet=quiet)
-        job = _with_bases(job, state, scored, workers=workers, memory=memory, quiet=quiet)
+    variants = request.variants or (_variant(recipe),)
+    with _prepared(recipe, request, out, variants, evaluator, how, model=True) as run:
+        state, job = run.state, run.job
         progress, known = _progress(request.budget, job, state, quiet=quiet)
-        records, best_trial = _tried(job, state, tune.Generations(request, job.space, progress), progress, request.budget, known)
-        scores, best = references(job, state, base, records, best_trial, quiet=quiet)
+        records, best_trial = _tried(job, state, tune.Generations(job.search, job.space, progress), progress, request.budget, known)
+        scores, best = references(job, state, run.base, records, best_trial, quiet=quiet)
         winner = job.space.recipe_of(job.space.candidate(best))
-        _merge_winner(winner, job, best, state, workers=workers, memory=memory, max_shard_bytes=max_shard_bytes, quiet=quiet)
-        found = {
-            "request": request,
-            "space": job.space,
-            "best": best,
-            "recipe": winner,
-            "scores": scores,
-            "trials": len(records),
-            "failed": sum(bool(r["error"]) for r in records),
-            "elapsed_s": time.monotonic() - start,
-        }
-        found["notes"] = report.notes_of(request, job.space, found)
-        report.write_search(state.staging, request, job.space, records, found)
+        receipt = _write_winner(run, winner, best, start)
+        found = Found(
+            request=job.search,
+            space=job.space,
+            best=best,
+            recipe=winner,
+            scores=scores,
+            trials=len(records),
+            failed=sum(bool(r["error"]) for r in records),
+            elapsed_s=time.monotonic() - start,
+            receipt=receipt,
+        )
+        found = dataclasses.replace(found, notes=tuple(report.notes_of(found)))
+        report.write_search(state.staging, records, found)
         _commit(state, winner)
     return found
 
@@ -115,48 +118,34 @@ def sweep(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> Swept:
     """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section: one analysis per variant, nothing read again.
 
-    `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Returns the best point and all records. Raises as `search` does.
+    `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Raises as `search` does.
     """
     recipe, out = Recipe.of(recipe), Path(out)
     points = grid_of(recipe)
     asked = Search.of(recipe, has_evaluator=evaluator is not None)
     # Without an optimizer there are no generations: all points are one. And nothing is reported on a split of its own.
-    request = dataclasses.replace(
-        asked, lambda_=None, density=None, variants=(), optimizer="", population=len(points), report_split=""
-    )
-    check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
+    request = dataclasses.replace(asked, parameters={}, variants=(), optimizer="", population=len(points), report_split="")
+    how = _How(workers, address, memory, DEFAULT_SHARD_BYTES, resume, overwrite, quiet)
     report, tune = _tools()
-    variants = tuple(dict.fromkeys(p.get("variant", recipe.variant) for p in points))
-    largest = max((p["density"] for p in points if "density" in p), default=None)
-    swept = recipe if largest is None else _at_density(recipe, largest)
-    scored = largest is not None
-    how: dict[str, Any] = {
-        "scored": scored,
-        "address": address,
-        "memory": memory,
-        "resume": resume,
-        "overwrite": overwrite,
-        "model": False,
-    }
-    with _prepared(swept, request, out, variants, evaluator, DEFAULT_SHARD_BYTES, **how) as (
-        state,
-        job,
-    ):
-        request = job.search
-        tune.check_loggers(request)
-        base = dry_score(job, state, quiet=quiet)
-        job = _with_bases(job, state, scored, workers=workers, memory=memory, quiet=quiet)
+    variants = tuple(dict.fromkeys(p.get("variant", _variant(recipe)) for p in points))
+    largest = max((p[request.share] for p in points if request.share in p), default=None)
+    swept = recipe if largest is None else recipe.with_parameters({request.share: largest})
+    with _prepared(swept, request, out, variants, evaluator, how, model=False, scored=largest is not None) as run:
+        state, job = run.state, run.job
         progress, known = _progress(len(points), job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
         best = best_trial["config"]
         winner = job.space.recipe_of(job.space.candidate(best))
-        found = {"request": request, "best": best, "recipe": winner, "base": base, "records": records}
-        report.write_sweep(state.staging, request, points, records, base)
+        report.write_sweep(state.staging, job.search, points, records, run.base)
         _commit(state, winner)
-    return found
+    return Swept(job.search, best, winner, run.base, tuple(records))
+
+
+def _variant(recipe: Recipe) -> str:
+    return str(recipe.parameters.get("variant", ""))
 
 
 def _tools() -> tuple[Any, Any]:
@@ -168,6 +157,31 @@ def _tools() -> tuple[Any, Any]:
     return report, tune
 
 
+@dataclass(frozen=True)
+class _How:
+    """How a search is run, whatever it searches."""
+
+    workers: int | None
+    address: str | None
+    memory: int | None
+    max_shard_bytes: int
+    resume: bool
+    overwrite: bool
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A search whose bases are made: all that is left is to try candidates."""
+
+    how: _How
+    state: State
+    job: Job
+    inputs: Inputs
+    stamps: Stamps
+    base: Scores
+
+
 @contextlib.contextmanager
 def _prepared(
     recipe: Recipe,
@@ -175,34 +189,34 @@ def _prepared(
     out: Path,
     variants: tuple[str, ...],
     evaluator: Any,
-    max_shard_bytes: int,
+    how: _How,
     *,
-    scored: bool,
-    resume: bool,
-    overwrite: bool,
     model: bool,
-    address: str | None,
-    memory: int | None,
-) -> Iterator[tuple[State, Job]]:
-    """The state on disk, the cluster, and a job whose bases are yet to be made. `model`: whether the output is to have one."""
+    scored: bool | None = None,
+) -> Iterator[_Run]:
+    """What searches and sweeps have in common: everything is checked, the base is scored, each variant has its basis.
+
+    `model`: whether the output is to have one. `scored`: whether the share that is kept will differ, if the request does not say so."""
     from pcb_ray.searching import tune
 
-    output.check_place(out)
-    if (address or os.environ.get("RAY_ADDRESS") or "").startswith("ray://"):
+    scored = request.scored if scored is None else scored
+    check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
+    check_place(out)
+    if (how.address or os.environ.get("RAY_ADDRESS") or "").startswith("ray://"):
         raise RequestError(
-            "--address ray://...: a search can't run through Ray Client. Fix: `ray job submit`, or HOST:6379 on a node of the cluster."
+            "--address: wanted a cluster to join, found ray://..., and a search can't run through Ray Client. "
+            "Fix: `ray job submit`, or HOST:6379 on a node of the cluster."
         )
-    plans = {v: fetched_plan(_analysed(recipe, request, v), max_shard_bytes) for v in variants}
-    plan = next(iter(plans.values()))
+    inputs, plan = opened(_analysed(recipe, request, variants[0]), how.max_shard_bytes)
+    plans = {v: plan_of(_analysed(recipe, request, v), inputs, max_shard_bytes=how.max_shard_bytes) for v in variants}
     beside = sum(basis_bytes(p, scored) for p in plans.values())
-    output.check_out(out, plan, overwrite=overwrite, resume=resume, model=model, beside=beside)
+    check_out(out, plan, overwrite=how.overwrite, resume=how.resume, model=model, beside=beside)
     for one in plans.values():
-        choose_block(one, "cpu", memory, writer_bytes(one, scored))  # a wrong bound is told before a cluster starts
+        choose_block(one, "cpu", how.memory, writer_bytes(one, scored))  # a wrong bound is told before a cluster starts
     space = Space.of(request, recipe, plan)
     tune.check_optimizer(request, space)
     _check_picklable(evaluator)
-    base, tokenizer = companions(recipe)
-    files = output.side_files(recipe, plan, base, tokenizer)
+    files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
     for note in (*plan.notes, *space.notes):
         log.warning("note: %s", note)
     if len(space.groups) > 1:
@@ -211,23 +225,28 @@ def _prepared(
     if request.optimizer == "CMA" and request.budget <= request.population:
         log.warning("note: the budget is one generation, which is spread over uniform coefficients: CMA-ES begins with the second")
     asked = {
-        **output.asked_of(plan, ARITHMETIC),
+        **asked_of(plan, ARITHMETIC),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
     }
-    with contextlib.ExitStack() as stack:
-        state = stack.enter_context(State(out, asked, resume=resume))
+    stamps = stamps_of(plan, open_store())
+    with State(out, asked, resume=how.resume, overwrite=how.overwrite) as state:
         model_dir = state.folder / "model"
-        _make_model_dir(model_dir, base, files)
-        stack.enter_context(runtime.cluster(address))
-        if request.memory is None and not request.gpu:
-            request = dataclasses.replace(request, memory=model_bytes(plan))
-        at_a_time = tune.check_resources(request)
-        log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), tune.shown_resources(request))
-        kind = "scored" if scored else "combined"
-        arms = {v: Arm(p, str(state.folder / f"basis-{v}-{kind}"), Thresholds()) for v, p in plans.items()}
-        scored_by = _identity(request, recipe, evaluator)
-        folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
-        yield state, Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator)
+        _make_model_dir(model_dir, inputs.base, files)
+        with cluster(how.address):
+            if request.memory is None and not request.gpu:
+                request = dataclasses.replace(request, memory=model_bytes(plan))
+            at_a_time = tune.check_resources(request)
+            shown = tune.shown_resources(request)
+            log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), shown)
+            tune.check_loggers(request)
+            kind = "scored" if scored else "combined"
+            arms = {v: Arm(p, str(state.folder / f"basis-{v or 'only'}-{kind}"), {}) for v, p in plans.items()}
+            scored_by = _identity(request, recipe, evaluator)
+            folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
+            job = Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator)
+            base = dry_score(job, state, quiet=how.quiet)
+            job = dataclasses.replace(job, arms=_with_bases(arms, state, scored, how))
+            yield _Run(how, state, job, inputs, stamps, base)
 
 
 def model_bytes(plan: Plan) -> int:
@@ -241,9 +260,9 @@ def announced(plan: Plan) -> dict[str, Any]:
     request = Search.of(recipe, has_evaluator=not (isinstance(section, Mapping) and "evaluator" in section))
     check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
     space = Space.of(request, recipe, plan)
-    scored = request.density is not None
-    recipes = [_analysed(recipe, request, variant) for variant in request.variants or (recipe.variant,)]
-    plans = [dataclasses.replace(plan, recipe=one, method=method_of(one)) for one in recipes]
+    scored = request.scored
+    recipes = [_analysed(recipe, request, variant) for variant in request.variants or (_variant(recipe),)]
+    plans = [dataclasses.replace(plan, recipe=one) for one in recipes]
     return {
         "coefficients": [*space.bounds, *["variant"] * bool(space.variants)],
         "optimizer": request.optimizer,
@@ -263,15 +282,11 @@ def _may_differ(request: Search) -> tuple[str, ...]:
 
 
 def _analysed(recipe: Recipe, request: Search, variant: str) -> Recipe:
-    """The recipe whose thresholds serve all candidates: at the largest mask ratio."""
-    if request.density is not None:
-        recipe = _at_density(recipe, request.density.upper)
-    return dataclasses.replace(recipe, search=None, sweep=None, variant=variant)
-
-
-def _at_density(recipe: Recipe, density: float) -> Recipe:
-    """The recipe with one mask ratio for all models."""
-    return dataclasses.replace(recipe, models=tuple(dataclasses.replace(m, density=None) for m in recipe.models), density=density)
+    """The recipe whose thresholds serve all candidates: where the largest share is kept."""
+    changes: dict[str, Any] = {"variant": variant} if variant else {}
+    if request.scored:
+        changes[request.share] = request.parameters[request.share].upper
+    return dataclasses.replace(recipe.with_parameters(changes), search=None, sweep=None)
 
 
 def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
@@ -313,61 +328,59 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) 
         (folder / f"model{weights[0].suffix}").symlink_to(weights[0].absolute())
     else:
         for path in (*weights, *base.folder.glob("*.index.json")):
-            (folder / path.name).symlink_to(path.absolute())
-    output.write_side_files(folder, {n: d for n, d in files.items() if n != RECIPE and not n.endswith(".index.json")})
+            link = folder / path.relative_to(base.folder)  # where the index says; that may be in a subfolder
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.absolute())
+    write_side_files(folder, {n: d for n, d in files.items() if n != RECIPE and not n.endswith(".index.json")})
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------------------------
 
 
-def _with_bases(job: Job, state: State, scored: bool, *, workers: int | None, memory: int | None, quiet: bool) -> Job:
-    """The job with a basis for each variant: analysed and built, or taken from an earlier run."""
-    arms = {v: _with_basis(arm, state, v, scored, workers=workers, memory=memory, quiet=quiet) for v, arm in job.arms.items()}
-    return dataclasses.replace(job, arms=arms)
+def _with_bases(arms: Mapping[str, Arm], state: State, scored: bool, how: _How) -> dict[str, Arm]:
+    """Each variant's arm with its basis: analysed and built, or taken from an earlier run."""
+    plans = [arm.plan for arm in arms.values()]
+    for arm in arms.values():
+        Path(arm.folder).mkdir(exist_ok=True)
+    beside = max(writer_bytes(plan, scored) for plan in plans)
+    place = placed(plans, workers=how.workers, memory=how.memory, beside=beside, writes_to=state.folder, quiet=how.quiet)
+    with place as session:
+        return {variant: _with_basis(arm, session, state, variant, scored) for variant, arm in arms.items()}
 
 
-def _with_basis(arm: Arm, state: State, variant: str, scored: bool, *, workers: int | None, memory: int | None, quiet: bool) -> Arm:
-    from pcb_ray.searching.basis import chunk_file
-
+def _with_basis(arm: Arm, session: Session, state: State, variant: str, scored: bool) -> Arm:
     plan, folder = arm.plan, Path(arm.folder)
-    folder.mkdir(exist_ok=True)
-    found: dict[str, Any] = state.found.setdefault("arms", {}).setdefault(variant, {})
-    beside = writer_bytes(plan, scored)
-    block = choose_block(plan, "cpu", memory, beside)
-    needed = worker_bytes(plan, block) + beside
-    owners = runtime.RayOwners(
-        *(plan, str(folder)),
-        workers=runtime.choose_workers(workers, "cpu", needed, plan.chunks),
-        device="cpu",
-        worker_bytes=needed,
-        block_elements=block,
-    )
-    try:
-        owners.wait_until_ready()
-        run = Run(plan, owners, quiet=quiet)
-        run.inputs = found.get("inputs", [])
-        if not found:
-            check_twins(run)
+    session.begin(plan)
+    kept = Kept(state.found.setdefault("arms", {}).setdefault(variant, {}), session, time.monotonic())
+    known = kept.analysed(state)
+    if plan.recipe.code is not None:
+        _check_linear(session, known)
+    names = {volume: f"{folder.name} {volume}" for volume in range(volumes_of(plan))}
+    earlier = [volume for volume, name in names.items() if name in state.journal]
+    here = {v: f"{digest:032x}" for _, part in session.owners.ask(DigestVolumes(arm.folder), earlier) for v, digest in part.items()}
+    missing = [volume for volume, name in names.items() if volume not in here or state.journal[name] != here[volume]]
 
-        def keep(thresholds: Thresholds) -> None:
-            found.update(
-                thresholds=thresholds.to_json(), inputs=run.inputs, sweeps=found.get("sweeps", []) + [asdict(s) for s in run.sweeps]
-            )
-            run.sweeps.clear()
-            state.save()
+    def bytes_of(volume: int) -> int:
+        chunks = chunks_of_volume(plan, volume)
+        return plan.sweep_bytes * (plan.bounds[chunks.stop] - plan.bounds[chunks.start]) // plan.D
 
-        thresholds = thresholds_of(run, Thresholds.from_json(found.get("thresholds", {})), keep)
-        names = {chunk: f"{folder.name} {chunk}" for chunk in range(plan.chunks)}
-        earlier = [chunk for chunk, name in names.items() if name in state.journal]
-        here = {chunk: digest.hex() for _, part in owners.ask("basis_digests", earlier) for chunk, digest in part.items()}
-        missing = [chunk for chunk, name in names.items() if chunk not in here or state.journal[name] != here[chunk]]
-        for _, built in run.sweep("basis", "basis", thresholds, scored, chunks=missing, how="store") if missing else ():
-            state.wrote({names[chunk]: digest.hex() for chunk, (_, digest) in built.items()})
-    finally:
-        owners.close()
-    size = sum(chunk_file(folder, chunk).stat().st_size for chunk in range(plan.chunks))
-    log.info("basis %s: %s for %d models of %d elements", variant, readable_bytes(size), plan.N, plan.D)
-    return dataclasses.replace(arm, thresholds=thresholds)
+    if missing:
+        for _, built in session.store("basis", BuildVolumes(known, arm.folder, scored), missing, bytes_of):
+            state.wrote({names[volume]: f"{digest:032x}" for volume, digest in built.items()})
+    size = sum(volume_file(folder, volume).stat().st_size for volume in names)
+    log.info("basis %s: %s for %d models of %d elements", plan.method.full_name, readable_bytes(size), plan.N, plan.D)
+    return dataclasses.replace(arm, known=known)
+
+
+def _check_linear(session: Session, known: Known) -> None:
+    """A method of the user's own says that it is linear in the weights: that is looked at on a block. Raises InputError."""
+    recipe = session.plan.recipe
+    ((_, departure),) = session.owners.ask(CheckLinear(known), [0])
+    if departure > LINEAR_WITHIN:
+        raise InputError(
+            f"merge_method: wanted {recipe.merge_method} linear in the weights, as its record says, found a block whose merge departs from "
+            f"that by {departure:.2g} of the largest change. Fix: set `linear=False`; then it can be merged, and not searched."
+        )
 
 
 def _tried(
@@ -401,7 +414,7 @@ def _progress(total: int, job: Job, state: State, *, quiet: bool) -> tuple[Any, 
 
     known = _known_trials(job, state)
     base = state.found["base"]["scores"][job.search.search_split][job.search.metric]
-    return tune.Progress(total, job.search, keep, known, base=base, room=tune.check_resources(job.search), quiet=quiet), known
+    return tune.Ledger(total, job.search, keep, known, base=base, room=tune.check_resources(job.search), quiet=quiet), known
 
 
 def _known_trials(job: Job, state: State) -> dict[str, Any]:
@@ -421,25 +434,39 @@ def _known_trials(job: Job, state: State) -> dict[str, Any]:
     return known
 
 
-def _merge_winner(winner: Recipe, job: Job, best: Config, state: State, *, max_shard_bytes: int, **options: Any) -> None:
-    """The ordinary merge of the winner into the staging folder. It knows the thresholds already, as a resumed merge does."""
+def _write_winner(run: _Run, winner: Recipe, best: Config, start: float) -> Receipt:
+    """Merge the winner into the staging folder, with the thresholds that are known; a part that an interrupted run has written stays."""
     from pcb_ray.searching.basis import Basis
 
-    place = state.folder / "winner"
-    for leftover in (place, output.state_folder(place)):
-        shutil.rmtree(leftover, ignore_errors=True)
-    candidate = job.space.candidate(best)
-    arm = job.arms[winner.variant]
-    thresholds = Basis(arm.plan, arm.folder, arm.thresholds).thresholds(candidate.density)
-    found = state.found["arms"][winner.variant]
-    plan = fetched_plan(winner, max_shard_bytes)
-    if found:
-        with State(place, output.asked_of(plan, ARITHMETIC), resume=False) as merging:
-            merging.found = {"thresholds": thresholds.to_json(), "inputs": found["inputs"], "sweeps": found["sweeps"]}
-            merging.save()
-    try:
-        merge(winner, place, max_shard_bytes=max_shard_bytes, resume=bool(found), **options)
-    except InputError as error:  # that would forget all trials
-        raise RunError(f"the winner can't be merged: {error}. What the trials found is kept in {state.folder}") from error
-    shutil.rmtree(state.staging, ignore_errors=True)
-    place.rename(state.staging)
+    state, job, how = run.state, run.job, run.how
+    arm = job.arms[_variant(winner)]
+    density = job.space.candidate(best).density
+    known = arm.known if density is None else Basis(arm.plan, arm.folder, arm.known).known(density)
+    plan = plan_of(winner, run.inputs, max_shard_bytes=how.max_shard_bytes)
+    label = "winner " + hashlib.sha256(json.dumps([winner.to_yaml(), known], sort_keys=True).encode()).hexdigest()[:16]
+    if state.found.get("winner") != label:  # another one may have been written before the evaluator was changed
+        shutil.rmtree(state.staging)
+        state.staging.mkdir()
+        state.found["winner"] = label
+        state.save()
+    store = open_store()
+    with placed([plan], workers=how.workers, memory=how.memory, writes_to=state.staging, quiet=how.quiet) as session:
+        kept = Kept(state.found["arms"][_variant(winner)], session, start)
+        try:
+            output = write(session, store, known, str(state.staging), state, label)
+            check_unchanged(store, run.stamps)
+        except InputError as error:  # that would forget all trials
+            raise RunError(f"the winner can't be merged: {error}. What the trials found is kept in {state.folder}.") from error
+        return publish(
+            session,
+            state,
+            known,
+            output,
+            side_files(winner, plan, run.inputs.base, run.inputs.tokenizer),
+            sweeps=kept.sweeps(),
+            spent=kept.spent(),
+            max_shard_bytes=how.max_shard_bytes,
+            startup_s=0.0,
+            resumed=how.resume,
+            commit=False,
+        )

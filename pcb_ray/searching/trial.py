@@ -15,7 +15,7 @@ from ray import tune
 
 from pcb_ray.errors import with_place
 from pcb_ray.searching.request import key_of
-from pcb_ray.searching.worker import Job, Worker
+from pcb_ray.searching.scorer import Job, Scorer
 
 OBJECTIVE = "objective"  # what Tune sees as the metric of a trial: the user's metric, NaN for a trial that failed
 
@@ -53,7 +53,7 @@ class Trial(tune.Trainable):
         assert job is not None
         prepare_process(job)
         self._job, self._known = job, known or {}
-        self._worker: Worker | None = None
+        self._scorer: Scorer | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True  # Tune has put it into self.config
@@ -82,15 +82,15 @@ class Trial(tune.Trainable):
         candidate after another."""
         start = time.monotonic()
         try:
-            self._worker = self._worker or Worker(self._job)
+            self._scorer = self._scorer or Scorer(self._job)
         except Exception as error:
             raise RuntimeError(f"{LOAD_FAILED}: {with_place(error)}") from None
         return time.monotonic() - start
 
     def _score(self) -> dict[str, Any]:
         search = self._job.search
-        assert self._worker is not None
-        metrics, spent = self._worker.score(self._job.space.candidate(self.config), search.search_split)
+        assert self._scorer is not None
+        metrics, spent = self._scorer.score(self._job.space.candidate(self.config), search.search_split)
         value = metrics[search.metric]
         error = "" if math.isfinite(value) else f"{search.metric} is {value}"
         return {"metrics": metrics, OBJECTIVE: math.nan if error else value, "error": error, **spent}

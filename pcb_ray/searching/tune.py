@@ -27,8 +27,8 @@ from ray.tune.search.nevergrad import NevergradSearch
 from pcb_ray.errors import RequestError, RunError, reason_in
 from pcb_ray.progress import readable_bytes
 from pcb_ray.searching.request import Config, Search, Space, key_of
+from pcb_ray.searching.scorer import Job
 from pcb_ray.searching.trial import LOAD_FAILED, OBJECTIVE, Record, Trial
-from pcb_ray.searching.worker import Job
 
 log = logging.getLogger("pcb_ray")
 
@@ -52,7 +52,7 @@ def nevergrad_space(space: Space, seed: int, start: Config) -> Any:
 
     parameters: dict[str, Any] = {}
     for name, b in space.bounds.items():
-        kind = ng.p.Log if name == "density" else ng.p.Scalar
+        kind = ng.p.Log if b.is_log else ng.p.Scalar
         parameters[name] = kind(init=start[name], lower=b.lower, upper=b.upper)
     if space.variants:
         parameters["variant"] = ng.p.Choice(list(space.variants), deterministic=True)
@@ -126,7 +126,7 @@ class Generations(NevergradSearch):
     Results are told in the order in which they were asked for, once a generation's are all there: so a seed gives the same candidates whatever
     finishes first. A trial that failed is told as the worst score so far."""
 
-    def __init__(self, search: Search, space: Space, progress: Progress) -> None:
+    def __init__(self, search: Search, space: Space, progress: Ledger) -> None:
         self._search, self._coefficients, self._progress = search, space, progress
         self._first = space.first_generation(search.population, search.seed)
         self._generation: list[str] = []
@@ -198,7 +198,7 @@ class Generations(NevergradSearch):
 class Listed(Searcher):
     """These configs, in order."""
 
-    def __init__(self, configs: Sequence[Config], mode: str, progress: Progress) -> None:
+    def __init__(self, configs: Sequence[Config], mode: str, progress: Ledger) -> None:
         super().__init__(metric=OBJECTIVE, mode=mode)
         self._told: set[str] = set()
         self._left, self._progress, self._patience = list(configs), progress, Patience(max(len(configs), SMALLEST_GRID))
@@ -238,7 +238,7 @@ class Listed(Searcher):
 # --- who watches --------------------------------------------------------------------------------------------------------------------
 
 
-class Progress(tune.Callback):
+class Ledger(tune.Callback):
     """Keeps a record of every candidate as it ends, and shows how far the search has come."""
 
     def __init__(
@@ -252,7 +252,7 @@ class Progress(tune.Callback):
         room: int,
         quiet: bool,
     ) -> None:
-        from pcb_ray.progress import Counted
+        from pcb_ray.progress import CountBar
 
         self.total, self.room = total, room
         self.given_up = ""
@@ -264,7 +264,7 @@ class Progress(tune.Callback):
         self._deaths: dict[int, list[bool]] = {}
         self._lost: list[str] = []
         self._search, self._keep, self._known, self._base = search, keep, known, base
-        self._bar = Counted("search", total, "trials", quiet=quiet)
+        self._bar = CountBar("search", total, "trials", quiet=quiet)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks from time to time; a resumed search makes its own
@@ -373,14 +373,14 @@ def reason_of(trial: Any) -> str:
 # --- who works ----------------------------------------------------------------------------------------------------------------------
 
 
-class Workers(FIFOScheduler):
+class StayingTrials(FIFOScheduler):
     """Keeps the workers, with the model that each has loaded, from the first trial to the last.
 
     By itself Tune ends all idle workers but one whenever there is no trial to run, as at the end of each generation. And a worker that becomes free
     gets the trial that another is just starting for, and that one is called off: trials shorter than such a start would be run by one worker only.
     Here a trial that has its result stays with its worker until another waits for it, and a starting worker is waited for."""
 
-    def __init__(self, asker: Generations | Listed, progress: Progress) -> None:
+    def __init__(self, asker: Generations | Listed, progress: Ledger) -> None:
         super().__init__()
         self._asker, self._progress = asker, progress
         self._held: list[Any] = []
@@ -479,7 +479,7 @@ def _shown(cpu: float, gpu: float, memory: float | None) -> str:
 def run_trials(
     job: Job,
     asker: Generations | Listed,
-    progress: Progress,
+    progress: Ledger,
     total: int,
     *,
     storage: Path,
@@ -500,7 +500,7 @@ def run_trials(
             metric=OBJECTIVE,
             mode=search.mode,
             search_alg=asker,
-            scheduler=Workers(asker, progress),
+            scheduler=StayingTrials(asker, progress),
             num_samples=-1,  # the asker says when all are done
             reuse_actors=True,
             trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
@@ -562,7 +562,7 @@ def _settings(room: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _noted(progress: Progress) -> Iterator[None]:
+def _noted(progress: Ledger) -> Iterator[None]:
     """Ctrl-C sets `progress.interrupted`, and does what it did before."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

@@ -1,4 +1,4 @@
-"""A worker of a search: an evaluator whose model stays loaded, and the bases that candidates are made from. No Ray in it."""
+"""What a trial holds: an evaluator whose model stays loaded, and the bases that candidates are made from. No Ray in it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import reprlib
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-from pcb_ray.answers import Thresholds
 from pcb_ray.errors import RequestError
+from pcb_ray.methods import Known
 from pcb_ray.planning import Plan
 from pcb_ray.searching.evaluators import Evaluator, Metrics, check_splits, checked, make_evaluator, match
 from pcb_ray.searching.request import Candidate, Search, Space
 
+T = TypeVar("T")
+
 HANG_GRACE_S = 5.0  # after its time scoring is interrupted; one that does not mind is ended this much later, with its process
+WATCH = "time limit"  # the name of the thread that does so
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class Arm:
 
     plan: Plan
     folder: str
-    thresholds: Thresholds
+    known: Known
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs; the same for all."""
+    """All that a scorer needs; the same for all."""
 
     search: Search
     space: Space
@@ -50,7 +53,7 @@ class Job:
     """One that Python code gave; None: the one that the recipe names."""
 
 
-class Worker:
+class Scorer:
     """Loads the model once; then each candidate is an update of it."""
 
     def __init__(self, job: Job) -> None:
@@ -81,12 +84,12 @@ class Worker:
         from pcb_ray.searching.basis import Basis
 
         start = time.monotonic()
-        variant = candidate.variant or self.job.space.recipe.variant
+        variant = candidate.variant or self.job.space.recipe.parameters.get("variant", "")
         arm = self.job.arms[variant]
-        basis = self._bases.get(variant) or self._bases.setdefault(variant, Basis(arm.plan, arm.folder, arm.thresholds))
+        basis = self._bases.get(variant) or self._bases.setdefault(variant, Basis(arm.plan, arm.folder, arm.known))
         threads = torch.get_num_threads()
-        thresholds = basis.thresholds(candidate.density, threads=threads)
-        basis.apply(self.parameters, self.job.space.lambdas(candidate), candidate.lambda_, thresholds, threads=threads)
+        known = basis.known(candidate.density, threads=threads)
+        basis.apply(self.parameters, self.job.space.lambdas(candidate), candidate.lambda_, known, threads=threads)
         self._update_twins()
         applied = time.monotonic()
         metrics = self._metrics(split)
@@ -106,8 +109,7 @@ class Worker:
                 twin.detach().copy_(original.detach())
 
     def _metrics(self, split: str) -> Metrics:
-        with _TimeLimit(self.job.search.trial_timeout_s):
-            found = self.evaluator.score(split)
+        found = within(self.job.search.trial_timeout_s, lambda: self.evaluator.score(split))
         metric = self.job.search.metric
         if not isinstance(found, Mapping):
             raise RequestError(
@@ -129,25 +131,42 @@ class Worker:
         return {str(k): float(v) for k, v in found.items()}
 
 
-class _TimeLimit:
-    """Raises TimeoutError in this (the main) thread after so many seconds, and ends the process if that does not help."""
+def within(seconds: float | None, call: Callable[[], T]) -> T:
+    """What the call returns. After so many seconds a TimeoutError interrupts it, and if it does not mind, it ends with its process.
 
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
+    To be called in the main thread. Neither the alarm nor the end of the process can come once this has returned or raised. An
+    alarm that was set before, such as that of a limit around this one, waits until then.
+    """
+    if seconds is None:
+        return call()
+    armed, ended, deciding = False, threading.Event(), threading.Lock()
 
-    def __enter__(self) -> None:
-        if self.seconds is not None:
-            self._before = signal.signal(signal.SIGALRM, self._ring)
-            signal.setitimer(signal.ITIMER_REAL, self.seconds)
-            self._last = threading.Timer(self.seconds + HANG_GRACE_S, os._exit, (1,))
-            self._last.daemon = True
-            self._last.start()
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        if armed:
+            raise TimeoutError(f"the trial took longer than {seconds:g} s (trial_timeout)")
 
-    def __exit__(self, *_: object) -> None:
-        if self.seconds is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._before)
-            self._last.cancel()
+    def end_process(after: float) -> None:
+        if not ended.wait(after):
+            with deciding:  # either the call has ended, or the process ends before it goes on
+                if not ended.is_set():
+                    os._exit(1)
 
-    def _ring(self, _number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"the trial took longer than {self.seconds:g} s (trial_timeout)")
+    start = time.monotonic()
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        threading.Thread(target=end_process, args=(seconds + HANG_GRACE_S,), name=WATCH, daemon=True).start()
+        try:
+            armed = True
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            return call()
+        finally:
+            # The alarm rings once: if before this line, the other `finally` is not disturbed any more; after it, it is not heard.
+            armed = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        with deciding:
+            ended.set()
+        signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3))

@@ -1,0 +1,43 @@
+"""What a worker takes of memory, told before it is taken, and the block size that keeps it within a bound."""
+
+from __future__ import annotations
+
+from pcb_ray.errors import RequestError
+from pcb_ray.files.checkpoint import DTYPE_BYTES
+from pcb_ray.planning import Plan
+from pcb_ray.selection import tally_bytes
+
+# Elements of a block: on a CPU what hides the cost of Python and system calls, on a GPU that of launching kernels.
+CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 18, 1 << 23, 1 << 12
+# Anonymous memory of a worker that has Python, torch and Ray loaded and no work yet.
+PROCESS_BYTES = 450 << 20
+
+
+def worker_bytes(plan: Plan, block_elements: int) -> int:
+    """The most anonymous memory a worker takes with blocks of this size: what `--memory` bounds and the plan announces."""
+    n, method = plan.N, plan.method
+    raw = sum(max((DTYPE_BYTES[dtype] for dtype in plan.dtypes_of(source)), default=0) for source in range(n + 1))
+    per_element = raw + 4 + 8 * n + method.element_bytes(n) + 16  # as read, theta, tau, the method's temporaries, output
+    # The ranks of each task have a tally each: in the total of a sweep, and in two answers that are yet to be added to it or dropped.
+    tallies = 3 * method.ranks * n * tally_bytes(plan.sizes.tally_entries)
+    return PROCESS_BYTES + block_elements * per_element + tallies
+
+
+def choose_block(plan: Plan, device: str, memory: int | None, beside: int = 0) -> int:
+    """Elements of a block: the most, up to what suits the device, with which a worker that takes `beside` more stays under `memory` bytes.
+
+    Raises RequestError if the bound is too low."""
+    block = CUDA_BLOCK if device == "cuda" else CPU_BLOCK
+    least = MIN_BLOCK
+    if plan.method.unit == "tensor":  # a block is a whole tensor
+        largest = max(tensor.numel for tensor in plan.tensors)
+        block = least = max(-(-largest // MIN_BLOCK) * MIN_BLOCK, block if memory is None else MIN_BLOCK)
+    while memory is not None and worker_bytes(plan, block) + beside > memory and block > least:
+        block //= 2
+    needed = worker_bytes(plan, block) + beside
+    if memory is not None and needed > memory:
+        raise RequestError(
+            f"--memory: wanted at least {needed:,} bytes for a worker of {plan.N} models, found {memory:,}. "
+            "Fix: give it that, or merge fewer models at once."
+        )
+    return block

@@ -1,0 +1,184 @@
+"""The kernel in torch: the methods' own functions on whole blocks, on any device. It is what the native kernel is held to.
+
+A block comes as it was read: one tensor [B] of the file's dtype for the base (None: zeros, for a method without one) and for each model.
+A kernel is chosen per owner by what its machine offers. Since all round alike, a cluster may mix them; receipts name what was used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pcb_ray.errors import InputError, with_place
+from pcb_ray.methods import METHODS, Block, Extrema, Known, Method, Quantity, Settings, Sums
+from pcb_ray.methods.method import Function, Scored, TensorPlace
+from pcb_ray.selection import Bracket
+
+# For one bracket the counts (< lo, <= lo, < hi, <= hi) and the keys strictly between.
+Counts = tuple[tuple[int, int, int, int], NDArray[Any]]
+
+
+class Loaded(NamedTuple):
+    """A block as its files hold it, and where it lies, as far as its method may know."""
+
+    sources: Sequence[Tensor | None]
+    first: int = -1
+    tensor: TensorPlace | None = None
+
+
+def keys(x: Tensor, magnitude: bool) -> Tensor:
+    """Integers that sort like x (or |x|); -0 and +0 are one key."""
+    bits = x.view(torch.int32 if x.dtype == torch.float32 else torch.int64)
+    size = bits & (0x7FFFFFFF if x.dtype == torch.float32 else 0x7FFFFFFFFFFFFFFF)
+    return size if magnitude else torch.where(bits >= 0, size, -size)
+
+
+class TorchKernel:
+    name = "torch"
+
+    def __init__(self, method: Method, settings: Settings, device: torch.device) -> None:
+        self.method, self.settings, self.device = method, settings, device
+        self._is_own = not any(method is known for known in METHODS)  # of the user's: what its functions return is looked at
+
+    def load(self, loaded: Loaded, weights: Sequence[float] = ()) -> Block:
+        """theta [B] and tau [N, B], float32; for a method without a base 0 and the models themselves."""
+        base, *models = loaded.sources
+        tau_NB = torch.stack([x.float() for x in models if x is not None])
+        theta_B = torch.zeros_like(tau_NB[0]) if base is None else base.float()
+        return Block(theta_B, tau_NB.sub_(theta_B), tuple(weights), loaded.first, loaded.tensor)
+
+    def are_finite(self, loaded: Loaded) -> bool:
+        """Whether all task vectors of the block are."""
+        return bool(torch.isfinite(self.load(loaded).tau).all())
+
+    # --- passes -------------------------------------------------------------------------------------------------------------------
+
+    def values(self, loaded: Loaded, quantity: Quantity, known: Known) -> Tensor:
+        """The quantity's values [N, B]."""
+        return self._ranked(quantity, self.load(loaded), known)
+
+    def count(
+        self, loaded: Loaded, quantity: Quantity, known: Known, brackets: Sequence[Sequence[Bracket]]
+    ) -> tuple[list[int], list[list[Counts]]]:
+        """For each model the largest key of the quantity, and its counts against each of the model's brackets."""
+        largest, result = [], []
+        for x_B, of_model in zip(self.values(loaded, quantity, known), brackets, strict=True):
+            k_B = keys(x_B, quantity.magnitude)
+            largest.append(int(k_B.max()))
+            result.append([self._count(k_B, bracket) for bracket in of_model])
+        return largest, result
+
+    def _count(self, k_B: Tensor, bracket: Bracket) -> Counts:
+        below_hi_B, above_lo_B = k_B < bracket.hi, k_B > bracket.lo
+        counts = ((k_B < bracket.lo).sum(), len(k_B) - above_lo_B.sum(), below_hi_B.sum(), (k_B <= bracket.hi).sum())
+        below_lo, upto_lo, below_hi, upto_hi = torch.stack([torch.as_tensor(c, device=k_B.device) for c in counts]).tolist()
+        inside = k_B[above_lo_B & below_hi_B] if below_hi > upto_lo else k_B[:0]
+        return (below_lo, upto_lo, below_hi, upto_hi), inside.cpu().numpy()
+
+    def extremes(self, loaded: Loaded, wanted: Extrema, known: Known, smallest: list[float], largest: list[float]) -> bool:
+        """Widen the lists, one entry per row, to hold all values of this block; empty ones get their rows.
+
+        Returns whether the block's task vectors are finite."""
+        block = self.load(loaded)
+        low, high = torch.aminmax(self._rows(wanted.of, "an extrema pass", block, known), dim=1)
+        for of_rows, found, better in ((smallest, low.tolist(), min), (largest, high.tolist(), max)):
+            of_rows[:] = [better(pair) for pair in zip(of_rows, found, strict=True)] if of_rows else found
+        return bool(torch.isfinite(block.tau).all())
+
+    def rows(self, loaded: Loaded, wanted: Sums, known: Known) -> Tensor:
+        """The rows that are to be added up, [any number, B] in float64."""
+        return self._rows(wanted.of, "a sums pass", self.load(loaded), known)
+
+    # --- merging ------------------------------------------------------------------------------------------------------------------
+
+    def merge(self, loaded: Loaded, known: Known, weights: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """The merged block [B], rounded once to dtype (nearest, ties to even), and whether all of it is finite."""
+        merged_B = self._merged(self.load(loaded, weights), known, self.settings)
+        rounded_B = merged_B.to(dtype)
+        return rounded_B, bool(torch.isfinite(rounded_B).all())
+
+    def basis(self, loaded: Loaded, known: Known) -> tuple[Tensor, bool]:
+        """C [N, B], float32, of a linear method: row i is what the merge with the i-th unit vector adds to the base; and whether all are finite."""
+        block = self.load(loaded)
+        block = dataclasses.replace(block, theta=torch.zeros_like(block.theta))
+        if self.method.basis is not None:
+            C_NB = self.method.basis(block, known, self.settings)
+        else:
+            plain = dataclasses.replace(self.settings, parameters={**self.settings.parameters, "lambda": 1.0})
+            units = (dataclasses.replace(block, weights=tuple(unit)) for unit in np.eye(self.settings.N).tolist())
+            C_NB = torch.stack([self._merged(unit, known, plain) for unit in units])
+        return C_NB, bool(torch.isfinite(C_NB).all())
+
+    def scored(self, loaded: Loaded, wanted: Scored, known: Known) -> tuple[Tensor, Tensor, Tensor]:
+        """What is merged of each task [N, B], its scores [N, B], and where they are kept."""
+        values_NB = wanted.values(self.load(loaded), known, self.settings)
+        scores_NB = self.values(loaded, wanted.scores, known)
+        return values_NB, scores_NB, wanted.kept(scores_NB, known)
+
+    def departure_from_linear(self, loaded: Loaded, known: Known) -> float:
+        """How far the merge of a block is from theta + lambda sum_i(lambda_i C_i), as a share of the largest change: rounding aside 0
+        for a method that is linear, as its record says."""
+        C_NB, _ = self.basis(loaded, known)
+        weights = [0.25 + 0.5 * i for i in range(self.settings.N)]
+        halved = dataclasses.replace(self.settings, parameters={**self.settings.parameters, "lambda": 0.5})
+        block = self.load(loaded, weights)
+        factor = 0.5 if "lambda" in self.method.parameters else 1.0
+        change_B = sum((C_B * (w * factor) for C_B, w in zip(C_NB, weights, strict=True)), torch.zeros_like(block.theta))
+        found_B = self._merged(block, known, halved)
+        largest = max(float(change_B.abs().max()), float((found_B - block.theta).abs().max()))
+        rounding = float(block.theta.abs().max()) * 2.0**-22  # of adding a change to theta
+        off = float((found_B - block.theta - change_B).abs().max())
+        return max(0.0, off - rounding) / largest if largest else 0.0
+
+    # --- functions of the method --------------------------------------------------------------------------------------------------
+
+    def _merged(self, block: Block, known: Known, settings: Settings) -> Tensor:
+        merged_B = self._called(self.method.merge, "merge", block, known, settings)
+        if self._is_own:
+            self._check("merge", merged_B, block.theta.shape, torch.float32, "the merged elements [B]")
+        return merged_B
+
+    def _ranked(self, quantity: Quantity, block: Block, known: Known) -> Tensor:
+        x_NB = self._called(quantity.of, quantity.name, block, known, self.settings)
+        if self._is_own:
+            dtype = torch.float32 if quantity.bits == 32 else torch.float64
+            self._check(quantity.name, x_NB, block.tau.shape, dtype, "a value for each model and element [N, B]")
+            # Where tau itself is not finite, the inputs are to blame, and whoever asked says so.
+            if bool(torch.isfinite(block.tau).all()) and bool(torch.isnan(x_NB).any()):
+                raise InputError(self._complaint(quantity.name, "numbers", "NaN", "a NaN has no rank: give such elements 0"))
+        return x_NB
+
+    def _rows(self, of: Function, name: str, block: Block, known: Known) -> Tensor:
+        x_KB = self._called(of, name, block, known, self.settings)
+        if self._is_own:
+            rows = x_KB.shape[0] if isinstance(x_KB, Tensor) and x_KB.ndim == 2 else 0
+            self._check(name, x_KB, torch.Size([rows, block.tau.shape[1]]), torch.float64, "rows of values [any number, B]")
+        return x_KB
+
+    def _called(self, function: Function, name: str, block: Block, known: Known, settings: Settings) -> Tensor:
+        if not self._is_own:
+            return function(block, known, settings)
+        try:
+            return function(block, known, settings)
+        except Exception as error:
+            # Whatever the user's code raises is theirs, and is told as it is.
+            raise InputError(f"merge_method: {name} of {self.method.name} raised {with_place(error)}. Fix: mend it.") from error
+
+    def _check(self, name: str, found: object, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
+        if not isinstance(found, Tensor):
+            shown = f"a {type(found).__name__}"
+        elif found.shape != shape or found.dtype != dtype:
+            shown = f"{list(found.shape)} of {found.dtype}"
+        else:
+            return
+        wanted = f"{what}, here {list(shape)} of {dtype},"
+        raise InputError(self._complaint(name, wanted, shown, "return a tensor of that shape and dtype"))
+
+    def _complaint(self, name: str, wanted: str, found: str, fix: str) -> str:
+        return f"merge_method: {name} of {self.method.name}: wanted {wanted} found {found}. Fix: {fix}."

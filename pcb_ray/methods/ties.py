@@ -1,0 +1,67 @@
+"""TIES (Yadav et al., *TIES-Merging: Resolving Interference When Merging Models*, NeurIPS 2023), trimmed over the whole model as its release does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcb_ray.lazy import LazyModule
+from pcb_ray.methods.ieee import sum_over_tasks
+from pcb_ray.methods.method import (
+    MAGNITUDE,
+    Known,
+    Method,
+    Native,
+    Normalize,
+    Parameter,
+    Ranks,
+    Settings,
+    column,
+    fraction,
+    lambda_parameter,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
+
+
+def ties(theta_B: Tensor, tau_NB: Tensor, low: Sequence[float], lambdas: Sequence[float], lambda_: float) -> Tensor:
+    """Trim, elect, disjoint mean: the mean of lambda_i tau_i over the tasks whose kept tau, |tau| >= low, has the elected sign."""
+    kept_NB = (tau_NB.abs() >= column(low, tau_NB)) & (tau_NB != 0.0)
+    elected_B = torch.where(sum_over_tasks(torch.where(kept_NB, tau_NB, 0.0)) >= 0.0, 1.0, -1.0)
+    agree_NB = kept_NB & (tau_NB.sign() == elected_B)
+    count_B = agree_NB.sum(dim=0).to(tau_NB.dtype)  # a count of integers is exact in any order
+    sum_B = sum_over_tasks(torch.where(agree_NB, tau_NB * column(lambdas, tau_NB), 0.0))
+    merged_B = sum_B.div_(count_B.clamp(min=1.0)).mul_(lambda_).add_(theta_B)
+    return torch.where(count_B > 0.0, merged_B, theta_B)
+
+
+def _arrays(known: Known, _settings: Settings) -> Mapping[str, NDArray[Any]]:
+    """For _native.c."""
+    return {"low": np.array(known["low"], dtype=np.float32)} if "low" in known else {}
+
+
+TIES = Method(
+    name="ties",
+    merge=lambda block, known, settings: ties(block.theta, block.tau, known["low"], block.weights, settings.lambda_),
+    formula="trim by size over the whole model, elect signs, disjoint mean",
+    source="Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023",
+    parameters={
+        "density": Parameter(0.1, fraction, "the fraction of all parameters that is kept", per_model=True),
+        "lambda": lambda_parameter(),
+    },
+    passes=(Ranks(MAGNITUDE, {"low": lambda D, own: max(D - int(D * own["density"]) - 1, 0)}),),
+    unit="element",
+    linear=True,
+    native=Native(4, _arrays),
+    nearest_to=("dare_ties", "della", "breadcrumbs_ties"),
+    normalize=Normalize(
+        False, "remove it; the sum is divided by how many models agree, not by their weights, so let these average 1"
+    ),
+)

@@ -1,0 +1,119 @@
+"""The files of a basis: which chunks lie in which, what they take, and the questions that build and check them. No torch: the driver uses it.
+
+A basis has at most `MOST_VOLUMES` files, however large the model is. One owner writes a volume, from its first byte to its last; it is the unit of
+retry and of resume.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from pcb_ray.methods import Known, Method
+from pcb_ray.planning import Plan
+from pcb_ray.questions import Digest
+
+if TYPE_CHECKING:
+    from pcb_ray.owner import Owner
+
+MOST_VOLUMES = 256
+READ_AT_ONCE = 1 << 22
+
+
+def volumes_of(plan: Plan) -> int:
+    """How many volumes a basis of the plan has."""
+    return min(plan.chunks, MOST_VOLUMES)
+
+
+def chunks_of_volume(plan: Plan, volume: int) -> range:
+    """A contiguous run of chunks."""
+    count = volumes_of(plan)
+    return range(volume * plan.chunks // count, (volume + 1) * plan.chunks // count)
+
+
+def volume_file(folder: str | os.PathLike[str], volume: int) -> Path:
+    return Path(folder) / f"{volume:03d}.basis"
+
+
+@dataclass(frozen=True)
+class BuildVolumes:
+    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities; their digests. They are durable then."""
+
+    known: Known
+    folder: str
+    scored: bool
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Digest]:
+        from pcb_ray.searching.basis import build_volume  # and torch
+
+        scored = owner.plan.method.scored if self.scored else None
+        digests = {v: build_volume(owner, v, self.known, scored, volume_file(self.folder, v)) for v in items}
+        owner.note_memory()
+        return digests
+
+
+@dataclass(frozen=True)
+class DigestVolumes:
+    """The digests of those of these volumes that are there."""
+
+    folder: str
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Digest]:  # noqa: ARG002 - it tells of files alone
+        found = {}
+        for volume in items:
+            path = volume_file(self.folder, volume)
+            if path.is_file():
+                digest = xxhash.xxh3_128()
+                with path.open("rb") as file:
+                    while data := file.read(READ_AT_ONCE):
+                        digest.update(data)
+                found[volume] = digest.intdigest()
+        return found
+
+
+@dataclass(frozen=True)
+class CheckLinear:
+    """How far merges of the first blocks of these chunks are from linear in lambda_i, as a share of the largest change."""
+
+    known: Known
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> float:
+        firsts = [next(owner.blocks(chunk)) for chunk in items]
+        return max(owner.kernel.departure_from_linear(owner.load(block), self.known) for block in firsts)
+
+
+# --- what it takes ------------------------------------------------------------------------------------------------------------------
+
+
+def writer_bytes(plan: Plan, scored: bool) -> int:
+    """The most memory that a worker takes beside, to gather the basis of one chunk, all of whose elements may be kept."""
+    score = _score_bytes(plan.method, scored)
+    per_element = max(1 + 4 + score, 4 + 2 * score, 4 + 4 + score) + 0.25  # parts; scores, then values, in their parts and joined
+    return int(plan.N * _chunk_elements(plan) * per_element) + 2 * _histogram_bytes(plan, scored) + (8 << 20)
+
+
+def basis_bytes(plan: Plan, scored: bool) -> int:
+    """What a basis takes on disk at most, but for its index: the entries, the masks, and the histograms of a scored one."""
+    score, kept = _score_bytes(plan.method, scored), [1.0] * plan.N
+    if plan.method.scored is not None:
+        kept = list(plan.settings.each(plan.method.scored.share))
+    return int(sum((4 + score) * r + 0.125 for r in kept) * plan.D) + plan.chunks * _histogram_bytes(plan, scored)
+
+
+def _score_bytes(method: Method, scored: bool) -> int:
+    return method.scored.scores.bits // 8 if scored and method.scored is not None else 0
+
+
+def _histogram_bytes(plan: Plan, scored: bool) -> int:
+    """Of a chunk: a row of three integers for each value that the upper bits of its scores' keys take. In practice these span some binary orders
+    of magnitude, of 256 values each."""
+    return 24 * plan.N * min(32 * 256, _chunk_elements(plan)) * scored
+
+
+def _chunk_elements(plan: Plan) -> int:
+    return max(stop - start for start, stop in zip(plan.bounds, plan.bounds[1:], strict=False))

@@ -1,0 +1,129 @@
+"""Owners at work: one question after another about one plan after another, with progress, and what of it is worth a receipt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from pcb_ray.errors import InputError
+from pcb_ray.methods import Known
+from pcb_ray.planning import Copied, Plan
+from pcb_ray.progress import ByteBar
+from pcb_ray.questions import Answer, Digest, Owners, Question, TotalT
+from pcb_ray.receipt import Sweep
+
+
+class Session:
+    """What several steps, and several merges of the same models, share.
+
+    `owners_for` gives the owners that answer questions about a plan. What was found out about the models holds for all plans that read the same
+    tensors of them, so several recipes over one session are a loop over `begin` and the steps."""
+
+    def __init__(
+        self, plan: Plan, owners_for: Callable[[Plan], Owners], *, workers: int = 0, worker_bytes: int = 0, quiet: bool = True
+    ) -> None:
+        self._owners_for, self.quiet = owners_for, quiet
+        self.workers, self.worker_bytes = workers, worker_bytes
+        """How many there are, and the memory that each was announced to take."""
+        self.plan, self.owners = plan, owners_for(plan)
+        self.sweeps: list[Sweep] = []
+        """Of the plan that was begun last."""
+        self.inputs: tuple[Digest, ...] = ()
+        """A digest of each input, once a sweep has seen them whole."""
+        self.found: dict[object, Known] = {}
+        """What passes have found, by all that decides it: see `analysis`."""
+
+    def begin(self, plan: Plan) -> None:
+        """Go on with another plan."""
+        if plan is self.plan:
+            return
+        if _what_is_read(plan) != _what_is_read(self.plan):
+            self.inputs, self.found = (), {}
+        self.plan, self.owners, self.sweeps = plan, self._owners_for(plan), []
+
+    # --- sweeps -------------------------------------------------------------------------------------------------------------------
+
+    def total(self, name: str, question: Question[TotalT], share: float = 1.0) -> TotalT:
+        """The answers about all chunks, added up; `share` of each chunk's bytes is read."""
+        chunks = range(self.plan.chunks)
+        with _Sweep(self, name, chunks, self._bytes_of_chunk(share)) as sweep:
+            return self.owners.fold(question, chunks, sweep.advance)
+
+    def ask_parts(self, name: str, question: Question[Answer], parts: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+        """The answers about these parts of the output, as they come."""
+        with _Sweep(self, name, parts, self._bytes_of_part) as sweep:
+            for batch, answer in self.owners.ask(question, parts):
+                sweep.advance(batch)
+                yield batch, answer
+
+    def store(
+        self, name: str, question: Question[Answer], items: Sequence[int], bytes_of: Callable[[int], int] | None = None
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
+        """The same for questions that write: about parts, unless it is told how many bytes are read for an item."""
+        with _Sweep(self, name, items, bytes_of or self._bytes_of_part) as sweep:
+            for batch, answer in self.owners.store(question, items):
+                sweep.advance(batch)
+                yield batch, answer
+
+    def _bytes_of_chunk(self, share: float) -> Callable[[int], int]:
+        plan = self.plan
+        per_element = share * plan.sweep_bytes / plan.D
+        return lambda chunk: round(per_element * (plan.bounds[chunk + 1] - plan.bounds[chunk]))
+
+    def _bytes_of_part(self, number: int) -> int:
+        """What is read of the inputs for a part of the output."""
+        size = 0
+        for segment in self.plan.parts[number].segments:
+            if isinstance(segment, Copied):
+                size += segment.stop - segment.start
+            else:
+                sources = self.plan.tensors[segment.tensor].sources
+                size += sum(t.nbytes * (segment.stop - segment.start) // t.numel for t in sources if t is not None)
+        return size
+
+    # --- the inputs stay what they are ----------------------------------------------------------------------------------------------
+
+    def saw_inputs(self, digests: Sequence[Digest], sweep: str) -> None:
+        """A sweep has read all inputs. Raises InputError if they are no longer what an earlier one has read."""
+        if not self.inputs:
+            self.inputs = tuple(digests)
+            return
+        problems = [
+            f"{one.source}: wanted the bytes that the first sweep read, found others in the sweep `{sweep}`: it was changed during the run. "
+            "Fix: let nothing write to the models while they are merged, and start afresh."
+            for one, before, now in zip(self.plan.inputs, self.inputs, digests, strict=True)
+            if before != now
+        ]
+        if problems:
+            raise InputError(problems)
+
+
+def _what_is_read(plan: Plan) -> object:
+    return plan.inputs, [(tensor.first, tensor.sources) for tensor in plan.tensors], plan.bounds
+
+
+class _Sweep:
+    """The progress of one pass; a record of it when it ends well."""
+
+    def __init__(self, session: Session, name: str, items: Sequence[int], bytes_of: Callable[[int], int]) -> None:
+        self._session, self._name, self._bytes_of = session, name, bytes_of
+        self._start = time.monotonic()
+        self._last = self._start
+        self._done: set[int] = set()
+        self._bar = ByteBar(name, sum(map(bytes_of, items)), quiet=session.quiet)
+
+    def advance(self, items: Sequence[int]) -> None:
+        """These are done; some may be done again, since their owner was lost."""
+        new = set(items) - self._done
+        self._done |= new
+        self._bar.advance(sum(map(self._bytes_of, new)))
+        self._last = time.monotonic()  # the wait for the disk that may follow is no part of the sweep
+
+    def __enter__(self) -> _Sweep:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)  # type: ignore[arg-type]
+        if error[0] is None:
+            self._session.sweeps.append(Sweep(self._name, self._last - self._start, self._bar.done))

@@ -1,0 +1,240 @@
+"""A merge in steps that can be taken one at a time:
+
+    open_inputs  recipe                -> Inputs    (planning)  every checkpoint, headers only
+    plan_of      recipe, inputs        -> Plan      (planning)  what will happen; pure
+    analyse      session               -> Known     (analysis)  what the method must know of the whole model
+    write        session, known        -> Output                the tensors of the output, part by part
+    publish      state, output, files  -> Receipt               the files beside them, and the output's name
+
+`merge`, `verify`, `search`, `sweep` and `merge_state_dicts` are made from these. Several recipes over one session share what their plans share:
+
+    with cluster(address), placed([plan_of(r, inputs) for r in recipes], ...) as session:
+        for recipe in recipes:
+            session.begin(plan_of(recipe, inputs))
+            known = analyse(session)
+            write(session, LocalStore(), known, folder_of(recipe))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from pcb_ray.budget import choose_block, worker_bytes
+from pcb_ray.cluster import choose_device, choose_workers
+from pcb_ray.errors import InputError
+from pcb_ray.files.store import Stamp, Store
+from pcb_ray.methods import Known
+from pcb_ray.output.companions import CARD, model_card, write_side_files
+from pcb_ray.output.state import State
+from pcb_ray.planning import Plan
+from pcb_ray.progress import readable_bytes
+from pcb_ray.questions import Digest, DigestParts, WriteParts, Written, add_digests, shown_digest
+from pcb_ray.receipt import RECEIPT, VERSION, Receipt, Sweep, WrittenFile, inputs_of_receipt, names_of_inputs
+from pcb_ray.session import Session
+
+log = logging.getLogger("pcb_ray")
+
+# The arithmetic of the methods: receipts name it, and a resumed or verified merge must have been made with the same one.
+ARITHMETIC = "ieee-2"
+
+
+@contextlib.contextmanager
+def placed(
+    plans: Sequence[Plan],
+    *,
+    workers: int | None,
+    device: str = "cpu",
+    memory: int | None = None,
+    beside: int = 0,
+    writes_to: Path,
+    quiet: bool,
+) -> Iterator[Session]:
+    """Owners on the cluster that was joined, with room for each of the plans and `beside` more bytes; the session begins with the first plan.
+
+    Raises RequestError if the cluster has no room for them."""
+    from pcb_ray.runtime import RayOwners  # and Ray
+
+    device = choose_device(device)
+    blocks = {id(plan): choose_block(plan, device, memory, beside) for plan in plans}
+    needed = max(worker_bytes(plan, blocks[id(plan)]) for plan in plans) + beside
+    chosen = choose_workers(workers, device, needed, max(plan.chunks for plan in plans))
+    log.info("%d workers on %s, at most %s each", chosen, device, readable_bytes(needed))
+    owners = RayOwners(workers=chosen, device=device, worker_bytes=needed)
+
+    def owners_for(plan: Plan) -> RayOwners:
+        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), str(writes_to))
+        return owners
+
+    try:
+        session = Session(plans[0], owners_for, workers=chosen, worker_bytes=needed, quiet=quiet)
+        owners.wait_until_ready()
+        yield session
+    finally:
+        owners.close()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What was written: the digest of all parts, and of each input that of the bytes that they were made from."""
+
+    digest: Digest
+    inputs: tuple[Digest, ...]
+
+
+def write(session: Session, store: Store, known: Known, folder: str, state: State | None = None, label: str = "part") -> Output:
+    """Merge into the files of `folder`. The journal of `state`, if there is one, remembers each part under `label`, and what it
+    remembers is not written again if the files hold just those bytes.
+
+    Raises InputError if the inputs are no longer what the analysis has read."""
+    plan = session.plan
+    for file in plan.files:
+        store.create(os.path.join(folder, file.name), file.size)
+    written = {} if state is None else _written_before(session, folder, state, label)
+    todo = [number for number in range(len(plan.parts)) if number not in written]
+    for _, answer in session.store("write", WriteParts(known, folder), todo):
+        written |= answer
+        if state is not None:
+            state.wrote({f"{label} {number}": one.to_text() for number, one in answer.items()})
+    digest, inputs = 0, (0,) * (plan.N + 1)
+    for one in written.values():
+        (digest,), inputs = add_digests((digest,), (one.digest,)), add_digests(inputs, one.inputs)
+    session.saw_inputs(inputs, "write")
+    return Output(digest, inputs)
+
+
+def _written_before(session: Session, folder: str, state: State, label: str) -> dict[int, Written]:
+    """The parts that the journal of an earlier run names, as far as the files hold just those bytes."""
+    names = {f"{label} {number}": number for number in range(len(session.plan.parts))}
+    claimed: dict[int, Written] = {}
+    for name, text in state.journal.items():
+        if name in names:
+            with contextlib.suppress(ValueError):
+                claimed[names[name]] = Written.from_text(text)
+    if not claimed:
+        return {}
+    log.info("%d of %d parts were written before; checking them", len(claimed), len(names))
+    good: dict[int, Written] = {}
+    for _, digests in session.owners.ask(DigestParts(folder), sorted(claimed)):
+        good |= {number: claimed[number] for number, digest in digests.items() if claimed[number].digest == digest}
+    return good
+
+
+Stamps = Mapping[str, Stamp]
+"""What tells each file of the inputs from what it may become."""
+
+
+def stamps_of(plan: Plan, store: Store) -> Stamps:
+    return {file.path: store.stamp(file.path) for one in plan.inputs for file in one.files}
+
+
+def check_unchanged(store: Store, before: Stamps) -> None:
+    """Raises InputError if a file of the inputs is no longer what it was."""
+    problems = []
+    for path, stamp in before.items():
+        try:
+            now: object = store.stamp(path)
+        except OSError as error:
+            now = error.strerror
+        if now != stamp:
+            problems.append(
+                f"{path}: wanted the file as it was when the run began ({stamp}), found {now}: "
+                "it was changed during the run. Fix: let nothing write to the models while they are merged, and start afresh."
+            )
+    if problems:
+        raise InputError(problems)
+
+
+@dataclass
+class Spent:
+    """What a merge took so far: all runs of it, of one that was killed up to its last finished sweep."""
+
+    elapsed_s: float = 0.0
+    bytes_read: int = 0
+    workers_lost: int = 0
+    peak_worker_bytes: int = 0
+    kernels: list[str] = field(default_factory=list)
+
+    def with_session(self, session: Session, start: float) -> Spent:
+        """What it took with what this session has spent since `start`."""
+        states, owners = session.owners.states, session.owners
+        return Spent(
+            elapsed_s=round(self.elapsed_s + time.monotonic() - start, 3),
+            bytes_read=self.bytes_read + sum(state.bytes_read for state in states),
+            workers_lost=self.workers_lost + owners.deaths,
+            peak_worker_bytes=max([self.peak_worker_bytes, *(state.peak_bytes for state in states)]),
+            kernels=sorted({*self.kernels, *(f"{state.kernel} on {state.device.split(':')[0]}" for state in states)}),
+        )
+
+
+def publish(
+    session: Session,
+    state: State,
+    known: Known,
+    output: Output,
+    files: Mapping[str, bytes],
+    *,
+    sweeps: Sequence[Sweep],
+    spent: Spent,
+    max_shard_bytes: int,
+    startup_s: float,
+    resumed: bool,
+    commit: bool = True,
+) -> Receipt:
+    """Put the files beside the tensors, the card and the receipt into the staging folder, and give it its name (unless it is part of a
+    larger output)."""
+    plan = session.plan
+    receipt = Receipt(
+        version=VERSION,
+        versions=versions(),
+        arithmetic=ARITHMETIC,
+        method=plan.method.full_name,
+        code_sha256=None if plan.recipe.code is None else plan.recipe.code.sha256,
+        N=plan.N,
+        D=plan.D,
+        thresholds=dict(known),
+        warnings=tuple(plan.method.warnings(known, plan.settings, names_of_inputs(plan)[1:])),
+        sweeps=tuple(sweeps),
+        full_sweeps=1 + sum(s.bytes >= plan.sweep_bytes for s in sweeps if s.name != "write"),  # the write may be in several goes
+        kernels=tuple(spent.kernels),
+        bytes_read=spent.bytes_read,
+        bytes_written=plan.written_bytes,
+        workers=session.workers,
+        workers_lost=spent.workers_lost,
+        announced_worker_bytes=session.worker_bytes,
+        peak_worker_bytes=spent.peak_worker_bytes,
+        sizes=asdict(plan.sizes),
+        max_shard_bytes=max_shard_bytes,
+        inputs=inputs_of_receipt(plan, [shown_digest(d) for d in session.inputs]),
+        outputs=tuple(WrittenFile(f.name, f.size, hashlib.sha256(f.header).hexdigest()) for f in plan.files),
+        output_digest=shown_digest(output.digest),
+        files_sha256={},
+        resumed=resumed,
+        startup_s=round(startup_s, 3),
+        elapsed_s=spent.elapsed_s,
+    )
+    all_files = {**files, CARD: model_card(plan, receipt.versions["pcb_ray"])}
+    receipt = replace(receipt, files_sha256=write_side_files(state.staging, all_files))
+    (state.staging / RECEIPT).write_text(receipt.to_json())
+    if commit:
+        state.commit()
+    for warning in receipt.warnings:
+        log.warning("warning: %s", warning)
+    return receipt
+
+
+def versions() -> dict[str, str]:
+    """What made an output: for the receipt."""
+    names = {"pcb_ray": "pcb-ray", "torch": "torch", "ray": "ray", "numpy": "numpy"}
+    return {key: importlib.metadata.version(name) for key, name in names.items()} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }

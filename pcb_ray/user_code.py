@@ -1,0 +1,89 @@
+"""Objects of the user's own that a recipe names: `file.py:object`, found beside the recipe, or `module:object`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from pcb_ray.errors import RequestError, with_place
+
+
+class UserCode(NamedTuple):
+    """The code behind a name, as it was read: workers run this text, whatever the file on their machine holds."""
+
+    name: str
+    file: str
+    """The file's path; where it lies on another machine does not matter."""
+    text: str
+    """Empty for a module, which each machine imports by itself."""
+    sha256: str
+
+    @property
+    def is_file(self) -> bool:
+        return self.name.rpartition(":")[0].endswith(".py")
+
+
+def names_code(name: object) -> bool:
+    """Whether a name in a recipe is that of an object in the user's code."""
+    return isinstance(name, str) and ":" in name
+
+
+def read_code(name: str, folder: Path, where: str) -> UserCode:
+    """The code that defines `name`, nothing of it run yet; `where` is the place in the recipe. Raises RequestError."""
+    source = name.rpartition(":")[0]
+    try:
+        if source.endswith(".py"):
+            path = (folder / Path(source).expanduser()).absolute()
+            text = path.read_text(encoding="utf-8")
+            return UserCode(name, str(path), text, hashlib.sha256(text.encode()).hexdigest())
+        _find_beside(folder)
+        found = importlib.util.find_spec(source)
+        if found is None or found.origin is None:
+            raise ModuleNotFoundError(f"no module named {source!r}")
+        return UserCode(name, found.origin, "", hashlib.sha256(Path(found.origin).read_bytes()).hexdigest())
+    except (OSError, ImportError, ValueError) as error:
+        reason = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)
+        fix = "write file.py:object with a path relative to the recipe, or module:object of a module that can be imported"
+        raise RequestError(f"{where}: wanted code that can be read, found {name}: {reason}. Fix: {fix}.") from None
+
+
+def load_object(code: UserCode, folder: Path, where: str) -> Any:
+    """Run the code, once in this process, and return the object that it names. Raises RequestError with what it raised and where."""
+    source, _, attribute = code.name.rpartition(":")
+    try:
+        _find_beside(folder)
+        found: Any = _module_of(code) if code.is_file else importlib.import_module(source)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        # Whatever the user's code raises is theirs, and is told as it is.
+        wrong_name = isinstance(error, AttributeError | ImportError)
+        fix = "check the name, and that what the file imports is installed" if wrong_name else "mend the file"
+        raise RequestError(f"{where}: {code.name} can't be loaded: {with_place(error)}. Fix: {fix}.") from error
+    return found
+
+
+def _find_beside(folder: Path) -> None:
+    """What lies beside the recipe can be imported, as what lies in the folder that `python` runs in."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+@functools.cache
+def _module_of(code: UserCode) -> ModuleType:
+    name = f"pcb_ray_user_{Path(code.file).stem}_{code.sha256[:12]}"
+    module = ModuleType(name)
+    module.__file__ = code.file
+    sys.modules[name] = module  # dataclasses and pickle look it up there
+    try:
+        exec(compile(code.text, code.file, "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,97 @@
+"""`verify`: a merged directory against its receipt and its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from pcb_ray.errors import RequestError
+from pcb_ray.files.checkpoint import read_header
+from pcb_ray.files.store import open_store
+from pcb_ray.local import LocalOwners
+from pcb_ray.output.companions import RECIPE
+from pcb_ray.planning import Plan, Sizes, fetched, open_inputs, plan_of
+from pcb_ray.questions import CompareParts, DigestParts, shown_digest
+from pcb_ray.receipt import Receipt, Verified, inputs_of_receipt
+from pcb_ray.recipe import Recipe
+from pcb_ray.session import Session
+from pcb_ray.steps import ARITHMETIC
+
+
+def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False) -> Verified:
+    """Check a merged directory against its receipt: every file's digest, and `sample` parts recomputed from the inputs.
+
+    Raises RequestError if OUT or its inputs can't be read at all.
+    """
+    out = Path(out)
+    receipt = Receipt.of(out)
+    if receipt.arithmetic != ARITHMETIC:
+        raise RequestError(
+            f"{out}: wanted a merge with arithmetic {ARITHMETIC}, found {receipt.arithmetic}. "
+            f"Fix: verify it with pcb_ray {receipt.versions.get('pcb_ray', 'of its time')}."
+        )
+    if problems := _wrong_files(out, receipt):
+        return Verified(tuple(problems))
+    recipe = Recipe.from_file(out / RECIPE)
+    found_code = None if recipe.code is None else recipe.code.sha256
+    if found_code != receipt.code_sha256:
+        return Verified(
+            (f"{recipe.merge_method}: wanted the code that merged, with sha256 {receipt.code_sha256}, found {found_code}",)
+        )
+    inputs = fetched(recipe, open_inputs(recipe))
+    plan = plan_of(recipe, inputs, max_shard_bytes=receipt.max_shard_bytes, sizes=_sizes(receipt, out))
+    if problems := _wrong_inputs(plan, receipt):
+        return Verified(tuple(problems))
+    store = open_store()
+    session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=quiet)
+    parts, digest = range(len(plan.parts)), 0
+    for _, answer in session.ask_parts("read the output", DigestParts(str(out)), parts):
+        digest = (digest + sum(answer.values())) % (1 << 128)
+    if shown_digest(digest) != receipt.output_digest:
+        problems.append(
+            f"{out}: wanted tensors of digest {receipt.output_digest}, found {shown_digest(digest)}: they were changed after the merge"
+        )
+    chosen = sorted({round(k * (len(parts) - 1) / max(1, sample - 1)) for k in range(sample)})
+    compare = CompareParts(receipt.thresholds, str(out))
+    for _, differences in session.ask_parts("recompute a sample", compare, chosen):
+        problems += [f"{out / place}: differs from what its inputs give" for place in differences.values()]
+    return Verified(tuple(problems))
+
+
+def _wrong_files(out: Path, receipt: Receipt) -> list[str]:
+    problems = []
+    for name, sha256 in receipt.files_sha256.items():
+        found = hashlib.sha256((out / name).read_bytes()).hexdigest() if (out / name).is_file() else "no file"
+        if found != sha256:
+            problems.append(f"{out / name}: wanted sha256 {sha256}, as in the receipt, found {found}")
+    for file in receipt.outputs:
+        path = out / file.name
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            found = f"{path.stat().st_size}" if path.is_file() else "no file"
+            problems.append(f"{path}: wanted {file.bytes} bytes, as in the receipt, found {found}")
+            continue
+        try:
+            header = read_header(path)[2]
+        except RequestError:  # a header that can't be read is not the one that was written either
+            header = b""
+        if hashlib.sha256(header).hexdigest() != file.header_sha256:
+            problems.append(f"{path}: its header is not the one that was written")
+    return problems
+
+
+def _sizes(receipt: Receipt, out: Path) -> Sizes:
+    try:
+        return Sizes(**receipt.sizes)
+    except TypeError as error:
+        raise RequestError(f"{out}: wanted the sizes of a plan in the receipt, found others ({error}). Fix: merge again.") from None
+
+
+def _wrong_inputs(plan: Plan, receipt: Receipt) -> list[str]:
+    now = inputs_of_receipt(plan, [one.digest for one in receipt.inputs])
+    return [
+        f"{one.source}: wanted the files that were merged, {[(f.name, f.size, f.header_sha256) for f in before.files]}, "
+        f"found {[(f.name, f.size, f.header_sha256) for f in after.files]}"
+        for one, before, after in zip(plan.inputs, receipt.inputs, now, strict=True)
+        if before.files != after.files
+    ]
