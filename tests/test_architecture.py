@@ -1,4 +1,4 @@
-"""The code against docs/architecture.md: imports go down its table of layers, the driver has no torch, Ray and the bytes of models have their places."""
+"""The code against docs/architecture.md: imports go down its table of layers, the driver has no torch, libraries have their places."""
 
 from __future__ import annotations
 

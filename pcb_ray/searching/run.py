@@ -32,21 +32,13 @@ from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, plan_of
 from pcb_ray.progress import readable_bytes
 from pcb_ray.receipt import Receipt
 from pcb_ray.recipe import Recipe
+from pcb_ray.searching.building import BuildVolumes, CheckLinear, DigestVolumes
 from pcb_ray.searching.evaluators import check_evaluator
 from pcb_ray.searching.references import dry_score, references
 from pcb_ray.searching.request import Config, Search, Space, grid_of
 from pcb_ray.searching.results import Found, Scores, Swept
 from pcb_ray.searching.scorer import Arm, Job
-from pcb_ray.searching.volumes import (
-    BuildVolumes,
-    CheckLinear,
-    DigestVolumes,
-    basis_bytes,
-    chunks_of_volume,
-    volume_file,
-    volumes_of,
-    writer_bytes,
-)
+from pcb_ray.searching.volumes import basis_bytes, chunks_of_volume, volume_file, volumes_of, writer_bytes
 from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, Stamps, check_unchanged, placed, publish, stamps_of, write
 

@@ -1,4 +1,4 @@
-"""The files of a basis: which chunks lie in which, what they take, and the questions that build and check them. No torch: the driver uses it.
+"""The files of a basis: which chunks lie in which, and what they take. No torch: the driver uses it.
 
 A basis has at most `MOST_VOLUMES` files, however large the model is. One owner writes a volume, from its first byte to its last; it is the unit of
 retry and of resume.
@@ -7,22 +7,12 @@ retry and of resume.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import xxhash
-
-from pcb_ray.methods import Known, Method
+from pcb_ray.methods import Method
 from pcb_ray.planning import Plan
-from pcb_ray.questions import Digest
-
-if TYPE_CHECKING:
-    from pcb_ray.owner import Owner
 
 MOST_VOLUMES = 256
-READ_AT_ONCE = 1 << 22
 
 
 def volumes_of(plan: Plan) -> int:
@@ -38,53 +28,6 @@ def chunks_of_volume(plan: Plan, volume: int) -> range:
 
 def volume_file(folder: str | os.PathLike[str], volume: int) -> Path:
     return Path(folder) / f"{volume:03d}.basis"
-
-
-@dataclass(frozen=True)
-class BuildVolumes:
-    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities; their digests. They are durable then."""
-
-    known: Known
-    folder: str
-    scored: bool
-
-    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Digest]:
-        from pcb_ray.searching.basis import build_volume  # and torch
-
-        scored = owner.plan.method.scored if self.scored else None
-        digests = {v: build_volume(owner, v, self.known, scored, volume_file(self.folder, v)) for v in items}
-        owner.note_memory()
-        return digests
-
-
-@dataclass(frozen=True)
-class DigestVolumes:
-    """The digests of those of these volumes that are there."""
-
-    folder: str
-
-    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Digest]:  # noqa: ARG002 - it tells of files alone
-        found = {}
-        for volume in items:
-            path = volume_file(self.folder, volume)
-            if path.is_file():
-                digest = xxhash.xxh3_128()
-                with path.open("rb") as file:
-                    while data := file.read(READ_AT_ONCE):
-                        digest.update(data)
-                found[volume] = digest.intdigest()
-        return found
-
-
-@dataclass(frozen=True)
-class CheckLinear:
-    """How far merges of the first blocks of these chunks are from linear in lambda_i, as a share of the largest change."""
-
-    known: Known
-
-    def answer(self, owner: Owner, items: Sequence[int]) -> float:
-        firsts = [next(owner.blocks(chunk)) for chunk in items]
-        return max(owner.kernel.departure_from_linear(owner.load(block), self.known) for block in firsts)
 
 
 # --- what it takes ------------------------------------------------------------------------------------------------------------------

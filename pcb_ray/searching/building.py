@@ -1,0 +1,65 @@
+"""What owners are asked when a basis is built. No torch but where an owner answers: the driver uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from pcb_ray.methods import Known
+from pcb_ray.questions import Digest
+from pcb_ray.searching.volumes import volume_file
+
+if TYPE_CHECKING:
+    from pcb_ray.owner import Owner
+
+READ_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class BuildVolumes:
+    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities; their digests. They are durable then."""
+
+    known: Known
+    folder: str
+    scored: bool
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Digest]:
+        from pcb_ray.searching.basis import build_volume  # and torch
+
+        scored = owner.plan.method.scored if self.scored else None
+        digests = {v: build_volume(owner, v, self.known, scored, volume_file(self.folder, v)) for v in items}
+        owner.note_memory()
+        return digests
+
+
+@dataclass(frozen=True)
+class DigestVolumes:
+    """The digests of those of these volumes that are there."""
+
+    folder: str
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Digest]:  # noqa: ARG002 - it tells of files alone
+        found = {}
+        for volume in items:
+            path = volume_file(self.folder, volume)
+            if path.is_file():
+                digest = xxhash.xxh3_128()
+                with path.open("rb") as file:
+                    while data := file.read(READ_AT_ONCE):
+                        digest.update(data)
+                found[volume] = digest.intdigest()
+        return found
+
+
+@dataclass(frozen=True)
+class CheckLinear:
+    """How far merges of the first blocks of these chunks are from linear in lambda_i, as a share of the largest change."""
+
+    known: Known
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> float:
+        firsts = [next(owner.blocks(chunk)) for chunk in items]
+        return max(owner.kernel.departure_from_linear(owner.load(block), self.known) for block in firsts)
