@@ -38,7 +38,7 @@ def merge_pcb(
     models_ND: Tensor | Sequence[Tensor],
     *,
     variant: str,
-    mask_ratio: float | Sequence[float],
+    density: float | Sequence[float],
     weights: Weights,
     lambda_: float = 1.0,
     taus: Tensor | None = None,
@@ -49,7 +49,7 @@ def merge_pcb(
     """
     tau_ND = task_vectors(base_D, models_ND) if taus is None else taus
     N, D = tau_ND.shape
-    r_N = densities(mask_ratio, N, D)
+    r_N = densities(density, N, D)
     thresholds: dict[str, list[float]] = {}
 
     if variant == "paper":
@@ -173,20 +173,20 @@ def merge_ties(
     models_ND: Tensor | Sequence[Tensor],
     weights: Weights,
     lambda_: float,
-    mask_ratio: float | Sequence[float],
+    density: float | Sequence[float],
 ) -> Tensor:
     """theta_pre + lambda * (sum of lambda_i tau_i over the agreeing tasks) / their number; the base where none."""
     tau_ND = task_vectors(base_D, models_ND)
-    agrees_ND = ties_agreement(tau_ND, mask_ratio)
+    agrees_ND = ties_agreement(tau_ND, density)
     agreed_D = add_up(torch.where(agrees_ND[i], weights[i] * tau_ND[i], 0) for i in range(len(tau_ND)))
     number_D = agrees_ND.sum(dim=0)
     return torch.where(number_D > 0, base_D + lambda_ * agreed_D / number_D, base_D)
 
 
-def ties_agreement(tau_ND: Tensor, mask_ratio: float | Sequence[float]) -> Tensor:
+def ties_agreement(tau_ND: Tensor, density: float | Sequence[float]) -> Tensor:
     """bool [N, D]: the task keeps the element, and its tau has the sign of the sum of what all tasks keep (0 is +)."""
     N, D = tau_ND.shape
-    r_N = densities(mask_ratio, N, D)
+    r_N = densities(density, N, D)
     kept_ND = torch.empty_like(tau_ND, dtype=torch.bool)
     for i in range(N):
         magnitude_D = tau_ND[i].abs()
@@ -202,7 +202,7 @@ def merge_state_dicts(
     method: str = "pcb",
     *,
     variant: str = "pairwise",
-    mask_ratio: float | Sequence[float] = 0.1,
+    density: float | Sequence[float] = 0.1,
     weights: Sequence[float | Mapping[str, float]] | None = None,
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
@@ -235,11 +235,11 @@ def merge_state_dicts(
     lambdas = [lambda_D(weight) for weight in (weights if weights is not None else [1.0] * len(models))]
     touched_D = torch.ones_like(base_D, dtype=torch.bool)
     if method == "pcb":
-        result = merge_pcb(base_D, models_ND, variant=variant, mask_ratio=mask_ratio, weights=lambdas, lambda_=lambda_)
+        result = merge_pcb(base_D, models_ND, variant=variant, density=density, weights=lambdas, lambda_=lambda_)
         merged_D, touched_D = result.merged_D, result.kept_ND.any(dim=0)
     elif method == "ties":
-        merged_D = merge_ties(base_D, models_ND, lambdas, lambda_, mask_ratio)
-        touched_D = ties_agreement(models_ND - base_D, mask_ratio).any(dim=0)
+        merged_D = merge_ties(base_D, models_ND, lambdas, lambda_, density)
+        touched_D = ties_agreement(models_ND - base_D, density).any(dim=0)
     elif method == "task_arithmetic":
         merged_D = merge_task_arithmetic(base_D, models_ND, lambdas, lambda_)
     elif method == "linear":
@@ -267,9 +267,9 @@ def task_vectors(base_D: Tensor, models_ND: Tensor | Sequence[Tensor]) -> Tensor
     return (models_ND if isinstance(models_ND, Tensor) else torch.stack(list(models_ND))) - base_D
 
 
-def densities(mask_ratio: float | Sequence[float], N: int, D: int) -> list[float]:
+def densities(density: float | Sequence[float], N: int, D: int) -> list[float]:
     """r of each task; ValueError for one outside (0, 1] or one that keeps nothing."""
-    r_N = list(mask_ratio) if isinstance(mask_ratio, Sequence) else [mask_ratio] * N
+    r_N = list(density) if isinstance(density, Sequence) else [density] * N
     if len(r_N) != N:
         raise ValueError(f"{len(r_N)} densities for {N} tasks")
     for r in r_N:

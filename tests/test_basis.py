@@ -54,10 +54,10 @@ def build(
     return basis
 
 
-def applied(basis: Basis, like: dict[str, Tensor], *, threads: int = 1, mask_ratio: float | None = None) -> dict[str, Tensor]:
+def applied(basis: Basis, like: dict[str, Tensor], *, threads: int = 1, density: float | None = None) -> dict[str, Tensor]:
     state = {name: torch.full_like(t, torch.nan) for name, t in like.items()}
     lambdas = [WEIGHTS[: basis.plan.N]] * len(basis.plan.tensors)
-    basis.apply(state, lambdas, LAMBDA, basis.thresholds(mask_ratio), threads=threads)
+    basis.apply(state, lambdas, LAMBDA, basis.thresholds(density), threads=threads)
     return state
 
 

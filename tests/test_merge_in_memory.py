@@ -13,9 +13,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pcb_ray import RequestError, merge_state_dicts, selection
+from pcb_ray import RequestError, merge_state_dicts
+from pcb_ray.methods import METHODS as RECORDS
+from pcb_ray.planning import Sizes
 
-METHODS = ("pcb-released", "pcb-pairwise", "pcb-paper", "ties", "task_arithmetic", "linear")
+METHODS = tuple(record.full_name for record in RECORDS)
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 EPS32 = 2.0**-24
 quick = settings(max_examples=45, deadline=None, derandomize=True)
@@ -60,7 +62,7 @@ def assert_is_the_pcb_merge(
     models_ND: Tensor,
     *,
     variant: str,
-    mask_ratio: Sequence[float],
+    density: Sequence[float],
     weights: Tensor,
     lambda_: float,
     ulp: Tensor,
@@ -69,7 +71,7 @@ def assert_is_the_pcb_merge(
 
     The elements that no task keeps have the base's value; those at the threshold are among them (or, in `paper`, are not)."""
     tau_ND = models_ND - base_D
-    want = oracle.merge_pcb(base_D, models_ND, variant=variant, density=mask_ratio, weights=weights, lambda_=lambda_)
+    want = oracle.merge_pcb(base_D, models_ND, variant=variant, density=density, weights=weights, lambda_=lambda_)
     t_N1, top_N1 = (torch.tensor(want.thresholds[k], dtype=torch.float64)[:, None] for k in ("t", "beta_max"))
     beta_ND, error_ND = want.beta_ND.double(), score_errors(want, variant, tau_ND)
     t_error_N1 = torch.where((beta_ND - t_N1).abs() <= 4 * error_ND, error_ND, 0.0).amax(dim=1, keepdim=True)
@@ -111,7 +113,7 @@ def assert_is_the_merge(
     models: Sequence[StateDict],
     name: str,
     *,
-    mask_ratio: Sequence[float],
+    density: Sequence[float],
     weights: Sequence[float | Mapping[str, float]],
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
@@ -144,7 +146,7 @@ def assert_is_the_merge(
             ulp = torch.maximum(ulp, (rounded_D - base_D).abs().double() * 2)
             merged_D = torch.where(merged_D == rounded_D, base_D, merged_D)
         assert_is_the_pcb_merge(
-            merged_D, base_D, models_ND, variant=variant, density=mask_ratio, weights=weights_ND, lambda_=lambda_, ulp=ulp
+            merged_D, base_D, models_ND, variant=variant, density=density, weights=weights_ND, lambda_=lambda_, ulp=ulp
         )
         return
     terms_ND = weights_ND.double() * (models_ND if method == "linear" else models_ND - base_D)
@@ -155,9 +157,9 @@ def assert_is_the_merge(
         want_D = oracle.merge_task_arithmetic(base_D, models_ND, weights_ND, lambda_)
         size_D = base_D.abs() + abs(lambda_) * terms_ND.abs().sum(dim=0)
     else:
-        want_D = oracle.merge_ties(base_D, models_ND, weights_ND, lambda_, mask_ratio)
+        want_D = oracle.merge_ties(base_D, models_ND, weights_ND, lambda_, density)
         size_D = base_D.abs() + abs(lambda_) * terms_ND.abs().sum(dim=0)
-        untouched_D = ~oracle.ties_agreement(models_ND - base_D, mask_ratio).any(dim=0)
+        untouched_D = ~oracle.ties_agreement(models_ND - base_D, density).any(dim=0)
         rounded_D = torch.cat([base[n].to(out[n].dtype).float().reshape(-1) for n in names])
         assert torch.equal(merged_D[untouched_D].view(torch.int32), rounded_D[untouched_D].view(torch.int32))
     assert ((merged_D - want_D).abs() <= 16 * EPS32 * size_D + ulp + 1e-44).all()
@@ -227,7 +229,7 @@ def test_any_models_are_merged_as_the_oracle_merges_them(name, data, family, lam
     if name == "linear":
         assume(abs(sum(weights)) >= 0.2)
         lambda_, r = 1.0, 0.1
-    options = {"mask_ratio": r, "weights": weights, "lambda_": lambda_, "dtype": DTYPES.get(dtype)}
+    options = {"density": r, "weights": weights, "lambda_": lambda_, "dtype": DTYPES.get(dtype)}
     out = run(base, models, name, **options)
     ratios = r if isinstance(r, list) else [r] * n
     assert_is_the_merge(out, base, models, name, density=ratios, weights=weights, lambda_=lambda_, dtype=dtype)
@@ -248,7 +250,7 @@ def test_a_family_that_needs_sampling_is_merged_as_the_oracle_merges_it(name):
     D = sum(t.numel() for t in base.values())
     assert D > 70_000
     with families.small_engine(tally_entries=5000, chunk_elements=1 << 13, sample_run=256):
-        assert selection.TALLY_ENTRIES < D
+        assert Sizes.of(D).tally_entries < D
         out = run(base, models, name, density=0.1, weights=[1.0, 0.5, 2.0], lambda_=0.7)
     lambda_ = 1.0 if name == "linear" else 0.7
     assert_is_the_merge(out, base, models, name, density=[0.1] * 3, weights=[1.0, 0.5, 2.0], lambda_=lambda_)
@@ -362,8 +364,8 @@ def test_one_number_too_few_is_told():
     with pytest.raises(RequestError) as told:
         merge_state_dicts(base, models, weights=[1.0], density=[0.1, 0.1, 0.1])
     assert len(told.value.problems) == 2
-    assert "weights: 1 given for 2 models" in str(told.value)
-    assert "mask_ratio: 3 given for 2 models" in str(told.value)
+    assert "weights: wanted one for each of 2 models, found 1." in str(told.value)
+    assert "density: wanted one for each of 2 models, found 3." in str(told.value)
 
 
 # --- what is not finite ---------------------------------------------------------------------------------------------------------------
@@ -378,7 +380,9 @@ def test_a_value_that_is_not_finite_is_named_with_model_tensor_and_first_index(n
     with pytest.raises(RequestError) as told:
         run(base, models, name)
     (problem,) = told.value.problems
-    assert problem.startswith(f"models[1]: tensor model.layers.1.mlp.up_proj.weight holds {value} at index [5, 7] (BF16)"), problem
+    assert problem.startswith(
+        f"models[1]: tensor model.layers.1.mlp.up_proj.weight: wanted finite numbers, found {value} at index [5, 7] (BF16)."
+    ), problem
     assert "exclude" in problem
 
 
@@ -390,8 +394,8 @@ def test_a_base_that_is_not_finite_is_named(name):
     with pytest.raises(RequestError) as told:
         run(base, models, name)
     text = str(told.value)
-    assert "base: tensor model.norm.weight holds inf at index [3]" in text
-    assert "models[0]: tensor model.norm.weight holds nan at index [4]" in text
+    assert "base: tensor model.norm.weight: wanted finite numbers, found inf at index [3]" in text
+    assert "models[0]: tensor model.norm.weight: wanted finite numbers, found nan at index [4]" in text
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -404,7 +408,7 @@ def test_an_output_that_overflows_its_dtype_is_named(name):
     with pytest.raises(RequestError) as told:
         run(base, models, name, dtype="float16")
     (problem,) = told.value.problems
-    assert f"tensor {where} overflows F16 at index [2, 3]" in problem
+    assert f"tensor {where}, index [2, 3]: wanted a number that F16 can hold, found one that overflows it" in problem
     assert "bfloat16 or float32" in problem
 
 
@@ -419,15 +423,17 @@ def test_a_difference_that_overflows_float32_is_named(name):
 def test_a_float64_value_beyond_float32_is_named():
     base, models = families.fine_tuned(2, dtype=torch.float64)
     models[0]["model.norm.weight"][1] = 1e300
-    with pytest.raises(RequestError, match=r"models\[0\]: tensor model\.norm\.weight holds 1e\+300 at index \[1\] \(F64\)"):
+    with pytest.raises(
+        RequestError, match=r"models\[0\]: tensor model\.norm\.weight: wanted finite numbers, found 1e\+300 at index \[1\] \(F64\)"
+    ):
         run(base, models, "pcb-pairwise")
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("mask_ratio", [0.3, 0.9, 1.0])
-def test_scores_that_are_no_numbers_are_refused_and_do_not_hang(mask_ratio):
+@pytest.mark.parametrize("density", [0.3, 0.9, 1.0])
+def test_scores_that_are_no_numbers_are_refused_and_do_not_hang(density):
     """released multiplies tau by the sum of all, and 0 * infinity is no number."""
     base, odd = {"w": torch.zeros(100)}, torch.arange(100) % 2
     models = [{"w": 3e38 * odd} for _ in range(3)] + [{"w": 1.0 - odd}]
-    with pytest.raises(RequestError, match=r"models\[0\]: differs from the base by up to 3e\+38; the sum .* overflow float32"):
-        run(base, models, "pcb-released", density=mask_ratio)
+    with pytest.raises(RequestError, match=r"models\[0\]: wanted .* finite in float32, found one of 3e\+38"):
+        run(base, models, "pcb-released", density=density)

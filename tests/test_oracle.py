@@ -48,11 +48,11 @@ def test_there_are_golden_files():
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_the_text_reproduces_the_released_functions(path, variant):
     with safe_open(path, "pt") as file:
-        mask_ratio = float(file.metadata()["mask_ratio"])
+        density = float(file.metadata()["mask_ratio"])
         tau_ND = file.get_tensor("tau")
         clamped_ND, scale_ND, merged_D = (file.get_tensor(f"{PREFIX[variant]}.{key}") for key in ("clamped", "scale", "merged"))
     N, D = tau_ND.shape
-    ours = oracle.merge_pcb(torch.zeros(D), tau_ND, variant=variant, density=mask_ratio, weights=[1.0] * N)
+    ours = oracle.merge_pcb(torch.zeros(D), tau_ND, variant=variant, density=density, weights=[1.0] * N)
     assert torch.equal(ours.kept_ND, scale_ND > 0)
     assert torch.equal(ours.tauc_ND, clamped_ND)
     assert (ours.scale_ND - scale_ND).abs().max() <= 1e-6
