@@ -68,7 +68,8 @@ class Session:
     def _bytes_of_chunk(self, share: float) -> Callable[[int], int]:
         plan = self.plan
         per_element = share * plan.sweep_bytes / plan.D
-        return lambda chunk: round(per_element * (plan.bounds[chunk + 1] - plan.bounds[chunk]))
+        # Rounded up to each bound and not chunk by chunk, so that they add up to the whole.
+        return lambda chunk: round(per_element * plan.bounds[chunk + 1]) - round(per_element * plan.bounds[chunk])
 
     def _bytes_of_part(self, number: int) -> int:
         """What is read of the inputs for a part of the output."""

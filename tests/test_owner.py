@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,20 @@ import families
 import pytest
 import torch
 from families import Local, merge_locally
-from pcb_ray.answers import BETA, MAGNITUDE, Thresholds
 
 from pcb_ray import Recipe, RequestError, RunError
-from pcb_ray.analysis import Run, thresholds_of
-from pcb_ray.owner import Bytes, Owner
-from pcb_ray.planning import MIN_BLOCK, Plan, plan
-from pcb_ray.selection import TALLY_ENTRIES
+from pcb_ray.analysis import analyse
+from pcb_ray.budget import MIN_BLOCK
+from pcb_ray.files.store import LocalStore
+from pcb_ray.methods import METHODS as RECORDS
+from pcb_ray.methods import Ranks
+from pcb_ray.owner import Owner
+from pcb_ray.planning import Copied, Plan, plan
+from pcb_ray.questions import CompareParts, CountKeys, SampleKeys, WriteParts
+from pcb_ray.selection import Bracket
+from pcb_ray.session import Session
 
-METHODS = ("pcb-released", "pcb-pairwise", "pcb-paper", "ties", "task_arithmetic", "linear")
+METHODS = tuple(record.full_name for record in RECORDS)
 
 
 def planned(recipe: dict[str, object], name: str, **changes: object) -> Plan:
@@ -28,33 +33,38 @@ def planned(recipe: dict[str, object], name: str, **changes: object) -> Plan:
     return plan(Recipe.from_dict(recipe | {"merge_method": method, "parameters": parameters} | changes))
 
 
+def owner_of(made: Plan, **options: Any) -> Owner:
+    return Owner(made, LocalStore(), **options)
+
+
 class OneOwner:
-    """The smallest thing that a Run can ask."""
+    """The smallest thing that a session can ask."""
 
     deaths = 0
 
     def __init__(self, owner: Owner) -> None:
-        self.owner, self.stats = owner, {}
+        self.owner, self.states = owner, []
 
-    def ask(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
+    def ask(self, question: Any, items: Sequence[int]) -> Iterator[tuple[Sequence[int], Any]]:
         for item in items:
-            yield [item], getattr(self.owner, question)([item], *args)
+            yield [item], question.answer(self.owner, [item])
 
-    def fold(self, question: str, items: Sequence[Any], *args: Any) -> Iterator[tuple[Sequence[Any], Any]]:
-        yield items, None
-        yield (), getattr(self.owner, question)(items, *args)
+    store = ask
+
+    def fold(self, question: Any, items: Sequence[int], done: Callable[[Sequence[int]], None]) -> Any:
+        answer = question.answer(self.owner, items)
+        done(items)
+        return answer
 
 
-def digests(owner: Owner, thresholds: Thresholds, order: list[int]) -> dict[int, bytes]:
-    return {chunk: digest for at in order for chunk, digest in owner.merged_digests([at], thresholds).items()}
-
-
-def input_digests(made: Plan, out: Path) -> list[str]:
+def input_digests(made: Plan, out: Path) -> tuple[int, ...]:
+    """The sums that the first sweep takes; a method of one sweep takes them while it writes."""
     local = merge_locally(made, out)
-    if made.sweeps > 1:
-        return local.run.inputs
-    chunks = Owner(made, str(out)).write(range(made.chunks), local.thresholds, True)
-    return [b"".join(chunks[k][1][source] for k in sorted(chunks)).hex() for source in range(made.N + 1)]
+    written = owner_of(made).write(range(len(made.parts)), WriteParts(local.known, str(out))).values()
+    sums = tuple(sum(one.inputs[source] for one in written) % (1 << 128) for source in range(made.N + 1))
+    if made.method.passes:
+        assert local.session.inputs == sums, "all sweeps digest alike, in whatever order they read"
+    return sums
 
 
 # --- the bytes ------------------------------------------------------------------------------------------------------------------------
@@ -81,8 +91,8 @@ def merged(family: families.Family, name: str, out: Path, *, block_elements: int
     recipe = family.recipe()
     recipe["models"][1]["parameters"] = {"weight": weights}
     made = planned(recipe, name, **changes)
-    chunks = list(range(made.chunks))
-    return merge_locally(made, out, block_elements=block_elements, chunks=chunks[::-1] if block_elements else chunks)
+    parts = list(range(len(made.parts)))
+    return merge_locally(made, out, block_elements=block_elements, parts=parts[::-1] if block_elements else parts)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
@@ -90,16 +100,16 @@ def merged(family: families.Family, name: str, out: Path, *, block_elements: int
 def test_bytes_do_not_depend_on_block_size_order_or_kernel(mixed, name, dtype, tmp_path, monkeypatch):
     changes = {} if dtype is None else {"dtype": dtype}
     first = merged(mixed, name, tmp_path / "a", **changes)
-    assert first.run.plan.chunks >= 3
+    assert first.session.plan.chunks >= 3
     for block_elements in (MIN_BLOCK, 3 * MIN_BLOCK, 1 << 18):
         other = merged(mixed, name, tmp_path / "b", block_elements=block_elements, **changes)
-        assert other.thresholds == first.thresholds
+        assert other.known == first.known
         assert other.files == first.files, block_elements
-        assert other.run.inputs == first.run.inputs
+        assert other.session.inputs == first.session.inputs
     monkeypatch.setenv("PCB_RAY_KERNEL", "torch")
     plain = merged(mixed, name, tmp_path / "c", block_elements=2 * MIN_BLOCK, **changes)
-    assert {s["kernel"] for s in plain.run.owners.stats.values()} == {"torch"}
-    assert plain.thresholds == first.thresholds
+    assert {state.kernel for state in plain.session.owners.states} == {"torch"}
+    assert plain.known == first.known
     assert plain.files == first.files
 
 
@@ -121,29 +131,50 @@ def test_a_weight_by_tensor_name_is_the_weight_of_that_tensor_alone(family, tmp_
         assert torch.equal(out[name], want.to(out[name].dtype)), name
 
 
-def test_a_chunk_can_be_asked_again_by_another_owner(mixed, tmp_path):
+def test_a_part_can_be_asked_again_by_another_owner(mixed, tmp_path):
     first = merged(mixed, "pcb-pairwise", tmp_path)
-    made, thresholds = first.run.plan, first.thresholds
-    order = list(range(made.chunks))
-    there = Owner(made, str(tmp_path))
-    written = there.written_digests(order)
-    assert digests(Owner(made, str(tmp_path)), thresholds, order) == written
-    assert digests(Owner(made, str(tmp_path), block_elements=MIN_BLOCK), thresholds, order[::-1]) == written
-    assert {k: d for k, (d, _) in there.write(order[:2], thresholds, False).items()} == {k: written[k] for k in order[:2]}
+    made, known, order = first.session.plan, first.known, range(len(first.session.plan.parts))
+    there = owner_of(made).digest_parts(order, str(tmp_path))
+    for options in ({}, {"block_elements": MIN_BLOCK}):
+        assert owner_of(made, **options).compare_parts(order[::-1], CompareParts(known, str(tmp_path))) == {}
+    again = owner_of(made).write(order[:2], WriteParts(known, str(tmp_path)))
+    assert {number: one.digest for number, one in again.items()} == {number: there[number] for number in order[:2]}
+    assert owner_of(made).digest_parts(order, str(tmp_path)) == there
 
 
-def test_a_changed_byte_of_the_output_changes_its_digest(mixed, tmp_path):
-    made = merged(mixed, "linear", tmp_path).run.plan
-    before = Owner(made, str(tmp_path)).written_digests(range(made.chunks))
+def test_parts_are_the_output_files_from_the_first_byte_to_the_last(mixed, tmp_path):
+    made = merged(mixed, "ties", tmp_path, exclude=["*norm*"]).session.plan
+    assert len(made.parts) > len(made.files) > 0
+    for number, file in enumerate(made.files):
+        parts = [part for part in made.parts if part.file == number]
+        assert [parts[0].start, parts[-1].stop] == [0, file.size]
+        assert [one.stop for one in parts[:-1]] == [one.start for one in parts[1:]]
+    segments = [segment for part in made.parts for segment in part.segments]
+    copied = {segment.copy for segment in segments if isinstance(segment, Copied)}
+    assert copied == {k for k, copy in enumerate(made.copies) if copy.source.nbytes}, "a copied tensor is a segment like any other"
+    merged_elements = sum(segment.stop - segment.start for segment in segments if not isinstance(segment, Copied))
+    assert merged_elements == made.D
+
+
+def test_a_changed_byte_of_the_output_changes_the_digest_of_its_part_and_is_told_with_its_tensor(mixed, tmp_path):
+    local = merged(mixed, "linear", tmp_path)
+    made, parts = local.session.plan, range(len(local.session.plan.parts))
+    before = owner_of(made).digest_parts(parts, str(tmp_path))
     tensor = made.tensors[3]
-    path = tmp_path / made.files[tensor.slot.file].name
+    at, path = tensor.slot.start + 1, tmp_path / made.files[tensor.slot.file].name
     with path.open("r+b") as stream:
-        stream.seek(tensor.slot.start + 1)
+        stream.seek(at)
         byte = stream.read(1)
-        stream.seek(tensor.slot.start + 1)
+        stream.seek(at)
         stream.write(bytes([byte[0] ^ 1]))
-    after = Owner(made, str(tmp_path)).written_digests(range(made.chunks))
-    assert [chunk for chunk in before if before[chunk] != after[chunk]] == [tensor.first // made.chunk_elements]
+    after = owner_of(made).digest_parts(parts, str(tmp_path))
+    (changed,) = [number for number in before if before[number] != after[number]]
+    part = made.parts[changed]
+    assert part.file == tensor.slot.file
+    assert part.start <= at < part.stop
+    differences = owner_of(made).compare_parts(parts, CompareParts(local.known, str(tmp_path)))
+    assert list(differences) == [changed]
+    assert made.files[part.file].name in differences[changed]
 
 
 @pytest.mark.parametrize("name", ["pcb-pairwise", "pcb-paper", "linear"])
@@ -159,13 +190,13 @@ def test_one_changed_element_of_an_input_changes_the_digest_of_that_input_alone(
     assert len(set(before)) == 3
 
 
-@pytest.mark.parametrize("quantity", [MAGNITUDE, BETA])
-def test_a_sample_does_not_depend_on_who_takes_it(mixed, quantity, tmp_path):
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_sample_does_not_depend_on_who_takes_it(mixed, step, tmp_path):
     first = merged(mixed, "pcb-pairwise", tmp_path)
-    made, thresholds = first.run.plan, first.thresholds
-    whole = Owner(made, str(tmp_path)).sample(range(made.chunks), quantity, thresholds).of_task
+    made, question = first.session.plan, SampleKeys(step, first.known)
+    whole = owner_of(made).sample(range(made.chunks), question).of_model
     parts = [
-        Owner(made, str(tmp_path), block_elements=MIN_BLOCK).sample(chunks, quantity, thresholds).of_task
+        owner_of(made, block_elements=MIN_BLOCK).sample(chunks, question).of_model
         for chunks in ([made.chunks - 1], range(1, made.chunks - 1), [0])
     ]
     for task in range(made.N):
@@ -173,7 +204,8 @@ def test_a_sample_does_not_depend_on_who_takes_it(mixed, quantity, tmp_path):
         total.merge(parts[1][task])
         total.merge(parts[2][task])
         for rank in range(0, made.D, made.D // 7):
-            assert total.bracket(rank, made.D, -(1 << 30), 1 << 30) == whole[task].bracket(rank, made.D, -(1 << 30), 1 << 30)
+            one, other = (sample.bracket(rank, made.D, -(1 << 30), 1 << 30, 1 << 19) for sample in (total, whole[task]))
+            assert one == other
         assert 0 < int(total.counts.sum()) <= made.D
 
 
@@ -186,14 +218,14 @@ def test_a_sample_does_not_depend_on_who_takes_it(mixed, quantity, tmp_path):
 )
 def test_a_model_larger_than_a_tally_takes_the_announced_number_of_sweeps(family, tmp_path, name, sweeps):
     made = planned(family(2, scale=30).recipe(), name)
-    assert made.D > TALLY_ENTRIES
-    assert made.sweeps == sweeps
+    assert made.sizes.tally_entries < made.D
+    assert made.method.sweeps == sweeps
     local = merge_locally(made, tmp_path)
-    full = [s for s in local.run.sweeps if s.bytes >= made.sweep_bytes]
+    full = [s for s in local.session.sweeps if s.bytes >= made.sweep_bytes]
     assert len(full) == sweeps
     assert all(s.bytes == made.sweep_bytes for s in full)
     samples = local.bytes_read - sweeps * made.sweep_bytes
-    quantities = {"pcb-paper": 1, "ties": 1}.get(name, 2 if sweeps == 3 else 0)
+    quantities = sum(isinstance(one, Ranks) for one in made.method.passes)
     assert 0 <= samples <= quantities * made.sweep_bytes / 14
     assert (samples > 0) == (quantities > 0)
 
@@ -201,9 +233,9 @@ def test_a_model_larger_than_a_tally_takes_the_announced_number_of_sweeps(family
 def test_a_sweep_that_reads_all_counts_as_full_whatever_the_dtypes(mixed, tmp_path):
     """Bytes per element are no whole number here: rounding batch by batch must not lose any."""
     local = merged(mixed, "pcb-pairwise", tmp_path)
-    made = local.run.plan
+    made = local.session.plan
     assert made.sweep_bytes % made.D
-    assert [s.bytes for s in local.run.sweeps] == [made.sweep_bytes] * 3
+    assert [s.bytes for s in local.session.sweeps] == [made.sweep_bytes] * 3
     assert local.bytes_read == 3 * made.sweep_bytes + made.copied_bytes
 
 
@@ -212,20 +244,19 @@ def test_what_is_not_finite_is_found_in_the_first_sweep_and_named_by_file(family
     one = family(2, scale=30)
     one.models[1]["model.layers.1.input_layernorm.weight"][17] = math.nan
     families.write(one.folder / "model1", one.models[1])
-    made = planned(one.recipe(), name)
-    merge_files = tmp_path / "out"
-    merge_files.mkdir()
+    made, out = planned(one.recipe(), name), tmp_path / "out"
+    out.mkdir()
+    owner = owner_of(made)
     for file in made.files:
-        (merge_files / file.name).write_bytes(b"")
-    owner = Owner(made, str(merge_files))
-    run = Run(made, OneOwner(owner), quiet=True)
+        owner.store.create(str(out / file.name), file.size)
+    session = Session(made, lambda _plan: OneOwner(owner))
     with pytest.raises(RequestError) as told:
-        list(run.sweep("write", "write", thresholds_of(run), True))
+        list(session.store("write", WriteParts(analyse(session), str(out)), range(len(made.parts))))
     assert str(told.value).startswith(
-        f"{one.folder / 'model1'}: tensor model.layers.1.input_layernorm.weight holds nan at index [17] (BF16)"
+        f"{one.folder / 'model1'}: tensor model.layers.1.input_layernorm.weight: wanted finite numbers, found nan at index [17] (BF16)"
     )
-    assert owner.bytes.bytes_read <= made.sweep_bytes * 1.15
-    assert not [s for s in run.sweeps if s.bytes >= made.sweep_bytes]
+    assert owner.state().bytes_read <= made.sweep_bytes * 1.15
+    assert not [s for s in session.sweeps if s.bytes >= made.sweep_bytes]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------------------------
@@ -238,35 +269,23 @@ def test_a_file_that_shrank_after_the_plan_is_named(family, tmp_path):
     whole = path.stat().st_size
     with path.open("r+b") as stream:
         stream.truncate(whole // 2)
-    with pytest.raises(RequestError, match=rf"model1.*: {whole // 2} bytes on node .*, {whole} bytes in the plan"):
-        Owner(made, str(tmp_path))
+    with pytest.raises(RequestError, match=rf"model1.*: wanted {whole} bytes, as planned, found {whole // 2} on node "):
+        owner_of(made)
     path.unlink()
-    with pytest.raises(RequestError, match=r"can't read it .*No such file"):
-        Owner(made, str(tmp_path))
-    with pytest.raises(RequestError, match="doesn't see the folder of the output"):
-        Owner(made, str(tmp_path / "nowhere"))
+    with pytest.raises(RequestError, match=r"wanted a file that node .* can read, found: No such file"):
+        owner_of(made)
+    with pytest.raises(RequestError, match="nowhere: wanted the output's folder, found none on node"):
+        owner_of(made, writes_to=str(tmp_path / "nowhere"))
 
 
 def test_a_file_cut_while_it_is_read_is_named(family, tmp_path):
     one = family(1)
     made = plan(Recipe.from_dict(one.recipe()))
-    owner = Owner(made, str(tmp_path))
+    owner = owner_of(made)
     with (one.folder / "model0" / "model.safetensors").open("r+b") as stream:
         stream.truncate(20000)
-    with pytest.raises(RunError, match=r"model0/model\.safetensors: ends at byte 20000, .*changed during the merge"):
-        owner.merged_digests([0], Thresholds((0.0,), (1.0,), (0.0,), (1.0,)))
-
-
-def test_bytes_reads_and_writes_ranges(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(range(100)))
-    there = Bytes()
-    there.write(str(path), 10, memoryview(b"abc"))
-    out = memoryview(bytearray(5))
-    there.read(str(path), 9, out)
-    assert bytes(out) == bytes([9]) + b"abc" + bytes([13])
-    assert there.bytes_read == 5
-    there.close()
+    with pytest.raises(RunError, match=r"model0/model\.safetensors: wanted .*, found its end at byte 20000: it was changed"):
+        owner.count([0], CountKeys(0, {}, ((Bracket(0, 1),),)))
 
 
 def test_twins_that_differ_are_told_before_anything_is_computed(family, tmp_path):
@@ -279,8 +298,8 @@ def test_twins_that_differ_are_told_before_anything_is_computed(family, tmp_path
     one = families.Family(one.folder, one.base, one.models, config=config)
     made = plan(Recipe.from_dict(one.recipe()))
     assert len(made.twins) == 3
-    (problem,) = Owner(made, str(tmp_path)).differing_twins(range(3))
+    (problem,) = owner_of(made).differing_twins(range(3))
     assert problem.startswith(
-        f"{one.folder / 'model1'}: config.json ties lm_head.weight to model.embed_tokens.weight, but the stored copies differ"
+        f"{one.folder / 'model1'}: wanted lm_head.weight equal to model.embed_tokens.weight, which config.json ties it to, found"
     )
     assert "tie_word_embeddings" in problem
