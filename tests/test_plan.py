@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -23,8 +22,9 @@ from families import Family, MakeFamily, merge_locally
 from safetensors import safe_open
 
 from pcb_ray import Recipe, RequestError
+from pcb_ray.budget import CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK, choose_block, worker_bytes
 from pcb_ray.files.checkpoint import DTYPE_BYTES
-from pcb_ray.planning import CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK, SAMPLE_RUN, Plan, choose_block, plan, worker_bytes
+from pcb_ray.planning import Plan, Sizes, plan
 
 
 def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> Plan:
@@ -117,7 +117,7 @@ def test_weights_follow_the_first_filter_that_matches(family):
     recipe["models"][1]["parameters"] = {
         "weight": [{"filter": "self_attn", "value": 1.2}, {"filter": "layers.0", "value": 0.3}, {"value": 0.9}]
     }
-    lambdas = {t.name: t.lambdas for t in plan(Recipe.from_dict(recipe)).tensors}
+    lambdas = {t.name: t.weights for t in plan(Recipe.from_dict(recipe)).tensors}
     assert lambdas["model.layers.0.self_attn.q_proj.weight"] == (1.0, 1.2)
     assert lambdas["model.layers.0.mlp.up_proj.weight"] == (1.0, 0.3)
     assert lambdas["model.layers.1.mlp.up_proj.weight"] == (1.0, 0.9)
@@ -237,10 +237,10 @@ def test_a_density_that_keeps_nothing_is_a_wrong_request(family):
     one = family(2)
     recipe = one.recipe()
     recipe["models"][1]["parameters"] = {"density": 1e-17}
-    with pytest.raises(RequestError, match=r"model1: density 1e-17 of 19552 merged elements keeps nothing"):
+    with pytest.raises(RequestError, match=r"model1: wanted a density that keeps at least one of 19552 merged elements, found 1e-17"):
         plan(Recipe.from_dict(recipe))
     recipe["models"][1]["parameters"] = {"density": 1e-9}
-    assert plan(Recipe.from_dict(recipe)).densities == (0.1, 1e-9)
+    assert plan(Recipe.from_dict(recipe)).settings.each("density") == (0.1, 1e-9)
 
 
 def test_linear_weights_that_cancel_in_one_tensor_are_named(family):
@@ -449,12 +449,14 @@ def test_ten_models_of_70_billion_are_planned_in_seconds_and_little_memory(ten_l
 def test_a_worker_for_ten_large_models_stays_under_two_gigabytes(ten_large_models):
     recipe = Recipe.from_file(ten_large_models)
     for variant in ("pairwise", "released", "paper"):
-        made = plan(dataclasses.replace(recipe, variant=variant))
+        made = plan(recipe.with_parameters({"variant": variant}))
         assert max(t.numel for t in made.tensors) >= 128256 * 8192
         block = choose_block(made, "cpu", 2 * 10**9)
         assert worker_bytes(made, block) <= 2 * 10**9
         assert block == CPU_BLOCK, "no smaller than without a bound"
-        assert made.chunks * made.chunk_elements >= made.D > (made.chunks - 1) * made.chunk_elements
+        size = made.sizes.chunk_elements
+        assert made.chunks * size >= made.D > (made.chunks - 1) * size
+        assert len(made.parts) <= made.chunks + len(made.files)
 
 
 def test_memory_grows_with_the_block_and_a_bound_chooses_it(family):
@@ -465,7 +467,7 @@ def test_memory_grows_with_the_block_and_a_bound_chooses_it(family):
     assert sizes == sorted(set(sizes))
     assert choose_block(made, "cuda", sizes[1]) == CPU_BLOCK
     assert choose_block(made, "cpu", sizes[0]) == MIN_BLOCK
-    with pytest.raises(RequestError, match=re.escape(f"needs at least {sizes[0]:,} bytes")):
+    with pytest.raises(RequestError, match=re.escape(f"wanted at least {sizes[0]:,} bytes for a worker of 3 models, found {sizes[0] - 1:,}")):
         choose_block(made, "cpu", sizes[0] - 1)
 
 
@@ -490,7 +492,6 @@ def test_a_plan_takes_a_recipe_its_file_or_a_dictionary(family):
     assert plan(one.recipe()) == plan(one.recipe_file()) == plan(str(one.recipe_file())) == made
 
 
-def test_a_sample_is_a_sixteenth_of_a_small_model_and_a_128th_of_a_large_one(family):
-    made = plan(family(1).recipe())
-    strides = {D: dataclasses.replace(made, D=D).sample_stride for D in (10**5, 10**8, 10**9, 7 * 10**10)}
-    assert [round(stride / SAMPLE_RUN) for stride in strides.values()] == [16, 23, 128, 128]
+def test_a_sample_is_a_sixteenth_of_a_small_model_and_a_128th_of_a_large_one():
+    sizes = [Sizes.of(D) for D in (10**5, 10**8, 10**9, 7 * 10**10)]
+    assert [round(one.sample_stride / one.sample_run) for one in sizes] == [16, 23, 128, 128]
