@@ -111,12 +111,11 @@ class Recipe:
         folder = Path(self.folder)
         name, code, variants = _methods(self.merge_method, self.code, folder, problems)
         parameters = _parameters(self.parameters, "parameters", variants, problems, notes)
-        method = variants.get(parameters.get("variant", "")) or next(iter(variants.values()), None)
+        method = variants.get(parameters.get("variant", ""), next(iter(variants.values())))
         base = None if self.base_model is None else text(self.base_model, "base_model", problems)
-        if base is None and method is not None and method.has_base:
+        if base is None and method.has_base:
             problems.append(wrong("base_model", "the model that all others come from", None, "add `base_model: PATH`"))
-        averages = method is not None and not method.has_base
-        models = _models(self.models, None if averages else base, folder, method, problems, notes)
+        models = _models(self.models, base if method.has_base else None, folder, method, problems, notes)
         exclude = self.exclude if isinstance(self.exclude, (list, tuple)) else [self.exclude]
         checked = {
             "models": models,
@@ -132,14 +131,14 @@ class Recipe:
         }
         plain = [model.weight[0][1] for model in models if len(model.weight) == 1]
         whole = len(plain) == len(models)
-        if method is not None and models and whole and (problem := method.wrong_weights(plain)):
+        if models and whole and (problem := method.wrong_weights(plain)):
             problems.append(f"models: {problem}. Fix: change a weight.")
         if problems:
             raise RequestError(problems)
         for key, value in checked.items():
             object.__setattr__(self, key, value)
         total = math.fsum(plain) if whole else math.nan
-        if not averages and len(models) > 1 and 0.95 <= total <= 1.05:
+        if method.has_base and len(models) > 1 and 0.95 <= total <= 1.05:
             notes.append(
                 f"the weights sum to {total:.3g}: `weight` is not normalised here, so each model counts for a part only. "
                 "Its default is 1 for each model; `lambda` scales the whole."
@@ -147,6 +146,9 @@ class Recipe:
         if code is not None:
             notes.append(f"merge_method runs code of {code.file} (sha256 {code.sha256[:12]}...).")
         object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
+
+    def __hash__(self) -> int:
+        return hash((self.to_yaml(), self.code))
 
     @property
     def method(self) -> Method:
@@ -217,12 +219,12 @@ class Recipe:
             notes.append(_INT8_MASK)
         if normalize is not None:
             _, _, variants = _methods(top.get("merge_method", cls.merge_method), None, Path(folder), [])
-            for method in list(variants.values())[:1]:
-                if normalize == method.normalize.harmless:
-                    notes.append(f"`normalize` has no effect: it asks for what `{method.name}` does anyway.")
-                else:
-                    wanted = str(method.normalize.harmless).lower()
-                    problems.append(wrong("parameters.normalize", wanted, normalize, method.normalize.fix))
+            method = next(iter(variants.values()))
+            if normalize == method.normalize.harmless:
+                notes.append(f"`normalize` has no effect: it asks for what `{method.name}` does anyway.")
+            elif method not in (_ANY_METHOD, _UNREAD_METHOD):
+                wanted = str(method.normalize.harmless).lower()
+                problems.append(wrong("parameters.normalize", wanted, normalize, method.normalize.fix))
         if "dtype" in top and top.get("out_dtype", top["dtype"]) != top["dtype"]:
             notes.append("`out_dtype` sets the output's dtype; `dtype` has no effect, since the arithmetic is float32 always.")
         asked = {
@@ -297,13 +299,24 @@ def _path(source: str, folder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------- parts of a recipe
 
 
+# It stands for a method that is wrong, so that all else in the recipe is still looked at.
+_ANY_METHOD = Method(
+    name="?",
+    merge=lambda block, _known, _settings: block.theta,
+    parameters={name: parameter for method in methods.METHODS for name, parameter in method.parameters.items()},
+    has_base=False,
+)
+_ANY = {method.variant: _ANY_METHOD for method in methods.METHODS if method.variant}
+_UNREAD_METHOD = dataclasses.replace(_ANY_METHOD)  # of the user's own: nobody knows what its parameters would be
+
+
 def _methods(
     raw: object, code: UserCode | None, folder: Path, problems: list[str]
 ) -> tuple[str, UserCode | None, dict[str, Method]]:
-    """The name of a method, the code of one of the user's own, and the records by variant; none if it is wrong."""
+    """The name of a method, the code of one of the user's own, and the records by variant."""
     if not names_code(raw):
         name = choice(raw, "merge_method", methods.names(), problems, _EQUIVALENTS, " or my_methods.py:name")
-        return name, None, methods.variants_of(name)
+        return name, None, methods.variants_of(name) or _ANY
     name = str(raw)
     try:
         if code is None or code.name != name:
@@ -311,15 +324,13 @@ def _methods(
         return name, code, {"": methods.own_method(code, folder)}
     except RequestError as error:
         problems += error.problems
-        return name, None, {}
+        return name, None, {"": _UNREAD_METHOD}
 
 
 def _parameters(raw: object, where: str, variants: Mapping[str, Method], problems: list[str], notes: list[str]) -> dict[str, Any]:
     """The parameters of the method, each with a value in one form."""
     if not isinstance(raw, Mapping):
         problems.append(wrong(where, "`key: value` lines", raw, "write such as `density: 0.1`"))
-        return {}
-    if not variants:
         return {}
     given = present(raw)
     found: dict[str, Any] = {}
@@ -338,6 +349,8 @@ def _complain(
     left: Mapping[Any, Any], where: str, method: Method, known: Sequence[str], problems: list[str], notes: list[str]
 ) -> None:
     """About keys that are none of the method's parameters: those of another method have no effect, others are wrong."""
+    if method is _UNREAD_METHOD:
+        return
     for key in left:
         homes = [other.name for other in methods.METHODS if key in other.parameters or (key == "variant" and other.variant)]
         if homes:
@@ -419,7 +432,7 @@ def _rules(raw: object, where: str, problems: list[str]) -> tuple[Rule, ...]:
 
 
 def _models(
-    raw: object, base: str | None, folder: Path, method: Method | None, problems: list[str], notes: list[str]
+    raw: object, base: str | None, folder: Path, method: Method, problems: list[str], notes: list[str]
 ) -> tuple[Model, ...]:
     """The models, checked, without those that name the base."""
     if not isinstance(raw, (list, tuple)) or not raw:
@@ -436,7 +449,7 @@ def _models(
         if not _matches_all(weight):
             weight += Model.weight
             notes.append(f"{where}: tensors that no filter of its `weight` matches get 1.0, the default.")
-        own = {} if method is None else _of_model(model.parameters, f"{where}.parameters", method, problems, notes)
+        own = _of_model(model.parameters, f"{where}.parameters", method, problems, notes)
         path = _path(source, folder)
         if source and base and path == _path(base, folder):
             notes.append(f"{where} {shown(source)} is the base model: it is left out and not counted.")

@@ -19,8 +19,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pcb_ray import methods
 from pcb_ray.errors import RequestError
-from pcb_ray.recipe import DTYPES, METHODS, VARIANTS, Model, Recipe
+from pcb_ray.recipe import DTYPES, Model, Recipe
+
+METHODS = methods.names()
+WITH_BASE = [name for name in METHODS if all(record.has_base for record in methods.variants_of(name).values())]
+VARIANTS = tuple(methods.variants_of("pcb"))
 
 EXAMPLE = """\
 merge_method: pcb            # pcb | ties | task_arithmetic | linear
@@ -76,7 +81,7 @@ def test_the_example_of_the_design_is_read_as_it_says():
     assert recipe.merge_method == "pcb"
     assert recipe.base_model == "models/base"
     assert [model.source for model in recipe.models] == ["models/math", "models/code"]
-    assert (recipe.density, recipe.lambda_, recipe.variant) == (0.2, 0.7, "released")
+    assert recipe.parameters == {"density": 0.2, "lambda": 0.7, "variant": "released"}
     assert (recipe.dtype, recipe.exclude, recipe.tokenizer_source) == ("bfloat16", ("*.inv_freq",), "base")
     assert recipe.folder == Path("/somewhere")
     assert recipe.notes == ()
@@ -89,17 +94,16 @@ def test_what_is_left_out_has_the_defaults_of_the_design():
     recipe = Recipe.from_yaml("{base_model: b, models: [a]}", ".")
     expected = ("pcb", 0.1, 1.0, "pairwise", None, (), "base", None)
     assert expected == (
-        recipe.merge_method, recipe.density, recipe.lambda_, recipe.variant, recipe.dtype, recipe.exclude,
-        recipe.tokenizer_source, recipe.chat_template,
+        recipe.merge_method, *recipe.parameters.values(), recipe.dtype, recipe.exclude, recipe.tokenizer_source, recipe.chat_template,
     )  # fmt: skip
-    assert recipe.models == (Model("a", ((None, 1.0),), None),)
+    assert recipe.models == (Model("a", ((None, 1.0),), {}),)
     assert recipe.notes == ()
 
 
 def test_a_recipe_is_frozen_and_hashable():
     recipe = read()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        recipe.density = 0.5  # type: ignore[misc]
+        recipe.dtype = "float32"  # type: ignore[misc]
     assert len({recipe, read(), read(merge_method="ties")}) == 2
 
 
@@ -128,7 +132,7 @@ def test_a_dtype_may_be_written_in_its_usual_forms(long_name: str):
 
 def test_each_model_may_have_its_own_density():
     recipe = read(models=["a", {"model": "b", "parameters": {"density": 0.5}}], parameters={"density": 0.3})
-    assert [recipe.density_of(i) for i in (0, 1)] == [0.3, 0.5]
+    assert [{**recipe.parameters, **model.parameters}["density"] for model in recipe.models] == [0.3, 0.5]
 
 
 def test_the_recipes_weight_serves_models_and_names_that_have_none_of_their_own():
@@ -170,7 +174,7 @@ def test_quotes_make_any_value_a_name(name: str):
 
 def test_the_base_may_be_left_out_for_linear_only():
     assert read(merge_method="linear", base_model=None).base_model is None
-    for method in METHODS[:3]:
+    for method in WITH_BASE:
         assert "base_model" in the_problem(layout(merge_method=method, base_model=None))
 
 
@@ -240,7 +244,7 @@ def weighted(*values: object) -> list[dict[str, Any]]:
     return [{"model": f"m{i}", "parameters": {"weight": value}} for i, value in enumerate(values)]
 
 
-@pytest.mark.parametrize("method", METHODS[:3])
+@pytest.mark.parametrize("method", WITH_BASE)
 def test_weights_that_sum_to_about_one_are_noted(method: str):
     assert "not normalised" in notes(merge_method=method, models=weighted(0.5, 0.5))
     assert "not normalised" in notes(merge_method=method, models=weighted(0.33, 0.33, 0.33))
@@ -268,7 +272,7 @@ def test_a_setting_without_effect_is_noted(method: str, without_effect: set[str]
     found = read(merge_method=method, parameters=parameters).notes
     assert {note.split("`")[1] for note in found} == without_effect
     assert len(found) == len(without_effect)
-    made = Recipe(models=(Model("a"),), base_model="b", merge_method=method, density=0.5, lambda_=2, variant="paper")
+    made = Recipe(models=(Model("a"),), base_model="b", merge_method=method, parameters=parameters)
     assert {note.split("`")[1] for note in made.notes} == without_effect
 
 
@@ -320,11 +324,11 @@ def test_a_density_outside_0_1_is_refused(density: object):
     assert "density" in the_problem(layout(parameters={"density": density}))
     assert "density" in the_problem(layout(models=[{"model": "a", "parameters": {"density": density}}]))
     with pytest.raises(RequestError, match="density"):
-        Recipe(models=(Model("a"),), base_model="b", density=density)  # type: ignore[arg-type]
+        Recipe(models=(Model("a"),), base_model="b", parameters={"density": density})
 
 
 def test_a_density_of_one_keeps_all():
-    assert read(parameters={"density": 1}).density == 1.0
+    assert read(parameters={"density": 1}).parameters["density"] == 1.0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39, 10**400, True, "x", "nan", "1e999", "", {}, b"1"])
@@ -422,7 +426,7 @@ def test_the_methods_and_variants_that_exist_are_all_accepted_and_listed():
     for method in METHODS:
         assert read(merge_method=method).merge_method == method
     for variant in VARIANTS:
-        assert read(parameters={"variant": variant}).variant == variant
+        assert read(parameters={"variant": variant}).method.variant == variant
     refusal = the_problem(layout(merge_method="zzz"))
     assert all(method in refusal for method in METHODS)
 
@@ -487,11 +491,9 @@ chat_template: auto
 def test_all_that_is_wrong_in_a_recipe_made_in_python_is_listed_at_once():
     with pytest.raises(RequestError) as caught:
         Recipe(
-            models=(Model("", "x"), Model("a", density=7), "b"),  # type: ignore[arg-type]
+            models=(Model("", "x"), Model("a", parameters={"density": 7}), "b"),  # type: ignore[arg-type]
             merge_method="x",
-            density=True,
-            lambda_=float("nan"),
-            variant="y",
+            parameters={"density": True, "lambda": float("nan"), "variant": "y"},
             dtype="z",
             exclude=(3,),  # type: ignore[arg-type]
             tokenizer_source="q",
@@ -565,7 +567,7 @@ def test_without_libyaml_the_same_is_read_and_refused():
         import yaml
         del yaml.CSafeLoader
         from pcb_ray.recipe import Recipe, RequestError
-        assert Recipe.from_yaml({EXAMPLE!r}).density == 0.2
+        assert Recipe.from_yaml({EXAMPLE!r}).parameters["density"] == 0.2
         for text in ("a: [1", "a: 1\\na: 2", "a: *x", "a: &a [*a]", "!!set {{a}}", "[" * 10_000, "? [a]\\n: 1", "\\ud800"):
             try:
                 Recipe.from_yaml(text)
@@ -672,16 +674,17 @@ def weights(draw: st.DrawFn) -> tuple[tuple[str | None, float], ...]:
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     sources = draw(st.lists(TEXTS, min_size=2, max_size=5, unique_by=lambda text: str(Path(text)).rstrip("/")))
-    own = st.builds(Model, st.just(""), weights(), st.none() | DENSITIES)
-    models = tuple(dataclasses.replace(draw(own), source=source) for source in sources[1:])
+    method = draw(st.sampled_from([record for record in methods.METHODS if record.has_base]))
+    values = {"density": DENSITIES, "lambda": NUMBERS}
+    parameters = {name: draw(values[name]) for name in method.parameters} | ({"variant": method.variant} if method.variant else {})
+    own = st.fixed_dictionaries({}, optional={name: values[name] for name, known in method.parameters.items() if known.per_model})
+    models = tuple(draw(st.builds(Model, st.just(source), weights(), own)) for source in sources[1:])
     template = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\t\r "), max_size=40)
     return Recipe(
         models=models,
         base_model=sources[0],
-        merge_method=draw(st.sampled_from(METHODS[:3])),
-        density=draw(DENSITIES),
-        lambda_=draw(NUMBERS),
-        variant=draw(st.sampled_from(VARIANTS)),
+        merge_method=method.name,
+        parameters=parameters,
         dtype=draw(st.none() | st.sampled_from(list(DTYPES))),
         exclude=tuple(draw(st.lists(TEXTS, max_size=3))),
         tokenizer_source=draw(st.sampled_from(["base", *(source for source in sources[1:] if source != "union")])),
@@ -748,11 +751,13 @@ def test_a_resolved_recipe_keeps_base_as_the_word_for_the_base(tmp_path: Path):
     assert Recipe(models=(Model("a"),), merge_method="linear", folder=tmp_path).resolved().base_model is None
 
 
-def test_a_changed_setting_without_effect_is_still_written():
-    recipe = Recipe(models=(Model("a"),), base_model="b", merge_method="linear", density=0.5, lambda_=2.0)
+def test_a_setting_without_effect_is_noted_and_not_part_of_the_recipe():
+    recipe = Recipe(models=(Model("a"),), base_model="b", merge_method="linear", parameters={"density": 0.5, "lambda": 2.0})
+    assert len(recipe.notes) == 2
+    assert recipe == Recipe(models=(Model("a"),), base_model="b", merge_method="linear")
     again = Recipe.from_yaml(recipe.to_yaml(), ".")
     assert again == recipe
-    assert again.notes == recipe.notes != ()
+    assert again.notes == ()
 
 
 # ---------------------------------------------------------------------------------------------------- fuzz

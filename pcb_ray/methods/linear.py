@@ -24,7 +24,7 @@ def linear(theta_NB: Tensor, lambdas: Sequence[float]) -> Tensor:
 
 
 def _no_mean(weights: Sequence[float]) -> str:
-    return "the method divides by the sum of the weights, which is 0" if sum(weights) == 0 else ""
+    return "the weights sum to 0, and the method divides by the sum" if sum(weights) == 0 else ""
 
 
 LINEAR = Method(
