@@ -38,6 +38,10 @@ def _recipe_help() -> str:
     table = [f"  {method.full_name:16} {textwrap.shorten(method.formula, 110)}" for method in METHODS]
     return "\n".join(
         [
+            "Methods:",
+            "",
+            *table,
+            "",
             "A recipe is a YAML file:",
             "",
             f"  {'merge_method: ' + METHODS[0].name:28} # {' | '.join(names())}, or my_methods.py:name",
@@ -49,10 +53,6 @@ def _recipe_help() -> str:
             "  parameters:",
             *lines,
             "  dtype: bfloat16              # of the output; by default the base's",
-            "",
-            "Methods:",
-            "",
-            *table,
         ]
     )
 

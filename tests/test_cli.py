@@ -18,8 +18,10 @@ import torch
 from families import Family
 
 from pcb_ray import Recipe
+from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cli import count, main, size
-from pcb_ray.planning import choose_block, plan, worker_bytes
+from pcb_ray.methods import METHODS
+from pcb_ray.planning import plan
 
 MODULE = [sys.executable, "-m", "pcb_ray"]
 SCRIPT = [str(Path(sys.executable).parent / "pcb-ray")]
@@ -51,7 +53,7 @@ def test_help_shows_a_recipe_that_is_one(arguments, capsys):
     text = capsys.readouterr().out
     shown = text[text.index("  merge_method: pcb") :]
     recipe = Recipe.from_yaml("\n".join(line[2:] for line in shown.splitlines() if line.startswith("  ")))
-    assert recipe.variant == "pairwise"
+    assert recipe.method.full_name == METHODS[0].full_name
     assert len(recipe.models) == 2
 
 
@@ -267,7 +269,7 @@ def test_a_merge_that_cannot_begin_is_refused_before_anything_is_started(family)
     for arguments, words in (
         (["there"], ["there: exists", "--overwrite"]),
         (["base/out"], ["inside or around the input"]),
-        (["out", "--memory", "1MB"], ["--memory 1,000,000", "needs at least"]),
+        (["out", "--memory", "1MB"], ["--memory: wanted at least", "found 1,000,000"]),
     ):
         done = run([sys.executable, "-c", program, "merge", str(path), *arguments], one.folder)
         assert done.stdout.split() == ["2", "False"], done.stderr

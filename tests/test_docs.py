@@ -114,7 +114,6 @@ def test_python_examples_are_python(document):
         ast.parse(block)
 
 
-@pytest.mark.xfail(strict=True, reason="merge_state_dicts takes `density` when models in memory have their own module")
 def test_python_examples_call_what_exists():
     for document in READABLE:
         for block in blocks(document, "python"):

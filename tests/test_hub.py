@@ -25,8 +25,8 @@ from safetensors.torch import save
 
 from pcb_ray.files import companions
 from pcb_ray.files.checkpoint import open_checkpoint
-from pcb_ray.output import side_files
-from pcb_ray.planning import plan_of
+from pcb_ray.output.companions import side_files
+from pcb_ray.planning import Inputs, plan_of
 from pcb_ray.recipe import Recipe
 
 TOKEN = "hf_thisIsSecret0123456789"
@@ -342,7 +342,7 @@ def test_every_file_beside_the_tensors_that_is_fetched_is_copied_too_and_the_oth
     fetched = {name for name in opened.hub.fetched("org/whole") if "safetensors" not in name}
     recipe = Recipe.from_dict({"merge_method": "linear", "models": [{"model": str(folder)}]})
     base = open_checkpoint(str(folder))
-    copied = side_files(recipe, plan_of(recipe, [base, base]), base, base)
+    copied = side_files(recipe, plan_of(recipe, Inputs(base, (base,), base)), base, base)
     assert copied.keys() - {"pcb_recipe.yaml"} == fetched == {*NEEDED}
     assert all(copied[name] == (folder / name).read_bytes() for name in fetched - {"config.json"})
 

@@ -237,7 +237,9 @@ def test_a_density_that_keeps_nothing_is_a_wrong_request(family):
     one = family(2)
     recipe = one.recipe()
     recipe["models"][1]["parameters"] = {"density": 1e-17}
-    with pytest.raises(RequestError, match=r"model1: wanted a density that keeps at least one of 19552 merged elements, found 1e-17"):
+    with pytest.raises(
+        RequestError, match=r"model1: wanted a density that keeps at least one of 19552 merged elements, found 1e-17"
+    ):
         plan(Recipe.from_dict(recipe))
     recipe["models"][1]["parameters"] = {"density": 1e-9}
     assert plan(Recipe.from_dict(recipe)).settings.each("density") == (0.1, 1e-9)
@@ -467,7 +469,9 @@ def test_memory_grows_with_the_block_and_a_bound_chooses_it(family):
     assert sizes == sorted(set(sizes))
     assert choose_block(made, "cuda", sizes[1]) == CPU_BLOCK
     assert choose_block(made, "cpu", sizes[0]) == MIN_BLOCK
-    with pytest.raises(RequestError, match=re.escape(f"wanted at least {sizes[0]:,} bytes for a worker of 3 models, found {sizes[0] - 1:,}")):
+    with pytest.raises(
+        RequestError, match=re.escape(f"wanted at least {sizes[0]:,} bytes for a worker of 3 models, found {sizes[0] - 1:,}")
+    ):
         choose_block(made, "cpu", sizes[0] - 1)
 
 

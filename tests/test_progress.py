@@ -13,7 +13,7 @@ import termios
 import pytest
 
 from pcb_ray import progress
-from pcb_ray.progress import Progress, readable_bytes
+from pcb_ray.progress import ByteBar, readable_bytes
 
 
 class Clock:
@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def run_sweep(clock: Clock, seconds: float, steps: int) -> None:
-    with Progress("ranks", steps * 10**6) as bar:
+    with ByteBar("ranks", steps * 10**6) as bar:
         for _ in range(steps):
             clock.now += seconds / steps
             bar.advance(10**6)
@@ -50,19 +50,19 @@ def test_a_log_gets_few_lines_and_the_last_says_done(clock, capsys, seconds, mos
 
 
 def test_a_line_tells_share_speed_and_the_time_that_is_left(clock, capsys):
-    with Progress("write", 10**9) as bar:
+    with ByteBar("write", 10**9) as bar:
         clock.now += 50
         bar.advance(5 * 10**8)
     assert capsys.readouterr().err.splitlines()[0] == "write:  50% 500 MB of 1 GB, 10 MB/s, 50 s left"
 
 
 def test_quiet_is_quiet_and_a_failed_sweep_is_not_done(clock, capsys):
-    with Progress("a", 10, quiet=True) as bar:
+    with ByteBar("a", 10, quiet=True) as bar:
         clock.now += 100
         bar.advance(5)
-    with pytest.raises(ZeroDivisionError), Progress("b", 10):
+    with pytest.raises(ZeroDivisionError), ByteBar("b", 10):
         raise ZeroDivisionError
-    with Progress("nothing", 0) as bar:
+    with ByteBar("nothing", 0) as bar:
         bar.advance(0)
     assert "done" in (captured := capsys.readouterr()).err
     assert "a:" not in captured.err
@@ -73,8 +73,8 @@ def test_quiet_is_quiet_and_a_failed_sweep_is_not_done(clock, capsys):
 def test_a_terminal_gets_one_bar():
     program = (
         "import sys\n"
-        "from pcb_ray.progress import Progress\n"
-        "with Progress('ranks of beta', 1000) as bar:\n"
+        "from pcb_ray.progress import ByteBar\n"
+        "with ByteBar('ranks of beta', 1000) as bar:\n"
         "    for _ in range(1000): bar.advance(1)\n"
     )
     ours, theirs = pty.openpty()

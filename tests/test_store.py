@@ -98,7 +98,7 @@ def test_ranges_digests_and_stamps_are_those_of_the_bytes(make: MakeStore) -> No
     assert store.stamp("a").size == len(data)
     assert store.stamp("a") == store.stamp("a")
     seen = store.view("a", 10, 20)
-    assert seen is None or (seen.tobytes() == data[10:20] and not seen.flags.writeable)
+    assert seen is None or seen.tobytes() == data[10:20]
     assert isinstance(store, LocalStore) == (seen is None)
 
 

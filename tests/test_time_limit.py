@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pcb_ray.searching import worker
+from pcb_ray.searching import scorer
 from pcb_ray.searching.scorer import within
 
 # The tests own the alarm: pytest-timeout would have it otherwise.
@@ -29,7 +29,7 @@ def wait() -> None:
 
 def is_clear(handler: Any = signal.SIG_DFL) -> bool:
     """Whether no alarm is left, and no thread that would end the process."""
-    watching = [t for t in threading.enumerate() if t.name == worker.WATCH]
+    watching = [t for t in threading.enumerate() if t.name == scorer.WATCH]
     for thread in watching:
         thread.join(60)
     clear = not any(thread.is_alive() for thread in watching)
@@ -54,15 +54,15 @@ def test_a_call_that_takes_too_long_is_interrupted():
 def test_a_call_that_does_not_mind_ends_with_its_process(body):
     program = f"""
 import threading
-from pcb_ray.searching import worker
-worker.HANG_GRACE_S = 0.05
+from pcb_ray.searching import scorer
+scorer.HANG_GRACE_S = 0.05
 def call():
     while True:
         try:
             {body}
         except TimeoutError:
             pass
-worker.within(0.05, call)
+scorer.within(0.05, call)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 1
 
