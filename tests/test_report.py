@@ -20,6 +20,7 @@ from pcb_ray.cli import main
 from pcb_ray.recipe import Recipe
 from pcb_ray.searching.report import notes_of, notes_of_sweep, write_search, write_sweep
 from pcb_ray.searching.request import Bounds, Search, Space, weight_name
+from pcb_ray.searching.results import Found
 from pcb_ray.searching.tables import error_table, grid_table, scoreboard, shown_score, winner_tables
 
 NAN = math.nan
@@ -31,7 +32,7 @@ LONG = (
 
 
 def request_of(mode: str = "max", metric: str = "accuracy", **more: Any) -> Search:
-    return Search("my_eval.py:Accuracy", {}, metric, mode, **more)
+    return Search("my_eval.py:Accuracy", {}, metric, mode, scale="lambda", share="density", **more)
 
 
 def space_of(
@@ -43,9 +44,19 @@ def space_of(
 ) -> Space:
     recipe = Recipe.from_dict({"merge_method": "pcb", "base_model": "/base", "models": [{"model": f"/m/{n}"} for n in labels]})
     bounds = {weight_name(label, group, groups): Bounds(0.0, 2.0, 1.0) for label in labels for group in groups}
-    bounds |= {name: {"lambda": Bounds(0.5, 2.0, 1.0), "density": Bounds(0.02, 0.4, 0.1)}[name] for name in shared}
+    bounds |= {name: {"lambda": Bounds(0.5, 2.0, 1.0), "density": Bounds(0.02, 0.4, 0.1, is_log=True)}[name] for name in shared}
     names = tuple(f"model.{group}.weight" for group in groups)
-    return Space(recipe, bounds, tuple(variants), tuple(labels), tuple(groups), tuple(range(len(groups))), names)
+    return Space(
+        recipe=recipe,
+        bounds=bounds,
+        variants=tuple(variants),
+        labels=tuple(labels),
+        groups=tuple(groups),
+        group_of=tuple(range(len(groups))),
+        names=names,
+        scale="lambda",
+        share="density",
+    )
 
 
 def record(number: int, config: dict[str, Any], metric: str, score: float, error: str = "") -> dict[str, Any]:
@@ -63,7 +74,7 @@ def searched(
     count: int = 60,
     score: Callable[[int], float] | None = None,
     error: Callable[[int], str] = lambda number: "",
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], Found]:
     """Records of a random search, and what `search` returns of it."""
     rng = random.Random(0)
     records = []
@@ -74,16 +85,16 @@ def searched(
         records.append(record(number, config if number else space.start, request.metric, value, error(number)))
     best = max((r for r in records if not r["error"]), key=lambda r: request.better * r["objective"])
     good = best["objective"]
-    return records, {
-        "request": request,
-        "space": space,
-        "best": best["config"],
-        "recipe": space.recipe_of(space.candidate(best["config"])),
-        "scores": scores_of(request, space, base=0.9 * good, experts=0.95 * good, start=0.97 * good, winner=good),
-        "trials": count,
-        "failed": sum(bool(r["error"]) for r in records),
-        "elapsed_s": 4000.0,
-    }
+    return records, Found(
+        request=request,
+        space=space,
+        best=best["config"],
+        recipe=space.recipe_of(space.candidate(best["config"])),
+        scores=scores_of(request, space, base=0.9 * good, experts=0.95 * good, start=0.97 * good, winner=good),
+        trials=count,
+        failed=sum(bool(r["error"]) for r in records),
+        elapsed_s=4000.0,
+    )
 
 
 def scores_of(request: Search, space: Space, *, experts: float, **others: float) -> dict[str, Any]:
@@ -94,13 +105,20 @@ def scores_of(request: Search, space: Space, *, experts: float, **others: float)
 
 def notes(best: dict[str, Any] | None = None, mode: str = "max", failed: int = 0, **scores: float) -> list[str]:
     request, space = request_of(mode), space_of(("math", "code", "chat"), shared=("density",))
-    found = {
-        "best": space.start | {"weight.math": 1.3} | (best or {}),
-        "scores": scores_of(request, space, **({"base": 0.5, "experts": 0.6, "start": 0.65, "winner": 0.7} | scores)),
-        "trials": 60,
-        "failed": failed,
-    }
-    return notes_of(request, space, found)
+    best = space.start | {"weight.math": 1.3} | (best or {})
+    scored = scores_of(request, space, **({"base": 0.5, "experts": 0.6, "start": 0.65, "winner": 0.7} | scores))
+    return notes_of(
+        Found(
+            request=request,
+            space=space,
+            best=best,
+            recipe=space.recipe_of(space.candidate(best)),
+            scores=scored,
+            trials=60,
+            failed=failed,
+            elapsed_s=1.0,
+        )
+    )
 
 
 # --- notes --------------------------------------------------------------------------------------------------------------------------
@@ -139,10 +157,12 @@ def test_a_winner_that_a_split_does_not_confirm_is_told(mode, scores, note):
 def test_scores_that_are_missing_are_compared_with_nothing():
     request, space = request_of(), space_of()
     _, found = searched(request, space)
-    found["scores"] |= {name: {"val": {}, "test": {}} for name in ("math", "code", "start")}
-    assert notes_of(request, space, found) == []
-    found["scores"]["code"]["test"] = {"accuracy": 0.99}
-    assert "the best expert, code (0.9900)" in notes_of(request, space, found)[0]
+    found = dataclasses.replace(
+        found, scores=dict(found.scores) | {name: {"val": {}, "test": {}} for name in ("math", "code", "start")}
+    )
+    assert notes_of(found) == []
+    found.scores["code"]["test"] = {"accuracy": 0.99}
+    assert "the best expert, code (0.9900)" in notes_of(found)[0]
 
 
 @pytest.mark.parametrize(
@@ -161,17 +181,17 @@ def test_a_coefficient_at_a_bound_of_its_range_is_told(best, note):
 def test_many_coefficients_at_a_bound_are_one_note():
     request, space = request_of(), space_of(("a", "b"), [f"layers{k}" for k in range(10)])
     _, found = searched(request, space)
-    found["best"] = dict.fromkeys(space.bounds, 2.0)
-    [note] = notes_of(request, space, found)
+    found = dataclasses.replace(found, best=dict.fromkeys(space.bounds, 2.0))
+    [note] = notes_of(found)
     assert note.endswith("weight.a.layers3 and 16 more are at their upper bound 2: widen them")
 
 
 def test_a_density_of_all_and_values_inside_are_at_no_bound():
     space = space_of(shared=("density",))
-    space = dataclasses.replace(space, bounds=space.bounds | {"density": Bounds(0.02, 1.0, 0.1)})
+    space = dataclasses.replace(space, bounds=space.bounds | {"density": Bounds(0.02, 1.0, 0.1, is_log=True)})
     _, found = searched(request_of(), space)
-    found["best"] = {"weight.math": 1.95, "weight.code": 0.05, "density": 1.0}
-    assert notes_of(request_of(), space, found) == []
+    found = dataclasses.replace(found, best={"weight.math": 1.95, "weight.code": 0.05, "density": 1.0})
+    assert notes_of(found) == []
 
 
 def test_scores_that_never_change_are_told():
@@ -198,8 +218,8 @@ def test_a_sweep_whose_best_is_at_its_edge_or_not_above_the_base_is_told():
 def test_the_command_prints_the_table_then_the_notes(monkeypatch, capsys):
     request, space = request_of(), space_of()
     _, found = searched(request, space)
-    found["best"] = space.start
-    found["notes"] = notes_of(request, space, found)
+    found = dataclasses.replace(found, best=space.start)
+    found = dataclasses.replace(found, notes=tuple(notes_of(found)))
     monkeypatch.setattr(sys.modules["pcb_ray.searching.run"], "search", lambda *args, **options: found)
     assert main(["search", "recipe.yaml", "out"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -212,7 +232,7 @@ def test_the_command_prints_the_table_then_the_notes(monkeypatch, capsys):
 
 def test_columns_of_the_table_have_types_that_do_not_depend_on_their_values(tmp_path):
     space = space_of(shared=("lambda", "density"), variants=("pairwise", "released"))
-    write_search(tmp_path, request_of(), space, *searched(request_of(), space, 12, error=lambda n: "loss is nan" if n % 2 else ""))
+    write_search(tmp_path, *searched(request_of(), space, 12, error=lambda n: "loss is nan" if n % 2 else ""))
     table = pyarrow.parquet.read_table(tmp_path / "trials.parquet")
     doubles = (
         "weight.math",
@@ -370,7 +390,7 @@ SPACES = {
 @pytest.mark.parametrize("name", SPACES)
 def test_every_kind_of_space_gives_a_page_with_its_plots(tmp_path, name, mode):
     request, space = request_of(mode, population=8), SPACES[name]
-    write_search(tmp_path, request, space, *searched(request, space, 20, error=lambda n: "loss is nan" if n == 3 else ""))
+    write_search(tmp_path, *searched(request, space, 20, error=lambda n: "loss is nan" if n == 3 else ""))
     page = page_of(tmp_path)
     assert len(page.images) == 3
     assert all(
@@ -396,16 +416,18 @@ def test_every_kind_of_space_gives_a_page_with_its_plots(tmp_path, name, mode):
 def test_scores_of_any_kind_give_a_page(tmp_path, mode, how):
     request = request_of(mode, population=3)
     records, found = searched(request, SPACES["three models"], **how)
-    write_search(tmp_path, request, SPACES["three models"], records, found)
+    write_search(tmp_path, records, found)
     assert len(page_of(tmp_path).images) == 3
 
 
 def test_references_without_a_score_give_a_page(tmp_path):
     request, space = request_of(), SPACES["three models"]
     records, found = searched(request, space)
-    found["scores"] |= {name: {"val": {}, "test": {}} for name in ("math", "code", "chat", "start")}
-    found["scores"]["winner"]["test"] = {}
-    write_search(tmp_path, request, space, records, found)
+    found = dataclasses.replace(
+        found, scores=dict(found.scores) | {name: {"val": {}, "test": {}} for name in ("math", "code", "chat", "start")}
+    )
+    found.scores["winner"]["test"] = {}
+    write_search(tmp_path, records, found)
     assert "the winner has no score on test" in page_of(tmp_path).words
 
 
@@ -413,8 +435,8 @@ def test_a_winner_that_is_a_start_whose_trial_failed_gives_a_page(tmp_path):
     """It is scored again with the other references."""
     request, space = request_of(), SPACES["groups and all else"]
     records, found = searched(request, space, error=lambda n: "" if n else "loss is nan")
-    found["best"] = space.start
-    write_search(tmp_path, request, space, records, found)
+    found = dataclasses.replace(found, best=space.start)
+    write_search(tmp_path, records, found)
     assert "no candidate beat the start" in page_of(tmp_path).words
 
 
@@ -444,5 +466,5 @@ def test_a_sweep_of_a_point_or_of_many_gives_a_page(tmp_path, points):
 def test_plots_leave_the_settings_of_matplotlib_and_its_pyplot_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it would fail
     before = matplotlib.rcParams.copy()
-    write_search(tmp_path, request_of(), space_of(), *searched(request_of(), space_of(), 8))
+    write_search(tmp_path, *searched(request_of(), space_of(), 8))
     assert matplotlib.rcParams.copy() == before

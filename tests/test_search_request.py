@@ -163,7 +163,7 @@ def test_a_search_starts_from_the_recipe_where_no_init_is_given(family):
     )
     recipe = Recipe.from_dict(asked)
     search = Search.of(recipe, has_evaluator=False)
-    analysed = plan(dataclasses.replace(recipe, variant="paper", density=0.5))  # as a search does it
+    analysed = plan(recipe.with_parameters({"variant": "paper", "density": 0.5}))  # as a search does it
     start = Space.of(search, recipe, analysed).start
     assert start == {
         **{"weight.model0.attention": 0.7, "weight.model0.rest": 0.7},
@@ -175,14 +175,16 @@ def test_a_search_starts_from_the_recipe_where_no_init_is_given(family):
     assert notes == (
         "the recipe's weight.model2.rest, weight.model2.attention lies outside its range: the search starts in the middle",
     )
-    own = dataclasses.replace(recipe, models=(dataclasses.replace(recipe.models[0], density=0.5), *recipe.models[1:]))
+    own = dataclasses.replace(
+        recipe, models=(dataclasses.replace(recipe.models[0], parameters={"density": 0.5}), *recipe.models[1:])
+    )
     assert "the density of model0 is not used" in Space.of(search, own, analysed).notes[0]
     others = dataclasses.replace(search, weight=Range(0.0, 2.0, 0.6), variants=("paper", "pairwise"))
     space = Space.of(others, recipe, analysed)
     assert {v for k, v in space.start.items() if k.startswith("weight")} == {0.6}
     assert space.start["variant"] == "paper", "the recipe's is not among those searched"
     only = Space.of(dataclasses.replace(search, variants=("pairwise",)), recipe, analysed)
-    assert only.recipe_of(only.candidate(only.start)).variant == "pairwise"
+    assert only.recipe_of(only.candidate(only.start)).method.variant == "pairwise"
 
 
 def test_all_that_is_wrong_is_said_at_once(family):
@@ -251,7 +253,7 @@ def test_the_recipe_of_a_candidate_gives_each_tensor_its_weight(family):
     config = {name: 0.1 + 0.01 * k for k, name in enumerate(space.bounds)} | {"variant": "released"}
     candidate = space.candidate(config)
     recipe = space.recipe_of(candidate)
-    assert (recipe.lambda_, recipe.density, recipe.variant) == (config["lambda"], config["density"], "released")
+    assert recipe.parameters == {"lambda": config["lambda"], "density": config["density"], "variant": "released"}
     for name, weights in zip(space.names, space.lambdas(candidate), strict=True):
         assert tuple(recipe.weight(i, name) for i in range(2)) == weights
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
@@ -394,9 +396,9 @@ def test_a_wrong_grid_is_refused(family, sweep, complaint):
 
 def asked(search: Search, made: Plan) -> Any:
     """A searcher, and its progress."""
-    from pcb_ray.searching.tune import Generations, Progress
+    from pcb_ray.searching.tune import Generations, Ledger
 
-    progress = Progress(search.budget, search, lambda key, record: None, {}, base=math.inf, room=8, quiet=True)
+    progress = Ledger(search.budget, search, lambda key, record: None, {}, base=math.inf, room=8, quiet=True)
     return Generations(search, Space.of(search, made.recipe, made), progress), progress
 
 
@@ -448,10 +450,10 @@ def test_an_optimizer_that_cant_search_here_is_told_with_the_reason(family, name
 @pytest.mark.parametrize("scores", [[0.5] * 8, [0.5] * 7 + [0.6]])
 def test_scores_that_never_change_are_told_after_a_generation(family, caplog, scores):
     """As where score() uses another module than the one that load() returned."""
-    from pcb_ray.searching.tune import Generations, Progress
+    from pcb_ray.searching.tune import Generations, Ledger
 
     search, made = searched(family(2))
-    progress = Progress(search.budget, search, lambda key, record: None, {}, base=0.5, room=8, quiet=True)
+    progress = Ledger(search.budget, search, lambda key, record: None, {}, base=0.5, room=8, quiet=True)
     score(Generations(search, Space.of(search, made.recipe, made), progress), progress, scores)
     assert ("all candidates score as the base, 0.5" in caplog.text) == (scores[-1] == 0.5)
 
@@ -459,7 +461,7 @@ def test_scores_that_never_change_are_told_after_a_generation(family, caplog, sc
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_interrupt_that_was_lost_is_raised_again(family):
     """As where it came in a destructor, whose exceptions Python drops."""
-    from pcb_ray.searching.tune import Workers, _noted
+    from pcb_ray.searching.tune import StayingTrials, _noted
 
     asker, progress = asked(*searched(family(2)))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -471,16 +473,16 @@ def test_an_interrupt_that_was_lost_is_raised_again(family):
     finally:
         signal.signal(signal.SIGINT, before)
     with pytest.raises(KeyboardInterrupt):
-        Workers(asker, progress).choose_trial_to_run(None)
+        StayingTrials(asker, progress).choose_trial_to_run(None)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_grid_stops_when_more_than_a_quarter_fails_in_a_row(family):
-    from pcb_ray.searching.tune import Listed, Progress, Searcher
+    from pcb_ray.searching.tune import Ledger, Listed, Searcher
 
     search, _ = searched(family(2))
     points = [{"lambda": 0.1 * k} for k in range(20)]
-    progress = Progress(20, search, lambda key, record: None, {}, base=math.inf, room=8, quiet=True)
+    progress = Ledger(20, search, lambda key, record: None, {}, base=math.inf, room=8, quiet=True)
     asker = Listed(points, "max", progress)
     for k, value in enumerate([NAN, NAN, NAN, 0.5, NAN, NAN, NAN, NAN, NAN, NAN]):
         assert asker.suggest(str(k)) == points[k]

@@ -76,7 +76,7 @@ def write_search(folder: Path, records: Sequence[Record], found: Found) -> None:
     board, errors = scoreboard(request, scores), error_table(records)
     sections = [
         f"<p>{html.escape(count)}, in {_duration(found.elapsed_s)}; {html.escape(request.metric)} on {html.escape(split)} decided.</p>",
-        _notes(found.notes),
+        _notes(notes_of(found)),
         f"<div class=scores>{board.as_html()}</div><p>{html.escape(_marked(request, scores))}</p>",
         "<h2>Coefficients of the winner</h2>",
         *(f"<p>{html.escape(about)}</p>{table.as_html()}" for about, table in winner_tables(space, best)),

@@ -126,8 +126,9 @@ class Search:
         split = section(top.get("split", {}), "search.split", ("search", "report"), problems)
         method = recipe.method
         searched = searchable(method)
-        known = ("weight", "groups", *searched, *(["variant"] if method.variant else []))
-        space = section(top.get("space", {}), "search.space", known, problems, _not_searched(method, "search"))
+        known = ("weight", "groups", *dict.fromkeys((*searched, *_SEARCHED_ANYWHERE)))
+        space = section(top.get("space", {}), "search.space", known, problems)
+        _check_searched(space, "search.space", method, problems)
         weight = section(space.get("weight", {}), "search.space.weight", ("lower", "upper", "init", "groups"), problems)
         groups, layers = _groups(weight.pop("groups", space.get("groups", {})), problems)
         resources = section(top.get("resources_per_trial", {}), "search.resources_per_trial", ("cpu", "gpu", "memory"), problems)
@@ -214,11 +215,23 @@ def name_of(method: Method, kind: str) -> str:
     return next((name for name, parameter in method.parameters.items() if parameter.searched == kind), "")
 
 
-def _not_searched(method: Method, what: str) -> dict[str, str]:
-    """What to say of keys that belong to other methods."""
-    others = {name for other in METHODS for name in (*other.parameters, "variant")}
-    able = ", ".join(dict.fromkeys(m.name for m in METHODS if searchable(m)))
-    return dict.fromkeys(others, f"remove it: a {what} of {method.name} can't vary it; methods that can vary parameters are {able}")
+_SEARCHED_ANYWHERE = tuple(dict.fromkeys(name for method in METHODS for name in (*searchable(method), "variant")))
+
+
+def _check_searched(asked: Mapping[str, Any], where: str, method: Method, problems: list[str]) -> None:
+    """Keys that a search of another method has are wrong for this one."""
+    able = _able(method)
+    problems += [
+        f"{where}.{name}: wanted what a search of {method.name} can vary ({', '.join(able) or 'its weights alone'}), "
+        f"found what {', '.join(dict.fromkeys(m.name for m in METHODS if name in _able(m)))} has. Fix: remove it."
+        for name in asked
+        if name in _SEARCHED_ANYWHERE and name not in able
+    ]
+
+
+def _able(method: Method) -> tuple[str, ...]:
+    """What a search of the method can vary beside the weights."""
+    return (*searchable(method), *(["variant"] if method.variant else []))
 
 
 _DEFAULT_METRIC = {"causal_lm": ("loss", "min"), "classification": ("accuracy", "max")}
@@ -583,8 +596,11 @@ def grid_of(recipe: Recipe) -> list[dict[str, Any]]:
     problems: list[str] = []
     axes: dict[str, tuple[Any, ...]] = {}
     method = recipe.method
-    keys = (*searchable(method), *(["variant"] if method.variant else []))
-    for name, values in section(recipe.sweep, "sweep", keys, problems, _not_searched(method, "sweep")).items():
+    asked = section(recipe.sweep, "sweep", tuple(dict.fromkeys((*_able(method), *_SEARCHED_ANYWHERE))), problems)
+    _check_searched(asked, "sweep", method, problems)
+    for name, values in asked.items():
+        if name not in _able(method):
+            continue
         listed = values if isinstance(values, list | tuple) else [values]
         if not listed:
             problems.append(wrong(f"sweep.{name}", "a list of values", listed, "give one at least, or remove the line"))
@@ -594,7 +610,7 @@ def grid_of(recipe: Recipe) -> list[dict[str, Any]]:
             is_fraction = method.parameters[name].searched == "share"
             axes[name] = tuple(dict.fromkeys(number(v, f"sweep.{name}", problems, is_fraction=is_fraction) for v in listed))
     if not axes and not problems:
-        problems.append(wrong("sweep", "lists of values", recipe.sweep, f"give some of {', '.join(keys)}"))
+        problems.append(wrong("sweep", "lists of values", recipe.sweep, f"give some of {', '.join(_able(method))}"))
     if problems:
         raise RequestError(problems)
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
