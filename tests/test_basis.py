@@ -1,9 +1,8 @@
-"""The basis: what a search updates a loaded model with is the merge, for any coefficients and any mask ratio, without a model being read."""
+"""The basis: what a search updates a loaded model with is the merge, for any coefficients and any density, without a model being read."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import tracemalloc
 from pathlib import Path
@@ -17,18 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pcb_ray import Recipe, kernels, merge_state_dicts
-from pcb_ray.analysis import Run, thresholds_of
-from pcb_ray.files import safetensors as weights
+from pcb_ray import Recipe, RunError, merge_state_dicts
+from pcb_ray.analysis import analyse
 from pcb_ray.files.checkpoint import Checkpoint
-from pcb_ray.planning import Segment, basis_bytes, plan, plan_of, writer_bytes
-from pcb_ray.runtime import LocalOwners
+from pcb_ray.files.checkpoint import Tensor as Stored
+from pcb_ray.files.store import LocalStore
+from pcb_ray.kernels.native import load_native
+from pcb_ray.local import LocalOwners
+from pcb_ray.methods import METHODS as RECORDS
+from pcb_ray.planning import Inputs, Plan, Segment, plan, plan_of
+from pcb_ray.searching import basis as basis_module
 from pcb_ray.searching.basis import Basis, Writer, mask_of, positions_of
+from pcb_ray.searching.building import BuildVolumes, DigestVolumes
+from pcb_ray.searching.volumes import MOST_VOLUMES, basis_bytes, chunks_of_volume, volume_file, volumes_of, writer_bytes
+from pcb_ray.session import Session
 
-basis_module = importlib.import_module("pcb_ray.searching.basis")
-
-METHODS = ("pcb-released", "pcb-pairwise", "pcb-paper", "ties", "task_arithmetic")
-PCB = METHODS[:3]
+METHODS = tuple(record.full_name for record in RECORDS if record.linear)
+SCORED = tuple(record.full_name for record in RECORDS if record.scored is not None)
 WEIGHTS = [1.3, 0.0, -0.4]
 LAMBDA = 0.7
 
@@ -41,23 +45,29 @@ def build(
     parameters = ({"variant": variant} if variant else {}) | parameters
     made = plan(family.recipe(merge_method=merge_method, parameters=parameters))
     folder.mkdir()
-    owners = LocalOwners(made, str(folder), block_elements=block)
-    thresholds = thresholds_of(Run(made, owners, quiet=True))
+    session = session_of(made, block)
+    known, volumes = analyse(session), range(volumes_of(made))
     built = {
-        chunk: done for _, answer in owners.ask("basis", range(made.chunks), thresholds, scored) for chunk, done in answer.items()
+        v: digest
+        for _, answer in session.store("basis", BuildVolumes(known, str(folder), scored), volumes)
+        for v, digest in answer.items()
     }
-    assert owners._owners[0].basis_digests(range(made.chunks)) == {chunk: digest for chunk, (_, digest) in built.items()}
-    entries = sum(count for count, _ in built.values())
-    basis = Basis(made, folder, thresholds)
-    assert basis.entries == entries
+    here = {v: digest for _, answer in session.owners.ask(DigestVolumes(str(folder)), volumes) for v, digest in answer.items()}
+    assert here == built
+    basis = Basis(made, folder, known)
     assert basis.scored == scored
     return basis
+
+
+def session_of(made: Plan, block: int | None = None) -> Session:
+    store = LocalStore()
+    return Session(made, lambda plan: LocalOwners(plan, store, block_elements=block))
 
 
 def applied(basis: Basis, like: dict[str, Tensor], *, threads: int = 1, density: float | None = None) -> dict[str, Tensor]:
     state = {name: torch.full_like(t, torch.nan) for name, t in like.items()}
     lambdas = [WEIGHTS[: basis.plan.N]] * len(basis.plan.tensors)
-    basis.apply(state, lambdas, LAMBDA, basis.thresholds(density), threads=threads)
+    basis.apply(state, lambdas, LAMBDA, basis.known(density), threads=threads)
     return state
 
 
@@ -100,9 +110,9 @@ def test_a_candidate_is_the_merge_within_one_rounding(tmp_path, method, dtype):
     assert any(not torch.equal(wanted[name], family.base[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("method", PCB)
+@pytest.mark.parametrize("method", SCORED)
 @pytest.mark.parametrize("ratio", [0.3, 0.1, 0.02, 1e-4])
-def test_a_scored_basis_gives_the_bits_of_the_merge_at_any_smaller_mask_ratio(tmp_path, method, ratio):
+def test_a_scored_basis_gives_the_bits_of_the_merge_at_any_smaller_density(tmp_path, method, ratio):
     family = families.Family(tmp_path, *families.fine_tuned(3))
     with families.small_engine(chunk_elements=4096):
         basis = build(family, tmp_path / "basis", method, scored=True, density=0.3)
@@ -113,7 +123,7 @@ def test_a_scored_basis_gives_the_bits_of_the_merge_at_any_smaller_mask_ratio(tm
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-@pytest.mark.parametrize("method", PCB)
+@pytest.mark.parametrize("method", SCORED)
 def test_thresholds_from_a_scored_basis_are_those_of_an_analysis(tmp_path_factory, method, data):
     """With ties, zeros and constant tensors: few distinct values."""
     values = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, 2.0])
@@ -126,20 +136,21 @@ def test_thresholds_from_a_scored_basis_are_those_of_an_analysis(tmp_path_factor
         for ratio in (0.03, 0.1, 0.3, 0.7, 1.0):
             if ratio <= largest:
                 made = plan(family.recipe(parameters={"density": ratio, "variant": method.removeprefix("pcb-")}))
-                expected = thresholds_of(Run(made, LocalOwners(made, str(folder)), quiet=True))
-                assert basis.thresholds(ratio) == expected
+                expected = analyse(session_of(made))
+                assert basis.known(ratio) == {**expected, "beta_max": basis.made_for["beta_max"]}
+                assert expected["beta_max"] == basis.made_for["beta_max"]
     for name, x in applied(basis, family.base, density=0.1).items():
         assert torch.equal(x, merged(family, method, density=0.1)[name])
 
 
-@pytest.mark.parametrize("method", PCB)
+@pytest.mark.parametrize("method", SCORED)
 def test_scores_that_agree_in_their_upper_bits_are_told_apart_by_the_lower_ones(tmp_path, monkeypatch, method):
     """As those of `paper` in a large model do. Also down to the last bit, where only ties are left."""
     family = families.Family(tmp_path, *families.fine_tuned(2))
     with families.small_engine(chunk_elements=4096):
         basis = build(family, tmp_path / "basis", method, scored=True, density=0.9)
     ratios = (0.8, 0.5, 0.1, 1e-3)
-    expected = [basis.thresholds(ratio).t for ratio in ratios]
+    expected = [basis.known(ratio)["t"] for ratio in ratios]
     scores = [np.concatenate([chunk.scores_between(i, -np.inf, np.inf) for chunk in basis._chunks]) for i in range(2)]
     for ratio, t in zip(ratios, expected, strict=True):
         kept = basis.plan.D - int(basis.plan.D * (1 - ratio))
@@ -148,11 +159,10 @@ def test_scores_that_agree_in_their_upper_bits_are_told_apart_by_the_lower_ones(
         monkeypatch.setattr(basis_module, "GATHERED", gathered)
         monkeypatch.setattr(basis_module, "NARROWING_BITS", 5)
         again = Basis(basis.plan, tmp_path / "basis", basis.made_for)
-        assert [again.thresholds(ratio, threads=2).t for ratio in ratios] == expected
+        assert [again.known(ratio, threads=2)["t"] for ratio in ratios] == expected
 
 
 def test_a_basis_holds_no_descriptor_and_lets_its_files_go(tmp_path):
-    """A file per chunk: a model of 70 B has 17,000, times the variants."""
     family = families.Family(tmp_path, *families.fine_tuned(2))
     with families.small_engine(chunk_elements=256):
         basis = build(family, tmp_path / "basis", "pcb-pairwise")
@@ -164,7 +174,7 @@ def test_a_basis_holds_no_descriptor_and_lets_its_files_go(tmp_path):
     def descriptors() -> int:
         return sum(str(tmp_path / "basis") in os.path.realpath(one) for one in Path("/proc/self/fd").iterdir())
 
-    assert (maps(), descriptors()) == (basis.plan.chunks, 0)
+    assert (maps(), descriptors()) == (volumes_of(basis.plan), 0)
     piece = basis._chunks[3].piece(0, 1)
     expected = piece.values.copy()
     del basis
@@ -172,10 +182,33 @@ def test_a_basis_holds_no_descriptor_and_lets_its_files_go(tmp_path):
     assert np.array_equal(piece.values, expected)
 
 
+def test_a_basis_has_few_files_whatever_the_number_of_chunks(tmp_path):
+    family = families.Family(tmp_path, *families.fine_tuned(2))
+    with families.small_engine(chunk_elements=16):
+        basis = build(family, tmp_path / "basis", "pcb-pairwise", scored=True)
+    assert basis.plan.chunks > 4 * MOST_VOLUMES
+    assert len(list((tmp_path / "basis").iterdir())) == MOST_VOLUMES
+    assert [k for v in range(MOST_VOLUMES) for k in chunks_of_volume(basis.plan, v)] == list(range(basis.plan.chunks))
+    wanted = merged(family, "pcb-pairwise", density=0.05)
+    assert all(torch.equal(x, wanted[name]) for name, x in applied(basis, family.base, density=0.05).items())
+
+
+def test_files_of_two_kinds_of_basis_are_not_mixed(tmp_path):
+    family = families.Family(tmp_path, *families.fine_tuned(2))
+    with families.small_engine(chunk_elements=4096):
+        basis = build(family, tmp_path / "basis", "pcb-pairwise")
+        build(family, tmp_path / "scored", "pcb-pairwise", scored=True)
+    os.replace(volume_file(tmp_path / "scored", 1), volume_file(tmp_path / "basis", 1))
+    with pytest.raises(RunError, match="files of one basis, found two kinds"):
+        Basis(basis.plan, tmp_path / "basis", basis.made_for)
+
+
 @pytest.mark.parametrize("block", [1 << 12, 1 << 17])
 @pytest.mark.parametrize(("method", "scored"), [("pcb-pairwise", False), ("pcb-pairwise", True), ("pcb-paper", True)])
 def test_a_writer_takes_no_more_memory_than_announced_also_where_all_is_kept(tmp_path, method, scored, block):
-    made = SimpleNamespace(method=method, N=3, chunk_elements=1 << 20)
+    record = next(record for record in RECORDS if record.full_name == method)
+    settings_of = SimpleNamespace(each=lambda _name: (1.0,) * 3)
+    made = SimpleNamespace(method=record, N=3, bounds=[0, 1 << 20], D=1 << 20, chunks=1, settings=settings_of)
     random = np.random.default_rng(0)
     values = random.standard_normal((3, block), dtype=np.float32)
     scores = values.astype(np.float64 if method == "pcb-paper" else np.float32) if scored else None
@@ -185,27 +218,28 @@ def test_a_writer_takes_no_more_memory_than_announced_also_where_all_is_kept(tmp
         writer = Writer()
         for k in range((1 << 20) // block):
             writer.add(Segment(0, k * block, (k + 1) * block), values, kept, scores)
-        entries, _ = writer.save(tmp_path / "chunk")
+        arrays = writer.arrays()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert entries == 3 << 20
+    assert int(arrays["starts"][-1, 1]) == 3 << 20
     assert 0.6 * writer_bytes(made, scored) < peak <= writer_bytes(made, scored)
-    made = SimpleNamespace(**vars(made), D=1 << 20, chunks=1, densities=[1.0] * 3)
-    assert 0.9 * basis_bytes(made, scored) < (tmp_path / "chunk").stat().st_size <= basis_bytes(made, scored) + 1000
+    size = sum(array.nbytes for array in arrays.values())
+    assert 0.9 * basis_bytes(made, scored) < size <= basis_bytes(made, scored) + 1000
 
 
-def test_chunks_of_a_huge_model_are_so_few_that_three_bases_can_be_mapped():
+def test_the_basis_of_a_huge_model_has_as_few_files_and_does_not_shape_its_chunks():
     """70 B, 405 B and 1 T elements, in a plan of one tensor."""
     for D in (70 * 10**9, 405 * 10**9, 10**12):
-        tensors = {"w": weights.Tensor("w", "BF16", (D,), "model.safetensors", 0)}
+        tensors = {"w": Stored("w", "BF16", (D,), "model.safetensors", 0)}
         checkpoint = Checkpoint("m", None, tensors, {}, (), None, None)
-        made = plan_of(Recipe(models=("m",), base_model="b"), [checkpoint] * 2)
-        assert 3 * made.chunks < 65_530
+        made = plan_of(Recipe(models=("m",), base_model="b"), Inputs(checkpoint, (checkpoint,), checkpoint))
+        assert volumes_of(made) == MOST_VOLUMES
+        assert made.sizes.chunk_elements == 1 << 22
 
 
 @pytest.mark.parametrize("scored", [False, True])
-@pytest.mark.parametrize("method", PCB)
+@pytest.mark.parametrize("method", SCORED)
 def test_neither_kernel_nor_threads_nor_blocks_show_in_a_candidate(tmp_path, monkeypatch, method, scored):
     family = families.Family(tmp_path, *families.fine_tuned(3, scale=8))
     basis = build(family, tmp_path / "basis", method, scored=scored)
@@ -221,7 +255,7 @@ def test_neither_kernel_nor_threads_nor_blocks_show_in_a_candidate(tmp_path, mon
 
 
 @pytest.mark.parametrize("scored", [False, True])
-@pytest.mark.parametrize("method", PCB)
+@pytest.mark.parametrize("method", SCORED)
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 9])
 def test_a_candidate_has_the_same_bits_on_any_processor(tmp_path, monkeypatch, method, scored, n):
     """The native path for new processors, that for others and torch: any number of tasks, dense and sparse stretches, any dtypes, ends that fill no
@@ -243,12 +277,12 @@ def test_a_candidate_has_the_same_bits_on_any_processor(tmp_path, monkeypatch, m
             rooms = {name: torch.full((t.numel() + 3,), torch.nan, dtype=dtype) for name, t in base.items()}
             for first in (0, 3):
                 state = {name: room[first : first + base[name].numel()].view(base[name].shape) for name, room in rooms.items()}
-                basis.apply(state, lambdas, LAMBDA, basis.thresholds(0.2 if scored else None))
+                basis.apply(state, lambdas, LAMBDA, basis.known(0.2 if scored else None))
                 result.append({name: t.clone() for name, t in state.items()})
                 assert all(torch.isnan(room).sum() == 3 for room in rooms.values()) or first, "nothing beyond it is touched"
         return result
 
-    if (native := kernels.load_native()) is None:
+    if (native := load_native()) is None:
         pytest.skip("no C compiler")
     found = states()
     for name, dtype in dtypes.items():  # a wider parameter holds what is written
@@ -283,7 +317,7 @@ def test_parameters_of_another_dtype_layout_or_part_of_the_model_are_updated(tmp
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-@pytest.mark.parametrize("method", PCB)
+@pytest.mark.parametrize("method", SCORED)
 def test_a_candidate_has_the_bytes_of_the_merge_down_to_the_signs_of_zeros(tmp_path_factory, method, data):
     """With bases of +-0, weights of 0 and task vectors that cancel. In torch as in C."""
     draw, zeros = data.draw, st.sampled_from([0.0, -0.0, 1.0])
@@ -303,7 +337,7 @@ def test_a_candidate_has_the_bytes_of_the_merge_down_to_the_signs_of_zeros(tmp_p
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PCB_RAY_KERNEL", kernel)
             state = {"w": torch.full((40,), torch.nan)}
-            basis.apply(state, [weights], lambda_, basis.thresholds(0.5))
+            basis.apply(state, [weights], lambda_, basis.known(0.5))
         assert torch.equal(state["w"].view(torch.int32), wanted["w"].view(torch.int32))
 
 
@@ -318,7 +352,7 @@ def test_lambda_zero_gives_the_base_back_bit_for_bit(tmp_path):
 
 
 def test_a_basis_is_compact(tmp_path):
-    """Bytes per entry: 4 for the value, 1 / (8 r) for the position; and as many entries as the mask ratio says."""
+    """Bytes per entry: 4 for the value, 1 / (8 r) for the position; and as many entries as the density says."""
     family = families.Family(tmp_path, *families.fine_tuned(4, scale=32))
     basis = build(family, tmp_path / "basis", "pcb-pairwise", density=0.1)
     D, N = basis.plan.D, basis.plan.N

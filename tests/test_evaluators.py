@@ -26,7 +26,6 @@ from families import CONFIG, Family, fine_tuned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from junk import junk, places, replaced
-from pcb_ray.answers import Thresholds
 
 from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.errors import with_place
@@ -35,7 +34,7 @@ from pcb_ray.planning import plan
 from pcb_ray.searching.evaluators import check_splits, make_evaluator, match, module_of
 from pcb_ray.searching.request import Search, Space
 from pcb_ray.searching.run import _make_model_dir
-from pcb_ray.searching.scorer import Arm, Job, Worker
+from pcb_ray.searching.scorer import Arm, Job, Scorer
 
 EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
 TOKEN = "hf_" + 34 * "x"
@@ -67,7 +66,7 @@ def job_of(family: Family, evaluator: Any, metric: str = "near") -> Job:
     recipe = Recipe.from_dict(family.recipe(search={"evaluator": evaluator, "metric": metric}))
     made = plan(recipe)
     search = Search.of(recipe, has_evaluator=False)
-    arm = Arm(made, "nowhere", Thresholds())
+    arm = Arm(made, "nowhere", {})
     return Job(search, Space.of(search, made.recipe, made), {"pairwise": arm}, str(family.folder / "base"), str(family.folder))
 
 
@@ -90,7 +89,7 @@ def test_a_wrong_evaluator_is_refused_with_a_fix(family, name, options, complain
     given = {"target": str(made.folder / "model0" / "model.safetensors")}
     evaluator = {f"{EVALUATORS}:{name}": given} if options else f"{EVALUATORS}:{name}"
     with pytest.raises(RequestError) as caught:
-        Worker(job_of(made, evaluator)).score_input(0, "val")
+        Scorer(job_of(made, evaluator)).score_input(0, "val")
     assert complaint in str(caught.value)
     assert "Fix:" in str(caught.value)
 
@@ -114,12 +113,12 @@ def test_a_module_beside_the_recipe_is_found(tmp_path, monkeypatch):
 def test_a_model_is_scored_by_its_merged_tensors_and_the_base_comes_back(family):
     made = family(2)
     target = str(made.folder / "model0" / "model.safetensors")
-    worker = Worker(job_of(made, {f"{EVALUATORS}:Near": {"target": target}}))
-    of_base = worker.score_input(0, "val")["near"]
+    scorer = Scorer(job_of(made, {f"{EVALUATORS}:Near": {"target": target}}))
+    of_base = scorer.score_input(0, "val")["near"]
     assert of_base < 0.0
-    assert worker.score_input(1, "val")["near"] == 0.0
-    assert worker.score_input(2, "val")["near"] < 0.0
-    assert worker.score_input(0, "val")["near"] == of_base
+    assert scorer.score_input(1, "val")["near"] == 0.0
+    assert scorer.score_input(2, "val")["near"] < 0.0
+    assert scorer.score_input(0, "val")["near"] == of_base
 
 
 @pytest.mark.parametrize("source", [0, 1])
@@ -135,7 +134,7 @@ def test_a_stored_copy_of_a_tied_tensor_follows_its_original(tmp_path, source):
         "print(json.dumps({k: float(v.double().sum()) for k, v in load_file(sys.argv[1] + '/model.safetensors').items()}))"
     )
     run = f"python {tmp_path / 'base' / 'sums.py'} {{model}}"
-    found = Worker(job_of(made, {"command": {"run": run}}, "lm_head.weight")).score_input(source, "val")
+    found = Scorer(job_of(made, {"command": {"run": run}}, "lm_head.weight")).score_input(source, "val")
     expected = (base, *models)[source]
     assert found == {name: float(t.double().sum()) for name, t in expected.items()}
 
@@ -171,7 +170,7 @@ read("import")
 @pytest.fixture
 def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
     """The error in the record of a trial, and that of scoring the base; without Ray, and in this process as it is."""
-    from pcb_ray.searching.references import _Scorer
+    from pcb_ray.searching.references import _ScorerActor
     from pcb_ray.searching.trial import Trial
 
     def both(job: Job) -> tuple[str, str]:
@@ -179,7 +178,7 @@ def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
         trial.setup({}, job)
         trial.config = job.space.start
         with pytest.raises((RequestError, RunError)) as caught:
-            _Scorer(job).score(0, "val")
+            _ScorerActor(job).score(0, "val")
         try:
             return trial.step()["error"], str(caught.value)
         except RuntimeError as error:  # one that could not load ends its process
@@ -258,12 +257,12 @@ def test_a_bare_assertion_is_told_by_its_line():
 def test_numbers_of_numpy_and_torch_are_numbers(family, kind):
     made = family(2)
     target = str(made.folder / "model0" / "model.safetensors")
-    worker = Worker(job_of(made, {f"{EVALUATORS}:Near": {"target": target}}))
-    worker.evaluator.score = lambda split: {"near": kind(0.25)}
-    assert worker.score_input(0, "val") == {"near": 0.25}
-    worker.evaluator.score = lambda split: {"near": torch.zeros(10_000)}
+    scorer = Scorer(job_of(made, {f"{EVALUATORS}:Near": {"target": target}}))
+    scorer.evaluator.score = lambda split: {"near": kind(0.25)}
+    assert scorer.score_input(0, "val") == {"near": 0.25}
+    scorer.evaluator.score = lambda split: {"near": torch.zeros(10_000)}
     with pytest.raises(RequestError, match=r"near = .{1,60}\. Fix: return numbers"):
-        worker.score_input(0, "val")
+        scorer.score_input(0, "val")
 
 
 def test_windows_are_no_longer_than_the_model_has_positions(language_model, tmp_path):
@@ -674,7 +673,7 @@ def test_a_split_without_data_is_told_before_anything_is_loaded(family, monkeypa
     job = job_of(made, {name: {key: {"dev": "val.txt", "tests": "val.txt"}}}, "loss")
     monkeypatch.setattr(type(make_evaluator(name, job.search.options, made.folder)), "load", lambda *_: pytest.fail("was loaded"))
     with pytest.raises(RequestError) as caught:
-        Worker(job)
+        Scorer(job)
     assert caught.value.problems == (
         "search.split.search: wanted a split that the evaluator has data for, found 'val'. Fix: use one of dev, tests, or give it such data.",
         "search.split.report: wanted a split that the evaluator has data for, found 'test'. Fix: write `tests`, or give it such data.",
