@@ -80,12 +80,12 @@ class Owner:
         self._check_files(writes_to)
         dtypes = [plan.dtypes_of(source) for source in range(plan.N + 1)]
         self._readers = [Reader(store, self.block_elements, of_source, self.device) if of_source else None for of_source in dtypes]
-        self._copied_bytes = 0
+        self._read_apart = 0  # bytes that no reader has read: what is copied or only digested
         self.peak_bytes, self._noted = 0, -math.inf
 
     def state(self) -> OwnerState:
         self.note_memory()
-        read = self._copied_bytes + sum(reader.bytes_read for reader in self._readers if reader is not None)
+        read = self._read_apart + sum(reader.bytes_read for reader in self._readers if reader is not None)
         return OwnerState(
             kernel=self.kernel.name,
             device=str(self.device),
@@ -225,7 +225,6 @@ class Owner:
                     yield from (
                         _Output(data, ()) for data in self._bytes_of(source.file, source.start + one.start, source.start + one.stop)
                     )
-                    self._copied_bytes += one.stop - one.start
             merged = [one for one in segments if isinstance(one, Segment)]
             for block in self._cut(merged):
                 weights = self.plan.tensors[block[0].tensor].weights
@@ -251,6 +250,7 @@ class Owner:
         for at in range(start, stop, COPIED_AT_ONCE):
             data = memoryview(bytearray(min(COPIED_AT_ONCE, stop - at)))
             self.store.read(file, at, data)
+            self._read_apart += len(data)
             yield data
 
     def _out_file(self, folder: str, part: Part) -> str:
