@@ -1,4 +1,5 @@
-"""A method's passes in order: from owners that answer questions to what must be known of the whole model before a block can be merged."""
+"""A method's passes in order: from owners that answer questions to what must be known of the whole model before a block can be
+merged."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ log = logging.getLogger("pcb_ray")
 
 
 def analyse(session: Session, known: Known | None = None, keep: Callable[[Known], None] = lambda _known: None) -> Known:
-    """What the method of the session's plan must know, by name. What is `known` already is not found again; `keep` is called after each pass.
+    """What the method of the session's plan must know, by name. What is `known` already is not found again; `keep` is called after
+    each pass.
 
     Raises InputError if what was found shows that the inputs can't be merged."""
     plan, method = session.plan, session.plan.method

@@ -54,7 +54,8 @@ def read_code(name: str, folder: Path, where: str) -> UserCode:
 
 
 def load_object(code: UserCode, folder: Path, where: str) -> Any:
-    """Run the code, once in this process, and return the object that it names. Raises RequestError with what it raised and where."""
+    """Run the code, once in this process, and return the object that it names. Raises RequestError with what it raised and
+    where."""
     source, _, attribute = code.name.rpartition(":")
     try:
         _find_beside(folder)

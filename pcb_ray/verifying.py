@@ -50,7 +50,8 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
         digest = (digest + sum(answer.values())) % (1 << 128)
     if shown_digest(digest) != receipt.output_digest:
         problems.append(
-            f"{out}: wanted tensors of digest {receipt.output_digest}, found {shown_digest(digest)}: they were changed after the merge"
+            f"{out}: wanted tensors of digest {receipt.output_digest}, found {shown_digest(digest)}: they were changed after the "
+            "merge"
         )
     chosen = sorted({round(k * (len(parts) - 1) / max(1, sample - 1)) for k in range(sample)})
     compare = CompareParts(receipt.thresholds, str(out))

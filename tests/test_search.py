@@ -75,7 +75,7 @@ def near_of(out: Path, family: Family) -> float:
     return -sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in families.load(out).items())
 
 
-# --- what it finds ------------------------------------------------------------------------------------------------------------------
+# --- what it finds ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
@@ -161,7 +161,7 @@ def test_an_evaluator_can_be_an_object_of_python(family, tmp_path):
     assert found["scores"]["winner"]["val"]["norm"] <= found["scores"]["start"]["val"]["norm"]
 
 
-# --- a seed decides -----------------------------------------------------------------------------------------------------------------
+# --- a seed decides ---------------------------------------------------------------------------------------------------------------
 
 
 def uneven(family: Family, concurrency: int) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def test_a_lost_node_costs_no_trial_and_changes_no_candidate(family, calm, three
     assert_same_search(out, calm)
 
 
-# --- failures -----------------------------------------------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.very_slow
@@ -490,7 +490,7 @@ def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path):
     assert (state_of(out) / "journal.jsonl").read_text().count('"trial ') == 8
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------------------------
+# --- the grid ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):

@@ -1,4 +1,5 @@
-"""The kernel in C (`_native.c`), through ctypes: the interpreter lock is free meanwhile. What a method has not written there, torch does."""
+"""The kernel in C (`_native.c`), through ctypes: the interpreter lock is free meanwhile. What a method has not written there, torch
+does."""
 
 from __future__ import annotations
 

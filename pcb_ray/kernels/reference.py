@@ -1,8 +1,8 @@
 """The kernel in torch: the methods' own functions on whole blocks, on any device. It is what the native kernel is held to.
 
-A block comes as it was read: one tensor [B] of the file's dtype for the base (None: zeros, for a method without one) and for each model.
-A kernel is chosen per owner by what its machine offers. Since all round alike, a cluster may mix them; receipts name what was used.
-"""
+A block comes as it was read: one tensor [B] of the file's dtype for the base (None: zeros, for a method without one) and for each
+model. A kernel is chosen per owner by what its machine offers. Since all round alike, a cluster may mix them; receipts name what
+was used."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ class TorchKernel:
         return rounded_B, bool(torch.isfinite(rounded_B).all())
 
     def basis(self, loaded: Loaded, known: Known) -> tuple[Tensor, bool]:
-        """C [N, B], float32, of a linear method: row i is what the merge with the i-th unit vector adds to the base; and whether all are finite."""
+        """C [N, B], float32, of a linear method: row i is what the merge with the i-th unit vector adds to the base; and whether
+        all are finite."""
         block = self.load(loaded)
         block = dataclasses.replace(block, theta=torch.zeros_like(block.theta))
         if self.method.basis is not None:
@@ -122,8 +123,8 @@ class TorchKernel:
         return values_NB, scores_NB, wanted.kept(scores_NB, known)
 
     def departure_from_linear(self, loaded: Loaded, known: Known) -> float:
-        """How far the merge of a block is from theta + lambda sum_i(lambda_i C_i), as a share of the largest change: rounding aside 0
-        for a method that is linear, as its record says."""
+        """How far the merge of a block is from theta + lambda sum_i(lambda_i C_i), as a share of the largest change: rounding aside
+        0 for a method that is linear, as its record says."""
         C_NB, _ = self.basis(loaded, known)
         weights = [0.25 + 0.5 * i for i in range(self.settings.N)]
         halved = dataclasses.replace(self.settings, parameters={**self.settings.parameters, "lambda": 0.5})

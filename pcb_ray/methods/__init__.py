@@ -1,4 +1,5 @@
-"""The merge methods: one record each. Whoever needs to know something of a method reads its record; no other module knows one's name.
+"""The merge methods: one record each. Whoever needs to know something of a method reads its record; no other module knows one's
+name.
 
 `METHODS` is the table of those that come with pcb_ray; a recipe may name another of the user's own (`my_methods.py:trimmed_mean`).
 """
