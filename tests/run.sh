@@ -13,11 +13,11 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-ray="ray and not very_slow"
+alone="not ray and not very_slow" ray="ray and not very_slow"
 if [ "${1:-}" = --all ]; then
-    ray="ray"
+    alone="not ray" ray="ray"
 elif [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
-.venv/bin/python -m pytest -m "not ray" -n auto --durations=5
+.venv/bin/python -m pytest -m "$alone" -n auto --durations=5
 .venv/bin/python -m pytest -m "$ray" --durations=10
