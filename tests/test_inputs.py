@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -125,3 +126,25 @@ def test_several_recipes_over_one_session_share_what_their_analyses_share(tmp_pa
         package.merge(recipes[k], tmp_path / f"alone{k}", workers=1, quiet=True)
         file = "model.safetensors"
         assert digests(tmp_path / f"out{k}")[file] == digests(tmp_path / f"alone{k}")[file]
+
+
+@pytest.mark.ray
+def test_a_receipt_that_does_not_belong_to_its_output_is_refused_with_what_is_wrong(tmp_path: Path) -> None:
+    """Thresholds of another length would be read beyond their end by the native kernel."""
+    family, out = Family(tmp_path / "family", *families.fine_tuned(3)), tmp_path / "out"
+    ray_address()
+    package.merge(family.recipe(), out, workers=1, quiet=True)
+    whole = json.loads((out / "pcb_receipt.json").read_text())
+    assert package.verify(out, quiet=True).ok
+    for changes, told in (
+        ({"thresholds": {k: v for k, v in whole["thresholds"].items() if k != "low"}}, "thresholds: wanted"),
+        ({"thresholds": whole["thresholds"] | {"low": [0.1]}}, "thresholds: low of .*: wanted 3 numbers, found 1"),
+        ({"N": 2, "inputs": whole["inputs"][:3]}, "N: wanted 3"),
+        ({"D": 7}, "D: wanted"),
+        ({"sizes": {"chunk_elements": 0}}, "sizes: wanted those of a plan"),
+        ({"sizes": whole["sizes"] | {"copy_bytes": 0}}, "sizes: wanted those of a plan"),
+        ({"method": "ties"}, "method: wanted"),
+    ):
+        (out / "pcb_receipt.json").write_text(json.dumps(whole | changes))
+        with pytest.raises(package.RequestError, match=told):
+            package.verify(out, quiet=True)
