@@ -25,9 +25,10 @@ from families import Family, merge_locally, small_engine
 
 import pcb_ray as package
 from pcb_ray import Recipe, RequestError
-from pcb_ray.methods import METHODS, Method, Ranks, names, variants_of
+from pcb_ray.methods import METHODS, Method, Ranks, names, own_method, variants_of
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import Plan, plan
+from pcb_ray.questions import CompareParts
 from pcb_ray.recipe import Model
 
 ROOT = Path(__file__).parent.parent
@@ -573,6 +574,31 @@ def test_a_method_can_be_an_object_of_a_module(grid: Family, tmp_path: Path) -> 
     m = Dense(grid.base, grid.models)
     for name, expected in m.by_name(dense_signed(m)).items():
         assert np.array_equal(families.load(tmp_path / "out")[name].numpy(), expected)
+    assert recipe.code is not None
+    elsewhere = recipe.code._replace(sha256="0" * 64)  # as on a machine that has another version of the module
+    with pytest.raises(
+        RequestError, match=r"pack.own_methods:Mine.best: wanted a module with sha256 0{64}, .* on node .*Fix: install the"
+    ):
+        own_method(elsewhere, recipe.folder)
+
+
+def test_a_package_that_can_not_be_run_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "broken_pack").mkdir()
+    (tmp_path / "broken_pack" / "__init__.py").write_text("\nlost\n")
+    with pytest.raises(
+        RequestError, match=r"merge_method: .*broken_pack.it:x: NameError: name 'lost' .*\(__init__.py:2\). Fix: write"
+    ):
+        Recipe((Model("a"),), "base", merge_method="broken_pack.it:x", folder=tmp_path)
+
+
+def test_bits_that_differ_within_the_tolerance_of_a_record_are_verified(grid: Family, tmp_path: Path) -> None:
+    text = ELEMENTS.replace("return block.theta + total", "return block.theta + total + 1e-5 * torch.rand(total.shape)")
+    for tolerance, differ in (("1e-3", False), ("1e-9", True)):
+        made = planned_with(text.replace('name="signed",', f'name="signed", tolerance={tolerance},'), grid)
+        local = merge_locally(made, tmp_path / tolerance)
+        parts = range(len(made.parts))
+        answers = local.session.owners.ask(CompareParts(local.known, str(tmp_path / tolerance)), parts)
+        assert any(answer for _, answer in answers) == differ
 
 
 # --- the example --------------------------------------------------------------------------------------------------------------------
@@ -716,8 +742,8 @@ def test_the_example_gives_the_same_bytes_on_any_number_of_workers_and_is_verifi
     assert re.search(r"trimmed_mean.py:trimmed_mean: wanted the code that merged, with sha256 \w{64}, found \w{64}", run.text)
     code.write_text("trimmed_mean = 3\n")  # no method at all any more
     run = pcb_ray("verify", out)
-    assert run.process.returncode != 0
-    assert "Traceback" not in run.text
+    assert run.process.returncode == 2, run.text
+    assert "wanted a pcb_ray.methods.Method, found" in run.text
     code.unlink()
     run = pcb_ray("verify", out)
     assert run.process.returncode == 2
