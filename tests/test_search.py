@@ -21,6 +21,7 @@ from families import Family
 import pcb_ray as package
 from pcb_ray import RequestError, RunError
 from pcb_ray.output.state import State
+from pcb_ray.searching.results import Found
 
 pytestmark = [
     pytest.mark.ray,
@@ -65,7 +66,7 @@ def coefficients(out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def searched(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, Any]:
+def searched(recipe: dict[str, Any], out: Path, **options: Any) -> Found:
     return package.search(recipe, out, workers=1, quiet=True, **options)
 
 
@@ -84,9 +85,9 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     recipe = recipe_of(family, options={"log": str(log), "note": TOKEN}, budget=80, concurrency=2, loggers=["tensorboard"])
     found = searched(recipe, out)
-    metric = {name: scores["val"]["near"] for name, scores in found["scores"].items()}
+    metric = {name: scores["val"]["near"] for name, scores in found.scores.items()}
     assert metric["winner"] > 0.05 * metric["start"], metric
-    weights = [found["recipe"].models[i].weight[0][1] for i in range(3)]
+    weights = [found.recipe.models[i].weight[0][1] for i in range(3)]
     assert weights == pytest.approx(HIDDEN, abs=0.15)
 
     rows = trials_of(out)
@@ -97,7 +98,7 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     again = tmp_path / "again"
     package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    assert package.verify(out, quiet=True) == []
+    assert package.verify(out, quiet=True).ok
     assert near_of(out, family) == pytest.approx(metric["winner"], abs=2e-6)
 
     lines = log.read_text().splitlines()
@@ -137,7 +138,7 @@ def test_groups_lambda_density_and_variant_are_searched_and_the_recipe_reproduce
     thresholds = [receipt_of(folder)["thresholds"] for folder in (out, again)]
     assert thresholds[0] == thresholds[1]
     # The score that the search saw is that of the model in OUT, rounded as it is.
-    assert near_of(out, family) == pytest.approx(found["scores"]["winner"]["val"]["near"], abs=2e-6)
+    assert near_of(out, family) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
 
 
 @pytest.mark.very_slow
@@ -158,7 +159,7 @@ def test_an_evaluator_can_be_an_object_of_python(family, tmp_path):
 
     recipe = family.recipe(search={"metric": "norm", "mode": "min", "budget": 8, "concurrency": 1})
     found = searched(recipe, tmp_path / "out", evaluator=Norm())
-    assert found["scores"]["winner"]["val"]["norm"] <= found["scores"]["start"]["val"]["norm"]
+    assert found.scores["winner"]["val"]["norm"] <= found.scores["start"]["val"]["norm"]
 
 
 # --- a seed decides -----------------------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def test_a_trial_that_raises_hangs_dies_or_gives_nan_costs_itself_only(family, t
         assert any(sign in error for error in errors), (sign, errors)
     healthy = [row["objective"] for row in trials_of(out) if not row["error"]]
     assert healthy
-    assert found["failed"] == sum(map(bool, errors))
+    assert found.failed == sum(map(bool, errors))
     assert all(row["objective"] is None for row in trials_of(out) if row["error"])
 
 
@@ -302,8 +303,8 @@ def test_a_scorer_of_the_references_that_dies_is_replaced(family, tmp_path, capl
     assert marker.exists()
     assert "has no score" not in caplog.text
     for name in ("base", "model0", "model1", "model2", "start", "winner"):
-        assert set(found["scores"][name]) == {"val", "test"}
-        assert all("near" in metrics for metrics in found["scores"][name].values())
+        assert set(found.scores[name]) == {"val", "test"}
+        assert all("near" in metrics for metrics in found.scores[name].values())
 
 
 def test_a_search_that_fails_too_often_stops_with_the_reason_and_goes_on_when_its_evaluator_is_mended(family, tmp_path, caplog):
@@ -372,7 +373,7 @@ def test_workers_that_cant_load_lose_no_candidate(family, tmp_path):
     tries.mkdir()
     found = searched(recipe_of(family, "LoadsLate", {"folder": str(tries)}, budget=12, population=4, concurrency=2), out)
     assert len(list(tries.iterdir())) >= 5, "the dry score, three that could not, one that could"
-    assert found["failed"] == 0
+    assert found.failed == 0
     assert [row["error"] for row in trials_of(out)] == [""] * 12
 
 
@@ -414,21 +415,13 @@ def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(fa
 
     out, log = tmp_path / "out", tmp_path / "log"
     recipe = recipe_of(family, options={"log": str(log)}, budget=8) | {"merge_method": method}
-    merge = run.merge
-
-    def interrupted(*args: Any, **options: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pcb_ray.output.state.State.commit", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-            merge(*args, **options)
-
-    monkeypatch.setattr(run, "merge", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         searched(recipe, out)
     scored = log.read_text().count("score")
-    monkeypatch.setattr(run, "merge", merge)
     searched(recipe, out, resume=True)
     assert log.read_text().count("score") == scored
-    assert package.verify(out, quiet=True) == []
+    assert package.verify(out, quiet=True).ok
 
 
 @pytest.mark.parametrize("what", ["search", "sweep"])
@@ -469,7 +462,7 @@ def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tm
         package.sweep(recipe_of(family) | {"sweep": {"density": [0.05, 0.1]}}, out, workers=1, quiet=True)
     monkeypatch.setattr(tune, "run_trials", run_trials)
     found = package.sweep(recipe_of(family) | {"sweep": {"lambda": [0.8, 1.2]}}, out, workers=1, quiet=True, resume=True)
-    for row in found["records"]:
+    for row in found.records:
         merged = package.merge_state_dicts(family.base, family.models, lambda_=row["config"]["lambda"])
         families.write(tmp_path / "merged", merged)
         assert row["objective"] == pytest.approx(near_of(tmp_path / "merged", family), abs=2e-6)
@@ -507,8 +500,8 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
         )
         distance = sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in merged.items())
         assert row["objective"] == pytest.approx(-distance, abs=2e-6)
-    assert found["best"] == {k: max(rows, key=lambda r: r["objective"])[k] for k in grid}
+    assert found.best == {k: max(rows, key=lambda r: r["objective"])[k] for k in grid}
     assert (out / "sweep.png").stat().st_size > 1000
     again = package.merge(out / "best_recipe.yaml", tmp_path / "best", workers=1, quiet=True)
-    assert again["thresholds"]
+    assert again.thresholds
     assert not state_of(out).exists()
