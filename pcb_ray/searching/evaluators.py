@@ -5,10 +5,11 @@ An evaluator is any object with two methods:
     load(model_dir) -> torch.nn.Module       once per worker: loads model and data; the search updates the module's parameters in place
     score(split) -> dict[str, float]         after each update
 
-and, if it likes, a collection of names `splits`: those that `score` knows. Asked for another, a search says so before anything is loaded.
+and, if it likes, a collection of names `splits`: those that `score` knows. Asked for another, a search says so before anything is
+loaded.
 
-Built in are `causal_lm`, `classification`, `lm_eval` and `command`; others are named `file.py:object` or `module:object` in the recipe, or given
-as an object in Python. A class is called with the options that stand below its name in the recipe.
+Built in are `causal_lm`, `classification`, `lm_eval` and `command`; others are named `file.py:object` or `module:object` in the
+recipe, or given as an object in Python. A class is called with the options that stand below its name in the recipe.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def checked(evaluator: Any, name: str) -> Evaluator:
 
 
 def check_splits(evaluator: Any, asked: Mapping[str, str]) -> None:
-    """Whether there is data for the splits that are asked for, by their place in the request; as far as the evaluator tells by `splits` before it has
-    loaded anything: one that is empty may be filled later. Raises RequestError."""
+    """Whether there is data for the splits that are asked for, by their place in the request; as far as the evaluator tells by
+    `splits` before it has loaded anything: one that is empty may be filled later. Raises RequestError."""
     known = getattr(evaluator, "splits", None)
     if not isinstance(known, Collection) or isinstance(known, str) or not len(known):
         return
@@ -240,7 +241,8 @@ def _device() -> str:
 
 
 def _load_model(auto_class: Any, model_dir: Path, dtype: str) -> Any:
-    """The model in float32 on a CPU, in its own dtype on a GPU (on several, layer by layer, which needs accelerate), or as asked."""
+    """The model in float32 on a CPU, in its own dtype on a GPU (on several, layer by layer, which needs accelerate), or as
+    asked."""
     import torch
 
     device = _device()
@@ -254,9 +256,9 @@ def _load_model(auto_class: Any, model_dir: Path, dtype: str) -> Any:
 class CausalLM:
     """Mean loss per token (nats) and perplexity of texts under a causal language model of transformers.
 
-    data: {split: file} or {split: {part: file}}: plain text, or JSONL with a `text` field. With parts there is a loss for each (`loss_PART`), and
-    `loss` is their mean. Texts are cut into windows of `length` tokens that overlap by one (512, or as many as the model has positions for); `tokens`
-    bounds how many of a file are used.
+    data: {split: file} or {split: {part: file}}: plain text, or JSONL with a `text` field. With parts there is a loss for each
+    (`loss_PART`), and `loss` is their mean. Texts are cut into windows of `length` tokens that overlap by one (512, or as many as
+    the model has positions for); `tokens` bounds how many of a file are used.
     """
 
     def __init__(
@@ -334,8 +336,9 @@ class CausalLM:
 class Classification:
     """Accuracy and mean loss of a sequence classifier of transformers.
 
-    data: {split: file} or {split: {part: file}}: JSONL or parquet with a text and an integer label (or one of the config's label names) in each row;
-    with parts there is an accuracy for each (`accuracy_PART`), and `accuracy` and `loss` are means over the parts.
+    data: {split: file} or {split: {part: file}}: JSONL or parquet with a text and an integer label (or one of the config's label
+    names) in each row; with parts there is an accuracy for each (`accuracy_PART`), and `accuracy` and `loss` are means over the
+    parts.
     """
 
     def __init__(
@@ -418,9 +421,9 @@ class Classification:
 class LMEval:
     """Tasks of EleutherAI's lm-evaluation-harness by name, also from YAML files in a local folder. Needs the extra `lm-eval`.
 
-    tasks: {split: [task, ...]}. Metrics are TASK/METRIC, such as arc_easy/acc (of a task with several filters the first one's; each is there as
-    TASK/METRIC,FILTER too), and METRIC the mean over the tasks of the split that have it. Tasks and data are loaded once;
-    `num_fewshot` and the harness's own seed of 1234 decide the examples in the prompts.
+    tasks: {split: [task, ...]}. Metrics are TASK/METRIC, such as arc_easy/acc (of a task with several filters the first one's; each
+    is there as TASK/METRIC,FILTER too), and METRIC the mean over the tasks of the split that have it. Tasks and data are loaded
+    once; `num_fewshot` and the harness's own seed of 1234 decide the examples in the prompts.
     """
 
     def __init__(
@@ -508,10 +511,11 @@ class LMEval:
 
 
 class Command:
-    """A shell command that scores a model directory; {model} and {split} in it are filled in. Its last line of output is a JSON object of numbers.
+    """A shell command that scores a model directory; {model} and {split} in it are filled in. Its last line of output is a JSON
+    object of numbers.
 
-    The candidate is written to a scratch folder (below `scratch`, or the system's), and removed when the command has ended, or the process that
-    ran it, however that ended.
+    The candidate is written to a scratch folder (below `scratch`, or the system's), and removed when the command has ended, or the
+    process that ran it, however that ended.
     """
 
     def __init__(self, run: str, *, scratch: str | None = None, timeout: float | None = None, folder: Path = Path(".")) -> None:
@@ -613,14 +617,15 @@ def module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     return root
 
 
-# --- a module and a checkpoint ------------------------------------------------------------------------------------------------------
+# --- a module and a checkpoint ----------------------------------------------------------------------------------------------------
 
 
 def match(
     module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]] = NONE
 ) -> dict[str, torch.Tensor]:
-    """The module's parameter or buffer for each of the merge's tensors, or the part of one that holds it; also for those of `optional` that it has.
-    A prefix that all names on one side share is found by itself, and so are the names under which transformers saves what it has renamed or fused.
+    """The module's parameter or buffer for each of the merge's tensors, or the part of one that holds it; also for those of
+    `optional` that it has. A prefix that all names on one side share is found by itself, and so are the names under which
+    transformers saves what it has renamed or fused.
 
     Raises RequestError that lists both sides if any has none, or one of another shape."""
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
@@ -664,10 +669,11 @@ def _renamings(own: Mapping[str, Any], shapes: Mapping[str, Any]) -> Iterator[An
 
 
 def _as_saved(module: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of the transformers models in the module by the names that `save_pretrained` gives them, as views of their parameters.
+    """The tensors of the transformers models in the module by the names that `save_pretrained` gives them, as views of their
+    parameters.
 
-    On loading, transformers renames some and fuses others (the experts of a mixture become one parameter); its way back is run here on the parameters
-    themselves. What it can't give back without a copy is left out, since an update of a copy would be lost."""
+    On loading, transformers renames some and fuses others (the experts of a mixture become one parameter); its way back is run here
+    on the parameters themselves. What it can't give back without a copy is left out, since an update of a copy would be lost."""
     import torch
     from torch.overrides import TorchFunctionMode
 

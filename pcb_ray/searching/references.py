@@ -117,7 +117,8 @@ class _ScorerActor:
         """Answers once the actor has been placed."""
 
     def score(self, what: int | Config, split: str) -> dict[str, float]:
-        """Of the base (0), a model (1..N), or a candidate. Raises RequestError, or RunError that says what was raised, and where."""
+        """Of the base (0), a model (1..N), or a candidate. Raises RequestError, or RunError that says what was raised, and
+        where."""
         try:
             self._scorer = self._scorer or self._start()
             if isinstance(what, int):
@@ -158,7 +159,8 @@ class _Scorers:
         self._starting[scorer.is_there.remote()] = scorer
 
     def score(self, asked: Mapping[_One, int | Config]) -> Iterator[tuple[_One, dict[str, float] | Exception]]:
-        """The metrics of each (name, split), or what scoring it raised, or the RayError of a scorer that died: it gets a successor, asked once more.
+        """The metrics of each (name, split), or what scoring it raised, or the RayError of a scorer that died: it gets a successor,
+        asked once more.
 
         Raises RunError if the cluster has no place for one."""
         import ray

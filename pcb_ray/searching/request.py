@@ -340,7 +340,7 @@ def _loggers(raw: object, problems: list[str]) -> tuple[tuple[str, Mapping[str, 
     return tuple(found)
 
 
-# --- the space ----------------------------------------------------------------------------------------------------------------------
+# --- the space --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -436,8 +436,8 @@ class Space:
         )
 
     def first_generation(self, count: int, seed: int) -> list[dict[str, Any]]:
-        """The start, and with it a Latin hypercube over what acts on all tensors alike: one lambda_i for all models and groups, lambda, and the
-        logarithm of a share. The variants take turns."""
+        """The start, and with it a Latin hypercube over what acts on all tensors alike: one lambda_i for all models and groups,
+        lambda, and the logarithm of a share. The variants take turns."""
         random = Random(seed)
         values: dict[str, list[float]] = {}
         for name, b in self.bounds.items():
@@ -545,8 +545,8 @@ def _group_names(search: Search, names: Sequence[str]) -> list[str]:
 def _rules(names: Sequence[str], groups: Sequence[int]) -> list[tuple[str | None, int]]:
     """(filter, group): the first filter that is part of a name tells its group; the last is None. As few as are easily found."""
     of_name = dict(zip(names, groups, strict=True))
-    # Stretches of whole parts of names, and the names that have them: a mixture of experts has 20,000 names and as many stretches, so that to look
-    # for each of them in each name would take minutes.
+    # Stretches of whole parts of names, and the names that have them: a mixture of experts has 20,000 names and as many stretches,
+    # so that to look for each of them in each name would take minutes.
     having: dict[str, list[str]] = {}
     for name in names:
         for stretch in _stretches(name):
@@ -585,7 +585,7 @@ def _stretches(name: str) -> Iterator[str]:
         yield ".".join(pieces[start:stop]) + ("." if stop < len(pieces) else "")
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------------------------
+# --- the grid ---------------------------------------------------------------------------------------------------------------------
 
 
 def grid_of(recipe: Recipe) -> list[dict[str, Any]]:

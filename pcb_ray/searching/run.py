@@ -63,11 +63,12 @@ def search(
 ) -> Found:
     """Search the coefficients that the recipe's `search:` section opens, and merge the best candidate into the directory `out`.
 
-    `evaluator` is an object with `load` and `score` (see `searching.evaluators`), instead of the one that the recipe names. `workers`, `address`
-    and `memory` are for the analysis, as in `merge`. `out` also holds best_recipe.yaml, trials.parquet, report.html and the Tune experiment.
+    `evaluator` is an object with `load` and `score` (see `searching.evaluators`), instead of the one that the recipe names.
+    `workers`, `address` and `memory` are for the analysis, as in `merge`. `out` also holds best_recipe.yaml, trials.parquet,
+    report.html and the Tune experiment.
 
-    Raises RequestError if the request, an input or the evaluator is wrong (before the first trial), RunError if the run can't be finished; `resume`
-    goes on with it.
+    Raises RequestError if the request, an input or the evaluator is wrong (before the first trial), RunError if the run can't be
+    finished; `resume` goes on with it.
     """
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
@@ -111,7 +112,8 @@ def sweep(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Swept:
-    """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section: one analysis per variant, nothing read again.
+    """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section: one analysis per variant, nothing
+    read again.
 
     `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Raises as `search` does.
     """
@@ -141,7 +143,8 @@ def _variant(recipe: Recipe) -> str:
 
 
 def _tools() -> tuple[Any, Any]:
-    """Two modules with seconds of imports, for when the request is known to be right. Raises RequestError if a library is not installed."""
+    """Two modules with seconds of imports, for when the request is known to be right. Raises RequestError if a library is not
+    installed."""
     try:
         from pcb_ray.searching import report, tune
     except ImportError as error:
@@ -188,7 +191,8 @@ def _prepared(
 ) -> Iterator[_Run]:
     """What searches and sweeps have in common: everything is checked, the base is scored, each variant has its basis.
 
-    `model`: whether the output is to have one. `scored`: whether the share that is kept will differ, if the request does not say so."""
+    `model`: whether the output is to have one. `scored`: whether the share that is kept will differ, if the request does not say
+    so."""
     from pcb_ray.searching import tune
 
     scored = request.scored if scored is None else scored
@@ -326,7 +330,7 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) 
     write_side_files(folder, {n: d for n, d in files.items() if n != RECIPE and not n.endswith(".index.json")})
 
 
-# --- the steps ----------------------------------------------------------------------------------------------------------------------
+# --- the steps --------------------------------------------------------------------------------------------------------------------
 
 
 def _with_bases(arms: Mapping[str, Arm], state: State, scored: bool, how: _How) -> dict[str, Arm]:
@@ -410,8 +414,8 @@ def _progress(total: int, job: Job, state: State, *, quiet: bool) -> tuple[Any, 
 
 
 def _known_trials(job: Job, state: State) -> dict[str, Any]:
-    """The trials of an earlier run that had a score, and those without one that later generations have been told of: scored now, they would change
-    what was asked since. What the evaluator scored before it was changed is not known any more."""
+    """The trials of an earlier run that had a score, and those without one that later generations have been told of: scored now,
+    they would change what was asked since. What the evaluator scored before it was changed is not known any more."""
     of_trials = {key: text for key, text in state.journal.items() if key.startswith("trial ")}
     mine = f"trial {job.scored_by} "
     records = {key.removeprefix(mine): json.loads(text) for key, text in of_trials.items() if key.startswith(mine)}
@@ -427,7 +431,8 @@ def _known_trials(job: Job, state: State) -> dict[str, Any]:
 
 
 def _write_winner(run: _Run, winner: Recipe, best: Config, start: float) -> Receipt:
-    """Merge the winner into the staging folder, with the thresholds that are known; a part that an interrupted run has written stays."""
+    """Merge the winner into the staging folder, with the thresholds that are known; a part that an interrupted run has written
+    stays."""
     from pcb_ray.searching.basis import Basis
 
     state, job, how = run.state, run.job, run.how

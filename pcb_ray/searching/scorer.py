@@ -46,7 +46,8 @@ class Job:
     model_dir: str
     """The base as the evaluator loads it."""
     folder: str
-    """Of the recipe, or of the Python code that gave the evaluator: what an evaluator opens by a relative path is found from there."""
+    """Of the recipe, or of the Python code that gave the evaluator: what an evaluator opens by a relative path is found from
+    there."""
     scored_by: str = ""
     """Tells the evaluator from what it was before it was changed: their scores don't mix."""
     evaluator: Any = None

@@ -27,7 +27,8 @@ LOAD_FAILED = "the worker could not load the model or its data"
 
 
 def prepare_process(job: Job) -> None:
-    """Of a worker, before torch looks for GPUs: one that has not asked for any must not see those that Ray may have lent to others."""
+    """Of a worker, before torch looks for GPUs: one that has not asked for any must not see those that Ray may have lent to
+    others."""
     if not job.search.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.chdir(job.folder)
@@ -78,8 +79,8 @@ class Trial(tune.Trainable):
         return {**own, **found}
 
     def _load(self) -> float:
-        """Seconds that it took. What it raises ends the process: one that can't load, for a missing mount or a GPU that is full, must not take one
-        candidate after another."""
+        """Seconds that it took. What it raises ends the process: one that can't load, for a missing mount or a GPU that is full,
+        must not take one candidate after another."""
         start = time.monotonic()
         try:
             self._scorer = self._scorer or Scorer(self._job)

@@ -1,4 +1,5 @@
-"""All of Ray Tune and Nevergrad: candidates asked generation by generation, scored by trials that keep their model, told in the order asked."""
+"""All of Ray Tune and Nevergrad: candidates asked generation by generation, scored by trials that keep their model, told in the
+order asked."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from pcb_ray.searching.trial import LOAD_FAILED, OBJECTIVE, Record, Trial
 
 log = logging.getLogger("pcb_ray")
 
-# Of a process that Ray ends because memory is short, Ray raises an error that Tune does not take for the death of an actor: it would end the search.
+# Of a process that Ray ends because memory is short, Ray raises an error that Tune does not take for the death of an actor: it
+# would end the search.
 for module in (actor_manager, tune_controller):
     vars(module)["RayActorError"] = (RayActorError, OutOfMemoryError)
 
@@ -43,7 +45,7 @@ RETRY_S = 600.0  # after so long they try again
 MOST_UNLOADED = 8  # workers that could not load, with no result between them
 MOST_DEATHS = 10  # of workers that were to score the same candidate, also of those that died before
 
-# --- who asks -----------------------------------------------------------------------------------------------------------------------
+# --- who asks ---------------------------------------------------------------------------------------------------------------------
 
 
 def nevergrad_space(space: Space, seed: int, start: Config) -> Any:
@@ -102,9 +104,11 @@ def optimizer_of(search: Search, space: Space) -> Any:
 
     if search.optimizer != "CMA":
         return ng.optimizers.registry[search.optimizer]
-    # In Nevergrad's unit, a sixth of the range; it multiplies the scale by this where all is bounded, and a choice of variants is not.
+    # In Nevergrad's unit, a sixth of the range; it multiplies the scale by this where all is bounded, and a choice of variants is
+    # not.
     multiplied_by = 1.0 if space.variants else 0.3 if len(space.bounds) < 18 else 0.15
-    # Below a population of 6 it would mirror samples, and then not know them again, with a warning, after their way through Nevergrad.
+    # Below a population of 6 it would mirror samples, and then not know them again, with a warning, after their way through
+    # Nevergrad.
     inopts = {"CMA_mirrors": 0}
     return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=6 * INITIAL_STD / multiplied_by, inopts=inopts)
 
@@ -123,8 +127,8 @@ class Patience:
 class Generations(NevergradSearch):
     """Nevergrad, one generation at a time, from the best of a first one that is spread over the uniform coefficients.
 
-    Results are told in the order in which they were asked for, once a generation's are all there: so a seed gives the same candidates whatever
-    finishes first. A trial that failed is told as the worst score so far."""
+    Results are told in the order in which they were asked for, once a generation's are all there: so a seed gives the same
+    candidates whatever finishes first. A trial that failed is told as the worst score so far."""
 
     def __init__(self, search: Search, space: Space, progress: Ledger) -> None:
         self._search, self._coefficients, self._progress = search, space, progress
@@ -235,7 +239,7 @@ class Listed(Searcher):
         pass
 
 
-# --- who watches --------------------------------------------------------------------------------------------------------------------
+# --- who watches ------------------------------------------------------------------------------------------------------------------
 
 
 class Ledger(tune.Callback):
@@ -274,7 +278,8 @@ class Ledger(tune.Callback):
         self._bar.note(self._words)
 
     def may_try_again(self, trial_id: str) -> bool:
-        """Whether the candidate of a trial whose worker died is to have another: not if it was at work for the second time: it may be the cause.
+        """Whether the candidate of a trial whose worker died is to have another: not if it was at work for the second time: it may
+        be the cause.
 
         A worker may have died, with its node, while it was idle: then the next trial only finds it so."""
         number = self._numbers[trial_id][0]
@@ -370,15 +375,16 @@ def reason_of(trial: Any) -> str:
     return reason_in(Path(trial.error_file).read_text()) if trial.error_file else "no reason was given"
 
 
-# --- who works ----------------------------------------------------------------------------------------------------------------------
+# --- who works --------------------------------------------------------------------------------------------------------------------
 
 
 class StayingTrials(FIFOScheduler):
     """Keeps the workers, with the model that each has loaded, from the first trial to the last.
 
-    By itself Tune ends all idle workers but one whenever there is no trial to run, as at the end of each generation. And a worker that becomes free
-    gets the trial that another is just starting for, and that one is called off: trials shorter than such a start would be run by one worker only.
-    Here a trial that has its result stays with its worker until another waits for it, and a starting worker is waited for."""
+    By itself Tune ends all idle workers but one whenever there is no trial to run, as at the end of each generation. And a worker
+    that becomes free gets the trial that another is just starting for, and that one is called off: trials shorter than such a start
+    would be run by one worker only. Here a trial that has its result stays with its worker until another waits for it, and a
+    starting worker is waited for."""
 
     def __init__(self, asker: Generations | Listed, progress: Ledger) -> None:
         super().__init__()
@@ -443,7 +449,7 @@ class StayingTrials(FIFOScheduler):
         return True
 
 
-# --- the run ------------------------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------------------
 
 
 def check_resources(search: Search) -> int:
