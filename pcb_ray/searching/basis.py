@@ -1,4 +1,4 @@
-"""The Basis: what remains of N models once their thresholds are known, sparse, in files that the workers of a node map and share.
+"""The Basis: what remains of N models once their thresholds are known, sparse, in files that all processes of a node map and share.
 
 A merge is linear in the coefficients, if its method says so (`Method.linear`):
 
@@ -9,9 +9,9 @@ one pass over the base and over r N D entries in memory; no model is read again.
 that a task keeps:
 
     combined   C_i: 4 bytes. One density.
-    scored     what is merged of the task, and its score: 8 bytes (scores in float64: 12), for methods with a `Scored` record. Any density up to the
-               one it was made for: the threshold of each is an exact order statistic of the scores that are here, and the candidate has the bytes
-               of the merge.
+    scored     what is merged of the task, and its score: 8 bytes (scores in float64: 12), for methods with a `Scored` record. Any
+               density up to the one it was made for: the threshold of each is an exact order statistic of the scores that are
+               here, and the candidate has the bytes of the merge.
 
 Where the entries lie is a bit per element and task: 1 / (8 r) bytes each. The chunks of the plan lie one after another in a few
 files, `volumes`: one owner writes each from its first byte to its last.
@@ -488,7 +488,10 @@ class Basis:
         start, stop = tensor.start + segment.start * itemsize, tensor.start + segment.stop * itemsize
         raw = np.asarray(self._base[tensor.file][start:stop])
         if len(raw) != stop - start:
-            raise RunError(f"{tensor.file}: ends before byte {stop}; it was changed during the search")
+            raise RunError(
+                f"{tensor.file}: wanted {stop} bytes or more, found its end: it was changed during the search. "
+                "Fix: let nothing write to the models while they are searched, and start afresh."
+            )
         return raw if raw.ctypes.data % itemsize == 0 else raw.copy(), DTYPES[tensor.dtype]
 
     def _updated(

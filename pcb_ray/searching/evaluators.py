@@ -2,7 +2,8 @@
 
 An evaluator is any object with two methods:
 
-    load(model_dir) -> torch.nn.Module       once per worker: loads model and data; the search updates the module's parameters in place
+    load(model_dir) -> torch.nn.Module       once per trial process: loads model and data; the search updates
+                                             the parameters of the module in place
     score(split) -> dict[str, float]         after each update
 
 and, if it likes, a collection of names `splits`: those that `score` knows. Asked for another, a search says so before anything is
@@ -75,12 +76,12 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evalu
             if isinstance(error, AttributeError | ImportError | OSError)
             else "mend the file"
         )
-        raise RequestError(f"{where}: {name} can't be loaded: {with_place(error)}. Fix: {fix}.") from error
+        raise RequestError(f"{where}: wanted {name}, found {with_place(error)}. Fix: {fix}.") from error
     if inspect.isclass(found):
         found = _call(found, options, where, name)
     elif options:
         raise RequestError(
-            f"{where}: {name} is an object and takes no options, found {', '.join(options)}. Fix: remove them, or name its class."
+            f"{where}: wanted no options for the object {name}, found {', '.join(options)}. Fix: remove them, or name its class."
         )
     return checked(found, name)
 
@@ -91,7 +92,9 @@ def check_evaluator(name: str, options: Mapping[str, Any], folder: Path, splits:
     if name in _BUILT_IN:
         check_splits(make_evaluator(name, options, folder), splits)
     elif source.endswith(".py") and not (folder / source).is_file():
-        raise RequestError(f"search.evaluator: {folder / source} is not a file. Fix: check the path; it is relative to the recipe.")
+        raise RequestError(
+            f"search.evaluator: wanted a file, found none at {folder / source}. Fix: check the path; it is relative to the recipe."
+        )
 
 
 def checked(evaluator: Any, name: str) -> Evaluator:
@@ -99,8 +102,8 @@ def checked(evaluator: Any, name: str) -> Evaluator:
     missing = [method for method in ("load", "score") if not callable(getattr(evaluator, method, None))]
     if missing:
         raise RequestError(
-            f"search.evaluator: {name or type(evaluator).__name__} lacks {' and '.join(missing)}. Fix: an evaluator has "
-            "load(model_dir) -> torch.nn.Module and score(split) -> dict[str, float]."
+            f"search.evaluator: wanted load(model_dir) -> torch.nn.Module and score(split) -> dict[str, float], found that "
+            f"{name or type(evaluator).__name__} lacks {' and '.join(missing)}. Fix: give it both methods."
         )
     found: Evaluator = evaluator
     return found
@@ -142,7 +145,9 @@ def _call(what: Any, options: Mapping[str, Any], where: str, name: str) -> Any:
         inspect.signature(what).bind(**options)
     except TypeError as error:
         known = ", ".join(inspect.signature(what).parameters)
-        raise RequestError(f"{where}.{name}: {error}; its options are {known or 'none'}. Fix: write them below its name.") from None
+        raise RequestError(
+            f"{where}.{name}: wanted its options ({known or 'none'}), found {error}. Fix: write these below its name."
+        ) from None
     return what(**options)
 
 
@@ -164,7 +169,7 @@ def _by_split(raw: Any, where: str, wanted: str, fix: str, problems: list[str]) 
     for split, given in raw.items():
         name = checks.text(split, where, problems, "the name of a split")
         if isinstance(given, Mapping | list | tuple) and not given:
-            problems.append(f"{where}.{name}: is empty. Fix: give it {wanted}, or remove the split.")
+            problems.append(checks.wrong(f"{where}.{name}", wanted, None, "give it one, or remove the split"))
         yield name, f"{where}.{name}", given
 
 
@@ -192,7 +197,9 @@ def _path(raw: Any, kind: str, folder: Path, where: str, problems: list[str]) ->
     name = checks.text(raw, where, problems, f"the path of a {kind}")
     is_there = os.path.isdir if kind == "folder" else os.path.isfile
     if name and not is_there(folder / name):
-        problems.append(f"{where}: {folder / name} is not a {kind}. Fix: check the path, and that every node sees it.")
+        problems.append(
+            f"{where}: wanted a {kind}, found none at {folder / name}. Fix: check the path, and that every node sees it."
+        )
     return folder / name
 
 
@@ -211,15 +218,19 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise RequestError(f"{path}, line {number}: is not JSON ({error}). Fix: one object per line.") from None
+            raise RequestError(f"{path}, line {number}: wanted JSON, found {error}. Fix: write one object per line.") from None
         if not isinstance(row, dict):
-            raise RequestError(f"{path}, line {number}: wanted an object, found {type(row).__name__}. Fix: one object per line.")
+            raise RequestError(
+                f"{path}, line {number}: wanted an object, found {type(row).__name__}. Fix: write one object per line."
+            )
         yield row
 
 
 def _field(row: Mapping[str, Any], name: str, path: Path) -> Any:
     if name not in row:
-        raise RequestError(f"{path}: a row has no {name!r}, only {', '.join(row)}. Fix: name the field in the evaluator's options.")
+        raise RequestError(
+            f"{path}: wanted {name!r} in each row, found {', '.join(row)}. Fix: name the field in the evaluator's options."
+        )
     return row[name]
 
 
@@ -228,7 +239,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError:
         raise RequestError(
-            "search.evaluator: causal_lm and classification need transformers. Fix: pip install 'pcb-ray[search]'."
+            "search.evaluator: wanted transformers, which causal_lm and classification need, found it not installed. "
+            "Fix: pip install 'pcb-ray[search]'."
         ) from None
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
     return transformers
@@ -309,7 +321,7 @@ class CausalLM:
                 ids = ids[: self.tokens + 1]
                 break
         if len(ids) < 2:
-            raise RequestError(f"{path}: has {len(ids)} tokens, two at least are needed. Fix: give a longer text.")
+            raise RequestError(f"{path}: wanted two tokens at least, found {len(ids)}. Fix: give a longer text.")
         return [torch.tensor(ids[at : at + self.length + 1]) for at in range(0, len(ids) - 1, self.length)]
 
     def score(self, split: str) -> Metrics:
@@ -380,7 +392,7 @@ class Classification:
 
         rows = list(_rows(path))
         if not rows:
-            raise RequestError(f"{path}: has no rows. Fix: give the split some data.")
+            raise RequestError(f"{path}: wanted some rows, found none. Fix: give the split some data.")
         labels = torch.tensor([self._number_of(_field(row, self.label, path), path) for row in rows])
         texts = [_field(row, self.text, path) for row in rows]
         result = []
@@ -396,7 +408,7 @@ class Classification:
         number = known.get(label) if isinstance(label, str) else label
         if not isinstance(number, int) or not 0 <= number < self.model.config.num_labels:
             raise RequestError(
-                f"{path}: {label!r} is no label of the model: it knows {', '.join(known)}. Fix: use these, or numbers from 0."
+                f"{path}: wanted a label of the model ({', '.join(known)}), found {label!r}. Fix: use these, or numbers from 0."
             )
         return number
 
@@ -457,15 +469,19 @@ class LMEval:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise RequestError(
-                f"search.evaluator: lm_eval can't be loaded: {error}. Fix: pip install 'pcb-ray[lm-eval]'."
+                f"search.evaluator: wanted the harness lm_eval, found {error}. Fix: pip install 'pcb-ray[lm-eval]'."
             ) from None
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
         known = set(manager.all_tasks)
         unknown = [(split, name) for split, names in self.splits.items() for name in names if name not in known]
         if unknown:
             raise RequestError(
-                f"search.evaluator.lm_eval.tasks.{split}: the harness has no task {checks.shown(name)}. Fix: "
-                f"{checks.nearest(name, manager.all_tasks, 'check the name')}, or give `include_path`."
+                checks.wrong(
+                    f"search.evaluator.lm_eval.tasks.{split}",
+                    "a task of the harness",
+                    name,
+                    f"{checks.nearest(name, manager.all_tasks, 'check the name')}, or give `include_path`",
+                )
                 for split, name in unknown
             )
         self._loaded = {split: manager.load(names) for split, names in self.splits.items()}
@@ -490,7 +506,12 @@ class LMEval:
             task.set_fewshot_seed(seed=1234)
         # Not `simple_evaluate`: it would load the tasks again and describe the machine, for a second and more in each trial.
         results = lm_eval.evaluate(
-            *(self._harness, loaded), limit=self.limit, log_samples=False, bootstrap_iters=0, apply_chat_template=self.chat_template
+            self._harness,
+            loaded,
+            limit=self.limit,
+            log_samples=False,
+            bootstrap_iters=0,
+            apply_chat_template=self.chat_template,
         )["results"]
         found: Metrics = {}
         of_metric: dict[str, list[float]] = {}
@@ -536,7 +557,8 @@ class Command:
         files = sorted(self.model_dir.rglob("*.safetensors"))  # an index may lead to subfolders
         if not files:
             raise RequestError(
-                "search.evaluator.command: needs a base in safetensors files. Fix: save it with transformers' save_pretrained."
+                "search.evaluator.command: wanted a base in safetensors files, found none. "
+                "Fix: save it with transformers' save_pretrained."
             )
         self.files = {file.relative_to(self.model_dir).as_posix(): load_file(file) for file in files}
         return module_of({name: tensor for tensors in self.files.values() for name, tensor in tensors.items()})
@@ -568,7 +590,7 @@ class Command:
 _BUILT_IN = {"causal_lm": CausalLM, "classification": Classification, "lm_eval": LMEval, "command": Command}
 
 # Its input ends when this process does, however that ends: then it ends the command's processes and removes the model.
-# In the background, since Ray ends the children of a worker with it.
+# In the background, since Ray ends the children of a process with it.
 _GUARD = """exec 3<&0; { read -r group; cat >/dev/null; [ -z "$group" ] || kill -9 "-$group"; rm -rf -- "$0"; } <&3 3<&- &"""
 
 
@@ -588,9 +610,16 @@ def _run_shell(command: str, folder: Path, timeout: float | None, to_guard: IO[b
     # It begins when the guard knows it, and not at all if this process ends before.
     waiting = f"read -r _ || exit 1; exec </dev/null\n{command}"
     with subprocess.Popen(
-        *(waiting,), shell=True, cwd=folder, env=os.environ | {"PATH": path}, text=True, start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
+        waiting,
+        shell=True,
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         to_guard.write(b"%d\n" % process.pid)
         to_guard.flush()
         try:
@@ -637,17 +666,20 @@ def match(
     if lost:
         unused = sorted(set(own) - {to_own(name) for name in shapes})
         raise RequestError(
-            f"the evaluator's module lacks {len(lost)} of the {len(shapes)} merged tensors: {_some(lost)}; of its own, nothing was matched to "
-            f"{_some(unused) or 'none'}. Fix: return the module whose state_dict has the checkpoint's names."
+            f"search.evaluator: wanted a module with the {len(shapes)} merged tensors, found one without {len(lost)} of them, "
+            f"{_some(lost)}; of its own, nothing was matched to {_some(unused) or 'none'}. "
+            "Fix: return the module whose state_dict has the checkpoint's names."
         )
     without = [name for name, tensor in found.items() if tensor.is_meta]
-    problems = [
-        f"the evaluator's module has {len(without)} tensors without data, offloaded to disk or memory: {_some(without)}. Fix: load all of it on CPU "
-        "or GPUs, such as with more of them."
-    ] * bool(without)
+    problems = []
+    if without:
+        problems.append(
+            f"search.evaluator: wanted a module with all its data, found {len(without)} tensors offloaded to disk or memory: "
+            f"{_some(without)}. Fix: load all of it on CPU or GPUs, such as with more of them."
+        )
     problems += [
-        f"{name}: shape {list(shape)} in the merge, {list(found[name].shape)} in the evaluator's module ({to_own(name)}). Fix: load the model as the "
-        "base's config says."
+        f"{name}: wanted the shape {list(shape)} of the merge, found {list(found[name].shape)} in the evaluator's module "
+        f"({to_own(name)}). Fix: load the model as the base's config says."
         for name, shape in wanted.items()
         if name in found and tuple(found[name].shape) != shape
     ]

@@ -148,7 +148,7 @@ def _tools() -> tuple[Any, Any]:
     try:
         from pcb_ray.searching import report, tune
     except ImportError as error:
-        raise RequestError(f"search: {error}. Fix: pip install 'pcb-ray[search]'.") from error
+        raise RequestError(f"search: wanted its libraries, found {error}. Fix: pip install 'pcb-ray[search]'.") from error
     return report, tune
 
 
@@ -303,15 +303,15 @@ def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
 
 
 def _check_picklable(evaluator: Any) -> None:
-    """Raises RequestError for an evaluator that can't be sent to workers."""
+    """Raises RequestError for an evaluator that can't be sent to trial processes."""
     from ray import cloudpickle
 
     try:
         cloudpickle.dumps(evaluator)
     except Exception as error:  # whatever its __getstate__ raises
         raise RequestError(
-            f"search.evaluator: {type(evaluator).__name__} can't be sent to the workers: {with_place(error)}. Fix: open files, "
-            "connections and models in `load`, which each worker calls."
+            f"search.evaluator: wanted an object that can be sent to trial processes, found that {type(evaluator).__name__} can't: "
+            f"{with_place(error)}. Fix: open files, connections and models in `load`, which each process calls."
         ) from error
 
 
@@ -374,8 +374,9 @@ def _check_linear(session: Session, known: Known) -> None:
     ((_, departure),) = session.owners.ask(CheckLinear(known), [0])
     if departure > LINEAR_WITHIN:
         raise InputError(
-            f"merge_method: wanted {recipe.merge_method} linear in the weights, as its record says, found a block whose merge departs from "
-            f"that by {departure:.2g} of the largest change. Fix: set `linear=False`; then it can be merged, and not searched."
+            f"merge_method: wanted {recipe.merge_method} linear in the weights, as its record says, found a block whose merge "
+            f"departs from that by {departure:.2g} of the largest change. "
+            "Fix: set `linear=False`; then it can be merged, and not searched."
         )
 
 
@@ -388,7 +389,10 @@ def _tried(
     shutil.rmtree(state.folder / "tune", ignore_errors=True)
     records = tune.run_trials(job, asker, progress, total, storage=state.folder, known=known, name="tune")
     if progress.best is None:
-        raise RunError(f"none of {len(records)} trials has a score; the last: {records[-1]['error']}")
+        raise RunError(
+            f"search: wanted a trial with a score, found none among {len(records)}; the last: {records[-1]['error']}. "
+            "Fix: mend the evaluator, then go on with --resume."
+        )
     return records, progress.best
 
 
@@ -453,7 +457,9 @@ def _write_winner(run: _Run, winner: Recipe, best: Config, start: float) -> Rece
             output = write(session, store, known, str(state.staging), state, label)
             check_unchanged(store, run.stamps)
         except InputError as error:  # that would forget all trials
-            raise RunError(f"the winner can't be merged: {error}. What the trials found is kept in {state.folder}.") from error
+            raise RunError(
+                f"the winner: wanted its merge, found {error} What the trials found is kept in {state.folder}."
+            ) from error
         return publish(
             session,
             state,

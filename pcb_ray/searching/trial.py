@@ -1,6 +1,6 @@
 """A trial of Ray Tune: one candidate after another, in a process that loads model and data once.
 
-A module of its own, since what Nevergrad imports would make every worker seconds slower to start."""
+It is a module of its own, since what Nevergrad imports would make every trial process seconds slower to start."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Record = dict[str, Any]
 """What became of a candidate: config, metrics, objective, error, seconds, node."""
 
 
-LOAD_FAILED = "the worker could not load the model or its data"
+LOAD_FAILED = "the trial process could not load the model or its data"
 
 
 def prepare_process(job: Job) -> None:
-    """Of a worker, before torch looks for GPUs: one that has not asked for any must not see those that Ray may have lent to
-    others."""
+    """Make this a trial process, before torch looks for GPUs: one that has not asked for any must not see those that Ray may have
+    lent to others."""
     if not job.search.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.chdir(job.folder)
