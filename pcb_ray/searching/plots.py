@@ -67,7 +67,8 @@ def best_so_far(request: Search, records: Sequence[Record], found: Found) -> Fig
         best = max(best, good * r["objective"])
         line.append(good * best)
     axis.step(
-        *([*(r["number"] for r in scored), records[-1]["number"]], [*line, good * best]),
+        [*(r["number"] for r in scored), records[-1]["number"]],
+        [*line, good * best],
         where="post",
         color=BLUE,
         label=f"best so far {shown_score(good * best)}",

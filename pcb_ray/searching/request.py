@@ -164,8 +164,8 @@ class Search:
             parameters={
                 name: _searched(space[name], f"search.space.{name}", method, name, problems) for name in searched if name in space
             },
-            scale=name_of(method, "scale"),
-            share=name_of(method, "share"),
+            scale=method.scale,
+            share=method.share,
             variants=_variants(space.get("variant", ()), "search.space.variant", method, problems),
             optimizer=text(top.get("optimizer", cls.optimizer), "search.optimizer", problems),
             budget=budget,
@@ -191,8 +191,8 @@ class Search:
                 f"search.budget: wanted at least one generation, a population of {population}, found {budget}. "
                 "Fix: ask for one generation or several."
             )
-        if not method.linear:
-            able = ", ".join(dict.fromkeys(m.name for m in METHODS if m.linear))
+        if not is_searched(method):
+            able = ", ".join(dict.fromkeys(m.name for m in METHODS if is_searched(m)))
             problems.append(
                 f"merge_method: wanted a method with a base that says it is linear in the weights, found {recipe.merge_method}. "
                 f"Fix: use one of {able}, or, if your own is linear, set `linear=True` in its record."
@@ -218,14 +218,14 @@ class Search:
         return 1.0 if self.mode == "max" else -1.0
 
 
+def is_searched(method: Method) -> bool:
+    """Whether a search can vary the weights without reading a model again."""
+    return method.linear and method.has_base
+
+
 def searchable(method: Method) -> tuple[str, ...]:
     """The parameters that a search can vary without reading a model again."""
     return tuple(name for name, parameter in method.parameters.items() if parameter.searched)
-
-
-def name_of(method: Method, kind: str) -> str:
-    """The parameter that is searched in this way; empty if the method has none."""
-    return next((name for name, parameter in method.parameters.items() if parameter.searched == kind), "")
 
 
 _SEARCHED_ANYWHERE = tuple(dict.fromkeys(name for method in METHODS for name in (*searchable(method), "variant")))
@@ -412,7 +412,8 @@ class Space:
 
         def search_for(name: str, within: Range, of_recipe: float) -> None:
             bounds[name] = within.bounds(of_recipe, is_log=name == search.share)
-            outside.extend([name] * (within.init is None and not within.lower <= of_recipe <= within.upper))
+            if within.init is None and not within.lower <= of_recipe <= within.upper:
+                outside.append(name)
 
         for i, label in enumerate(labels):
             of_group: dict[str, list[float]] = {group: [] for group in groups}

@@ -91,7 +91,8 @@ def check_optimizer(search: Search, space: Space) -> None:
     except Exception as error:  # whatever a package raises that is missing, or an optimizer that wants another kind of space
         raise RequestError(
             f"search.optimizer: wanted one for {len(space.bounds)} coefficients and {search.population} candidates at a time, "
-            f"found that {search.optimizer} raised {type(error).__name__}: {reason_in(error)}. Fix: use CMA, or another of Nevergrad's."
+            f"found that {search.optimizer} raised {type(error).__name__}: {reason_in(error)}. "
+            "Fix: use CMA, or another of Nevergrad's."
         ) from error
 
 
@@ -289,7 +290,8 @@ class Ledger(tune.Callback):
         deaths = self._deaths.setdefault(number, [])
         deaths.append(trial_id in self._started)
         again = sum(deaths) < 2 and len(deaths) < MOST_DEATHS
-        self._lost += [trial_id] * again
+        if again:
+            self._lost.append(trial_id)
         return again
 
     def was_not_at_work(self, trial_id: str) -> None:
