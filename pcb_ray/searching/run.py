@@ -45,6 +45,7 @@ from pcb_ray.steps import ARITHMETIC, Stamps, check_unchanged, placed, publish, 
 log = logging.getLogger("pcb_ray")
 
 BEST = "best_recipe.yaml"
+BLOCKS_LOOKED_AT = 4  # for whether a method is linear in the weights
 LINEAR_WITHIN = 1e-4  # of the largest change: far more than rounding in float32 gives
 
 
@@ -82,7 +83,7 @@ def search(
         records, best_trial = _tried(job, state, tune.Generations(job.search, job.space, progress), progress, request.budget, known)
         scores, best = references(job, state, run.base, records, best_trial, quiet=quiet)
         winner = job.space.recipe_of(job.space.candidate(best))
-        receipt = _write_winner(run, winner, best, start)
+        receipt = _write_winner(run, winner, best)
         found = Found(
             request=job.search,
             space=job.space,
@@ -260,7 +261,7 @@ def announced(plan: Plan) -> dict[str, Any]:
     recipes = [_analysed(recipe, request, variant) for variant in request.variants or (_variant(recipe),)]
     plans = [dataclasses.replace(plan, recipe=one) for one in recipes]
     return {
-        "coefficients": [*space.bounds, *["variant"] * bool(space.variants)],
+        "coefficients": [*space.bounds, "variant"] if space.variants else list(space.bounds),
         "optimizer": request.optimizer,
         "budget": request.budget,
         "population": request.population,
@@ -369,9 +370,11 @@ def _with_basis(arm: Arm, session: Session, state: State, variant: str, scored: 
 
 
 def _check_linear(session: Session, known: Known) -> None:
-    """A method of the user's own says that it is linear in the weights: that is looked at on a block. Raises InputError."""
+    """A method of the user's own says that it is linear in the weights: some blocks are looked at for that. Raises InputError."""
     recipe = session.plan.recipe
-    ((_, departure),) = session.owners.ask(CheckLinear(known), [0])
+    chunks = session.plan.chunks
+    some = sorted({chunks * k // BLOCKS_LOOKED_AT for k in range(BLOCKS_LOOKED_AT)})
+    departure = max(found for _, found in session.owners.ask(CheckLinear(known), some))
     if departure > LINEAR_WITHIN:
         raise InputError(
             f"merge_method: wanted {recipe.merge_method} linear in the weights, as its record says, found a block whose merge "
@@ -401,6 +404,7 @@ def _commit(state: State, winner: Recipe) -> None:
     (state.staging / BEST).write_text(winner.resolved().to_yaml())
     for pickled in (state.folder / "tune").rglob("*.pkl"):
         pickled.unlink()  # for Tune to go on with; they hold the evaluator's options, whatever these may be
+    shutil.rmtree(state.staging / "tune", ignore_errors=True)  # of an earlier run that could not be committed
     (state.folder / "tune").rename(state.staging / "tune")
     state.commit()
 
@@ -434,12 +438,12 @@ def _known_trials(job: Job, state: State) -> dict[str, Any]:
     return known
 
 
-def _write_winner(run: _Run, winner: Recipe, best: Config, start: float) -> Receipt:
+def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
     """Merge the winner into the staging folder, with the thresholds that are known; a part that an interrupted run has written
     stays."""
     from pcb_ray.searching.basis import Basis
 
-    state, job, how = run.state, run.job, run.how
+    start, state, job, how = time.monotonic(), run.state, run.job, run.how
     arm = job.arms[_variant(winner)]
     density = job.space.candidate(best).density
     known = arm.known if density is None else Basis(arm.plan, arm.folder, arm.known).known(density)
