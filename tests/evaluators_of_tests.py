@@ -48,7 +48,7 @@ class KnowsBase(Near):
 
 
 class SlowOnce(KnowsBase):
-    """The worker that is first to score a candidate takes 8 s for it, so that the other idles at the end of the generation; both leave their pid."""
+    """The process that is first to score a candidate takes 8 s for it, so that the other idles at the end of the generation; both leave their pid."""
 
     def __init__(self, target: str, folder: str) -> None:
         super().__init__(target, digits=1)

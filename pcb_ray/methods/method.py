@@ -307,6 +307,29 @@ class Method:
     wrong_weights: Callable[[Sequence[float]], str] = lambda _weights: ""
     """What is wrong with the lambda_i of a tensor; empty if nothing is."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a record whose fields contradict each other: a search would be wrong, or fail late."""
+        of_scored = [] if self.scored is None else [self.scored.share]
+        if len(self._searched_as("scale")) > 1 or self._searched_as("share") != of_scored:
+            raise ValueError(
+                f'{self.name}: wanted at most one parameter with `searched="scale"`, and with `searched="share"` the one that '
+                f"`scored` names, found {self._searched_as('scale')} and {self._searched_as('share')}. "
+                "Fix: leave `searched` empty for the others."
+            )
+
+    def _searched_as(self, kind: str) -> list[str]:
+        return [name for name, parameter in self.parameters.items() if parameter.searched == kind]
+
+    @property
+    def scale(self) -> str:
+        """The parameter that multiplies all that the merge adds to the base; empty if there is none."""
+        return next(iter(self._searched_as("scale")), "")
+
+    @property
+    def share(self) -> str:
+        """The parameter that says how much the `scored` basis keeps; empty if there is none."""
+        return next(iter(self._searched_as("share")), "")
+
     @property
     def full_name(self) -> str:
         """The name, with the variant where there are several."""
