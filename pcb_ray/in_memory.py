@@ -32,7 +32,7 @@ def merge_state_dicts(
     base: Mapping[str, torch.Tensor],
     models: Sequence[Mapping[str, torch.Tensor]],
     *,
-    method: str = "pcb",
+    method: str = Recipe.merge_method,
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     exclude: Sequence[str] = (),

@@ -28,7 +28,7 @@ from typing import Any
 
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, File, Tensor, open_checkpoint, safetensors_header
-from pcb_ray.methods import Method, Settings
+from pcb_ray.methods import Method, Ranks, Settings
 from pcb_ray.recipe import DTYPES, Recipe
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
@@ -204,6 +204,10 @@ class Plan:
     def dtypes_of(self, source: int) -> set[str]:
         """The dtypes that merged tensors have in the base (0) or a model (1..N); none for a base that is not read."""
         return {t.dtype for tensor in self.tensors if (t := tensor.sources[source]) is not None}
+
+    def places(self, wanted: Ranks) -> list[dict[str, int]]:
+        """For each model the ranks that a pass looks for, by name."""
+        return [{name: place(self.D, own) for name, place in wanted.places.items()} for own in self.settings.of_model]
 
     # --- pieces -----------------------------------------------------------------------------------------------------------------
 
@@ -438,9 +442,24 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
         if (problem := method.wrong_weights(t.weights))
     ]
     problems += method.impossible(made.settings, made.names)
+    if not problems:  # what is impossible may have no ranks either
+        problems += _wrong_ranks(made)
     if problems:
         raise RequestError(problems)
     return made
+
+
+def _wrong_ranks(plan: Plan) -> list[str]:
+    """Ranks that no element can have."""
+    return [
+        f"merge_method: the rank of {name} of {plan.method.full_name}: wanted a whole number from 0 to {plan.D - 1}, found {rank!r} for "
+        f"{source}. Fix: mend the method's `places`."
+        for wanted in plan.method.passes
+        if isinstance(wanted, Ranks)
+        for source, of_model in zip(plan.names, plan.places(wanted), strict=True)
+        for name, rank in of_model.items()
+        if type(rank) is not int or not 0 <= rank < plan.D
+    ]
 
 
 def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:

@@ -130,6 +130,11 @@ def column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
+def _check(where: str, found: object, known: Sequence[object]) -> None:
+    if found not in known:
+        raise ValueError(f"{where}: wanted one of {', '.join(map(repr, known))}, found {found!r}")
+
+
 # --- passes over the model --------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +153,9 @@ class Quantity:
     """Those of the method's parameters that its value depends on; None: it may be any. Merges that share them share the pass."""
     native: int | None = None
     """Its number in `_native.c`, where it is written there too."""
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, (32, 64))
 
 
 MAGNITUDE = Quantity("|tau|", lambda block, _known, _settings: block.tau, magnitude=True, parameters=(), native=0)
@@ -207,6 +215,9 @@ class Sums:
     per: Literal["model", "tensor"] = "model"
     parameters: tuple[str, ...] | None = None
     native: str = ""
+
+    def __post_init__(self) -> None:
+        _check("per", self.per, ("model", "tensor"))
 
     @property
     def gives(self) -> tuple[str, ...]:
@@ -308,13 +319,19 @@ class Method:
     """What is wrong with the lambda_i of a tensor; empty if nothing is."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a record whose fields contradict each other: a search would be wrong, or fail late."""
-        of_scored = [] if self.scored is None else [self.scored.share]
-        if len(self._searched_as("scale")) > 1 or self._searched_as("share") != of_scored:
+        """Raises ValueError for what a type checker would find, or what would be taken for something else without a word."""
+        _check("unit", self.unit, ("element", "block", "tensor"))
+        given = [name for wanted in self.passes for name in wanted.gives]
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise ValueError(f"passes: wanted a name of its own for each value, found {', '.join(twice)} twice")
+        for name, parameter in self.parameters.items():
+            _check(f"parameters: searched of {name}", parameter.searched, ("", "scale", "share"))
+            if parameter.searched == "scale" and name != "lambda":
+                raise ValueError(f"parameters: wanted lambda to be the one that is searched by scale, found {name}")
+        if self._searched_as("share") != ([] if self.scored is None else [self.scored.share]):
             raise ValueError(
-                f'{self.name}: wanted at most one parameter with `searched="scale"`, and with `searched="share"` the one that '
-                f"`scored` names, found {self._searched_as('scale')} and {self._searched_as('share')}. "
-                "Fix: leave `searched` empty for the others."
+                'parameters: wanted `searched="share"` for the one that `scored` names as its share and no other, found '
+                f"{self._searched_as('share')}"
             )
 
     def _searched_as(self, kind: str) -> list[str]:
