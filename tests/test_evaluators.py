@@ -1,4 +1,5 @@
-"""Evaluators: which are refused and how, how their module is matched to the merge, and what the built-in ones score; without Ray."""
+"""Evaluators: which are refused and how, how their module is matched to the merge, and what the built-in ones score; without
+Ray."""
 
 from __future__ import annotations
 
@@ -565,7 +566,8 @@ def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(languag
     with pytest.raises(RequestError) as caught:
         wrong.load(language_model)
     assert caught.value.problems == (
-        "search.evaluator.lm_eval.tasks.val: wanted a task of the harness, found 'word'. Fix: write `words`, or give `include_path`.",
+        "search.evaluator.lm_eval.tasks.val: wanted a task of the harness, found 'word'. Fix: write `words`, or give "
+        "`include_path`.",
         "search.evaluator.lm_eval.tasks.test: the harness has no task '!'. Fix: check the name, or give `include_path`.",
     )
 
@@ -681,8 +683,10 @@ def test_a_split_without_data_is_told_before_anything_is_loaded(family, monkeypa
     with pytest.raises(RequestError) as caught:
         Scorer(job)
     assert caught.value.problems == (
-        "search.split.search: wanted a split that the evaluator has data for, found 'val'. Fix: use one of dev, tests, or give it such data.",
-        "search.split.report: wanted a split that the evaluator has data for, found 'test'. Fix: write `tests`, or give it such data.",
+        "search.split.search: wanted a split that the evaluator has data for, found 'val'. Fix: use one of dev, tests, or give "
+        "it such data.",
+        "search.split.report: wanted a split that the evaluator has data for, found 'test'. Fix: write `tests`, or give it such "
+        "data.",
     )
 
 

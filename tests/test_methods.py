@@ -388,7 +388,7 @@ def test_passes_find_exactly_what_numpy_finds(grid: Family, tmp_path: Path) -> N
     assert made.method.sweeps == 5
 
 
-# --- what is wrong with one ---------------------------------------------------------------------------------------------------------
+# --- what is wrong with one -------------------------------------------------------------------------------------------------------
 
 WRONG = (
     HEAD
@@ -515,7 +515,7 @@ def test_a_record_that_contradicts_itself_is_refused_with_its_line(record: str, 
         Recipe((Model("a"),), "base", merge_method="odd.py:odd", folder=tmp_path)
 
 
-# --- its code is part of the request ------------------------------------------------------------------------------------------------
+# --- its code is part of the request ----------------------------------------------------------------------------------------------
 
 
 def planned_with(text: str, family: Family) -> Plan:
@@ -571,7 +571,7 @@ def test_a_method_can_be_an_object_of_a_module(grid: Family, tmp_path: Path) -> 
         assert np.array_equal(families.load(tmp_path / "out")[name].numpy(), expected)
 
 
-# --- the example --------------------------------------------------------------------------------------------------------------------
+# --- the example ------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_example_is_short_and_gives_what_numpy_gives() -> None:
@@ -586,7 +586,7 @@ def test_the_example_is_short_and_gives_what_numpy_gives() -> None:
         assert np.array_equal(merged[name].numpy(), expected), name
 
 
-# --- python -O ----------------------------------------------------------------------------------------------------------------------
+# --- python -O --------------------------------------------------------------------------------------------------------------------
 
 OPTIMISED = """
 import hashlib, sys, families, pcb_ray

@@ -1,4 +1,5 @@
-"""The search on Ray: what it finds, that a seed decides it, that failures cost their trials only, and that it reads no model twice."""
+"""The search on Ray: what it finds, that a seed decides it, that failures cost their trials only, and that it reads no model
+twice."""
 
 from __future__ import annotations
 
@@ -224,7 +225,8 @@ def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candid
 
 @pytest.mark.very_slow
 def test_a_trial_process_that_dies_while_it_idles_costs_no_trial(family, tmp_path):
-    """Two processes and generations of three: one has its results and is held, the other is still at its first. The idle one is killed."""
+    """Two processes and generations of three: one has its results and is held, the other is still at its first. The idle one is
+    killed."""
     recipe, out, pids = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "pids"
     pids.mkdir()
     asked = recipe_of(family, "SlowOnce", options={"folder": str(pids)}, budget=9, population=3, concurrency=2)
@@ -369,7 +371,8 @@ def test_an_evaluator_that_cant_be_sent_to_trial_processes_is_told(family, tmp_p
 
 
 def test_trial_processes_that_cant_load_lose_no_candidate(family, tmp_path):
-    """The first three trial processes can't, as where a mount is missing; the base was scored before. The others score all that was asked."""
+    """The first three trial processes can't, as where a mount is missing; the base was scored before. The others score all that was
+    asked."""
     out, tries = tmp_path / "out", tmp_path / "tries"
     tries.mkdir()
     found = searched(recipe_of(family, "LoadsLate", {"folder": str(tries)}, budget=12, population=4, concurrency=2), out)
@@ -382,15 +385,14 @@ def test_a_search_whose_trial_processes_cant_load_ends_with_the_reason(family, t
     tries = tmp_path / "tries"
     tries.mkdir()
     recipe = recipe_of(family, "LoadsLate", {"folder": str(tries), "failing": 99}, budget=12, population=4, concurrency=2)
-    with pytest.raises(
-        RunError,
-        match=r"found \d+ trial processes after another that could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests.py",
-    ):
+    told = r"found \d+ trial processes after another that could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests"
+    with pytest.raises(RunError, match=told):
         searched(recipe, tmp_path / "out")
 
 
 def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypatch):
-    """And an evaluator of the recipe opens what lies beside the recipe, also in trials, whose folders Tune would make the current one."""
+    """And an evaluator of the recipe opens what lies beside the recipe, also in trials, whose folders Tune would make the current
+    one."""
     import logging
 
     before, level = dict(os.environ), logging.getLogger("ray.tune").level
@@ -398,7 +400,8 @@ def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypat
     (tmp_path / "neighbour.py").write_text("from pathlib import Path\ndef read():\n    return Path('beside.txt').read_text()\n")
     (tmp_path / "mine.py").write_text(
         "import neighbour\nfrom evaluators_of_tests import Near\n"
-        "class Reads(Near):\n    def score(self, split):\n        return super().score(split) | {'read': float(neighbour.read() == 'here')}\n"
+        "class Reads(Near):\n    def score(self, split):\n        return super().score(split) | {'read': float(neighbour.read() "
+        "== 'here')}\n"
     )
     (tmp_path / "evaluators_of_tests.py").write_text(EVALUATORS.read_text())
     asked = recipe_of(family, budget=8)
@@ -469,7 +472,7 @@ def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tm
         assert row["objective"] == pytest.approx(near_of(tmp_path / "merged", family), abs=2e-6)
 
 
-# --- methods of one's own -----------------------------------------------------------------------------------------------------------
+# --- methods of one's own ---------------------------------------------------------------------------------------------------------
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "trimmed_mean.py"
@@ -529,7 +532,7 @@ def test_a_method_of_ones_own_that_does_not_say_it_is_linear_is_not_searched(fam
     assert not state_of(tmp_path / "out").exists()
 
 
-# --- what is kept of an unfinished search -------------------------------------------------------------------------------------------
+# --- what is kept of an unfinished search -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
