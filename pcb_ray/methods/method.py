@@ -327,11 +327,14 @@ class Method:
         for name, parameter in self.parameters.items():
             _check(f"parameters: searched of {name}", parameter.searched, ("", "scale", "share"))
             if parameter.searched == "scale" and name != "lambda":
-                raise ValueError(f"parameters: wanted lambda to be the one that is searched by scale, found {name}")
+                raise ValueError(
+                    f'{self.name}: wanted at most one parameter with `searched="scale"`, lambda, found {name!r}. '
+                    "Fix: leave `searched` empty for others."
+                )
         if self._searched_as("share") != ([] if self.scored is None else [self.scored.share]):
             raise ValueError(
-                'parameters: wanted `searched="share"` for the one that `scored` names as its share and no other, found '
-                f"{self._searched_as('share')}"
+                f'{self.name}: wanted at most one parameter with `searched="share"`, the one that `scored` names as its share, '
+                f"found {self._searched_as('share')}. Fix: leave `searched` empty for others."
             )
 
     def _searched_as(self, kind: str) -> list[str]:
