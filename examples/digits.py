@@ -209,7 +209,7 @@ def merge_and_score(family: Path, out: Path) -> dict[str, list[dict[str, Accurac
             swept = out / f"{method}-sweep"
             found = pcb_ray.sweep(recipe | {"sweep": {"lambda": LAMBDAS}}, swept, overwrite=True, quiet=True)
             recipe = swept / "best_recipe.yaml"
-            print(f"  {method:<24} lambda {found['best']['lambda']}", flush=True)
+            print(f"  {method:<24} lambda {found.best['lambda']}", flush=True)
         pcb_ray.merge(recipe, out / method, overwrite=True, quiet=True)
         rows[method] = [evaluate(out / method, evaluator)]
     space = {"density": {"lower": 0.05, "upper": 0.6}}
@@ -219,7 +219,7 @@ def merge_and_score(family: Path, out: Path) -> dict[str, list[dict[str, Accurac
             searched = out / f"{method}-search-{seed}"
             recipe = recipe_of(family, method, {"budget": BUDGET, "seed": seed, "space": opened})
             found = pcb_ray.search(recipe, searched, overwrite=True, quiet=True)
-            best = ", ".join(f"{key.removeprefix('weight.')} {value:.2f}" for key, value in found["best"].items())
+            best = ", ".join(f"{key.removeprefix('weight.')} {value:.2f}" for key, value in found.best.items())
             print(f"  {name:<24} seed {seed}: {best}", flush=True)
             rows.setdefault(name, []).append(evaluate(searched, evaluator))
     return rows

@@ -64,11 +64,11 @@ def compare(family: Path, out: Path, domains: list[str]) -> dict[str, Scores]:
         print(f"  search, seed {seed}", flush=True)
         found = pcb_ray.search(recipe_of(family, domains, seed), out / f"search-{seed}", overwrite=True)
         if not rows:
-            rows |= {name if name == "base" else f"expert {name}": found["scores"][name] for name in ("base", *domains)}
-            rows["uniform, lambda 1"] = found["scores"]["start"]
-            rows["grid: " + ", ".join(f"{name} {value:g}" for name, value in grid["best"].items())] = of_grid
-        rows[f"search, seed {seed}"] = found["scores"]["winner"]
-        print("    " + ", ".join(f"{name} {value:.3f}" for name, value in found["best"].items()), flush=True)
+            rows |= {name if name == "base" else f"expert {name}": found.scores[name] for name in ("base", *domains)}
+            rows["uniform, lambda 1"] = found.scores["start"]
+            rows["grid: " + ", ".join(f"{name} {value:g}" for name, value in grid.best.items())] = of_grid
+        rows[f"search, seed {seed}"] = found.scores["winner"]
+        print("    " + ", ".join(f"{name} {value:.3f}" for name, value in found.best.items()), flush=True)
     return rows
 
 

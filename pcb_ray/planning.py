@@ -452,7 +452,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
 def _wrong_ranks(plan: Plan) -> list[str]:
     """Ranks that no element can have."""
     return [
-        f"merge_method: the rank of {name} of {plan.method.full_name}: wanted a whole number from 0 to {plan.D - 1}, found {rank!r} for "
+        f"merge_method: the rank of {name} of {plan.method.full_name}: wanted a whole number from 0 to {plan.D - 1}, found "
+        f"{rank!r} for "
         f"{source}. Fix: mend the method's `places`."
         for wanted in plan.method.passes
         if isinstance(wanted, Ranks)

@@ -210,7 +210,21 @@ def test_a_plan_announces_the_search_of_its_recipe(family, capsys):
     assert found["basis_bytes"] > entries * 12 + entries * 8, "of `paper` and `pairwise`, at the largest density"
     wrong = one.recipe_file("wrong.yaml", search=search | {"evaluator": "none.py:X", "budget": 40})
     assert main(["plan", str(wrong)]) == 2
-    assert "none.py is not a file. Fix:" in capsys.readouterr().err
+    assert "none.py. Fix: check the path" in capsys.readouterr().err
+
+
+def test_a_plan_refuses_a_search_by_a_method_that_does_not_say_it_is_linear(family, capsys):
+    one = family(2)
+    (one.folder / "own.py").write_text(
+        "from pcb_ray.methods import Method\nown = Method(name='own', merge=lambda block, _known, _settings: block.theta)\n"
+    )
+    search = {"evaluator": {"command": {"run": "eval {model}"}}, "metric": "m"}
+    assert main(["plan", str(one.recipe_file(merge_method="own.py:own"))]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(one.recipe_file(merge_method="own.py:own", search=search))]) == 2
+    told = capsys.readouterr().err
+    assert "merge_method: wanted a method with a base that says it is linear in the weights, found own.py:own. Fix:" in told
+    assert "set `linear=True` in its record" in told
 
 
 # --- wrong requests ---------------------------------------------------------------------------------------------------------------

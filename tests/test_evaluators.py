@@ -1,4 +1,5 @@
-"""Evaluators: which are refused and how, how their module is matched to the merge, and what the built-in ones score; without Ray."""
+"""Evaluators: which are refused and how, how their module is matched to the merge, and what the built-in ones score; without
+Ray."""
 
 from __future__ import annotations
 
@@ -75,13 +76,13 @@ def job_of(family: Family, evaluator: Any, metric: str = "near") -> Job:
     [
         ("Lacking", False, "Lacking lacks score"),
         ("not_an_evaluator", False, "lacks load and score"),
-        ("not_an_evaluator", True, "takes no options"),
+        ("not_an_evaluator", True, "wanted no options for the object"),
         ("Nearest", True, "has no attribute 'Nearest'"),
         ("Near", False, "missing a required argument: 'target'"),
-        ("WrongModule", True, "of the 11 merged tensors"),
-        ("NoModule", True, "load() returned str"),
+        ("WrongModule", True, "wanted a module with the 11 merged tensors, found one without 11 of them"),
+        ("NoModule", True, "wanted a torch.nn.Module from load(), found str"),
         ("NoNumber", True, "near = 'high'"),
-        ("NoDict", True, "returned float"),
+        ("NoDict", True, "wanted a dict of numbers from score('val'), found float"),
     ],
 )
 def test_a_wrong_evaluator_is_refused_with_a_fix(family, name, options, complaint):
@@ -336,13 +337,15 @@ def test_match_takes_buffers_and_both_names_of_tied_parameters():
 
 def test_tensors_that_match_nothing_are_listed_with_the_modules_own():
     module = module_of({"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)})
-    with pytest.raises(RequestError, match=r"lacks 1 of the 2 merged tensors: c.weight.*b.weight"):
+    with pytest.raises(RequestError, match=r"the 2 merged tensors, found one without 1 of them, c.weight; .*b.weight"):
         match(module, {"a.weight": (2,), "c.weight": (2,)})
 
 
 def test_tensors_without_data_are_refused():
     """As where a model was offloaded: an update of them would be lost."""
-    with pytest.raises(RequestError, match=r"1 tensors without data, offloaded.*a.weight.*Fix: load all"):
+    with pytest.raises(
+        RequestError, match=r"wanted a module with all its data, found 1 tensors offloaded.*a.weight.*Fix: load all"
+    ):
         match(module_of({"a.weight": torch.zeros(2, device="meta"), "b": torch.zeros(1)}), {"a.weight": (2,), "b": (1,)})
 
 
@@ -354,7 +357,7 @@ def test_a_text_in_jsonl_may_hold_what_other_formats_end_lines_with(language_mod
 
 
 def test_another_shape_is_an_error_with_both():
-    with pytest.raises(RequestError, match=r"\[3\] in the merge, \[2\] in the evaluator"):
+    with pytest.raises(RequestError, match=r"wanted the shape \[3\] of the merge, found \[2\] in the evaluator"):
         match(module_of({"a.weight": torch.zeros(2)}), {"a.weight": (3,)})
 
 
@@ -563,7 +566,8 @@ def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(languag
     with pytest.raises(RequestError) as caught:
         wrong.load(language_model)
     assert caught.value.problems == (
-        "search.evaluator.lm_eval.tasks.val: the harness has no task 'word'. Fix: write `words`, or give `include_path`.",
+        "search.evaluator.lm_eval.tasks.val: wanted a task of the harness, found 'word'. Fix: write `words`, or give "
+        "`include_path`.",
         "search.evaluator.lm_eval.tasks.test: the harness has no task '!'. Fix: check the name, or give `include_path`.",
     )
 
@@ -599,10 +603,14 @@ def problems_of(name: str, options: dict[str, Any], folder: Path) -> tuple[str, 
     [
         ("causal_lm", {"data": None}, ".data: wanted a file for each split, found nothing"),
         ("causal_lm", {"data": "val.txt"}, ".data: wanted a file for each split, found 'val.txt'"),
-        ("causal_lm", {"data": {"val": "none.txt"}}, ".data.val: {folder}/none.txt is not a file"),
-        ("causal_lm", {"data": {"val": {"a": "val.txt", "b": "none.txt"}}}, ".data.val.b: {folder}/none.txt is not a file"),
+        ("causal_lm", {"data": {"val": "none.txt"}}, ".data.val: wanted a file, found none at {folder}/none.txt. Fix:"),
+        (
+            "causal_lm",
+            {"data": {"val": {"a": "val.txt", "b": "none.txt"}}},
+            ".data.val.b: wanted a file, found none at {folder}/none.txt. Fix:",
+        ),
         ("causal_lm", {"data": {"val": 3}}, ".data.val: wanted the path of a file, found 3"),
-        ("causal_lm", {"data": {"val": {}}}, ".data.val: is empty"),
+        ("causal_lm", {"data": {"val": {}}}, ".data.val: wanted a file, found nothing. Fix:"),
         ("causal_lm", {"data": {1: "val.txt"}}, ".data: wanted the name of a split, found 1"),
         ("causal_lm", {"lenght": 3}, ": unknown key 'lenght'. Fix: write `length`"),
         ("causal_lm", {"folder": "."}, ": unknown key 'folder'"),
@@ -619,9 +627,9 @@ def problems_of(name: str, options: dict[str, Any], folder: Path) -> tuple[str, 
         ),
         ("classification", {"label": ["y"]}, ".label: wanted text, found a value of type list"),
         ("lm_eval", {"tasks": {}}, ".tasks: wanted a task for each split"),
-        ("lm_eval", {"tasks": {"val": []}}, ".tasks.val: is empty"),
+        ("lm_eval", {"tasks": {"val": []}}, ".tasks.val: wanted a task, found nothing. Fix:"),
         ("lm_eval", {"tasks": {"val": ["a", {"task": "b"}]}}, ".tasks.val: wanted the name of a task, found a value of type dict"),
-        ("lm_eval", {"include_path": "nowhere"}, ".include_path: {folder}/nowhere is not a folder"),
+        ("lm_eval", {"include_path": "nowhere"}, ".include_path: wanted a folder, found none at {folder}/nowhere. Fix:"),
         ("lm_eval", {"num_fewshot": 2.5}, ".num_fewshot: wanted a whole number of at least 0, found 2.5"),
         ("lm_eval", {"limit": 0}, ".limit: wanted a number above 0, found 0"),
         ("lm_eval", {"chat_template": "yes"}, ".chat_template: wanted true or false, found 'yes'"),
@@ -629,7 +637,7 @@ def problems_of(name: str, options: dict[str, Any], folder: Path) -> tuple[str, 
         ("command", {"run": 5}, ".run: wanted a command with {model} in it, found 5"),
         ("command", {"run": "python eval.py {split}"}, ".run: wanted a command with {model} in it, found 'python eval.py {split}'"),
         ("command", {"timeout": "x"}, ".timeout: wanted a number above 0, found 'x'"),
-        ("command", {"scratch": "val.txt"}, ".scratch: {folder}/val.txt is not a folder"),
+        ("command", {"scratch": "val.txt"}, ".scratch: wanted a folder, found none at {folder}/val.txt. Fix:"),
     ],
 )
 def test_a_wrong_option_is_told_with_its_place_and_a_fix_when_the_evaluator_is_made(tmp_path, name, wrong, complaint):
@@ -675,8 +683,10 @@ def test_a_split_without_data_is_told_before_anything_is_loaded(family, monkeypa
     with pytest.raises(RequestError) as caught:
         Scorer(job)
     assert caught.value.problems == (
-        "search.split.search: wanted a split that the evaluator has data for, found 'val'. Fix: use one of dev, tests, or give it such data.",
-        "search.split.report: wanted a split that the evaluator has data for, found 'test'. Fix: write `tests`, or give it such data.",
+        "search.split.search: wanted a split that the evaluator has data for, found 'val'. Fix: use one of dev, tests, or give "
+        "it such data.",
+        "search.split.report: wanted a split that the evaluator has data for, found 'test'. Fix: write `tests`, or give it such "
+        "data.",
     )
 
 
@@ -690,5 +700,5 @@ def test_an_evaluator_of_ones_own_may_say_which_splits_it_has(splits, refused):
 
 def test_an_empty_text_is_told(language_model, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(RequestError, match=r"has 0 tokens"):
+    with pytest.raises(RequestError, match=r"wanted two tokens at least, found 0"):
         make_evaluator("causal_lm", {"data": {"val": "empty.txt"}}, tmp_path).load(language_model)

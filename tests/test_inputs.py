@@ -101,7 +101,8 @@ def test_many_files_and_many_threads_need_few_descriptors(tmp_path: Path) -> Non
 
 @pytest.mark.ray
 def test_several_recipes_over_one_session_share_what_their_analyses_share(tmp_path: Path) -> None:
-    """Ten lambdas and two densities are a loop: |tau| is ranked once, beta once for each density, and each output is that of a merge of its own."""
+    """Ten lambdas and two densities are a loop: |tau| is ranked once, beta once for each density, and each output is that of a
+    merge of its own."""
     family = Family(tmp_path / "family", *families.fine_tuned(3, scale=40))
     first = Recipe.from_dict(family.recipe(parameters={"density": 0.2}), tmp_path)
     inputs = open_inputs(first)

@@ -393,7 +393,7 @@ def test_passes_find_exactly_what_numpy_finds(grid: Family, tmp_path: Path) -> N
     assert made.method.sweeps == 5
 
 
-# --- what is wrong with one ---------------------------------------------------------------------------------------------------------
+# --- what is wrong with one -------------------------------------------------------------------------------------------------------
 
 WRONG = (
     HEAD
@@ -504,11 +504,11 @@ def test_a_wrong_method_is_told_beside_all_else_that_is_wrong_with_the_recipe() 
         ),
         (
             "parameters={'r': Parameter(1.0, fraction, '', searched='share')}",
-            "parameters: wanted `scored` with r as its share, which is searched, found none",
+            r'odd: wanted at most one parameter with `searched="share"`, the one that `scored` names as its share, found .*r.*Fix: leave .*',
         ),
         (
             "parameters={'s': Parameter(1.0, number, '', searched='scale')}",
-            "parameters: wanted lambda to be the one that is searched by scale, found s",
+            r'odd: wanted at most one parameter with `searched="scale"`, lambda, found .s.. Fix: leave .*',
         ),
     ],
 )
@@ -520,7 +520,7 @@ def test_a_record_that_contradicts_itself_is_refused_with_its_line(record: str, 
         Recipe((Model("a"),), "base", merge_method="odd.py:odd", folder=tmp_path)
 
 
-# --- its code is part of the request ------------------------------------------------------------------------------------------------
+# --- its code is part of the request ----------------------------------------------------------------------------------------------
 
 
 def planned_with(text: str, family: Family) -> Plan:
@@ -601,7 +601,7 @@ def test_bits_that_differ_within_the_tolerance_of_a_record_are_verified(grid: Fa
         assert any(answer for _, answer in answers) == differ
 
 
-# --- the example --------------------------------------------------------------------------------------------------------------------
+# --- the example ------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_example_is_short_and_gives_what_numpy_gives() -> None:
@@ -616,7 +616,7 @@ def test_the_example_is_short_and_gives_what_numpy_gives() -> None:
         assert np.array_equal(merged[name].numpy(), expected), name
 
 
-# --- python -O ----------------------------------------------------------------------------------------------------------------------
+# --- python -O --------------------------------------------------------------------------------------------------------------------
 
 OPTIMISED = """
 import hashlib, sys, families, pcb_ray
@@ -657,7 +657,7 @@ def test_without_asserts_the_same_is_merged_and_refused() -> None:
     assert "parameters.density" in plain
 
 
-# --- on Ray -------------------------------------------------------------------------------------------------------------------------
+# --- on Ray -----------------------------------------------------------------------------------------------------------------------
 
 Test = TypeVar("Test", bound=Callable[..., None])
 EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"

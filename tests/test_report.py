@@ -60,7 +60,7 @@ def space_of(
 
 
 def record(number: int, config: dict[str, Any], metric: str, score: float, error: str = "") -> dict[str, Any]:
-    """As `tune.Progress` keeps it; one that failed has been in no worker, say."""
+    """As `tune.Ledger` keeps it; one that failed has been in no process, say."""
     found = {"number": number, "config": config, "ended": 1.8e9 + number, "error": error}
     if error:
         return {**found, "metrics": {}, "objective": NAN, "node": "", "seconds": NAN}

@@ -1,4 +1,5 @@
-"""The search on Ray: what it finds, that a seed decides it, that failures cost their trials only, and that it reads no model twice."""
+"""The search on Ray: what it finds, that a seed decides it, that failures cost their trials only, and that it reads no model
+twice."""
 
 from __future__ import annotations
 
@@ -15,12 +16,14 @@ import psutil
 import pyarrow.parquet
 import pytest
 import torch
-from clusters import DEADLINE_S, await_that, pcb_ray, ray_address, receipt_of, running, state_of
+from clusters import DEADLINE_S, await_that, flip, pcb_ray, ray_address, receipt_of, running, state_of
 from families import Family
 
 import pcb_ray as package
-from pcb_ray import RequestError, RunError
+from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.output.state import State
+from pcb_ray.planning import plan
+from pcb_ray.searching.results import Found
 
 pytestmark = [
     pytest.mark.ray,
@@ -65,7 +68,7 @@ def coefficients(out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def searched(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, Any]:
+def searched(recipe: dict[str, Any], out: Path, **options: Any) -> Found:
     return package.search(recipe, out, workers=1, quiet=True, **options)
 
 
@@ -84,9 +87,9 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     recipe = recipe_of(family, options={"log": str(log), "note": TOKEN}, budget=80, concurrency=2, loggers=["tensorboard"])
     found = searched(recipe, out)
-    metric = {name: scores["val"]["near"] for name, scores in found["scores"].items()}
+    metric = {name: scores["val"]["near"] for name, scores in found.scores.items()}
     assert metric["winner"] > 0.05 * metric["start"], metric
-    weights = [found["recipe"].models[i].weight[0][1] for i in range(3)]
+    weights = [found.recipe.models[i].weight[0][1] for i in range(3)]
     assert weights == pytest.approx(HIDDEN, abs=0.15)
 
     rows = trials_of(out)
@@ -97,12 +100,12 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     again = tmp_path / "again"
     package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    assert package.verify(out, quiet=True) == []
+    assert package.verify(out, quiet=True).ok
     assert near_of(out, family) == pytest.approx(metric["winner"], abs=2e-6)
 
     lines = log.read_text().splitlines()
     assert sum(line.startswith("load") for line in lines) <= 1 + 2 + 4, (
-        "once for the dry score, per trial worker, and per scorer of references"
+        "once for the dry score, per trial process, and per scorer of references"
     )
     assert lines.count("score test") == 1 + 3 + 1 + 1, "base, experts, start, winner"
     for name in ("report.html", "best_so_far.png", "coefficients.png", "parallel.png"):
@@ -137,7 +140,7 @@ def test_groups_lambda_density_and_variant_are_searched_and_the_recipe_reproduce
     thresholds = [receipt_of(folder)["thresholds"] for folder in (out, again)]
     assert thresholds[0] == thresholds[1]
     # The score that the search saw is that of the model in OUT, rounded as it is.
-    assert near_of(out, family) == pytest.approx(found["scores"]["winner"]["val"]["near"], abs=2e-6)
+    assert near_of(out, family) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
 
 
 @pytest.mark.very_slow
@@ -158,7 +161,7 @@ def test_an_evaluator_can_be_an_object_of_python(family, tmp_path):
 
     recipe = family.recipe(search={"metric": "norm", "mode": "min", "budget": 8, "concurrency": 1})
     found = searched(recipe, tmp_path / "out", evaluator=Norm())
-    assert found["scores"]["winner"]["val"]["norm"] <= found["scores"]["start"]["val"]["norm"]
+    assert found.scores["winner"]["val"]["norm"] <= found.scores["start"]["val"]["norm"]
 
 
 # --- a seed decides ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ def uneven(family: Family, concurrency: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def calm(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What such a search gives on one worker, when nothing happens to it."""
+    """What such a search gives in one trial process, when nothing happens to it."""
     out = tmp_path_factory.mktemp("calm") / "out"
     searched(uneven(family, 1), out)
     assert len({row["objective"] for row in trials_of(out)}) < 14, "the tests want ties"
@@ -188,9 +191,9 @@ def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, calm, 
     searched(uneven(family, 2), tmp_path / "two")
     assert_same_search(tmp_path / "two", calm)
     results = [json.loads(path.read_text()) for path in tmp_path.glob("two/tune/*/result.json")]
-    workers = collections.Counter(result["pid"] for result in results)
-    assert len(workers) == 2, "each keeps its model from the first generation to the last"
-    assert min(workers.values()) >= 4, "trials shorter than the start of a worker are run by both all the same"
+    processes = collections.Counter(result["pid"] for result in results)
+    assert len(processes) == 2, "each keeps its model from the first generation to the last"
+    assert min(processes.values()) >= 4, "trials shorter than the start of a process are run by both all the same"
 
 
 @pytest.mark.very_slow
@@ -221,15 +224,16 @@ def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candid
 
 
 @pytest.mark.very_slow
-def test_a_worker_that_dies_while_it_idles_costs_no_trial(family, tmp_path):
-    """Two workers and generations of three: one has its results and is held, the other is still at its first. The idle one is killed."""
+def test_a_trial_process_that_dies_while_it_idles_costs_no_trial(family, tmp_path):
+    """Two processes and generations of three: one has its results and is held, the other is still at its first. The idle one is
+    killed."""
     recipe, out, pids = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "pids"
     pids.mkdir()
     asked = recipe_of(family, "SlowOnce", options={"folder": str(pids)}, budget=9, population=3, concurrency=2)
     recipe.write_text(json.dumps(asked))
     journal = state_of(out) / "journal.jsonl"
     with running("search", recipe, out, "--workers", 1, "--address", ray_address()) as run:
-        await_that("a trial of a quick worker", lambda: journal.exists() and '"trial ' in journal.read_text(), DEADLINE_S)
+        await_that("a trial of a quick process", lambda: journal.exists() and '"trial ' in journal.read_text(), DEADLINE_S)
         slow = os.readlink(pids / "slow")
         quick = next(p.name[4:] for p in pids.glob("pid-*") if p.name[4:] != slow)
         os.kill(int(quick), signal.SIGKILL)
@@ -264,11 +268,11 @@ def test_a_trial_that_raises_hangs_dies_or_gives_nan_costs_itself_only(family, t
     found = searched(recipe, out)
     errors = [row["error"] for row in trials_of(out)]
     assert len(errors) == 20
-    for sign in ("ValueError: no score", "TimeoutError", "near is nan", "the worker died"):
+    for sign in ("ValueError: no score", "TimeoutError", "near is nan", "the trial process died"):
         assert any(sign in error for error in errors), (sign, errors)
     healthy = [row["objective"] for row in trials_of(out) if not row["error"]]
     assert healthy
-    assert found["failed"] == sum(map(bool, errors))
+    assert found.failed == sum(map(bool, errors))
     assert all(row["objective"] is None for row in trials_of(out) if row["error"])
 
 
@@ -302,8 +306,8 @@ def test_a_scorer_of_the_references_that_dies_is_replaced(family, tmp_path, capl
     assert marker.exists()
     assert "has no score" not in caplog.text
     for name in ("base", "model0", "model1", "model2", "start", "winner"):
-        assert set(found["scores"][name]) == {"val", "test"}
-        assert all("near" in metrics for metrics in found["scores"][name].values())
+        assert set(found.scores[name]) == {"val", "test"}
+        assert all("near" in metrics for metrics in found.scores[name].values())
 
 
 def test_a_search_that_fails_too_often_stops_with_the_reason_and_goes_on_when_its_evaluator_is_mended(family, tmp_path, caplog):
@@ -331,11 +335,11 @@ def test_a_search_that_fails_too_often_stops_with_the_reason_and_goes_on_when_it
         ("Nearest", {}, "has no attribute 'Nearest'"),
         ("Near", {"metric": "nearness"}, "search.metric"),
         ("ValOnly", {}, "KeyError: 'test'"),
-        ("NanBase", {}, "near of the base on val is nan"),
-        ("Near", {"resources_per_trial": {"cpu": 5}}, "fit no node"),
-        ("Near", {"resources_per_trial": {"gpu": 1}}, "fit no node"),
-        ("Near", {"resources_per_trial": {"memory": "9TB"}}, "9 TB of memory fit no node"),
-        ("Near", {"optimizer": "CMAs"}, "none of Nevergrad's"),
+        ("NanBase", {}, "wanted a finite near of the base on val, found nan"),
+        ("Near", {"resources_per_trial": {"cpu": 5}}, "wanted a node with 5 CPUs"),
+        ("Near", {"resources_per_trial": {"gpu": 1}}, "wanted a node with 1 CPUs, 1 GPUs"),
+        ("Near", {"resources_per_trial": {"memory": "9TB"}}, "and 9 TB of memory, found 4 CPUs"),
+        ("Near", {"optimizer": "CMAs"}, "another of Nevergrad's, found 'CMAs'. Fix: write CMA."),
     ],
 )
 def test_a_wrong_evaluator_or_request_is_told_before_anything_is_computed(family, tmp_path, name, search, complaint):
@@ -349,7 +353,7 @@ def test_a_wrong_evaluator_or_request_is_told_before_anything_is_computed(family
     assert not state_of(out).exists(), "nothing to resume"
 
 
-def test_an_evaluator_that_cant_be_sent_to_workers_is_told(family, tmp_path):
+def test_an_evaluator_that_cant_be_sent_to_trial_processes_is_told(family, tmp_path):
     import threading
 
     class Locked:
@@ -361,34 +365,34 @@ def test_an_evaluator_that_cant_be_sent_to_workers_is_told(family, tmp_path):
         def score(self, split: str) -> dict[str, float]: ...
 
     recipe = family.recipe(search={"metric": "norm", "budget": 8})
-    with pytest.raises(RequestError, match=r"Locked can't be sent to the workers: TypeError.*lock.*Fix: open files"):
+    with pytest.raises(RequestError, match=r"sent to trial processes, found that Locked can't: TypeError.*lock.*Fix: open files"):
         searched(recipe, tmp_path / "out", evaluator=Locked())
     assert not state_of(tmp_path / "out").exists()
 
 
-def test_workers_that_cant_load_lose_no_candidate(family, tmp_path):
-    """The first three trial workers can't, as where a mount is missing; the base was scored before. The others score all that was asked."""
+def test_trial_processes_that_cant_load_lose_no_candidate(family, tmp_path):
+    """The first three trial processes can't, as where a mount is missing; the base was scored before. The others score all that was
+    asked."""
     out, tries = tmp_path / "out", tmp_path / "tries"
     tries.mkdir()
     found = searched(recipe_of(family, "LoadsLate", {"folder": str(tries)}, budget=12, population=4, concurrency=2), out)
     assert len(list(tries.iterdir())) >= 5, "the dry score, three that could not, one that could"
-    assert found["failed"] == 0
+    assert found.failed == 0
     assert [row["error"] for row in trials_of(out)] == [""] * 12
 
 
-def test_a_search_whose_workers_cant_load_ends_with_the_reason(family, tmp_path):
+def test_a_search_whose_trial_processes_cant_load_ends_with_the_reason(family, tmp_path):
     tries = tmp_path / "tries"
     tries.mkdir()
     recipe = recipe_of(family, "LoadsLate", {"folder": str(tries), "failing": 99}, budget=12, population=4, concurrency=2)
-    with pytest.raises(
-        RunError,
-        match=r"\d+ workers after another could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests.py",
-    ):
+    told = r"found \d+ trial processes after another that could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests"
+    with pytest.raises(RunError, match=told):
         searched(recipe, tmp_path / "out")
 
 
 def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypatch):
-    """And an evaluator of the recipe opens what lies beside the recipe, also in trials, whose folders Tune would make the current one."""
+    """And an evaluator of the recipe opens what lies beside the recipe, also in trials, whose folders Tune would make the current
+    one."""
     import logging
 
     before, level = dict(os.environ), logging.getLogger("ray.tune").level
@@ -396,7 +400,8 @@ def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypat
     (tmp_path / "neighbour.py").write_text("from pathlib import Path\ndef read():\n    return Path('beside.txt').read_text()\n")
     (tmp_path / "mine.py").write_text(
         "import neighbour\nfrom evaluators_of_tests import Near\n"
-        "class Reads(Near):\n    def score(self, split):\n        return super().score(split) | {'read': float(neighbour.read() == 'here')}\n"
+        "class Reads(Near):\n    def score(self, split):\n        return super().score(split) | {'read': float(neighbour.read() "
+        "== 'here')}\n"
     )
     (tmp_path / "evaluators_of_tests.py").write_text(EVALUATORS.read_text())
     asked = recipe_of(family, budget=8)
@@ -414,21 +419,13 @@ def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(fa
 
     out, log = tmp_path / "out", tmp_path / "log"
     recipe = recipe_of(family, options={"log": str(log)}, budget=8) | {"merge_method": method}
-    merge = run.merge
-
-    def interrupted(*args: Any, **options: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pcb_ray.output.state.State.commit", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-            merge(*args, **options)
-
-    monkeypatch.setattr(run, "merge", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         searched(recipe, out)
     scored = log.read_text().count("score")
-    monkeypatch.setattr(run, "merge", merge)
     searched(recipe, out, resume=True)
     assert log.read_text().count("score") == scored
-    assert package.verify(out, quiet=True) == []
+    assert package.verify(out, quiet=True).ok
 
 
 @pytest.mark.parametrize("what", ["search", "sweep"])
@@ -469,10 +466,132 @@ def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tm
         package.sweep(recipe_of(family) | {"sweep": {"density": [0.05, 0.1]}}, out, workers=1, quiet=True)
     monkeypatch.setattr(tune, "run_trials", run_trials)
     found = package.sweep(recipe_of(family) | {"sweep": {"lambda": [0.8, 1.2]}}, out, workers=1, quiet=True, resume=True)
-    for row in found["records"]:
+    for row in found.records:
         merged = package.merge_state_dicts(family.base, family.models, lambda_=row["config"]["lambda"])
         families.write(tmp_path / "merged", merged)
         assert row["objective"] == pytest.approx(near_of(tmp_path / "merged", family), abs=2e-6)
+
+
+# --- methods of one's own ---------------------------------------------------------------------------------------------------------
+
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "trimmed_mean.py"
+
+
+def own_method(folder: Path, *replacements: tuple[str, str]) -> str:
+    """The method of the example, changed, in a file of its own: what a recipe names it by."""
+    text = EXAMPLE.read_text()
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "own.py").write_text(text)
+    return f"{folder / 'own.py'}:trimmed_mean"
+
+
+OTHER_NAME = (('"lambda": lambda_parameter()', '"strength": lambda_parameter(0.5)'), ("settings.lambda_", 'settings["strength"]'))
+
+
+@pytest.mark.parametrize(("scale", "changed"), [("lambda", ()), ("strength", OTHER_NAME)])
+def test_a_method_of_ones_own_that_is_linear_is_searched_and_swept(family, tmp_path, scale, changed):
+    """Also where what multiplies the change of the base has a name of its own, and is not 1."""
+    own = {"merge_method": own_method(tmp_path, *changed), "parameters": {"keep": 0.9, scale: 0.7}}
+    out = tmp_path / "out"
+    found = searched(recipe_of(family, space={scale: {"lower": 0.5, "upper": 2.0}}) | own, out)
+    assert set(found.best) == {"weight.model0", "weight.model1", "weight.model2", scale}
+    assert near_of(out, family) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
+    again = tmp_path / "again"
+    package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert package.verify(out, quiet=True).ok
+
+    swept = package.sweep(recipe_of(family) | own | {"sweep": {scale: [0.4, 1.3]}}, tmp_path / "swept", workers=1, quiet=True)
+    for row in swept.records:
+        merged = tmp_path / f"merged{row['number']}"
+        package.merge(family.recipe(**own | {"parameters": {"keep": 0.9} | row["config"]}), merged, workers=1, quiet=True)
+        assert row["objective"] == pytest.approx(near_of(merged, family), abs=2e-6)
+
+
+@pytest.mark.parametrize("weight", ["weight * weight", "weight * (weight if block.first >= settings.D // 2 else 1)"])
+def test_a_method_of_ones_own_that_is_not_linear_as_it_says_is_refused_before_any_trial(family, tmp_path, weight):
+    """Also where it departs from that in a part of the model."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    method = own_method(tmp_path, ("0.0) * weight", f"0.0) * {weight}"))
+    with pytest.raises(RequestError, match=r"merge_method: wanted .*own.py:trimmed_mean linear.*departs.*Fix: set `linear=False`"):
+        searched(recipe_of(family, options={"log": str(log)}) | {"merge_method": method}, out)
+    assert log.read_text().count("score") == 2, "the base, on both splits"
+    assert not state_of(out).exists()
+
+
+def test_a_method_of_ones_own_that_does_not_say_it_is_linear_is_not_searched(family, tmp_path):
+    method = own_method(tmp_path, ("linear=True", "linear=False"))
+    for go, section in ((package.search, {}), (package.sweep, {"sweep": {"lambda": [1.0]}})):
+        with pytest.raises(
+            RequestError, match=r"merge_method: wanted a method with a base that says it is linear.*found .*own.py:"
+        ):
+            go(recipe_of(family) | {"merge_method": method} | section, tmp_path / "out", workers=1, quiet=True)
+    assert not state_of(tmp_path / "out").exists()
+
+
+# --- what is kept of an unfinished search -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Two models of 5.5 M elements, in 84 chunks."""
+    made = Family(tmp_path_factory.mktemp("large") / "family", *families.fine_tuned(2, scale=280))
+    families.write(made.folder / "hidden", package.merge_state_dicts(made.base, made.models, weights=HIDDEN[:2]))
+    return made
+
+
+@pytest.mark.very_slow
+def test_the_merge_of_the_winner_that_was_killed_goes_on_where_it_was(large, tmp_path):
+    recipe, out, log = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "log"
+    recipe.write_text(json.dumps(recipe_of(large, options={"log": str(log)}, budget=8)))
+    journal = state_of(out) / "journal.jsonl"
+    command = ("search", recipe, out, "--workers", 1, "--address", ray_address())
+    with running(*command) as run:
+        await_that("a part of the winner", lambda: journal.exists() and '"winner ' in journal.read_text(), DEADLINE_S)
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait(DEADLINE_S)
+    assert not out.exists()
+    lines = filter(None, journal.read_text().splitlines())
+    before = {int(key.split()[-1]) for line in lines for key in json.loads(line) if key.startswith("winner ")}
+    scored = log.read_text().count("score")
+    resumed = pcb_ray(*command, "--resume", "-v")
+    assert not any("ranks of" in line for line in resumed.lines), "the analysis is kept"
+    assert log.read_text().count("score") == scored
+    made = plan(Recipe.from_file(out / "best_recipe.yaml"))
+    assert 0 < len(before) < len(made.parts)
+    assert f"{len(before)} of {len(made.parts)} parts were written before" in resumed.text
+    left = sum(s.stop - s.start for k, part in enumerate(made.parts) if k not in before for s in part.segments)
+    assert receipt_of(out)["sweeps"][-1]["bytes"] == 2 * (made.N + 1) * left, "no part that was written is written again"
+    expected = families.merge_locally(made, tmp_path / "local").files["model.safetensors"]
+    assert (out / "model.safetensors").read_bytes() == expected
+    assert package.verify(out, quiet=True).ok
+
+
+def test_a_volume_of_the_basis_that_was_cut_short_or_changed_is_built_again(large, tmp_path, monkeypatch):
+    from pcb_ray.searching import tune
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(tune, "run_trials", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def basis(resume: bool) -> list[tuple[bytes, int]]:
+        """The bytes of all volumes once they are built, and what tells a file from one that takes its place."""
+        with pytest.raises(KeyboardInterrupt):
+            searched(recipe_of(large), out, resume=resume)
+        (folder,) = state_of(out).glob("basis-*")
+        return [(path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+
+    built = basis(resume=False)
+    volumes = sorted(next(state_of(out).glob("basis-*")).iterdir())
+    assert len(volumes) == 84
+    os.truncate(volumes[3], len(built[3][0]) // 2)
+    flip(volumes[7], len(built[7][0]) // 2)
+    volumes[20].unlink()
+    again = basis(resume=True)
+    assert [data for data, _ in again] == [data for data, _ in built]
+    assert [k for k, (one, other) in enumerate(zip(built, again, strict=True)) if one != other] == [3, 7, 20]
 
 
 def test_ray_client_is_refused_before_anything(family, tmp_path):
@@ -484,7 +603,9 @@ def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path):
     """Scored in float32, but written in float16: the merge is refused, what the trials found is kept."""
     out = tmp_path / "out"
     recipe = recipe_of(family, "Norm", {}, metric="norm", budget=8, space={"weight": {"lower": 0.0, "upper": 1e8, "init": 1e8}})
-    with pytest.raises(RunError, match=r"the winner can't be merged: .*overflows F16.*is kept"):
+    with pytest.raises(
+        RunError, match=r"the winner: wanted its merge, found .* that F16 can hold, found one that overflows it.*is kept"
+    ):
         searched(recipe | {"dtype": "float16"}, out)
     assert not out.exists()
     assert (state_of(out) / "journal.jsonl").read_text().count('"trial ') == 8
@@ -507,8 +628,8 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
         )
         distance = sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in merged.items())
         assert row["objective"] == pytest.approx(-distance, abs=2e-6)
-    assert found["best"] == {k: max(rows, key=lambda r: r["objective"])[k] for k in grid}
+    assert found.best == {k: max(rows, key=lambda r: r["objective"])[k] for k in grid}
     assert (out / "sweep.png").stat().st_size > 1000
     again = package.merge(out / "best_recipe.yaml", tmp_path / "best", workers=1, quiet=True)
-    assert again["thresholds"]
+    assert again.thresholds
     assert not state_of(out).exists()

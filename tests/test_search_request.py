@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from junk import junk, places, replaced
 
 from pcb_ray import Recipe, RequestError
+from pcb_ray.methods import Method, Parameter, number
 from pcb_ray.planning import Plan, plan
 from pcb_ray.searching.request import Range, Search, Space, _labels, _rules, grid_of, key_of
 from pcb_ray.searching.run import _tools
@@ -69,7 +70,7 @@ def test_built_in_evaluators_know_their_metric(family):
         ({"metric": None}, "search.metric"),
         ({"mode": "maximum"}, "write `max`"),
         ({"budgets": 3}, "write `budget`"),
-        ({"budget": 4, "population": 8}, "less than the population of 8"),
+        ({"budget": 4, "population": 8}, "wanted at least one generation, a population of 8, found 4"),
         ({"budget": 2}, "search.budget: wanted a whole number of at least 3"),
         ({"population": 2}, "search.population: wanted a whole number of at least 3"),
         ({"space": {"weight": {"lower": 1.5, "init": 1.0}}}, "lower <= init <= upper"),
@@ -81,12 +82,12 @@ def test_built_in_evaluators_know_their_metric(family):
         ({"loggers": [{"wandb": {"api_key": "s3cret"}}]}, "set WANDB_API_KEY in the environment"),
         ({"space": {"variant": ["pairwise", "release"]}}, "write `released`"),
         ({"space": {"groups": ["*mlp*"]}}, "search.space.groups"),
-        ({"space": {"groups": {"rest": "*mlp*"}}}, "choose another name"),
+        ({"space": {"groups": {"rest": "*mlp*"}}}, "found `rest`, the group of all that no pattern matches. Fix: rename it"),
         ({"space": {"groups": {"layers": 0}}}, "search.space.groups.layers"),
         ({"resources_per_trial": {"cpus": 1}}, "write `cpu`"),
         ({"resources_per_trial": {"cpu": -1}}, "not negative"),
         ({"resources_per_trial": {"memory": "much"}}, "wanted a size"),
-        ({"resources_per_trial": {"cpu": 0}}, "neither CPU nor GPU"),
+        ({"resources_per_trial": {"cpu": 0}}, "wanted a CPU or a GPU, found neither"),
         ({"trial_timeout": 0}, "search.trial_timeout: wanted seconds above 0"),
         ({"trial_timeout": 1e30}, "search.trial_timeout: wanted seconds above 0"),
         ({"space": {"groups": {"a/b": "*mlp*"}}}, "rename the group"),
@@ -203,6 +204,26 @@ def test_linear_is_refused_with_what_reaches_the_same_merges(family):
     assert "task_arithmetic" in problems_of(family(2).recipe(merge_method="linear", search=VALID))
 
 
+def test_a_method_of_ones_own_without_a_base_is_refused(family):
+    one = family(2)
+    (one.folder / "own.py").write_text(
+        "from pcb_ray.methods import Method\nown = Method(name='own', merge=lambda *_: None, has_base=False, linear=True)\n"
+    )
+    found = problems_of(one.recipe(merge_method=f"{one.folder / 'own.py'}:own", search=VALID))
+    assert "merge_method: wanted a method with a base" in found
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"a": ("scale", (0.0, 1.0)), "b": ("scale", (0.0, 1.0))}, {"a": ("share", (0.1, 0.5))}],
+)
+def test_a_record_that_a_search_would_misread_is_refused(parameters):
+    """Two scales, of which it would know one; a share of which there is no basis."""
+    searched = {name: Parameter(1.0, number, "", searched=kind, range=within) for name, (kind, within) in parameters.items()}
+    with pytest.raises(ValueError, match=r"own: wanted at most one .*found .*'a'.* Fix: leave `searched` empty"):
+        Method(name="own", merge=lambda *_: None, parameters=searched, linear=True)
+
+
 def test_no_section_says_what_one_looks_like(family):
     assert "search" in problems_of(family(2).recipe())
     assert "search" in problems_of(family(2).recipe(search=[1]))
@@ -233,9 +254,9 @@ def test_groups_are_patterns_cut_along_the_layers(family):
 @pytest.mark.parametrize(
     ("groups", "complaint"),
     [
-        ({"experts": "*experts*"}, r"groups.experts.*matches none"),
+        ({"experts": "*experts*"}, r"groups.experts: wanted patterns of some .*found '.experts.'"),
         ({"all": "*", "mlp": "*mlp*"}, r"groups.mlp.*no group above it has taken"),
-        ({"layers": 9}, r"groups.layers: 9 parts of 2 layers. Fix: 2 parts at most"),
+        ({"layers": 9}, r"groups.layers: wanted at most 2 parts, .*found 9. Fix: write 2 or less"),
     ],
 )
 def test_a_group_that_would_have_no_tensor_is_refused(family, groups, complaint):
@@ -419,7 +440,7 @@ def test_a_logger_that_is_not_installed_or_not_reached_is_told(family, name, mon
     from pcb_ray.searching import tune
 
     search, _ = searched(family(2), loggers=["tensorboard", name])
-    with pytest.raises(RequestError, match=f"search.loggers: {name} is not installed.*Fix: pip install"):
+    with pytest.raises(RequestError, match=f"search.loggers: wanted {name}, found .*Fix: pip install"):
         tune.check_loggers(search)
 
     class Unreached(tune.tune.Callback):
@@ -487,7 +508,7 @@ def test_a_grid_stops_when_more_than_a_quarter_fails_in_a_row(family):
     for k, value in enumerate([NAN, NAN, NAN, 0.5, NAN, NAN, NAN, NAN, NAN, NAN]):
         assert asker.suggest(str(k)) == points[k]
         asker.on_trial_result(str(k), {"objective": value})
-        asker.on_trial_complete(str(k), None, error=True)  # its worker died after it: told already
+        asker.on_trial_complete(str(k), None, error=True)  # its process died after it: told already
         progress.on_trial_result(
             0, [], SimpleNamespace(trial_id=str(k)), {"metrics": {}, "objective": value, "error": "no" * (value != value)}
         )
@@ -549,14 +570,14 @@ def test_a_trial_that_failed_is_told_as_the_worst_also_when_it_was_asked_first(f
         asker.suggest(str(k))
     for k in (2, 0, 3, 1):
         asker.on_trial_result(str(k), {"objective": float("nan") if scores[k] is None else scores[k]})
-    asker.on_trial_complete("2", {"objective": scores[2]})  # when the worker goes to another trial: nothing is told twice
+    asker.on_trial_complete("2", {"objective": scores[2]})  # when the process goes to another trial: nothing is told twice
     signed = [None if x is None else x if mode == "min" else -x for x in scores]
     worst = max(x for x in signed if x is not None)
     assert told == [worst if x is None else x for x in signed]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_candidate_of_a_worker_that_died_goes_to_another_unless_it_was_at_work_twice(family, monkeypatch):
+def test_the_candidate_of_a_trial_process_that_died_goes_to_another_unless_it_was_at_work_twice(family, monkeypatch):
     search, made = searched(family(2), budget=6, population=3)
     asker, progress = asked(search, made)
     score(asker, progress, [1.0] * 3)
@@ -574,7 +595,7 @@ def test_the_candidate_of_a_worker_that_died_goes_to_another_unless_it_was_at_wo
 
     first, *others = asker.suggest("a"), asker.suggest("b"), asker.suggest("c")
     assert asker.suggest("none") is None
-    for k in range(4):  # four workers that had died while they were idle
+    for k in range(4):  # four processes that had died while they were idle
         dies("a" if k == 0 else f"a{k - 1}", at_work=False)
         assert asker.suggest(f"a{k}") == first
     dies("a3", at_work=True)

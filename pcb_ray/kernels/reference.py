@@ -111,7 +111,7 @@ class TorchKernel:
         if self.method.basis is not None:
             C_NB = self.method.basis(block, known, self.settings)
         else:
-            plain = dataclasses.replace(self.settings, parameters={**self.settings.parameters, "lambda": 1.0})
+            plain = self._scaled_by(1.0)
             units = (dataclasses.replace(block, weights=tuple(unit)) for unit in np.eye(self.settings.N).tolist())
             C_NB = torch.stack([self._merged(unit, known, plain) for unit in units])
         return C_NB, bool(torch.isfinite(C_NB).all())
@@ -127,15 +127,20 @@ class TorchKernel:
         0 for a method that is linear, as its record says."""
         C_NB, _ = self.basis(loaded, known)
         weights = [0.25 + 0.5 * i for i in range(self.settings.N)]
-        halved = dataclasses.replace(self.settings, parameters={**self.settings.parameters, "lambda": 0.5})
         block = self.load(loaded, weights)
-        factor = 0.5 if "lambda" in self.method.parameters else 1.0
+        factor = 0.5 if self.method.scale else 1.0
         change_B = sum((C_B * (w * factor) for C_B, w in zip(C_NB, weights, strict=True)), torch.zeros_like(block.theta))
-        found_B = self._merged(block, known, halved)
+        found_B = self._merged(block, known, self._scaled_by(0.5))
         largest = max(float(change_B.abs().max()), float((found_B - block.theta).abs().max()))
         rounding = float(block.theta.abs().max()) * 2.0**-22  # of adding a change to theta
         off = float((found_B - block.theta - change_B).abs().max())
         return max(0.0, off - rounding) / largest if largest else 0.0
+
+    def _scaled_by(self, scale: float) -> Settings:
+        """The settings with this for what multiplies all that the merge adds to the base, if the method has such a parameter."""
+        changes = {self.method.scale: scale} if self.method.scale else {}
+        of_model = tuple({**own, **changes} for own in self.settings.of_model)
+        return dataclasses.replace(self.settings, parameters={**self.settings.parameters, **changes}, of_model=of_model)
 
     # --- functions of the method --------------------------------------------------------------------------------------------------
 

@@ -327,9 +327,28 @@ class Method:
         for name, parameter in self.parameters.items():
             _check(f"parameters: searched of {name}", parameter.searched, ("", "scale", "share"))
             if parameter.searched == "scale" and name != "lambda":
-                raise ValueError(f"parameters: wanted lambda to be the one that is searched by scale, found {name}")
-            if parameter.searched == "share" and (self.scored is None or self.scored.share != name):
-                raise ValueError(f"parameters: wanted `scored` with {name} as its share, which is searched, found none")
+                raise ValueError(
+                    f'{self.name}: wanted at most one parameter with `searched="scale"`, lambda, found {name!r}. '
+                    "Fix: leave `searched` empty for others."
+                )
+        if self._searched_as("share") != ([] if self.scored is None else [self.scored.share]):
+            raise ValueError(
+                f'{self.name}: wanted at most one parameter with `searched="share"`, the one that `scored` names as its share, '
+                f"found {self._searched_as('share')}. Fix: leave `searched` empty for others."
+            )
+
+    def _searched_as(self, kind: str) -> list[str]:
+        return [name for name, parameter in self.parameters.items() if parameter.searched == kind]
+
+    @property
+    def scale(self) -> str:
+        """The parameter that multiplies all that the merge adds to the base; empty if there is none."""
+        return next(iter(self._searched_as("scale")), "")
+
+    @property
+    def share(self) -> str:
+        """The parameter that says how much the `scored` basis keeps; empty if there is none."""
+        return next(iter(self._searched_as("share")), "")
 
     @property
     def full_name(self) -> str:

@@ -1,19 +1,20 @@
-"""The Basis: what remains of N models once their thresholds are known, sparse, in files that the workers of a node map and share.
+"""The Basis: what remains of N models once their thresholds are known, sparse, in files that all processes of a node map and share.
 
 A merge is linear in the coefficients, if its method says so (`Method.linear`):
 
     theta_m = theta_pre + lambda sum_i lambda_i C_i
 
-For a method that drops elements, C_i is 0 wherever task i keeps nothing: a share r of the model. So a candidate of a search costs one pass over the
-base and over r N D entries in memory; no model is read again. A basis holds one of two things for each element that a task keeps:
+For a method that drops elements, C_i is 0 wherever task i keeps nothing: a share r of the model. So a candidate of a search costs
+one pass over the base and over r N D entries in memory; no model is read again. A basis holds one of two things for each element
+that a task keeps:
 
     combined   C_i: 4 bytes. One density.
-    scored     what is merged of the task, and its score: 8 bytes (scores in float64: 12), for methods with a `Scored` record. Any density up to the
-               one it was made for: the threshold of each is an exact order statistic of the scores that are here, and the candidate has the bytes
-               of the merge.
+    scored     what is merged of the task, and its score: 8 bytes (scores in float64: 12), for methods with a `Scored` record. Any
+               density up to the one it was made for: the threshold of each is an exact order statistic of the scores that are
+               here, and the candidate has the bytes of the merge.
 
-Where the entries lie is a bit per element and task: 1 / (8 r) bytes each. The chunks of the plan lie one after another in a few files, `volumes`:
-one owner writes each from its first byte to its last.
+Where the entries lie is a bit per element and task: 1 / (8 r) bytes each. The chunks of the plan lie one after another in a few
+files, `volumes`: one owner writes each from its first byte to its last.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ WAYS = {
 COPIED_AT_ONCE = 1 << 20  # elements
 ALIGNMENT = 64  # of an array in a volume
 PADDING = 16  # values beyond the last: _native.c reads them in vectors
-# Scores that are brought together to be ranked. Where more agree in their upper bits, they are counted by the next so many bits of their keys.
+# Scores that are brought together to be ranked. Where more agree in their upper bits, they are counted by the next so many bits of
+# their keys.
 GATHERED, NARROWING_BITS = 1 << 20, 16
 
 
@@ -107,7 +109,8 @@ class Writer:
     def add(
         self, segment: Segment, values_NB: NDArray[np.float32], kept_NB: NDArray[np.bool_], scores_NB: NDArray[Any] | None
     ) -> None:
-        """The entries of all tasks in a segment: `values` (and `scores`) [N, B] where `kept`. One that goes on where the last ended joins it."""
+        """The entries of all tasks in a segment: `values` (and `scores`) [N, B] where `kept`. One that goes on where the last ended
+        joins it."""
         n = len(values_NB)
         last = self._segments[-1] if self._segments else None
         if last is not None and (last.tensor, last.stop) == (segment.tensor, segment.start):
@@ -152,7 +155,8 @@ class Writer:
 def build_volume(owner: Owner, volume: int, known: Known, scored: Scored | None, path: Path) -> Digest:
     """Gather the basis of a volume's chunks, write the file aside and give it its name, durable; its digest. Raises OSError.
 
-    It holds the chunks' arrays one after another; then, as JSON, dtype, shape and first byte of each; then the first byte of that."""
+    It holds the chunks' arrays one after another; then, as JSON, dtype, shape and first byte of each; then the first byte of
+    that."""
     names = {np.dtype(kind): name for name, kind in ARRAYS.items()}
     digest, at, index = xxhash.xxh3_128(), 0, list[dict[str, Any]]()
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -218,8 +222,8 @@ def _libc() -> ctypes.CDLL:
 
 
 class _Mapped:
-    """A file's bytes for numpy, read-only, shared with all who map it, until no array needs them. Python's own map would hold a descriptor too,
-    and a basis of a large model has thousands of files."""
+    """A file's bytes for numpy, read-only, shared with all who map it, until no array needs them. Python's own map would hold a
+    descriptor too, and a basis of a large model has thousands of files."""
 
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -308,7 +312,8 @@ def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor]) -> Non
 
 
 class Basis:
-    """The basis in `folder`, made for `plan`'s inputs and what was `known` of them; read-only, and shared with all who map it on this machine."""
+    """The basis in `folder`, made for `plan`'s inputs and what was `known` of them; read-only, and shared with all who map it on
+    this machine."""
 
     def __init__(self, plan: Plan, folder: str | os.PathLike[str], known: Known) -> None:
         self.plan, self.made_for = plan, known
@@ -483,7 +488,10 @@ class Basis:
         start, stop = tensor.start + segment.start * itemsize, tensor.start + segment.stop * itemsize
         raw = np.asarray(self._base[tensor.file][start:stop])
         if len(raw) != stop - start:
-            raise RunError(f"{tensor.file}: ends before byte {stop}; it was changed during the search")
+            raise RunError(
+                f"{tensor.file}: wanted {stop} bytes or more, found its end: it was changed during the search. "
+                "Fix: let nothing write to the models while they are searched, and start afresh."
+            )
         return raw if raw.ctypes.data % itemsize == 0 else raw.copy(), DTYPES[tensor.dtype]
 
     def _updated(

@@ -20,7 +20,8 @@ READ_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class BuildVolumes:
-    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities; their digests. They are durable then."""
+    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities; their digests. They are
+    durable then."""
 
     known: Known
     folder: str

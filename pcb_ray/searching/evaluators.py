@@ -2,13 +2,15 @@
 
 An evaluator is any object with two methods:
 
-    load(model_dir) -> torch.nn.Module       once per worker: loads model and data; the search updates the module's parameters in place
+    load(model_dir) -> torch.nn.Module       once per trial process: loads model and data; the search updates
+                                             the parameters of the module in place
     score(split) -> dict[str, float]         after each update
 
-and, if it likes, a collection of names `splits`: those that `score` knows. Asked for another, a search says so before anything is loaded.
+and, if it likes, a collection of names `splits`: those that `score` knows. Asked for another, a search says so before anything is
+loaded.
 
-Built in are `causal_lm`, `classification`, `lm_eval` and `command`; others are named `file.py:object` or `module:object` in the recipe, or given
-as an object in Python. A class is called with the options that stand below its name in the recipe.
+Built in are `causal_lm`, `classification`, `lm_eval` and `command`; others are named `file.py:object` or `module:object` in the
+recipe, or given as an object in Python. A class is called with the options that stand below its name in the recipe.
 """
 
 from __future__ import annotations
@@ -74,12 +76,12 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evalu
             if isinstance(error, AttributeError | ImportError | OSError)
             else "mend the file"
         )
-        raise RequestError(f"{where}: {name} can't be loaded: {with_place(error)}. Fix: {fix}.") from error
+        raise RequestError(f"{where}: wanted {name}, found {with_place(error)}. Fix: {fix}.") from error
     if inspect.isclass(found):
         found = _call(found, options, where, name)
     elif options:
         raise RequestError(
-            f"{where}: {name} is an object and takes no options, found {', '.join(options)}. Fix: remove them, or name its class."
+            f"{where}: wanted no options for the object {name}, found {', '.join(options)}. Fix: remove them, or name its class."
         )
     return checked(found, name)
 
@@ -90,7 +92,9 @@ def check_evaluator(name: str, options: Mapping[str, Any], folder: Path, splits:
     if name in _BUILT_IN:
         check_splits(make_evaluator(name, options, folder), splits)
     elif source.endswith(".py") and not (folder / source).is_file():
-        raise RequestError(f"search.evaluator: {folder / source} is not a file. Fix: check the path; it is relative to the recipe.")
+        raise RequestError(
+            f"search.evaluator: wanted a file, found none at {folder / source}. Fix: check the path; it is relative to the recipe."
+        )
 
 
 def checked(evaluator: Any, name: str) -> Evaluator:
@@ -98,16 +102,16 @@ def checked(evaluator: Any, name: str) -> Evaluator:
     missing = [method for method in ("load", "score") if not callable(getattr(evaluator, method, None))]
     if missing:
         raise RequestError(
-            f"search.evaluator: {name or type(evaluator).__name__} lacks {' and '.join(missing)}. Fix: an evaluator has "
-            "load(model_dir) -> torch.nn.Module and score(split) -> dict[str, float]."
+            f"search.evaluator: wanted load(model_dir) -> torch.nn.Module and score(split) -> dict[str, float], found that "
+            f"{name or type(evaluator).__name__} lacks {' and '.join(missing)}. Fix: give it both methods."
         )
     found: Evaluator = evaluator
     return found
 
 
 def check_splits(evaluator: Any, asked: Mapping[str, str]) -> None:
-    """Whether there is data for the splits that are asked for, by their place in the request; as far as the evaluator tells by `splits` before it has
-    loaded anything: one that is empty may be filled later. Raises RequestError."""
+    """Whether there is data for the splits that are asked for, by their place in the request; as far as the evaluator tells by
+    `splits` before it has loaded anything: one that is empty may be filled later. Raises RequestError."""
     known = getattr(evaluator, "splits", None)
     if not isinstance(known, Collection) or isinstance(known, str) or not len(known):
         return
@@ -141,7 +145,9 @@ def _call(what: Any, options: Mapping[str, Any], where: str, name: str) -> Any:
         inspect.signature(what).bind(**options)
     except TypeError as error:
         known = ", ".join(inspect.signature(what).parameters)
-        raise RequestError(f"{where}.{name}: {error}; its options are {known or 'none'}. Fix: write them below its name.") from None
+        raise RequestError(
+            f"{where}.{name}: wanted its options ({known or 'none'}), found {error}. Fix: write these below its name."
+        ) from None
     return what(**options)
 
 
@@ -163,7 +169,7 @@ def _by_split(raw: Any, where: str, wanted: str, fix: str, problems: list[str]) 
     for split, given in raw.items():
         name = checks.text(split, where, problems, "the name of a split")
         if isinstance(given, Mapping | list | tuple) and not given:
-            problems.append(f"{where}.{name}: is empty. Fix: give it {wanted}, or remove the split.")
+            problems.append(checks.wrong(f"{where}.{name}", wanted, None, "give it one, or remove the split"))
         yield name, f"{where}.{name}", given
 
 
@@ -191,7 +197,9 @@ def _path(raw: Any, kind: str, folder: Path, where: str, problems: list[str]) ->
     name = checks.text(raw, where, problems, f"the path of a {kind}")
     is_there = os.path.isdir if kind == "folder" else os.path.isfile
     if name and not is_there(folder / name):
-        problems.append(f"{where}: {folder / name} is not a {kind}. Fix: check the path, and that every node sees it.")
+        problems.append(
+            f"{where}: wanted a {kind}, found none at {folder / name}. Fix: check the path, and that every node sees it."
+        )
     return folder / name
 
 
@@ -210,15 +218,19 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise RequestError(f"{path}, line {number}: is not JSON ({error}). Fix: one object per line.") from None
+            raise RequestError(f"{path}, line {number}: wanted JSON, found {error}. Fix: write one object per line.") from None
         if not isinstance(row, dict):
-            raise RequestError(f"{path}, line {number}: wanted an object, found {type(row).__name__}. Fix: one object per line.")
+            raise RequestError(
+                f"{path}, line {number}: wanted an object, found {type(row).__name__}. Fix: write one object per line."
+            )
         yield row
 
 
 def _field(row: Mapping[str, Any], name: str, path: Path) -> Any:
     if name not in row:
-        raise RequestError(f"{path}: a row has no {name!r}, only {', '.join(row)}. Fix: name the field in the evaluator's options.")
+        raise RequestError(
+            f"{path}: wanted {name!r} in each row, found {', '.join(row)}. Fix: name the field in the evaluator's options."
+        )
     return row[name]
 
 
@@ -227,7 +239,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError:
         raise RequestError(
-            "search.evaluator: causal_lm and classification need transformers. Fix: pip install 'pcb-ray[search]'."
+            "search.evaluator: wanted transformers, which causal_lm and classification need, found it not installed. "
+            "Fix: pip install 'pcb-ray[search]'."
         ) from None
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
     return transformers
@@ -240,7 +253,8 @@ def _device() -> str:
 
 
 def _load_model(auto_class: Any, model_dir: Path, dtype: str) -> Any:
-    """The model in float32 on a CPU, in its own dtype on a GPU (on several, layer by layer, which needs accelerate), or as asked."""
+    """The model in float32 on a CPU, in its own dtype on a GPU (on several, layer by layer, which needs accelerate), or as
+    asked."""
     import torch
 
     device = _device()
@@ -254,9 +268,9 @@ def _load_model(auto_class: Any, model_dir: Path, dtype: str) -> Any:
 class CausalLM:
     """Mean loss per token (nats) and perplexity of texts under a causal language model of transformers.
 
-    data: {split: file} or {split: {part: file}}: plain text, or JSONL with a `text` field. With parts there is a loss for each (`loss_PART`), and
-    `loss` is their mean. Texts are cut into windows of `length` tokens that overlap by one (512, or as many as the model has positions for); `tokens`
-    bounds how many of a file are used.
+    data: {split: file} or {split: {part: file}}: plain text, or JSONL with a `text` field. With parts there is a loss for each
+    (`loss_PART`), and `loss` is their mean. Texts are cut into windows of `length` tokens that overlap by one (512, or as many as
+    the model has positions for); `tokens` bounds how many of a file are used.
     """
 
     def __init__(
@@ -307,7 +321,7 @@ class CausalLM:
                 ids = ids[: self.tokens + 1]
                 break
         if len(ids) < 2:
-            raise RequestError(f"{path}: has {len(ids)} tokens, two at least are needed. Fix: give a longer text.")
+            raise RequestError(f"{path}: wanted two tokens at least, found {len(ids)}. Fix: give a longer text.")
         return [torch.tensor(ids[at : at + self.length + 1]) for at in range(0, len(ids) - 1, self.length)]
 
     def score(self, split: str) -> Metrics:
@@ -334,8 +348,9 @@ class CausalLM:
 class Classification:
     """Accuracy and mean loss of a sequence classifier of transformers.
 
-    data: {split: file} or {split: {part: file}}: JSONL or parquet with a text and an integer label (or one of the config's label names) in each row;
-    with parts there is an accuracy for each (`accuracy_PART`), and `accuracy` and `loss` are means over the parts.
+    data: {split: file} or {split: {part: file}}: JSONL or parquet with a text and an integer label (or one of the config's label
+    names) in each row; with parts there is an accuracy for each (`accuracy_PART`), and `accuracy` and `loss` are means over the
+    parts.
     """
 
     def __init__(
@@ -377,7 +392,7 @@ class Classification:
 
         rows = list(_rows(path))
         if not rows:
-            raise RequestError(f"{path}: has no rows. Fix: give the split some data.")
+            raise RequestError(f"{path}: wanted some rows, found none. Fix: give the split some data.")
         labels = torch.tensor([self._number_of(_field(row, self.label, path), path) for row in rows])
         texts = [_field(row, self.text, path) for row in rows]
         result = []
@@ -393,7 +408,7 @@ class Classification:
         number = known.get(label) if isinstance(label, str) else label
         if not isinstance(number, int) or not 0 <= number < self.model.config.num_labels:
             raise RequestError(
-                f"{path}: {label!r} is no label of the model: it knows {', '.join(known)}. Fix: use these, or numbers from 0."
+                f"{path}: wanted a label of the model ({', '.join(known)}), found {label!r}. Fix: use these, or numbers from 0."
             )
         return number
 
@@ -418,9 +433,9 @@ class Classification:
 class LMEval:
     """Tasks of EleutherAI's lm-evaluation-harness by name, also from YAML files in a local folder. Needs the extra `lm-eval`.
 
-    tasks: {split: [task, ...]}. Metrics are TASK/METRIC, such as arc_easy/acc (of a task with several filters the first one's; each is there as
-    TASK/METRIC,FILTER too), and METRIC the mean over the tasks of the split that have it. Tasks and data are loaded once;
-    `num_fewshot` and the harness's own seed of 1234 decide the examples in the prompts.
+    tasks: {split: [task, ...]}. Metrics are TASK/METRIC, such as arc_easy/acc (of a task with several filters the first one's; each
+    is there as TASK/METRIC,FILTER too), and METRIC the mean over the tasks of the split that have it. Tasks and data are loaded
+    once; `num_fewshot` and the harness's own seed of 1234 decide the examples in the prompts.
     """
 
     def __init__(
@@ -454,15 +469,19 @@ class LMEval:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise RequestError(
-                f"search.evaluator: lm_eval can't be loaded: {error}. Fix: pip install 'pcb-ray[lm-eval]'."
+                f"search.evaluator: wanted the harness lm_eval, found {error}. Fix: pip install 'pcb-ray[lm-eval]'."
             ) from None
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
         known = set(manager.all_tasks)
         unknown = [(split, name) for split, names in self.splits.items() for name in names if name not in known]
         if unknown:
             raise RequestError(
-                f"search.evaluator.lm_eval.tasks.{split}: the harness has no task {checks.shown(name)}. Fix: "
-                f"{checks.nearest(name, manager.all_tasks, 'check the name')}, or give `include_path`."
+                checks.wrong(
+                    f"search.evaluator.lm_eval.tasks.{split}",
+                    "a task of the harness",
+                    name,
+                    f"{checks.nearest(name, manager.all_tasks, 'check the name')}, or give `include_path`",
+                )
                 for split, name in unknown
             )
         self._loaded = {split: manager.load(names) for split, names in self.splits.items()}
@@ -487,7 +506,12 @@ class LMEval:
             task.set_fewshot_seed(seed=1234)
         # Not `simple_evaluate`: it would load the tasks again and describe the machine, for a second and more in each trial.
         results = lm_eval.evaluate(
-            *(self._harness, loaded), limit=self.limit, log_samples=False, bootstrap_iters=0, apply_chat_template=self.chat_template
+            self._harness,
+            loaded,
+            limit=self.limit,
+            log_samples=False,
+            bootstrap_iters=0,
+            apply_chat_template=self.chat_template,
         )["results"]
         found: Metrics = {}
         of_metric: dict[str, list[float]] = {}
@@ -508,10 +532,11 @@ class LMEval:
 
 
 class Command:
-    """A shell command that scores a model directory; {model} and {split} in it are filled in. Its last line of output is a JSON object of numbers.
+    """A shell command that scores a model directory; {model} and {split} in it are filled in. Its last line of output is a JSON
+    object of numbers.
 
-    The candidate is written to a scratch folder (below `scratch`, or the system's), and removed when the command has ended, or the process that
-    ran it, however that ended.
+    The candidate is written to a scratch folder (below `scratch`, or the system's), and removed when the command has ended, or the
+    process that ran it, however that ended.
     """
 
     def __init__(self, run: str, *, scratch: str | None = None, timeout: float | None = None, folder: Path = Path(".")) -> None:
@@ -532,7 +557,8 @@ class Command:
         files = sorted(self.model_dir.rglob("*.safetensors"))  # an index may lead to subfolders
         if not files:
             raise RequestError(
-                "search.evaluator.command: needs a base in safetensors files. Fix: save it with transformers' save_pretrained."
+                "search.evaluator.command: wanted a base in safetensors files, found none. "
+                "Fix: save it with transformers' save_pretrained."
             )
         self.files = {file.relative_to(self.model_dir).as_posix(): load_file(file) for file in files}
         return module_of({name: tensor for tensors in self.files.values() for name, tensor in tensors.items()})
@@ -564,7 +590,7 @@ class Command:
 _BUILT_IN = {"causal_lm": CausalLM, "classification": Classification, "lm_eval": LMEval, "command": Command}
 
 # Its input ends when this process does, however that ends: then it ends the command's processes and removes the model.
-# In the background, since Ray ends the children of a worker with it.
+# In the background, since Ray ends the children of a process with it.
 _GUARD = """exec 3<&0; { read -r group; cat >/dev/null; [ -z "$group" ] || kill -9 "-$group"; rm -rf -- "$0"; } <&3 3<&- &"""
 
 
@@ -584,9 +610,16 @@ def _run_shell(command: str, folder: Path, timeout: float | None, to_guard: IO[b
     # It begins when the guard knows it, and not at all if this process ends before.
     waiting = f"read -r _ || exit 1; exec </dev/null\n{command}"
     with subprocess.Popen(
-        *(waiting,), shell=True, cwd=folder, env=os.environ | {"PATH": path}, text=True, start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
+        waiting,
+        shell=True,
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         to_guard.write(b"%d\n" % process.pid)
         to_guard.flush()
         try:
@@ -613,14 +646,15 @@ def module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     return root
 
 
-# --- a module and a checkpoint ------------------------------------------------------------------------------------------------------
+# --- a module and a checkpoint ----------------------------------------------------------------------------------------------------
 
 
 def match(
     module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]] = NONE
 ) -> dict[str, torch.Tensor]:
-    """The module's parameter or buffer for each of the merge's tensors, or the part of one that holds it; also for those of `optional` that it has.
-    A prefix that all names on one side share is found by itself, and so are the names under which transformers saves what it has renamed or fused.
+    """The module's parameter or buffer for each of the merge's tensors, or the part of one that holds it; also for those of
+    `optional` that it has. A prefix that all names on one side share is found by itself, and so are the names under which
+    transformers saves what it has renamed or fused.
 
     Raises RequestError that lists both sides if any has none, or one of another shape."""
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
@@ -632,17 +666,20 @@ def match(
     if lost:
         unused = sorted(set(own) - {to_own(name) for name in shapes})
         raise RequestError(
-            f"the evaluator's module lacks {len(lost)} of the {len(shapes)} merged tensors: {_some(lost)}; of its own, nothing was matched to "
-            f"{_some(unused) or 'none'}. Fix: return the module whose state_dict has the checkpoint's names."
+            f"search.evaluator: wanted a module with the {len(shapes)} merged tensors, found one without {len(lost)} of them, "
+            f"{_some(lost)}; of its own, nothing was matched to {_some(unused) or 'none'}. "
+            "Fix: return the module whose state_dict has the checkpoint's names."
         )
     without = [name for name, tensor in found.items() if tensor.is_meta]
-    problems = [
-        f"the evaluator's module has {len(without)} tensors without data, offloaded to disk or memory: {_some(without)}. Fix: load all of it on CPU "
-        "or GPUs, such as with more of them."
-    ] * bool(without)
+    problems = []
+    if without:
+        problems.append(
+            f"search.evaluator: wanted a module with all its data, found {len(without)} tensors offloaded to disk or memory: "
+            f"{_some(without)}. Fix: load all of it on CPU or GPUs, such as with more of them."
+        )
     problems += [
-        f"{name}: shape {list(shape)} in the merge, {list(found[name].shape)} in the evaluator's module ({to_own(name)}). Fix: load the model as the "
-        "base's config says."
+        f"{name}: wanted the shape {list(shape)} of the merge, found {list(found[name].shape)} in the evaluator's module "
+        f"({to_own(name)}). Fix: load the model as the base's config says."
         for name, shape in wanted.items()
         if name in found and tuple(found[name].shape) != shape
     ]
@@ -664,10 +701,11 @@ def _renamings(own: Mapping[str, Any], shapes: Mapping[str, Any]) -> Iterator[An
 
 
 def _as_saved(module: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of the transformers models in the module by the names that `save_pretrained` gives them, as views of their parameters.
+    """The tensors of the transformers models in the module by the names that `save_pretrained` gives them, as views of their
+    parameters.
 
-    On loading, transformers renames some and fuses others (the experts of a mixture become one parameter); its way back is run here on the parameters
-    themselves. What it can't give back without a copy is left out, since an update of a copy would be lost."""
+    On loading, transformers renames some and fuses others (the experts of a mixture become one parameter); its way back is run here
+    on the parameters themselves. What it can't give back without a copy is left out, since an update of a copy would be lost."""
     import torch
     from torch.overrides import TorchFunctionMode
 

@@ -67,7 +67,8 @@ def best_so_far(request: Search, records: Sequence[Record], found: Found) -> Fig
         best = max(best, good * r["objective"])
         line.append(good * best)
     axis.step(
-        *([*(r["number"] for r in scored), records[-1]["number"]], [*line, good * best]),
+        [*(r["number"] for r in scored), records[-1]["number"]],
+        [*line, good * best],
         where="post",
         color=BLUE,
         label=f"best so far {shown_score(good * best)}",
@@ -328,7 +329,7 @@ def _best_of(request: Search, at: Mapping[tuple[Any, ...], float]) -> tuple[Any,
     return max((point for point, v in at.items() if math.isfinite(v)), key=lambda point: request.better * at[point])
 
 
-# --- what plots share ---------------------------------------------------------------------------------------------------------------
+# --- what plots share -------------------------------------------------------------------------------------------------------------
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1, **shared: Any) -> tuple[Figure, Any]:
@@ -363,8 +364,8 @@ def _score_name(request: Search) -> str:
 
 
 def _range(request: Search, scores: Sequence[float], lines: Iterable[float]) -> tuple[float, float]:
-    """The worst and the best score that a plot has room for. Ruined merges, far below the lower quartile, would leave the others none; nor is it
-    for lines far away from the better ones."""
+    """The worst and the best score that a plot has room for. Ruined merges, far below the lower quartile, would leave the others
+    none; nor is it for lines far away from the better ones."""
     goodness = sorted(request.better * s for s in scores)
     quartile, best = goodness[len(goodness) // 4], goodness[-1]
     span = best - quartile or abs(best) or 1.0
@@ -379,7 +380,8 @@ def _generations(request: Search, records: Sequence[Record]) -> list[Sequence[Re
 
 
 def _by_outcome(records: Sequence[Record]) -> Iterable[tuple[str, Sequence[Record]]]:
-    """A marker, and the candidates that have it: with a score and without. None without any: a line of no points upsets the layout."""
+    """A marker, and the candidates that have it: with a score and without. None without any: a line of no points upsets the
+    layout."""
     parts = [("o", [r for r in records if not r["error"]]), ("x", [r for r in records if r["error"]])]
     return [(marker, part) for marker, part in parts if part]
 

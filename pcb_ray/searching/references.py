@@ -40,16 +40,17 @@ def dry_score(job: Job, state: State, *, quiet: bool) -> Scores:
             if isinstance(found, RequestError):
                 raise found
             if isinstance(found, RunError):
-                fix = "Fix: make the evaluator score the base model."
-                raise RequestError(f"search.evaluator: scoring the base failed: {found}. {fix}")
+                fix = "make the evaluator score the base model"
+                raise RequestError(f"search.evaluator: wanted a score of the base, found that {found}. Fix: {fix}.")
             if isinstance(found, Exception):
-                fix = "Fix: see that the model fits in memory, and that the evaluator does not end its process."
+                fix = "see that the model fits in memory, and that the evaluator does not end its process"
                 raise RequestError(
-                    f"search.evaluator: its process died while it scored the base ({reason_in(found)}). {fix}"
+                    f"search.evaluator: wanted a score of the base, found that the process died ({reason_in(found)}). Fix: {fix}."
                 ) from found
             if not math.isfinite(value := found[request.metric]):
                 raise RequestError(
-                    f"search.metric: {request.metric} of the base on {split} is {value}. Fix: make it a finite number; candidates are compared by it."
+                    f"search.metric: wanted a finite {request.metric} of the base on {split}, found {value}. "
+                    "Fix: make it a number; candidates are compared by it."
                 )
             scores[split] = found
             bar.advance(f"{request.metric} {value:.5g} on {split}")
@@ -103,7 +104,7 @@ def _key(what: int | Config) -> str:
 
 
 class _ScorerActor:
-    """A worker as a Ray actor, for what is scored outside of trials."""
+    """A scorer as a Ray actor, for what is scored outside of trials."""
 
     def __init__(self, job: Job) -> None:
         from pcb_ray.searching.scorer import Scorer
@@ -117,7 +118,7 @@ class _ScorerActor:
         """Answers once the actor has been placed."""
 
     def score(self, what: int | Config, split: str) -> dict[str, float]:
-        """Of the base (0), a model (1..N), or a candidate. Raises RequestError, or RunError that says what was raised, and where."""
+        """The metrics of the base (0), a model (1..N), or a candidate. Raises RequestError, or RunError with what was raised."""
         try:
             self._scorer = self._scorer or self._start()
             if isinstance(what, int):
@@ -158,8 +159,9 @@ class _Scorers:
         self._starting[scorer.is_there.remote()] = scorer
 
     def score(self, asked: Mapping[_One, int | Config]) -> Iterator[tuple[_One, dict[str, float] | Exception]]:
-        """The metrics of each (name, split), or what scoring it raised, or the RayError of a scorer that died: it gets a successor, asked once more.
+        """The metrics of each (name, split), or what scoring it raised, or the RayError of a scorer that died.
 
+        Such a scorer gets a successor, which is asked once more.
         Raises RunError if the cluster has no place for one."""
         import ray
 
@@ -173,8 +175,9 @@ class _Scorers:
                 last_sign = time.monotonic()
             elif time.monotonic() - last_sign > PATIENCE.placement_s:
                 raise RunError(
-                    f"no worker with {self._waits_for} could be placed for {PATIENCE.placement_s:.0f} s: other jobs may hold what the cluster has "
-                    f"({nodes()}); free some, then --resume goes on"
+                    f"search.resources_per_trial: wanted a process with {self._waits_for}, found no place for it in "
+                    f"{PATIENCE.placement_s:.0f} s: other jobs may hold what the cluster has ({nodes()}). "
+                    "Fix: free some, then go on with --resume."
                 )
             for answer in ready:
                 if answer in self._starting:

@@ -14,6 +14,7 @@ from pcb_ray.searching.request import Config, Search, Space, share_of
 from pcb_ray.searching.results import Found
 from pcb_ray.searching.tables import (
     Record,
+    Table,
     direction,
     error_table,
     grid_table,
@@ -39,7 +40,8 @@ img { width: 100%; min-width: 44em; height: auto; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
 @media print {
   body { max-width: none; margin: 0; padding: 0; font-size: 11px; } h2 { break-after: avoid; } img, tr { break-inside: avoid; }
-  img { min-width: 0; max-height: 24cm; object-fit: contain; } .wide { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  img { min-width: 0; max-height: 24cm; object-fit: contain; } .wide { overflow: visible; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   th, td { padding: .2em .4em; } .notes, .scores tr { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
@@ -75,13 +77,13 @@ def write_search(folder: Path, records: Sequence[Record], found: Found) -> None:
         (folder / name).write_bytes(data)
     board, errors = scoreboard(request, scores), error_table(records)
     sections = [
-        f"<p>{html.escape(count)}, in {_duration(found.elapsed_s)}; {html.escape(request.metric)} on {html.escape(split)} decided.</p>",
+        f"<p>{html.escape(f'{count}, in {_duration(found.elapsed_s)}; {request.metric} on {split} decided.')}</p>",
         _notes(notes_of(found)),
         f"<div class=scores>{board.as_html()}</div><p>{html.escape(_marked(request, scores))}</p>",
         "<h2>Coefficients of the winner</h2>",
         *(f"<p>{html.escape(about)}</p>{table.as_html()}" for about, table in winner_tables(space, best)),
         *(f"<h2>{title}</h2>{_image(data, text)}" for title, data, text in told.values()),
-        *(["<h2>Errors</h2>", errors.as_html()] if errors else []),
+        *_errors(errors),
         f"<h2>Recipe of the winner</h2><pre>{html.escape(found.recipe.to_yaml())}</pre>",
     ]
     _write_page(folder, "Search of merge coefficients", sections)
@@ -107,12 +109,12 @@ def write_sweep(
         _notes(notes_of_sweep(request, records, on_base)),
         _image(plot, text),
         table.as_html(),
-        *(["<h2>Errors</h2>", errors.as_html()] if errors else []),
+        *_errors(errors),
     ]
     _write_page(folder, "Sweep", sections)
 
 
-# --- what to know -------------------------------------------------------------------------------------------------------------------
+# --- what to know -----------------------------------------------------------------------------------------------------------------
 
 
 def notes_of(found: Found) -> list[str]:
@@ -133,9 +135,8 @@ def notes_of(found: Found) -> list[str]:
         rivals |= {"start": "the start"} if best != space.start else {}
         for name, who in rivals.items():
             if request.better * (values["winner"] - values[name]) <= 0:
-                notes.append(
-                    f"on {split} the winner ({request.metric} {shown_score(values['winner'])}) is no better than {who} ({shown_score(values[name])})"
-                )
+                winners, others = shown_score(values["winner"]), shown_score(values[name])
+                notes.append(f"on {split} the winner ({request.metric} {winners}) is no better than {who} ({others})")
     notes += _at_bounds(space, best)
     if found.failed:
         notes.append(f"{found.failed} of {found.trials} candidates failed; the report lists their errors")
@@ -176,11 +177,15 @@ def _at_bounds(space: Space, best: Config) -> list[str]:
     return notes
 
 
-# --- the page -----------------------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------------------------------
 
 
 def _notes(notes: Sequence[str]) -> str:
     return f"<ul class=notes>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>" if notes else ""
+
+
+def _errors(errors: Table | None) -> list[str]:
+    return ["<h2>Errors</h2>", errors.as_html()] if errors else []
 
 
 def _marked(request: Search, scores: Mapping[str, Any]) -> str:

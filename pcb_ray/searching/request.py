@@ -32,8 +32,19 @@ LONGEST_S = 1e8  # three years
 LEAST_SHARE = 1e-4  # of a CPU or GPU, that Ray tells from none
 
 _KEYS = (
-    *("evaluator", "split", "metric", "mode", "space", "optimizer", "budget", "population", "concurrency"),
-    *("resources_per_trial", "seed", "trial_timeout", "loggers"),
+    "evaluator",
+    "split",
+    "metric",
+    "mode",
+    "space",
+    "optimizer",
+    "budget",
+    "population",
+    "concurrency",
+    "resources_per_trial",
+    "seed",
+    "trial_timeout",
+    "loggers",
 )
 _SECRETS = {"api_key": "WANDB_API_KEY", "tracking_token": "MLFLOW_TRACKING_TOKEN"}
 
@@ -153,8 +164,8 @@ class Search:
             parameters={
                 name: _searched(space[name], f"search.space.{name}", method, name, problems) for name in searched if name in space
             },
-            scale=name_of(method, "scale"),
-            share=name_of(method, "share"),
+            scale=method.scale,
+            share=method.share,
             variants=_variants(space.get("variant", ()), "search.space.variant", method, problems),
             optimizer=text(top.get("optimizer", cls.optimizer), "search.optimizer", problems),
             budget=budget,
@@ -168,21 +179,23 @@ class Search:
             loggers=_loggers(top.get("loggers", ()), problems),
         )
         if not found.cpu and not found.gpu:
-            problems.append("search.resources_per_trial: neither CPU nor GPU. Fix: ask for one at least.")
+            problems.append("search.resources_per_trial: wanted a CPU or a GPU, found neither. Fix: ask for one at least.")
         if found.trial_timeout_s is not None and not 0 < found.trial_timeout_s <= LONGEST_S:
             wanted = f"seconds above 0 and up to {LONGEST_S:g}"
             problems.append(wrong("search.trial_timeout", wanted, top["trial_timeout"], "remove it, or write one such as 600"))
-        if any("/" in name for name, _ in found.groups):
-            problems.append("search.space.groups: names may not have a `/`. Fix: rename the group.")
+        problems += [
+            wrong("search.space.groups", "names without a `/`", name, "rename the group") for name, _ in found.groups if "/" in name
+        ]
         if budget < population:
             problems.append(
-                f"search.budget: {budget} is less than the population of {population}. Fix: at least one generation, or several."
+                f"search.budget: wanted at least one generation, a population of {population}, found {budget}. "
+                "Fix: ask for one generation or several."
             )
-        if not method.linear:
-            able = ", ".join(dict.fromkeys(m.name for m in METHODS if m.linear))
+        if not is_searched(method):
+            able = ", ".join(dict.fromkeys(m.name for m in METHODS if is_searched(m)))
             problems.append(
-                f"merge_method: wanted a method that says it is linear in the weights, found {recipe.merge_method}. Fix: use one of {able}, or, "
-                "if your own is linear, set `linear=True` in its record."
+                f"merge_method: wanted a method with a base that says it is linear in the weights, found {recipe.merge_method}. "
+                f"Fix: use one of {able}, or, if your own is linear, set `linear=True` in its record."
             )
         if problems:
             raise RequestError(problems)
@@ -205,14 +218,14 @@ class Search:
         return 1.0 if self.mode == "max" else -1.0
 
 
+def is_searched(method: Method) -> bool:
+    """Whether a search can vary the weights without reading a model again."""
+    return method.linear and method.has_base
+
+
 def searchable(method: Method) -> tuple[str, ...]:
     """The parameters that a search can vary without reading a model again."""
     return tuple(name for name, parameter in method.parameters.items() if parameter.searched)
-
-
-def name_of(method: Method, kind: str) -> str:
-    """The parameter that is searched in this way; empty if the method has none."""
-    return next((name for name, parameter in method.parameters.items() if parameter.searched == kind), "")
 
 
 _SEARCHED_ANYWHERE = tuple(dict.fromkeys(name for method in METHODS for name in (*searchable(method), "variant")))
@@ -315,7 +328,9 @@ def _groups(raw: object, problems: list[str]) -> tuple[tuple[tuple[str, tuple[st
             continue
         listed = patterns if isinstance(patterns, list | tuple) else [patterns]
         if name == REST:
-            problems.append(f"{where}: `{REST}` is the group of all that no pattern matches. Fix: choose another name.")
+            problems.append(
+                f"{where}: wanted names of your own, found `{REST}`, the group of all that no pattern matches. Fix: rename it."
+            )
         groups.append((text(name, where, problems), tuple(text(p, f"{where}.{name}", problems) for p in listed)))
     return tuple(groups), layers
 
@@ -332,7 +347,8 @@ def _loggers(raw: object, problems: list[str]) -> tuple[tuple[str, Mapping[str, 
         name, options = next(iter(one.items())) if isinstance(one, Mapping) and len(one) == 1 else (one, {})
         options = options if isinstance(options, Mapping) else {}
         problems += [
-            f"search.loggers.{name}.{key}: would be kept with the output. Fix: set {variable} in the environment."
+            f"search.loggers.{name}.{key}: wanted no secret here, found one, which would be kept with the output. "
+            f"Fix: set {variable} in the environment."
             for key, variable in _SECRETS.items()
             if key in options
         ]
@@ -340,7 +356,7 @@ def _loggers(raw: object, problems: list[str]) -> tuple[tuple[str, Mapping[str, 
     return tuple(found)
 
 
-# --- the space ----------------------------------------------------------------------------------------------------------------------
+# --- the space --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -374,13 +390,17 @@ class Space:
         groups = tuple(dict.fromkeys(group_names))
         matched = {_group(search, name) for name in names}
         problems = [
-            f"search.space.groups.{name}: {shown(', '.join(patterns))} matches none of the {len(names)} merged tensors, such as {names[0]}, "
-            "that no group above it has taken. Fix: patterns are like *self_attn*, the first that matches wins."
+            f"search.space.groups.{name}: wanted patterns of some of the {len(names)} merged tensors, such as {names[0]}, that no "
+            f"group above it has taken, found {shown(', '.join(patterns))}. "
+            "Fix: write patterns like *self_attn*; the first that matches wins."
             for name, patterns in search.groups
             if name not in matched
         ]
         if search.layers > (stack := _stack(names)):
-            problems.append(f"search.space.groups.layers: {search.layers} parts of {stack} layers. Fix: {stack} parts at most.")
+            problems.append(
+                f"search.space.groups.layers: wanted at most {stack} parts, one for each layer, found {search.layers}. "
+                f"Fix: write {stack} or less."
+            )
         notes = [
             f"the {name} of {label} is not used: one is searched for all models"
             for label, model in zip(labels, recipe.models, strict=True)
@@ -392,7 +412,8 @@ class Space:
 
         def search_for(name: str, within: Range, of_recipe: float) -> None:
             bounds[name] = within.bounds(of_recipe, is_log=name == search.share)
-            outside.extend([name] * (within.init is None and not within.lower <= of_recipe <= within.upper))
+            if within.init is None and not within.lower <= of_recipe <= within.upper:
+                outside.append(name)
 
         for i, label in enumerate(labels):
             of_group: dict[str, list[float]] = {group: [] for group in groups}
@@ -410,7 +431,7 @@ class Space:
         variants = search.variants if len(search.variants) > 1 else ()
         if len(bounds) + bool(variants) < 2 and search.optimizer == "CMA":
             problems.append(
-                f"search.space: CMA needs at least two coefficients, there is one. Fix: add `{search.scale or 'groups'}`, or use "
+                f"search.space: wanted at least two coefficients for CMA, found one. Fix: add `{search.scale or 'groups'}`, or use "
                 "`optimizer: OnePlusOne`."
             )
         if problems:
@@ -436,8 +457,8 @@ class Space:
         )
 
     def first_generation(self, count: int, seed: int) -> list[dict[str, Any]]:
-        """The start, and with it a Latin hypercube over what acts on all tensors alike: one lambda_i for all models and groups, lambda, and the
-        logarithm of a share. The variants take turns."""
+        """The start, and with it a Latin hypercube over what acts on all tensors alike: one lambda_i for all models and groups,
+        lambda, and the logarithm of a share. The variants take turns."""
         random = Random(seed)
         values: dict[str, list[float]] = {}
         for name, b in self.bounds.items():
@@ -545,8 +566,8 @@ def _group_names(search: Search, names: Sequence[str]) -> list[str]:
 def _rules(names: Sequence[str], groups: Sequence[int]) -> list[tuple[str | None, int]]:
     """(filter, group): the first filter that is part of a name tells its group; the last is None. As few as are easily found."""
     of_name = dict(zip(names, groups, strict=True))
-    # Stretches of whole parts of names, and the names that have them: a mixture of experts has 20,000 names and as many stretches, so that to look
-    # for each of them in each name would take minutes.
+    # Stretches of whole parts of names, and the names that have them: a mixture of experts has 20,000 names and as many stretches,
+    # so that to look for each of them in each name would take minutes.
     having: dict[str, list[str]] = {}
     for name in names:
         for stretch in _stretches(name):
@@ -585,7 +606,7 @@ def _stretches(name: str) -> Iterator[str]:
         yield ".".join(pieces[start:stop]) + ("." if stop < len(pieces) else "")
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------------------------
+# --- the grid ---------------------------------------------------------------------------------------------------------------------
 
 
 def grid_of(recipe: Recipe) -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ from pcb_ray.steps import ARITHMETIC, Stamps, check_unchanged, placed, publish, 
 log = logging.getLogger("pcb_ray")
 
 BEST = "best_recipe.yaml"
+BLOCKS_LOOKED_AT = 4  # for whether a method is linear in the weights
 LINEAR_WITHIN = 1e-4  # of the largest change: far more than rounding in float32 gives
 
 
@@ -63,11 +64,12 @@ def search(
 ) -> Found:
     """Search the coefficients that the recipe's `search:` section opens, and merge the best candidate into the directory `out`.
 
-    `evaluator` is an object with `load` and `score` (see `searching.evaluators`), instead of the one that the recipe names. `workers`, `address`
-    and `memory` are for the analysis, as in `merge`. `out` also holds best_recipe.yaml, trials.parquet, report.html and the Tune experiment.
+    `evaluator` is an object with `load` and `score` (see `searching.evaluators`), instead of the one that the recipe names.
+    `workers`, `address` and `memory` are for the analysis, as in `merge`. `out` also holds best_recipe.yaml, trials.parquet,
+    report.html and the Tune experiment.
 
-    Raises RequestError if the request, an input or the evaluator is wrong (before the first trial), RunError if the run can't be finished; `resume`
-    goes on with it.
+    Raises RequestError if the request, an input or the evaluator is wrong (before the first trial), RunError if the run can't be
+    finished; `resume` goes on with it.
     """
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
@@ -81,7 +83,7 @@ def search(
         records, best_trial = _tried(job, state, tune.Generations(job.search, job.space, progress), progress, request.budget, known)
         scores, best = references(job, state, run.base, records, best_trial, quiet=quiet)
         winner = job.space.recipe_of(job.space.candidate(best))
-        receipt = _write_winner(run, winner, best, start)
+        receipt = _write_winner(run, winner, best)
         found = Found(
             request=job.search,
             space=job.space,
@@ -111,7 +113,8 @@ def sweep(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Swept:
-    """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section: one analysis per variant, nothing read again.
+    """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section: one analysis per variant, nothing
+    read again.
 
     `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Raises as `search` does.
     """
@@ -141,11 +144,12 @@ def _variant(recipe: Recipe) -> str:
 
 
 def _tools() -> tuple[Any, Any]:
-    """Two modules with seconds of imports, for when the request is known to be right. Raises RequestError if a library is not installed."""
+    """Two modules with seconds of imports, for when the request is known to be right. Raises RequestError if a library is not
+    installed."""
     try:
         from pcb_ray.searching import report, tune
     except ImportError as error:
-        raise RequestError(f"search: {error}. Fix: pip install 'pcb-ray[search]'.") from error
+        raise RequestError(f"search: wanted its libraries, found {error}. Fix: pip install 'pcb-ray[search]'.") from error
     return report, tune
 
 
@@ -188,7 +192,8 @@ def _prepared(
 ) -> Iterator[_Run]:
     """What searches and sweeps have in common: everything is checked, the base is scored, each variant has its basis.
 
-    `model`: whether the output is to have one. `scored`: whether the share that is kept will differ, if the request does not say so."""
+    `model`: whether the output is to have one. `scored`: whether the share that is kept will differ, if the request does not say
+    so."""
     from pcb_ray.searching import tune
 
     scored = request.scored if scored is None else scored
@@ -256,7 +261,7 @@ def announced(plan: Plan) -> dict[str, Any]:
     recipes = [_analysed(recipe, request, variant) for variant in request.variants or (_variant(recipe),)]
     plans = [dataclasses.replace(plan, recipe=one) for one in recipes]
     return {
-        "coefficients": [*space.bounds, *["variant"] * bool(space.variants)],
+        "coefficients": [*space.bounds, "variant"] if space.variants else list(space.bounds),
         "optimizer": request.optimizer,
         "budget": request.budget,
         "population": request.population,
@@ -299,15 +304,15 @@ def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
 
 
 def _check_picklable(evaluator: Any) -> None:
-    """Raises RequestError for an evaluator that can't be sent to workers."""
+    """Raises RequestError for an evaluator that can't be sent to trial processes."""
     from ray import cloudpickle
 
     try:
         cloudpickle.dumps(evaluator)
     except Exception as error:  # whatever its __getstate__ raises
         raise RequestError(
-            f"search.evaluator: {type(evaluator).__name__} can't be sent to the workers: {with_place(error)}. Fix: open files, "
-            "connections and models in `load`, which each worker calls."
+            f"search.evaluator: wanted an object that can be sent to trial processes, found that {type(evaluator).__name__} can't: "
+            f"{with_place(error)}. Fix: open files, connections and models in `load`, which each process calls."
         ) from error
 
 
@@ -326,7 +331,7 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) 
     write_side_files(folder, {n: d for n, d in files.items() if n != RECIPE and not n.endswith(".index.json")})
 
 
-# --- the steps ----------------------------------------------------------------------------------------------------------------------
+# --- the steps --------------------------------------------------------------------------------------------------------------------
 
 
 def _with_bases(arms: Mapping[str, Arm], state: State, scored: bool, how: _How) -> dict[str, Arm]:
@@ -365,13 +370,16 @@ def _with_basis(arm: Arm, session: Session, state: State, variant: str, scored: 
 
 
 def _check_linear(session: Session, known: Known) -> None:
-    """A method of the user's own says that it is linear in the weights: that is looked at on a block. Raises InputError."""
+    """A method of the user's own says that it is linear in the weights: some blocks are looked at for that. Raises InputError."""
     recipe = session.plan.recipe
-    ((_, departure),) = session.owners.ask(CheckLinear(known), [0])
+    chunks = session.plan.chunks
+    some = sorted({chunks * k // BLOCKS_LOOKED_AT for k in range(BLOCKS_LOOKED_AT)})
+    departure = max(found for _, found in session.owners.ask(CheckLinear(known), some))
     if departure > LINEAR_WITHIN:
         raise InputError(
-            f"merge_method: wanted {recipe.merge_method} linear in the weights, as its record says, found a block whose merge departs from "
-            f"that by {departure:.2g} of the largest change. Fix: set `linear=False`; then it can be merged, and not searched."
+            f"merge_method: wanted {recipe.merge_method} linear in the weights, as its record says, found a block whose merge "
+            f"departs from that by {departure:.2g} of the largest change. "
+            "Fix: set `linear=False`; then it can be merged, and not searched."
         )
 
 
@@ -384,7 +392,10 @@ def _tried(
     shutil.rmtree(state.folder / "tune", ignore_errors=True)
     records = tune.run_trials(job, asker, progress, total, storage=state.folder, known=known, name="tune")
     if progress.best is None:
-        raise RunError(f"none of {len(records)} trials has a score; the last: {records[-1]['error']}")
+        raise RunError(
+            f"search: wanted a trial with a score, found none among {len(records)}; the last: {records[-1]['error']}. "
+            "Fix: mend the evaluator, then go on with --resume."
+        )
     return records, progress.best
 
 
@@ -393,6 +404,7 @@ def _commit(state: State, winner: Recipe) -> None:
     (state.staging / BEST).write_text(winner.resolved().to_yaml())
     for pickled in (state.folder / "tune").rglob("*.pkl"):
         pickled.unlink()  # for Tune to go on with; they hold the evaluator's options, whatever these may be
+    shutil.rmtree(state.staging / "tune", ignore_errors=True)  # of an earlier run that could not be committed
     (state.folder / "tune").rename(state.staging / "tune")
     state.commit()
 
@@ -410,8 +422,8 @@ def _progress(total: int, job: Job, state: State, *, quiet: bool) -> tuple[Any, 
 
 
 def _known_trials(job: Job, state: State) -> dict[str, Any]:
-    """The trials of an earlier run that had a score, and those without one that later generations have been told of: scored now, they would change
-    what was asked since. What the evaluator scored before it was changed is not known any more."""
+    """The trials of an earlier run that had a score, and those without one that later generations have been told of: scored now,
+    they would change what was asked since. What the evaluator scored before it was changed is not known any more."""
     of_trials = {key: text for key, text in state.journal.items() if key.startswith("trial ")}
     mine = f"trial {job.scored_by} "
     records = {key.removeprefix(mine): json.loads(text) for key, text in of_trials.items() if key.startswith(mine)}
@@ -426,11 +438,12 @@ def _known_trials(job: Job, state: State) -> dict[str, Any]:
     return known
 
 
-def _write_winner(run: _Run, winner: Recipe, best: Config, start: float) -> Receipt:
-    """Merge the winner into the staging folder, with the thresholds that are known; a part that an interrupted run has written stays."""
+def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
+    """Merge the winner into the staging folder, with the thresholds that are known; a part that an interrupted run has written
+    stays."""
     from pcb_ray.searching.basis import Basis
 
-    state, job, how = run.state, run.job, run.how
+    start, state, job, how = time.monotonic(), run.state, run.job, run.how
     arm = job.arms[_variant(winner)]
     density = job.space.candidate(best).density
     known = arm.known if density is None else Basis(arm.plan, arm.folder, arm.known).known(density)
@@ -448,7 +461,9 @@ def _write_winner(run: _Run, winner: Recipe, best: Config, start: float) -> Rece
             output = write(session, store, known, str(state.staging), state, label)
             check_unchanged(store, run.stamps)
         except InputError as error:  # that would forget all trials
-            raise RunError(f"the winner can't be merged: {error}. What the trials found is kept in {state.folder}.") from error
+            raise RunError(
+                f"the winner: wanted its merge, found {error} What the trials found is kept in {state.folder}."
+            ) from error
         return publish(
             session,
             state,

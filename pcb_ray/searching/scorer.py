@@ -46,7 +46,8 @@ class Job:
     model_dir: str
     """The base as the evaluator loads it."""
     folder: str
-    """Of the recipe, or of the Python code that gave the evaluator: what an evaluator opens by a relative path is found from there."""
+    """Of the recipe, or of the Python code that gave the evaluator: what an evaluator opens by a relative path is found from
+    there."""
     scored_by: str = ""
     """Tells the evaluator from what it was before it was changed: their scores don't mix."""
     evaluator: Any = None
@@ -69,7 +70,8 @@ class Scorer:
         self._plan = next(iter(job.arms.values())).plan
         if not callable(getattr(module, "named_parameters", None)):
             raise RequestError(
-                f"search.evaluator: load() returned {type(module).__name__}. Fix: return the torch.nn.Module whose parameters are to be updated."
+                f"search.evaluator: wanted a torch.nn.Module from load(), found {type(module).__name__}. "
+                "Fix: return the module whose parameters are to be updated."
             )
         shapes = {t.name: t.shape for t in self._plan.tensors}
         # What the plan counts once may be twice in a module that knows no ties, such as that of `command`.
@@ -113,12 +115,13 @@ class Scorer:
         metric = self.job.search.metric
         if not isinstance(found, Mapping):
             raise RequestError(
-                f"search.evaluator: score({split!r}) returned {type(found).__name__}. Fix: return a dict of numbers with {metric!r}."
+                f"search.evaluator: wanted a dict of numbers from score({split!r}), found {type(found).__name__}. "
+                f"Fix: return one with {metric!r}."
             )
         if metric not in found:
             raise RequestError(
-                f"search.metric: score({split!r}) returned {', '.join(map(str, found)) or 'nothing'}, not {metric!r}. Fix: name one of these, "
-                "or return it."
+                f"search.metric: wanted {metric!r} from score({split!r}), found {', '.join(map(str, found)) or 'nothing'}. "
+                "Fix: name one of these, or return it."
             )
         values: dict[Any, Any] = dict(found)
         found = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in values.items()}  # of numpy or torch
@@ -126,7 +129,8 @@ class Scorer:
         if bad:
             key, value = next(iter(bad.items()))
             raise RequestError(
-                f"search.evaluator: score({split!r}) returned {key} = {reprlib.repr(value)}. Fix: return numbers, such as float(x)."
+                f"search.evaluator: wanted numbers from score({split!r}), found {key} = {reprlib.repr(value)}. "
+                "Fix: return numbers, such as float(x)."
             )
         return {str(k): float(v) for k, v in found.items()}
 

@@ -1,4 +1,5 @@
-"""What a search leaves as rows: of all candidates for tools, in parquet; of what matters for people, in a terminal and on a page."""
+"""What a search leaves as rows: of all candidates for tools, in parquet; of what matters for people, in a terminal and on a
+page."""
 
 from __future__ import annotations
 
@@ -33,10 +34,10 @@ _HIGHER_IS_BETTER = re.compile(r"acc|f1|exact_match|bleu|rouge|mcc", re.IGNORECA
 def write_table(path: Path, records: Sequence[Record]) -> None:
     """A row for each candidate, in parquet.
 
-    number (int64, in the order asked), the coefficients by name (doubles; variant: text), metric.NAME for each that the evaluator gave, objective
-    (the one searched by), seconds in all and load_s, apply_s, score_s of them (doubles), ended (UTC, to the millisecond), node and error (text; no
-    error is empty).
-    What a candidate that failed lacks is null, as in SQL, where NaN would be a score above all others."""
+    number (int64, in the order asked), the coefficients by name (doubles; variant: text), metric.NAME for each that the evaluator
+    gave, objective (the one searched by), seconds in all and load_s, apply_s, score_s of them (doubles), ended (UTC, to the
+    millisecond), node and error (text; no error is empty). What a candidate that failed lacks is null, as in SQL, where NaN would
+    be a score above all others."""
     rows = [
         {
             "number": r["number"],
@@ -113,7 +114,8 @@ def shown_coefficient(value: float | str) -> str:
 
 
 def scoreboard(request: Search, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """Base, experts, start and winner: the metric on both splits, and all others on the report split; the best of each column is marked."""
+    """Base, experts, start and winner: the metric on both splits, and all others on the report split; the best of each column is
+    marked."""
     splits = (request.search_split, request.report_split)
     others = [m for m in scores["base"][splits[1]] if m != request.metric]
     columns = [*((request.metric, split) for split in splits), *((m, splits[1]) for m in others)]
@@ -138,7 +140,8 @@ def direction(request: Search, metric: str) -> float:
 
 
 def winner_tables(space: Space, best: Config) -> list[tuple[str, Table]]:
-    """The winner's coefficients, each with its start and range; those of groups by group and model. With what to say about each table."""
+    """The winner's coefficients, each with its start and range; those of groups by group and model. With what to say about each
+    table."""
     tables, names, start = [], list(best), space.start
     if len(space.groups) > 1:
         weights = {g: [weight_name(label, g, space.groups) for label in space.labels] for g in space.groups}

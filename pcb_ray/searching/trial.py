@@ -1,6 +1,6 @@
 """A trial of Ray Tune: one candidate after another, in a process that loads model and data once.
 
-A module of its own, since what Nevergrad imports would make every worker seconds slower to start."""
+It is a module of its own, since what Nevergrad imports would make every trial process seconds slower to start."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ Record = dict[str, Any]
 """What became of a candidate: config, metrics, objective, error, seconds, node."""
 
 
-LOAD_FAILED = "the worker could not load the model or its data"
+LOAD_FAILED = "the trial process could not load the model or its data"
 
 
 def prepare_process(job: Job) -> None:
-    """Of a worker, before torch looks for GPUs: one that has not asked for any must not see those that Ray may have lent to others."""
+    """Make this a trial process, before torch looks for GPUs: one that has not asked for any must not see those that Ray may have
+    lent to others."""
     if not job.search.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.chdir(job.folder)
@@ -78,8 +79,8 @@ class Trial(tune.Trainable):
         return {**own, **found}
 
     def _load(self) -> float:
-        """Seconds that it took. What it raises ends the process: one that can't load, for a missing mount or a GPU that is full, must not take one
-        candidate after another."""
+        """Seconds that it took. What it raises ends the process: one that can't load, for a missing mount or a GPU that is full,
+        must not take one candidate after another."""
         start = time.monotonic()
         try:
             self._scorer = self._scorer or Scorer(self._job)

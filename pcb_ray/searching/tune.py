@@ -1,4 +1,5 @@
-"""All of Ray Tune and Nevergrad: candidates asked generation by generation, scored by trials that keep their model, told in the order asked."""
+"""All of Ray Tune and Nevergrad: candidates asked generation by generation, scored by trials that keep their model, told in the
+order asked."""
 
 from __future__ import annotations
 
@@ -32,18 +33,20 @@ from pcb_ray.searching.trial import LOAD_FAILED, OBJECTIVE, Record, Trial
 
 log = logging.getLogger("pcb_ray")
 
-# Of a process that Ray ends because memory is short, Ray raises an error that Tune does not take for the death of an actor: it would end the search.
+# Of a process that Ray ends because memory is short, Ray raises an error that Tune does not take for the death of an actor: it
+# would end the search.
 for module in (actor_manager, tune_controller):
     vars(module)["RayActorError"] = (RayActorError, OutOfMemoryError)
 
 INITIAL_STD = 0.1  # of CMA, in ranges between bounds; Nevergrad's own, 0.05 or 0.025, is too timid for a budget of 100
 SMALLEST_GRID = 16  # of fewer points a quarter may fail by chance
-START_PATIENCE_S = 60.0  # how long idle workers wait for one more to start
+START_PATIENCE_S = 60.0  # how long idle trial processes wait for one more to start
 RETRY_S = 600.0  # after so long they try again
-MOST_UNLOADED = 8  # workers that could not load, with no result between them
-MOST_DEATHS = 10  # of workers that were to score the same candidate, also of those that died before
+GO_ON = "go on with --resume, which keeps what was scored"
+MOST_UNLOADED = 8  # processes that could not load, with no result between them
+MOST_DEATHS = 10  # of processes that were to score the same candidate, also of those that died before
 
-# --- who asks -----------------------------------------------------------------------------------------------------------------------
+# --- who asks ---------------------------------------------------------------------------------------------------------------------
 
 
 def nevergrad_space(space: Space, seed: int, start: Config) -> Any:
@@ -73,8 +76,8 @@ def check_optimizer(search: Search, space: Space) -> None:
     if search.optimizer and search.optimizer not in names:
         near = ["CMA"] if "CMA" in search.optimizer.upper() else difflib.get_close_matches(search.optimizer, names, n=1)
         raise RequestError(
-            f"search.optimizer: {search.optimizer!r} is none of Nevergrad's. Fix: "
-            + (f"write {near[0]}." if near else "CMA, or a name of nevergrad.optimizers.registry.")
+            f"search.optimizer: wanted CMA or another of Nevergrad's, found {search.optimizer!r}. Fix: write "
+            + (f"{near[0]}." if near else "CMA, or a name of nevergrad.optimizers.registry.")
         )
     if search.optimizer in ("", "CMA"):
         return
@@ -87,8 +90,9 @@ def check_optimizer(search: Search, space: Space) -> None:
                 optimizer.tell(candidate, float(k))
     except Exception as error:  # whatever a package raises that is missing, or an optimizer that wants another kind of space
         raise RequestError(
-            f"search.optimizer: {search.optimizer} can't search {len(space.bounds)} coefficients, {search.population} candidates at a time, here: "
-            f"{type(error).__name__}: {reason_in(error)}. Fix: use CMA, or another of Nevergrad's."
+            f"search.optimizer: wanted one for {len(space.bounds)} coefficients and {search.population} candidates at a time, "
+            f"found that {search.optimizer} raised {type(error).__name__}: {reason_in(error)}. "
+            "Fix: use CMA, or another of Nevergrad's."
         ) from error
 
 
@@ -102,9 +106,11 @@ def optimizer_of(search: Search, space: Space) -> Any:
 
     if search.optimizer != "CMA":
         return ng.optimizers.registry[search.optimizer]
-    # In Nevergrad's unit, a sixth of the range; it multiplies the scale by this where all is bounded, and a choice of variants is not.
+    # In Nevergrad's unit, a sixth of the range; it multiplies the scale by this where all is bounded, and a choice of variants is
+    # not.
     multiplied_by = 1.0 if space.variants else 0.3 if len(space.bounds) < 18 else 0.15
-    # Below a population of 6 it would mirror samples, and then not know them again, with a warning, after their way through Nevergrad.
+    # Below a population of 6 it would mirror samples, and then not know them again, with a warning, after their way through
+    # Nevergrad.
     inopts = {"CMA_mirrors": 0}
     return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=6 * INITIAL_STD / multiplied_by, inopts=inopts)
 
@@ -123,8 +129,8 @@ class Patience:
 class Generations(NevergradSearch):
     """Nevergrad, one generation at a time, from the best of a first one that is spread over the uniform coefficients.
 
-    Results are told in the order in which they were asked for, once a generation's are all there: so a seed gives the same candidates whatever
-    finishes first. A trial that failed is told as the worst score so far."""
+    Results are told in the order in which they were asked for, once a generation's are all there: so a seed gives the same
+    candidates whatever finishes first. A trial that failed is told as the worst score so far."""
 
     def __init__(self, search: Search, space: Space, progress: Ledger) -> None:
         self._search, self._coefficients, self._progress = search, space, progress
@@ -145,7 +151,7 @@ class Generations(NevergradSearch):
         if self.stopped or self._progress.is_over:
             return Searcher.FINISHED
         if self._progress.is_full:
-            return None  # until a worker is free
+            return None  # until a trial process is free
         if lost := self._progress.next_lost():
             self._generation[self._generation.index(lost)] = trial_id
             if lost in self._live_trial_mapping:
@@ -171,7 +177,7 @@ class Generations(NevergradSearch):
 
     def _ended(self, trial_id: str, value: float) -> None:
         if trial_id not in self._generation or trial_id in self._losses:
-            return  # told already: what comes now is only its worker's end
+            return  # told already: what comes now is only the end of its process
         self._losses[trial_id] = -self._search.better * value if math.isfinite(value) else None
         if len(self._losses) == self._search.population:
             self._learn([(one, self._losses[one]) for one in self._generation])
@@ -235,7 +241,7 @@ class Listed(Searcher):
         pass
 
 
-# --- who watches --------------------------------------------------------------------------------------------------------------------
+# --- who watches ------------------------------------------------------------------------------------------------------------------
 
 
 class Ledger(tune.Callback):
@@ -274,20 +280,22 @@ class Ledger(tune.Callback):
         self._bar.note(self._words)
 
     def may_try_again(self, trial_id: str) -> bool:
-        """Whether the candidate of a trial whose worker died is to have another: not if it was at work for the second time: it may be the cause.
+        """Whether the candidate of a trial whose process died is to have another. It is not, if this was the second at work on it:
+        the candidate may be the cause.
 
-        A worker may have died, with its node, while it was idle: then the next trial only finds it so."""
+        A process may have died, with its node, while it was idle: then the next trial only finds it so."""
         number = self._numbers[trial_id][0]
         if number in self.records or trial_id in self._lost:
             return False
         deaths = self._deaths.setdefault(number, [])
         deaths.append(trial_id in self._started)
         again = sum(deaths) < 2 and len(deaths) < MOST_DEATHS
-        self._lost += [trial_id] * again
+        if again:
+            self._lost.append(trial_id)
         return again
 
     def was_not_at_work(self, trial_id: str) -> None:
-        """Its worker ended before it could be."""
+        """Its process ended before it could be."""
         self._started.discard(trial_id)
 
     def next_lost(self) -> str | None:
@@ -336,14 +344,14 @@ class Ledger(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id in self._lost or trial.trial_id not in self._numbers:
-            return  # another worker will have it
-        error = f"the worker died: {reason_of(trial)}"
+            return  # another process will have it
+        error = f"the trial process died: {reason_of(trial)}"
         self._ended(trial.trial_id, {"metrics": {}, OBJECTIVE: math.nan, "error": error, "node": "", "seconds": math.nan})
 
     def _ended(self, trial_id: str, found: Record) -> None:
         number, config = self._numbers[trial_id]
         if number in self.records:
-            return  # its worker died after it
+            return  # its process died after it
         key = key_of(config)
         ended = self._known.get(key, {}).get("ended", time.time())  # of one that is known: then
         record = self.records[number] = {"number": number, "config": config, "ended": ended, **found}
@@ -370,15 +378,16 @@ def reason_of(trial: Any) -> str:
     return reason_in(Path(trial.error_file).read_text()) if trial.error_file else "no reason was given"
 
 
-# --- who works ----------------------------------------------------------------------------------------------------------------------
+# --- who works --------------------------------------------------------------------------------------------------------------------
 
 
 class StayingTrials(FIFOScheduler):
-    """Keeps the workers, with the model that each has loaded, from the first trial to the last.
+    """Keeps the trial processes, with the model that each has loaded, from the first trial to the last.
 
-    By itself Tune ends all idle workers but one whenever there is no trial to run, as at the end of each generation. And a worker that becomes free
-    gets the trial that another is just starting for, and that one is called off: trials shorter than such a start would be run by one worker only.
-    Here a trial that has its result stays with its worker until another waits for it, and a starting worker is waited for."""
+    By itself Tune ends all idle processes but one whenever there is no trial to run, as at the end of each generation. And a
+    process that becomes free gets the trial that another is just starting for, and that one is called off: trials shorter than such
+    a start would be run by one process only. Here a trial that has its result stays with its process until another waits for it,
+    and a starting process is waited for."""
 
     def __init__(self, asker: Generations | Listed, progress: Ledger) -> None:
         super().__init__()
@@ -387,7 +396,7 @@ class StayingTrials(FIFOScheduler):
         self._idle_since: float | None = None
         self._none_since = time.monotonic()
         self._full, self._again_at = progress.room, 0.0
-        self._unloaded = 0  # workers that could not load, since the last result
+        self._unloaded = 0  # processes that could not load, since the last result
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Record) -> str:
         self._held.append(trial)
@@ -400,7 +409,7 @@ class StayingTrials(FIFOScheduler):
             self._unloaded += 1
             self._progress.was_not_at_work(trial.trial_id)
             if self._unloaded > MOST_UNLOADED:
-                self._progress.given_up = f"{self._unloaded} workers after another could not load; the last: {reason}"
+                self._progress.given_up = f"{self._unloaded} trial processes after another that could not load; the last: {reason}"
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         if self._progress.interrupted:
@@ -415,14 +424,15 @@ class StayingTrials(FIFOScheduler):
                 self._release(tune_controller)
         elif pending and self._held and (len(pending) > self._progress.room - running or self._is_vain(running)):
             self._release(tune_controller)
-            return max(pending, key=lambda t: self._progress.number(t.trial_id))  # the last asked: no worker is starting for it
+            return max(pending, key=lambda t: self._progress.number(t.trial_id))  # the last asked: no process is starting for it
         if not pending or len(self._held) < running:
             self._idle_since = None
         if running or not pending:
             self._none_since = time.monotonic()
         elif time.monotonic() - self._none_since > START_PATIENCE_S:
             log.warning(
-                "no worker could be placed for %g s: other jobs may hold what the cluster has; the search waits", START_PATIENCE_S
+                "no trial process could be placed for %g s: other jobs may hold what the cluster has; the search waits",
+                START_PATIENCE_S,
             )
             self._none_since = time.monotonic()
         return None
@@ -431,19 +441,19 @@ class StayingTrials(FIFOScheduler):
         tune_controller.stop_trial(self._held.pop(0))
 
     def _is_vain(self, running: int) -> bool:
-        """A worker has been waited for too long, with nothing else to do: others use what the cluster has."""
+        """Whether a process has been waited for too long, with nothing else to do: others use what the cluster has."""
         if len(self._held) < running:
             return False
         self._idle_since = self._idle_since or time.monotonic()
         if time.monotonic() - self._idle_since < START_PATIENCE_S:
             return False
-        log.warning("no further worker started within %g s: the search goes on with %d", START_PATIENCE_S, running)
+        log.warning("no further trial process started within %g s: the search goes on with %d", START_PATIENCE_S, running)
         self._progress.room, self._idle_since = running, None
         self._again_at = time.monotonic() + RETRY_S
         return True
 
 
-# --- the run ------------------------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------------------
 
 
 def check_resources(search: Search) -> int:
@@ -460,7 +470,7 @@ def check_resources(search: Search) -> int:
     ]
     if sum(fits) == 0:
         raise RequestError(
-            f"search.resources_per_trial: {shown_resources(search)} fit no node: "
+            f"search.resources_per_trial: wanted a node with {shown_resources(search)}, found "
             + "; ".join(_shown(n["CPU"], n["GPU"], n["memory"]) for n in found)
             + ". Fix: ask for less (memory: by default the model in float32), or join a cluster that has them by --address."
         )
@@ -510,7 +520,7 @@ def run_trials(
             name=name,
             storage_path=str(storage),
             callbacks=[progress, *_loggers(search)],
-            failure_config=tune.FailureConfig(max_failures=0),  # the asker gives a lost candidate to another worker
+            failure_config=tune.FailureConfig(max_failures=0),  # the asker gives a lost candidate to another process
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
@@ -520,20 +530,20 @@ def run_trials(
             tuner.fit()
     except Exception as error:  # whatever Tune or an optimizer of Nevergrad raises
         reason = f"{type(error).__name__}: {reason_in(error)}"
-        raise RunError(f"the search gave up: {reason}; --resume goes on with what was scored") from error
+        raise RunError(f"search: wanted {total} trials, found {reason}. Fix: {GO_ON}.") from error
     finally:
         progress.close()
     records = [record for _, record in sorted(progress.records.items())]
     if len(records) < total and progress.given_up:
-        raise RunError(f"{progress.given_up}; mend the cause, then --resume goes on with what was scored")
+        raise RunError(f"search: wanted {total} trials, found {progress.given_up}. Fix: mend the cause, then {GO_ON}.")
     if len(records) < total and asker.stopped:
         last = next(record["error"] for record in reversed(records) if record["error"])
         raise RunError(
-            f"more than a quarter of the {total} trials failed in a row, the last with: {last}; "
-            "mend the cause, then --resume goes on with what succeeded"
+            f"search: wanted scores, found that more than a quarter of the {total} trials failed in a row, the last with: {last}. "
+            f"Fix: mend the cause, then {GO_ON}."
         )
     if len(records) < total:
-        raise RunError(f"Tune ended after {len(records)} of {total} trials; --resume goes on with those done")
+        raise RunError(f"search: wanted {total} trials, found that Tune ended after {len(records)}. Fix: {GO_ON}.")
     return records
 
 
@@ -542,8 +552,9 @@ def _settings(room: int) -> Iterator[None]:
     """Of Tune, for one experiment: the caller may have others."""
     wanted = {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # on Ctrl-C it would end the trials and return as if all were done
-        "TUNE_RESULT_BUFFER_LENGTH": "0",  # one result per trial: nothing to buffer, and a driver that looks more often starts the next one sooner
-        "TUNE_MAX_PENDING_TRIALS_PG": str(room),  # so that all workers start together
+        # There is one result per trial, so nothing to buffer, and a driver that looks more often starts the next one sooner.
+        "TUNE_RESULT_BUFFER_LENGTH": "0",
+        "TUNE_MAX_PENDING_TRIALS_PG": str(room),  # so that all processes start together
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
     before, logger = {name: os.environ.get(name) for name in wanted}, logging.getLogger("ray.tune")
@@ -587,7 +598,9 @@ def check_loggers(search: Search) -> None:
             logger.setup()
         except Exception as error:  # the service's own: a wrong address, a missing key
             fix = "see that its service can be reached and its key is in the environment, or remove the logger"
-            raise RequestError(f"search.loggers.{name}: {type(error).__name__}: {reason_in(error)}. Fix: {fix}.") from error
+            raise RequestError(
+                f"search.loggers.{name}: wanted its service, found {type(error).__name__}: {reason_in(error)}. Fix: {fix}."
+            ) from error
 
 
 def _loggers(search: Search) -> list[Any]:
@@ -609,8 +622,10 @@ def _loggers(search: Search) -> list[Any]:
                 result.append(tune.Callback())
         except (ImportError, RuntimeError) as error:
             raise RequestError(
-                f"search.loggers: {name} is not installed ({error}). Fix: pip install it, or remove the logger."
+                f"search.loggers: wanted {name}, found {error}. Fix: pip install it, or remove the logger."
             ) from None
         except TypeError as error:
-            raise RequestError(f"search.loggers.{name}: {error}. Fix: its options are those of Ray's logger callback.") from None
+            raise RequestError(
+                f"search.loggers.{name}: wanted options of Ray's logger callback, found {error}. Fix: write those that it knows."
+            ) from None
     return result

@@ -1,7 +1,7 @@
 """The files of a basis: which chunks lie in which, and what they take. No torch: the driver uses it.
 
-A basis has at most `MOST_VOLUMES` files, however large the model is. One owner writes a volume, from its first byte to its last; it is the unit of
-retry and of resume.
+A basis has at most `MOST_VOLUMES` files, however large the model is. One owner writes a volume, from its first byte to its last; it
+is the unit of retry and of resume.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def volume_file(folder: str | os.PathLike[str], volume: int) -> Path:
     return Path(folder) / f"{volume:03d}.basis"
 
 
-# --- what it takes ------------------------------------------------------------------------------------------------------------------
+# --- what it takes ----------------------------------------------------------------------------------------------------------------
 
 
 def writer_bytes(plan: Plan, scored: bool) -> int:
@@ -53,8 +53,8 @@ def _score_bytes(method: Method, scored: bool) -> int:
 
 
 def _histogram_bytes(plan: Plan, scored: bool) -> int:
-    """Of a chunk: a row of three integers for each value that the upper bits of its scores' keys take. In practice these span some binary orders
-    of magnitude, of 256 values each."""
+    """Of a chunk: a row of three integers for each value that the upper bits of its scores' keys take. In practice these span some
+    binary orders of magnitude, of 256 values each."""
     return 24 * plan.N * min(32 * 256, _chunk_elements(plan)) * scored
 
 

@@ -4,7 +4,8 @@
     python tests/benchmarks/make_family.py /data/family
     python tests/benchmarks/before_after.py /data/family /tmp/before . --pairs 5
 
-The files are read once before, so that all runs find them in the page cache. Machines drift: what counts is the median of the ratios within pairs.
+The files are read once before, so that all runs find them in the page cache. Machines drift: what counts is the median of the
+ratios within pairs.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def main() -> None:
     experts = [{"model": path.name} for path in sorted(options.family.glob("expert*")) if path.is_dir()]
     recipe = options.family / "before-after.yaml"
     print(
-        f"# Before and after, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, {options.pairs} pairs in turn\n"
+        f"# Before and after, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, {options.pairs} pairs "
+        "in turn\n"
     )
     print("Medians; the ratio is the median of those within pairs (least to most).\n")
     print("| merge | | before | after | after / before |\n| --- | --- | --- | --- | --- |")
