@@ -832,5 +832,5 @@ def test_a_method_that_does_not_say_that_it_is_linear_is_not_searched(command: s
     recipe = with_example(grid, tmp_path / "recipes", text, **sections)
     run = pcb_ray(command, recipe, *([] if command == "plan" else [tmp_path / "out"]))
     assert run.process.returncode == 2, run.text
-    assert "wanted a method that says it is linear in the weights, found trimmed_mean.py:trimmed_mean" in run.text
+    assert "wanted a method with a base that says it is linear in the weights, found trimmed_mean.py:trimmed_mean" in run.text
     assert "set `linear=True` in its record" in run.text
