@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
+import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import families
 import numpy as np
 import pytest
 import torch
+from clusters import await_that, digests, pcb_ray, ray_address, receipt_of, running, state_of
 from families import Family, merge_locally, small_engine
 
 import pcb_ray as package
 from pcb_ray import Recipe, RequestError
-from pcb_ray.methods import METHODS, Method, Ranks, names, variants_of
+from pcb_ray.methods import METHODS, Method, Ranks, names, own_method, variants_of
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import Plan, plan
+from pcb_ray.questions import CompareParts
 from pcb_ray.recipe import Model
 
 ROOT = Path(__file__).parent.parent
@@ -388,7 +393,7 @@ def test_passes_find_exactly_what_numpy_finds(grid: Family, tmp_path: Path) -> N
     assert made.method.sweeps == 5
 
 
-# --- what is wrong with one -------------------------------------------------------------------------------------------------------
+# --- what is wrong with one ---------------------------------------------------------------------------------------------------------
 
 WRONG = (
     HEAD
@@ -515,7 +520,7 @@ def test_a_record_that_contradicts_itself_is_refused_with_its_line(record: str, 
         Recipe((Model("a"),), "base", merge_method="odd.py:odd", folder=tmp_path)
 
 
-# --- its code is part of the request ----------------------------------------------------------------------------------------------
+# --- its code is part of the request ------------------------------------------------------------------------------------------------
 
 
 def planned_with(text: str, family: Family) -> Plan:
@@ -569,9 +574,34 @@ def test_a_method_can_be_an_object_of_a_module(grid: Family, tmp_path: Path) -> 
     m = Dense(grid.base, grid.models)
     for name, expected in m.by_name(dense_signed(m)).items():
         assert np.array_equal(families.load(tmp_path / "out")[name].numpy(), expected)
+    assert recipe.code is not None
+    elsewhere = recipe.code._replace(sha256="0" * 64)  # as on a machine that has another version of the module
+    with pytest.raises(
+        RequestError, match=r"pack.own_methods:Mine.best: wanted a module with sha256 0{64}, .* on node .*Fix: install the"
+    ):
+        own_method(elsewhere, recipe.folder)
 
 
-# --- the example ------------------------------------------------------------------------------------------------------------------
+def test_a_package_that_can_not_be_run_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "broken_pack").mkdir()
+    (tmp_path / "broken_pack" / "__init__.py").write_text("\nlost\n")
+    with pytest.raises(
+        RequestError, match=r"merge_method: .*broken_pack.it:x: NameError: name 'lost' .*\(__init__.py:2\). Fix: write"
+    ):
+        Recipe((Model("a"),), "base", merge_method="broken_pack.it:x", folder=tmp_path)
+
+
+def test_bits_that_differ_within_the_tolerance_of_a_record_are_verified(grid: Family, tmp_path: Path) -> None:
+    text = ELEMENTS.replace("return block.theta + total", "return block.theta + total + 1e-5 * torch.rand(total.shape)")
+    for tolerance, differ in (("1e-3", False), ("1e-9", True)):
+        made = planned_with(text.replace('name="signed",', f'name="signed", tolerance={tolerance},'), grid)
+        local = merge_locally(made, tmp_path / tolerance)
+        parts = range(len(made.parts))
+        answers = local.session.owners.ask(CompareParts(local.known, str(tmp_path / tolerance)), parts)
+        assert any(answer for _, answer in answers) == differ
+
+
+# --- the example --------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_example_is_short_and_gives_what_numpy_gives() -> None:
@@ -586,7 +616,7 @@ def test_the_example_is_short_and_gives_what_numpy_gives() -> None:
         assert np.array_equal(merged[name].numpy(), expected), name
 
 
-# --- python -O --------------------------------------------------------------------------------------------------------------------
+# --- python -O ----------------------------------------------------------------------------------------------------------------------
 
 OPTIMISED = """
 import hashlib, sys, families, pcb_ray
@@ -625,3 +655,182 @@ def test_without_asserts_the_same_is_merged_and_refused() -> None:
     assert plain == optimised
     assert plain.count("pcb_receipt.json") >= 4
     assert "parameters.density" in plain
+
+
+# --- on Ray -------------------------------------------------------------------------------------------------------------------------
+
+Test = TypeVar("Test", bound=Callable[..., None])
+EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
+HIDDEN = [1.4, 0.3, 0.8]
+CURVED = EXAMPLE.read_text().replace("* weight", "* weight ** 2")
+
+
+def on_ray(test: Test) -> Test:
+    """A test that needs Ray, which closes its own sockets and log files late."""
+    marks = (
+        pytest.mark.ray,
+        pytest.mark.usefixtures("shared_ray"),
+        pytest.mark.filterwarnings("ignore::ResourceWarning"),
+        pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    )
+    for mark in marks:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def shared_ray() -> str:
+    """Ray is running in this process: `search` and `sweep` use it."""
+    return ray_address()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """5.7 M elements in 87 chunks: a sweep lasts long enough to be killed in it."""
+    return Family(tmp_path_factory.mktemp("large") / "family", *families.fine_tuned(3, scale=280))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A family with its merge by the example, with coefficients that a search is to find."""
+    made = Family(tmp_path_factory.mktemp("small") / "family", *families.fine_tuned(3, scale=4))
+    hidden = package.merge_state_dicts(made.base, made.models, method=f"{EXAMPLE}:trimmed_mean", weights=HIDDEN)
+    families.write(made.folder / "hidden", hidden)
+    return made
+
+
+def with_example(family: Family, folder: Path, text: str = EXAMPLE.read_text(), **sections: Any) -> Path:
+    """A recipe of the example, which lies beside it."""
+    folder.mkdir(exist_ok=True)
+    (folder / EXAMPLE.name).write_text(text)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps(family.recipe(merge_method="trimmed_mean.py:trimmed_mean", **sections)))
+    return recipe
+
+
+def search_of(family: Family) -> dict[str, Any]:
+    options = {"target": str(family.folder / "hidden" / "model.safetensors")}
+    return {"evaluator": {f"{EVALUATORS}:Near": options}, "metric": "near", "budget": 16, "population": 8, "concurrency": 1}
+
+
+def near_of(merged: families.StateDict, family: Family) -> float:
+    """What the evaluator says of a merge."""
+    hidden = families.load(family.folder / "hidden")
+    return -sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in merged.items())
+
+
+@on_ray
+def test_the_example_gives_the_same_bytes_on_any_number_of_workers_and_is_verified(large: Family, tmp_path: Path) -> None:
+    recipe = with_example(large, tmp_path / "recipes", parameters={"keep": 0.9})
+    local = merge_locally(plan(recipe), tmp_path / "local")
+    for workers in (1, 3):
+        out = tmp_path / f"out{workers}"
+        run = pcb_ray("merge", recipe, out, "--workers", workers, "--address", ray_address())
+        assert run.process.returncode == 0, run.text
+        assert "merge_method runs code of" in run.text
+        assert (out / "model.safetensors").read_bytes() == local.files["model.safetensors"]
+        receipt = receipt_of(out)
+        assert receipt["thresholds"] == {"limit": list(local.known["limit"])}
+        assert receipt["code_sha256"] == hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()
+    assert digests(tmp_path / "out1") == digests(tmp_path / "out3")
+
+    assert pcb_ray("verify", out).process.returncode == 0
+    code = tmp_path / "recipes" / EXAMPLE.name
+    code.write_text(EXAMPLE.read_text() + "\n# changed\n")
+    run = pcb_ray("verify", out)
+    assert run.process.returncode == 1, run.text
+    assert re.search(r"trimmed_mean.py:trimmed_mean: wanted the code that merged, with sha256 \w{64}, found \w{64}", run.text)
+    code.write_text("trimmed_mean = 3\n")  # no method at all any more
+    run = pcb_ray("verify", out)
+    assert run.process.returncode == 2, run.text
+    assert "wanted a pcb_ray.methods.Method, found" in run.text
+    code.unlink()
+    run = pcb_ray("verify", out)
+    assert run.process.returncode == 2
+    assert re.search(r"merge_method: wanted code that can be read, found .*trimmed_mean.py.*No such file.*Fix: ", run.text)
+
+
+@on_ray
+def test_a_killed_merge_by_the_example_goes_on_with_the_same_code_alone(large: Family, tmp_path: Path) -> None:
+    recipe, out = with_example(large, tmp_path / "recipes"), tmp_path / "out"
+    expected = merge_locally(plan(recipe), tmp_path / "local").files["model.safetensors"]
+    journal = state_of(out) / "journal.jsonl"
+    with running("merge", recipe, out, "--workers", 1, "--address", ray_address()) as run:
+        run.wait_for("write: ")
+        await_that("some parts are written", lambda: journal.exists() and journal.stat().st_size)
+        run.send(signal.SIGKILL)
+        assert run.finish() == -signal.SIGKILL
+    assert not out.exists()
+    resume = ("merge", recipe, out, "--workers", 2, "--address", ray_address(), "--resume")
+
+    with_example(large, tmp_path / "recipes", CURVED)
+    run = pcb_ray(*resume)
+    assert run.process.returncode == 2, run.text
+    assert re.search(r"--resume: this is not the merge that was begun: code_sha256 was '\w{64}', now '\w{64}'", run.text)
+
+    with_example(large, tmp_path / "recipes")
+    run = pcb_ray(*resume)
+    assert run.process.returncode == 0, run.text
+    assert "ranks of" not in run.text, "what was found is not looked for again"
+    assert (out / "model.safetensors").read_bytes() == expected
+    assert package.verify(out, quiet=True).ok
+
+
+@on_ray
+def test_what_the_code_raises_on_a_worker_is_told_with_its_line(small: Family, tmp_path: Path) -> None:
+    text = EXAMPLE.read_text().replace('known["limit"]', 'known["lost"]')
+    line = next(number for number, one in enumerate(text.splitlines(), 1) if "lost" in one)
+    run = pcb_ray("merge", with_example(small, tmp_path / "recipes", text), tmp_path / "out", "--address", ray_address())
+    assert run.process.returncode == 2, run.text
+    assert f"merge_method: merge of trimmed_mean raised KeyError: 'lost' (trimmed_mean.py:{line}). Fix: mend it." in run.text
+    assert "Traceback" not in run.text
+    assert not state_of(tmp_path / "out").exists()
+
+
+@on_ray
+def test_a_search_by_the_example_scores_what_it_merges(small: Family, tmp_path: Path) -> None:
+    space = {"lambda": {"lower": 0.5, "upper": 1.5}}
+    recipe = with_example(small, tmp_path / "recipes", search=search_of(small) | {"space": space})
+    found = package.search(recipe, tmp_path / "out", workers=1, quiet=True)
+    merged = families.load(tmp_path / "out")
+    assert near_of(merged, small) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
+    assert found.scores["winner"]["val"]["near"] > found.scores["start"]["val"]["near"]
+    package.merge(tmp_path / "out" / "best_recipe.yaml", tmp_path / "again", workers=1, quiet=True)
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert package.verify(tmp_path / "out", quiet=True).ok
+
+
+@on_ray
+def test_a_sweep_by_the_example_scores_the_merges_of_its_grid(small: Family, tmp_path: Path) -> None:
+    recipe = with_example(small, tmp_path / "recipes", search=search_of(small), sweep={"lambda": [0.7, 1.0, 1.3]})
+    found = package.sweep(recipe, tmp_path / "out", workers=1, quiet=True)
+    assert len(found.records) == 3
+    for row in found.records:
+        lambda_ = row["config"]["lambda"]
+        merged = package.merge_state_dicts(small.base, small.models, method=f"{EXAMPLE}:trimmed_mean", lambda_=lambda_)
+        assert row["objective"] == pytest.approx(near_of(merged, small), abs=2e-6)
+
+
+@on_ray
+@pytest.mark.parametrize("what", [package.search, package.sweep])
+def test_a_method_that_is_not_linear_as_it_says_is_not_searched(what: Any, small: Family, tmp_path: Path) -> None:
+    recipe = with_example(small, tmp_path / "recipes", CURVED, search=search_of(small), sweep={"lambda": [0.7, 1.0]})
+    with pytest.raises(
+        RequestError,
+        match=r"merge_method: wanted trimmed_mean.py:trimmed_mean linear in the weights, as its record says, found .*Fix: set `linear=False`",
+    ):
+        what(recipe, tmp_path / "out", workers=1, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "search", "sweep"])
+def test_a_method_that_does_not_say_that_it_is_linear_is_not_searched(command: str, grid: Family, tmp_path: Path) -> None:
+    """... which is told from the recipe alone, without Ray."""
+    text = EXAMPLE.read_text().replace("linear=True", "linear=False")
+    sections = {"search": search_of(grid)} | ({"sweep": {"lambda": [0.7, 1.0]}} if command == "sweep" else {})
+    recipe = with_example(grid, tmp_path / "recipes", text, **sections)
+    run = pcb_ray(command, recipe, *([] if command == "plan" else [tmp_path / "out"]))
+    assert run.process.returncode == 2, run.text
+    assert "wanted a method that says it is linear in the weights, found trimmed_mean.py:trimmed_mean" in run.text
+    assert "set `linear=True` in its record" in run.text
