@@ -78,6 +78,9 @@ class Owner:
         self.block_elements = block_elements or choose_block(plan, self.device.type, None)
         if self.block_elements % MIN_BLOCK:
             raise ValueError(f"blocks of {self.block_elements} elements: a multiple of {MIN_BLOCK} is needed")
+        largest = max(tensor.numel for tensor in plan.tensors)
+        if plan.method.unit == "tensor" and self.block_elements < largest:
+            raise ValueError(f"blocks of {self.block_elements} elements: {largest} are needed, so that no tensor is cut")
         self._check_files(writes_to)
         dtypes = [plan.dtypes_of(source) for source in range(plan.N + 1)]
         self._readers = [Reader(store, self.block_elements, of_source, self.device) if of_source else None for of_source in dtypes]
@@ -381,8 +384,9 @@ class Owner:
 
     def _refuse_output(self, segments: Sequence[Segment], rounded_B: Tensor) -> None:
         segment, at = _segment_at(segments, int(torch.nonzero(~torch.isfinite(rounded_B))[0]))
-        # Without an earlier sweep nobody has looked at the inputs: they are to blame first.
-        if not self.plan.method.passes and not self.kernel.are_finite(self.load(segments)):
+        # Without an earlier sweep nobody has looked at the inputs, and a method of the user's may have looked past what is wrong with
+        # them: they are to blame first.
+        if not self.kernel.are_finite(self.load(segments)):
             self.refuse_non_finite(segments, "the merge")
         tensor = self.plan.tensors[segment.tensor]
         place = f"the output: tensor {tensor.name}, index {self._index(segment, at)}"

@@ -7,6 +7,7 @@ was used."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class TorchKernel:
     def __init__(self, method: Method, settings: Settings, device: torch.device) -> None:
         self.method, self.settings, self.device = method, settings, device
         self._is_own = not any(method is known for known in METHODS)  # of the user's: what its functions return is looked at
+        self._row_counts: dict[str, int] = {}  # by title, of the passes of such a method
 
     def load(self, loaded: Loaded, weights: Sequence[float] = ()) -> Block:
         """theta [B] and tau [N, B], float32; for a method without a base 0 and the models themselves."""
@@ -118,7 +120,7 @@ class TorchKernel:
 
     def scored(self, loaded: Loaded, wanted: Scored, known: Known) -> tuple[Tensor, Tensor, Tensor]:
         """What is merged of each task [N, B], its scores [N, B], and where they are kept."""
-        values_NB = wanted.values(self.load(loaded), known, self.settings)
+        values_NB = wanted.values(self._given(self.load(loaded)), known, self.settings)
         scores_NB = self.values(loaded, wanted.scores, known)
         return values_NB, scores_NB, wanted.kept(scores_NB, known)
 
@@ -145,33 +147,44 @@ class TorchKernel:
     # --- functions of the method --------------------------------------------------------------------------------------------------
 
     def _merged(self, block: Block, known: Known, settings: Settings) -> Tensor:
-        merged_B = self.method.merge(block, known, settings)
+        merged_B = self.method.merge(self._given(block), known, settings)
         if self._is_own:
             self._check("merge", merged_B, block.theta.shape, torch.float32, "the merged elements [B]")
+            # What is made of inputs that are not finite is no number, whatever the method says: the output is refused there.
+            merged_B = torch.where(torch.isfinite(block.tau).all(dim=0), merged_B, math.nan)
         return merged_B
 
     def _ranked(self, quantity: Quantity, block: Block, known: Known) -> Tensor:
-        x_NB = quantity.of(block, known, self.settings)
+        x_NB = quantity.of(self._given(block), known, self.settings)
         if self._is_own:
             dtype = torch.float32 if quantity.bits == 32 else torch.float64
             self._check(quantity.name, x_NB, block.tau.shape, dtype, "a value for each model and element [N, B]")
-            if self._is_to_blame(block) and bool(torch.isnan(x_NB).any()):
+            # Where tau itself is not finite, the inputs are to blame.
+            sound_NB = torch.isfinite(block.tau)
+            if bool((sound_NB & torch.isnan(x_NB)).any()):
                 raise InputError(self._complaint(quantity.name, "numbers", "NaN", "a NaN has no rank: give such elements 0"))
+            # Infinity has the largest key, which whoever counts refuses, and says which input or tensor it is.
+            x_NB = torch.where(sound_NB & torch.isfinite(x_NB), x_NB, math.inf)
         return x_NB
 
     def _rows(self, wanted: Extrema | Sums, block: Block, known: Known) -> Tensor:
-        x_KB = wanted.of(block, known, self.settings)
+        x_KB = wanted.of(self._given(block), known, self.settings)
         if self._is_own:
             rows = x_KB.shape[0] if isinstance(x_KB, Tensor) and x_KB.ndim == 2 else 0
             self._check(wanted.title, x_KB, torch.Size([rows, block.tau.shape[1]]), torch.float64, "rows of values [any number, B]")
-            if self._is_to_blame(block) and not bool(torch.isfinite(x_KB).all()):
+            if rows != (before := self._row_counts.setdefault(wanted.title, rows)):
+                fix = "return the same rows for every block"
+                raise InputError(self._complaint(wanted.title, f"{before} rows, as of the block before", str(rows), fix))
+            # Where tau itself is not finite, the inputs are to blame, and whoever asked says so.
+            if bool(torch.isfinite(block.tau).all()) and not bool(torch.isfinite(x_KB).all()):
                 found = "NaN" if bool(torch.isnan(x_KB).any()) else "an infinite one"
                 raise InputError(self._complaint(wanted.title, "finite values", found, "mend the method"))
         return x_KB
 
-    def _is_to_blame(self, block: Block) -> bool:
-        """Where tau itself is not finite, the inputs are to blame for what the method gives, and whoever asked says so."""
-        return bool(torch.isfinite(block.tau).all())
+    def _given(self, block: Block) -> Block:
+        """What a function of the method gets. One of the user's gets copies, since theta may be the input itself, in the caller's
+        memory: a function that writes into what it is given spoils nothing."""
+        return dataclasses.replace(block, theta=block.theta.clone(), tau=block.tau.clone()) if self._is_own else block
 
     def _check(self, name: str, found: object, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
         if not isinstance(found, Tensor):

@@ -88,7 +88,10 @@ def _guarded(method: Method) -> Method:
         if isinstance(one, Ranks):
             places = {name: told(f"the rank of {name}", place) for name, place in one.places.items()}
             return replace(one, quantity=of_quantity(one.quantity), places=places)
-        return replace(one, of=told(one.title, one.of))
+        one = replace(one, of=told(one.title, one.of))
+        if isinstance(one, Extrema):
+            return one
+        return replace(one, names={name: told(f"the rows of {name}", rows) for name, rows in one.names.items()})
 
     def of_quantity(quantity: Quantity) -> Quantity:
         return replace(quantity, of=told(quantity.name, quantity.of))

@@ -324,6 +324,10 @@ class Method:
         given = [name for wanted in self.passes for name in wanted.gives]
         if twice := sorted({name for name in given if given.count(name) > 1}):
             raise ValueError(f"passes: wanted a name of its own for each value, found {', '.join(twice)} twice")
+        for wanted in self.passes:
+            depends_on = wanted.quantity.parameters if isinstance(wanted, Ranks) else wanted.parameters
+            for name in depends_on or ():
+                _check(f"parameters of the pass `{wanted.title}`", name, tuple(self.parameters))
         for name, parameter in self.parameters.items():
             _check(f"parameters: searched of {name}", parameter.searched, ("", "scale", "share"))
             if parameter.searched == "scale" and name != "lambda":
