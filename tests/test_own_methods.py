@@ -1,0 +1,418 @@
+"""What a method of one's own can't do: spoil what it is given, hide what is wrong with an input, or pass for another one when an
+output is verified or an analysis is shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import Family, merge_locally, small_engine
+from torch import Tensor
+
+from pcb_ray import Recipe, RequestError, merge_state_dicts, verify
+from pcb_ray.analysis import analyse
+from pcb_ray.budget import MIN_BLOCK
+from pcb_ray.files.store import LocalStore
+from pcb_ray.kernels.reference import TorchKernel
+from pcb_ray.local import LocalOwners
+from pcb_ray.methods import METHODS, Settings
+from pcb_ray.output.companions import side_files
+from pcb_ray.output.state import State, asked_of
+from pcb_ray.owner import Owner
+from pcb_ray.planning import open_inputs, plan, plan_of
+from pcb_ray.session import Session
+from pcb_ray.steps import ARITHMETIC, Spent, publish, write
+
+HEAD = "import torch\nfrom pcb_ray.methods import *\n"
+ROOT = Path(__file__).parent.parent
+
+
+def method_in(folder: Path, text: str) -> str:
+    """The file that defines `own`, as `merge_method` names it."""
+    (folder / "own.py").write_text(f"{HEAD}\n{text}\n")
+    return f"{folder}/own.py:own"
+
+
+def merged_by(folder: Path, text: str, base: families.StateDict, models: list[families.StateDict], **asked: Any) -> families.StateDict:
+    return merge_state_dicts(base, models, method=method_in(folder, text), **asked)
+
+
+# --- it spoils nothing ------------------------------------------------------------------------------------------------------------
+
+PURE = """
+def total(block):
+    return sum_over_tasks(block.tau * column(block.weights, block.tau))
+
+own = Method(
+    name="own", linear=True, parameters={"lambda": lambda_parameter()}, unit=UNIT,
+    merge=lambda block, known, settings: block.theta + total(block) * settings.lambda_,
+    passes=(
+        Ranks(Quantity("size", lambda block, known, settings: block.theta + block.tau), {"middle": lambda D, own: D // 2}),
+        Extrema("ends", lambda block, known, settings: (block.theta + block.tau).double(), "least", "most"),
+        Sums("sums", lambda block, known, settings: (block.theta + block.tau).double(), {"sum": lambda n: slice(0, n)}),
+    ),
+)
+"""
+# The same, but every function writes into what it is given.
+WRITING = """
+def added(block):
+    block.theta.mul_(1.0)
+    block.tau.add_(block.theta)
+    block.theta.zero_()
+    return block.tau
+
+def merge(block, known, settings):
+    block.tau.mul_(column(block.weights, block.tau))
+    return block.theta.add_(sum_over_tasks(block.tau).mul_(settings.lambda_))
+
+own = Method(
+    name="own", linear=True, parameters={"lambda": lambda_parameter()}, unit=UNIT, merge=merge,
+    passes=(
+        Ranks(Quantity("size", lambda block, known, settings: added(block)), {"middle": lambda D, own: D // 2}),
+        Extrema("ends", lambda block, known, settings: added(block).double(), "least", "most"),
+        Sums("sums", lambda block, known, settings: added(block).double(), {"sum": lambda n: slice(0, n)}),
+    ),
+)
+"""
+
+
+def copies(state: families.StateDict) -> families.StateDict:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def assert_same(one: families.StateDict, other: families.StateDict) -> None:
+    assert list(one) == list(other)
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("unit", ["element", "block", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_functions_that_write_into_what_they_get_spoil_neither_inputs_nor_result(
+    unit: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base, models = families.fine_tuned(3, dtype=dtype)
+    before = [copies(state) for state in (base, *models)]
+    asked: dict[str, Any] = {"weights": [1.0, -0.5, 2.0], "lambda_": 0.7, "dtype": "float32"}
+    expected = merged_by(tmp_path, PURE.replace("UNIT", repr(unit)), base, models, **asked)
+    found = merged_by(tmp_path, WRITING.replace("UNIT", repr(unit)), base, models, **asked)
+    for state, was in zip((base, *models), before, strict=True):
+        assert_same(state, was)
+    assert_same(found, expected)
+
+
+def test_a_basis_is_that_of_the_method_even_if_its_merge_writes_into_what_it_gets(tmp_path: Path) -> None:
+    family = Family(tmp_path / "family", *families.fine_tuned(3, dtype=torch.float32))
+    found: list[Tensor] = []
+    for text in (PURE, WRITING):
+        made = plan(family.recipe(merge_method=method_in(tmp_path, text.replace("UNIT", "'block'"))))
+        owner = Owner(made, LocalStore())
+        loaded = owner.load(next(owner.blocks(0)))
+        known = {name: (1.0, 1.0, 1.0) for wanted in made.method.passes for name in wanted.gives}
+        C_NB, finite = owner.kernel.basis(loaded, known)
+        assert finite
+        assert owner.kernel.departure_from_linear(loaded, known) < 1e-6
+        found.append(C_NB)
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        pytest.param("torch.full((1,), 0.25).expand(len(block.theta))", id="expanded"),
+        pytest.param("(block.theta[:, None] + block.tau.T).sort(dim=1).values[:, 1]", id="strided"),
+        pytest.param("torch.stack([block.theta, block.tau[0]], dim=1)[:, 1]", id="a column"),
+        pytest.param("block.tau[0].flip(0)", id="turned"),
+        pytest.param("block.theta", id="what it was given"),
+        pytest.param("block.theta * torch.nn.Parameter(torch.ones(()))", id="with a gradient"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_merge_may_return_any_view(result: str, dtype: str, tmp_path: Path) -> None:
+    base, models = families.fine_tuned(2, dtype=torch.float32)
+    text = "own = Method(name='own', merge=lambda block, known, settings: {}, unit='tensor')"
+    expected = merged_by(tmp_path, text.format(f"({result}).detach().clone().contiguous()"), base, models, dtype=dtype)
+    assert_same(merged_by(tmp_path, text.format(result), base, models, dtype=dtype), expected)
+
+
+def test_an_owner_refuses_blocks_that_would_cut_a_tensor_which_the_method_must_see_whole(tmp_path: Path) -> None:
+    family = Family(tmp_path / "family", *families.fine_tuned(1))
+    text = "own = Method(name='own', merge=lambda block, known, settings: block.theta, unit='tensor')"
+    made = plan(family.recipe(merge_method=method_in(tmp_path, text)))
+    largest = max(tensor.numel for tensor in made.tensors)
+    assert largest == 2 * MIN_BLOCK
+    Owner(made, LocalStore(), block_elements=largest)
+    with pytest.raises(ValueError, match=f"{largest} are needed, so that no tensor is cut"):
+        Owner(made, LocalStore(), block_elements=MIN_BLOCK)
+
+
+# --- it hides nothing -------------------------------------------------------------------------------------------------------------
+
+HIDING = {
+    "the merge": "",
+    "a quantity": "Ranks(Quantity('q', lambda block, known, settings: block.tau.nan_to_num(0, 0, 0)), {'x': lambda D, own: D // 2}),",
+    "a larger quantity": "Ranks(Quantity('q', lambda block, known, settings: block.tau.double().isnan().double(), bits=64), "
+    "{'x': lambda D, own: 0}),",
+    "an extrema pass": "Extrema('e', lambda block, known, settings: block.tau.double().nan_to_num(0, 0, 0), 'x', 'y'),",
+    "a sums pass": "Sums('s', lambda block, known, settings: block.tau.double().nan_to_num(0, 0, 0), {'x': lambda n: slice(0, n)}),",
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("passes", HIDING.values(), ids=HIDING)
+@pytest.mark.parametrize("source", ["base", "models[1]"])
+def test_an_input_that_is_not_finite_is_named_though_the_method_looks_past_it(
+    source: str, passes: str, value: float, tmp_path: Path
+) -> None:
+    base, models = families.fine_tuned(2)
+    (base if source == "base" else models[1])["model.layers.1.mlp.up_proj.weight"][5, 7] = value
+    merge = "(block.theta.nan_to_num(0, 0, 0) + block.tau[0].nan_to_num(0, 0, 0))"
+    text = f"own = Method(name='own', merge=lambda block, known, settings: {merge}, passes=({passes}))"
+    with pytest.raises(RequestError) as told:
+        merged_by(tmp_path, text, base, models)
+    (problem,) = told.value.problems
+    assert problem.startswith(
+        f"{source}: tensor model.layers.1.mlp.up_proj.weight: wanted finite numbers, found {value} at index [5, 7] (BF16)."
+    )
+
+
+def test_an_input_is_to_blame_before_a_method_that_hands_its_nan_on(tmp_path: Path) -> None:
+    """Its pass saw nothing of it."""
+    base, models = families.fine_tuned(2)
+    models[1]["model.norm.weight"][3] = math.nan
+    passes = "Ranks(Quantity('q', lambda block, known, settings: block.tau * 0 + 1), {'x': lambda D, own: 0}),"
+    text = f"own = Method(name='own', merge=lambda block, known, settings: block.tau[1], passes=({passes}))"
+    with pytest.raises(RequestError, match=r"models\[1\]: tensor model\.norm\.weight: wanted finite numbers, found nan at index \[3\]"):
+        merged_by(tmp_path, text, base, models)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("value", ["float('inf')", "-float('inf')"])
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_an_infinite_quantity_of_either_sign_is_refused(value: str, bits: int, magnitude: bool, tmp_path: Path) -> None:
+    base, models = families.fine_tuned(2)
+    of = f"torch.where(block.tau > 0.003, {value}, block.tau){'.double()' if bits == 64 else ''}"
+    quantity = f"Quantity('reach', lambda block, known, settings: {of}, bits={bits}, magnitude={magnitude})"
+    text = f"own = Method(name='own', merge=lambda b, k, s: b.theta, passes=(Ranks({quantity}, {{'x': lambda D, own: D // 2}}),))"
+    with pytest.raises(RequestError, match="reach of own: wanted finite values, found an infinite one in tensor .*Fix: mend the method"):
+        merged_by(tmp_path, text, base, models)
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        (
+            "Sums('energy', lambda block, *_: block.tau.double()[: 1 + block.tensor.index % 2], {'x': lambda n: slice(0, n)}),",
+            "energy of own: wanted 1 rows, as of the block before, found 2. Fix: return the same rows for every block",
+        ),
+        (
+            "Extrema('ends', lambda block, *_: block.tau.double()[: 1 + block.tensor.index % 2], 'x', 'y'),",
+            "ends of own: wanted 1 rows, as of the block before, found 2. Fix: return the same rows for every block",
+        ),
+        (
+            "Sums('energy', lambda block, *_: block.tau.double(), {'x': lambda n: slice(0, n) / 2}),",
+            r"the rows of x of own raised TypeError: .* \(own.py:4\). Fix: mend it",
+        ),
+        (
+            "Ranks(Quantity('q', lambda block, *_: block.tau, parameters=('keep', 'rat')), {'x': lambda D, own: 0}),",
+            r"own.py:own can't be loaded: ValueError: parameters of the pass `ranks of q`: wanted one of 'keep', found 'rat' "
+            r"\(own.py:4\). Fix: mend the file",
+        ),
+    ],
+    ids=["sums of odd rows", "extremes of odd rows", "rows that fail", "a parameter that is none"],
+)
+def test_a_pass_that_can_not_be_is_refused_with_its_reason(passes: str, message: str, tmp_path: Path) -> None:
+    base, models = families.fine_tuned(2)
+    parameters = "{'keep': Parameter(0.5, fraction, 'the share that is kept')}"
+    text = f"own = Method(name='own', merge=lambda b, k, s: b.theta, parameters={parameters}, passes=({passes}))"
+    with pytest.raises(RequestError, match=f"merge_method: .*{message}"):
+        merged_by(tmp_path, text, base, models)
+
+
+# --- its output can be verified ---------------------------------------------------------------------------------------------------
+
+TRIMMED = """
+def merge(block, known, settings):
+    kept = torch.where(block.tau.abs() <= column(known["limit"], block.tau), block.tau, 0.0)
+    return block.theta + sum_over_tasks(kept * column(block.weights, kept)) * NOISE
+
+own = Method(
+    name="own", merge=merge, tolerance=TOLERANCE,
+    parameters={"keep": Parameter(0.9, fraction, "the share that is kept")},
+    passes=(Ranks(MAGNITUDE, {"limit": lambda D, own: min(int(D * own["keep"]), D - 1)}),),
+)
+"""
+
+
+def trimmed(noise: str = "1.0", tolerance: float = 0.0) -> str:
+    return TRIMMED.replace("NOISE", noise).replace("TOLERANCE", str(tolerance))
+
+
+def merged_to(out: Path, recipe: Recipe) -> Path:
+    """`out` as `merge` writes it, without Ray: the same steps."""
+    inputs, store = open_inputs(recipe), LocalStore()
+    made = plan_of(recipe, inputs)
+    with State(out, asked_of(made, ARITHMETIC)) as state:
+        session = Session(made, lambda plan: LocalOwners(plan, store))
+        known = analyse(session)
+        output = write(session, store, known, str(state.staging), state)
+        files = side_files(recipe, made, inputs.base, inputs.tokenizer)
+        measured: dict[str, Any] = {"sweeps": session.sweeps, "spent": Spent(), "startup_s": 0.0, "resumed": False}
+        publish(session, state, known, output, files, max_shard_bytes=5 * 10**9, **measured)
+    return out
+
+
+@pytest.fixture
+def own_output(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes an output of the method in this text."""
+    family = Family(tmp_path / "family", *families.fine_tuned(2, dtype=torch.float32))
+
+    def make(text: str) -> Path:
+        recipe = Recipe.from_dict(family.recipe(merge_method=method_in(tmp_path, text)), tmp_path)
+        with small_engine(tally_entries=512, chunk_elements=4096):
+            return merged_to(tmp_path / "out", recipe)
+
+    return make
+
+
+def test_an_output_is_right_until_the_code_or_the_file_is_another(own_output: Callable[[str], Path], tmp_path: Path) -> None:
+    out = own_output(trimmed())
+    assert verify(out, quiet=True).problems == ()
+    method_in(tmp_path, trimmed("1.5"))
+    (problem,) = verify(out, quiet=True).problems
+    assert "wanted the code that merged, with sha256" in problem
+    (tmp_path / "own.py").unlink()
+    with pytest.raises(RequestError, match=r"merge_method: wanted code that can be read, found .*own\.py:own: No such file"):
+        verify(out, quiet=True)
+    method_in(tmp_path, trimmed())
+    assert verify(out, quiet=True).ok
+
+
+@pytest.mark.parametrize(("tolerance", "ok"), [(0.0, False), (1e-9, False), (1e-4, True)])
+def test_a_method_is_verified_within_the_tolerance_that_it_states(
+    tolerance: float, ok: bool, own_output: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives other values on other machines: here one in which a variable says so."""
+    code = trimmed("(1.0 + float(__import__('os').environ.get('ANOTHER_MACHINE', '0')) * 1e-3)", tolerance)
+    out = own_output(code)
+    assert verify(out, quiet=True).ok
+    monkeypatch.setenv("ANOTHER_MACHINE", "1")
+    assert verify(out, quiet=True, sample=10**6).ok == ok
+
+
+VERIFYING = """
+import sys, pcb_ray
+print([__debug__, *(pcb_ray.verify(out, quiet=True, sample=10**6) for out in sys.argv[1:])])
+"""
+
+
+def test_verify_finds_the_same_without_asserts(own_output: Callable[[str], Path], tmp_path: Path) -> None:
+    out, damaged = own_output(trimmed()), tmp_path / "damaged"
+    shutil.copytree(out, damaged)
+    data = bytearray((damaged / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(data)
+    found = [verify(folder, quiet=True, sample=10**6) for folder in (out, damaged)]
+    assert [len(one.problems) for one in found] == [0, 2]
+    command = [sys.executable, "-O", "-c", VERIFYING, str(out), str(damaged)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == str([False, *found])
+
+
+# --- an analysis is shared only where it is the same ------------------------------------------------------------------------------
+
+SHARING = """
+own = Method(
+    name="own",
+    parameters={"keep": Parameter(0.9, fraction, "", per_model=True), "power": Parameter(1.0, number, ""), "lambda": lambda_parameter()},
+    merge=lambda block, known, settings: block.theta + settings.lambda_ * sum_over_tasks(
+        torch.where(powered(block, known, settings) <= column(known["limit"], block.tau), block.tau, 0.0)),
+    passes=(
+        Ranks(MAGNITUDE, {"low": lambda D, own: D // 10}),
+        Ranks(Quantity("power of tau", lambda *given: powered(*given), parameters=("power",)),
+              {"limit": lambda D, own: min(int(D * own["keep"]), D - 1)}),
+        Sums("large ones", lambda block, known, settings: (block.tau > column(known["limit"], block.tau)).double(),
+             {"large": lambda n: slice(0, n)}, parameters=()),
+    ),
+)
+
+def powered(block, known, settings):
+    return (block.tau.abs() - column(known["low"], block.tau)) * settings["power"]
+"""
+
+
+def test_recipes_of_one_session_find_what_each_would_find_alone(tmp_path: Path) -> None:
+    """All methods, and one of one's own whose quantity depends on a parameter, go through one session in turn; what they share is
+    not read again, and nothing is shared that depends on what they don't."""
+    family = Family(tmp_path / "family", *families.fine_tuned(2, dtype=torch.float32))
+    recipes = []
+    for method in METHODS:
+        name, variant = {"merge_method": method.name}, {"variant": method.variant} if method.variant else {}
+        densities = (0.1, 0.3) if "density" in method.parameters else (None,)
+        for density in densities:
+            parameters = variant | ({} if density is None else {"density": density})
+            recipes.append(Recipe.from_dict(family.recipe(**name, parameters=parameters)))
+    own = Recipe.from_dict(family.recipe(merge_method=method_in(tmp_path, SHARING)), tmp_path)
+    changes: list[dict[str, Any]] = [{}, {"lambda": 0.5}, {"keep": 0.5}, {"power": 2.0}, {"power": 2.0, "keep": 0.5}, {"lambda": 2.0}]
+    recipes += [own.with_parameters(change) for change in changes]
+    inputs = open_inputs(recipes[0])
+    with small_engine(tally_entries=512, chunk_elements=4096):
+        plans = [plan_of(recipe, inputs) for recipe in recipes]
+    session = Session(plans[0], lambda plan: LocalOwners(plan, LocalStore()))
+    shared, passes = [], []
+    for made in plans:
+        session.begin(made)
+        shared.append(analyse(session))
+        passes.append([sweep.name for sweep in session.sweeps if not sweep.name.startswith("sample")])
+    for made, known in zip(plans, shared, strict=True):
+        assert known == merge_locally(made, tmp_path / "alone").known
+    of_own = [list(dict.fromkeys(names)) for names in passes[-len(changes) :]]
+    by_power, large = "ranks of power of tau", "large ones"
+    assert of_own == [["ranks of |tau|", by_power, large], [], [by_power, large], [by_power, large], [by_power, large], []]
+
+
+def test_methods_of_one_name_and_other_code_share_nothing(tmp_path: Path) -> None:
+    family = Family(tmp_path / "family", *families.fine_tuned(2))
+    found = []
+    text = (
+        "own = Method(name='own', merge=lambda b, k, s: b.theta, passes=(Ranks(Quantity('q', lambda b, k, s: b.tau * {}, "
+        "parameters=()), {{'x': lambda D, own: D - 1}}),))"
+    )
+    first = plan(family.recipe(merge_method=method_in(tmp_path, text.format("1.0"))))
+    session = Session(first, lambda plan: LocalOwners(plan, LocalStore()))
+    for factor in ("1.0", "2.0"):
+        session.begin(plan(family.recipe(merge_method=method_in(tmp_path, text.format(factor)))))
+        found.append(analyse(session)["x"])
+    assert found[1] == tuple(2 * x for x in found[0])
+
+
+# --- without a base ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_method_without_a_base_gets_the_models_themselves(tmp_path: Path) -> None:
+    base, models = families.fine_tuned(3, dtype=torch.float32)
+    text = "own = Method(name='own', has_base=False, merge=lambda b, k, s: b.tau.sort(dim=0).values[1] + b.theta)"
+    found = merged_by(tmp_path, text, base, models)
+    for name, merged in found.items():
+        assert torch.equal(merged, torch.stack([model[name] for model in models]).median(dim=0).values)
+
+
+def test_what_the_kernel_looks_at_is_the_users_alone() -> None:
+    """Methods that come with pcb_ray are not slowed down by checks and copies."""
+    for method in METHODS:
+        parameters = {name: parameter.default for name, parameter in method.parameters.items()}
+        settings = Settings(2, 10, 1, parameters, (parameters,) * 2)
+        assert not TorchKernel(method, settings, torch.device("cpu"))._is_own
+        assert TorchKernel(dataclasses.replace(method), settings, torch.device("cpu"))._is_own
