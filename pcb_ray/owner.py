@@ -191,11 +191,12 @@ class Owner:
             for data, segments in self._outputs(part, question.known, None):
                 held = memoryview(bytearray(len(data)))
                 self.store.read(file, at, held)
-                at += len(data)
                 if held != data and (not segments or not self._are_close(data, held, segments)):
-                    what = self.plan.tensors[segments[0].tensor].name if segments else "what is copied from the base"
-                    result[number] = f"{self.plan.files[part.file].name}, bytes {at - len(data)} to {at}: {what}"
+                    byte = int(np.argmax(np.frombuffer(held, np.uint8) != np.frombuffer(data, np.uint8)))
+                    what = self._tensor_at(segments, byte) if segments else "what is copied from the base"
+                    result[number] = f"{self.plan.files[part.file].name}, byte {at + byte}: {what}"
                     break
+                at += len(data)
         return result
 
     def differing_twins(self, numbers: Sequence[int]) -> list[str]:
@@ -251,6 +252,11 @@ class Owner:
         dtype = DTYPES[self.plan.tensors[segments[0].tensor].slot.dtype]
         made, found = (torch.frombuffer(bytearray(part), dtype=dtype).double() for part in (data, held))
         return bool((made - found).abs().max() <= self.plan.method.tolerance * made.abs().max())
+
+    def _tensor_at(self, segments: Sequence[Segment], byte: int) -> str:
+        """The name of the output's tensor that holds this byte of these segments."""
+        itemsize = DTYPES[self.plan.tensors[segments[0].tensor].slot.dtype].itemsize
+        return self.plan.tensors[_segment_at(segments, byte // itemsize)[0].tensor].name
 
     def _bytes_of(self, file: str, start: int, stop: int) -> Iterator[memoryview]:
         for at in range(start, stop, COPIED_AT_ONCE):

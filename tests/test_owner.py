@@ -175,7 +175,7 @@ def test_a_changed_byte_of_the_output_changes_the_digest_of_its_part_and_is_told
     assert part.start <= at < part.stop
     differences = owner_of(made).compare_parts(parts, CompareParts(local.known, str(tmp_path)))
     assert list(differences) == [changed]
-    assert made.files[part.file].name in differences[changed]
+    assert differences[changed] == f"{made.files[part.file].name}, byte {at}: {tensor.name}"
 
 
 @pytest.mark.parametrize("name", ["pcb-pairwise", "pcb-paper", "linear"])
