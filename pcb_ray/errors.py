@@ -23,7 +23,8 @@ class RequestError(ValueError):
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
-        assert self.problems, "a RequestError says what is wrong"
+        if not self.problems:
+            raise AssertionError("a RequestError says what is wrong")
         super().__init__(*self.problems)
 
     def __reduce__(self) -> tuple[type[RequestError], tuple[tuple[str, ...]]]:

@@ -87,7 +87,8 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add the counts of another part of the data, taken against the same bracket."""
-        assert self.bracket == other.bracket, (self.bracket, other.bracket)
+        if self.bracket != other.bracket:
+            raise AssertionError(f"counts against {other.bracket} are no part of those against {self.bracket}")
         self.below_lo += other.below_lo
         self.upto_lo += other.upto_lo
         self.below_hi += other.below_hi
@@ -138,7 +139,8 @@ class Tally:
             return Bracket(max(key << self.shift, lo + 1), min(((key + 1) << self.shift) - 1, hi - 1))
         if rank < self.upto_hi:
             return hi
-        assert hi < largest, f"rank {rank} of {self.upto_hi} values"
+        if hi >= largest:
+            raise AssertionError(f"rank {rank} of {self.upto_hi} values")
         return Bracket(hi + 1, largest)
 
 
@@ -158,7 +160,8 @@ class Sample:
         self._collect([(bins.astype(np.int64), counts.astype(np.int64))])
 
     def merge(self, other: Sample) -> None:
-        assert self.shift == other.shift
+        if self.shift != other.shift:
+            raise AssertionError(f"bins of 2^{other.shift} keys are none of 2^{self.shift}")
         self._collect([*other._pending, (other.bins, other.counts)])
 
     def _collect(self, parts: list[tuple[Keys, Keys]]) -> None:

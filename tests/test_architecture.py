@@ -112,3 +112,10 @@ def test_libraries_have_their_places(library: str, homes: tuple[str, ...]) -> No
     users = {name for name, path in MODULES.items() if any(i.split(".")[0] == library for i in imports(path))}
     assert users
     assert all(name.startswith(homes) for name in users), users
+
+
+def test_no_assert_holds_what_must_hold_under_optimisation() -> None:
+    """Asserts only tell a type checker that something is there, where the next line would fail anyway."""
+    kept = [(name, node) for name, path in MODULES.items() for node in nodes(path) if isinstance(node, ast.Assert)]
+    others = [f"{name}:{node.lineno}" for name, node in kept if not ast.unparse(node.test).endswith(" is not None")]
+    assert not others, others

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -223,3 +225,24 @@ def test_samples_add_up_in_any_order(data):
     for rank in (0, D // 3, D - 1):
         first, other = (total(each).bracket(rank, D, -LIMITS[32], LIMITS[32], 1 << 19) for each in ([0, 1, 2], order))
         assert first == other
+
+
+def test_counts_that_can_not_belong_together_or_miss_some_are_told_with_and_without_asserts():
+    """A rank beyond what was counted would be looked for for ever; counts against other brackets would decide it wrongly."""
+    script = """if True:
+        from pcb_ray.selection import Bracket, Sample, Tally
+        import numpy as np
+        one, other = Tally(Bracket(0, 9), 64), Tally(Bracket(0, 8), 64)
+        one.add(0, 1, 2, 3, np.array([4]))
+        for wrong in (
+            lambda: one.select(3, -9, 9), lambda: one.merge(other), lambda: Sample(1).merge(Sample(2))
+        ):
+            try:
+                wrong()
+            except AssertionError as error:
+                print(error)
+    """
+    for flags in ((), ("-O",)):
+        done = subprocess.run([sys.executable, *flags, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+        assert len(done.stdout.splitlines()) == 3
+        assert "rank 3 of 3 values" in done.stdout
