@@ -16,6 +16,7 @@ from test_output import into_subfolders, planned
 
 from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.files.checkpoint import open_checkpoint
+from pcb_ray.methods import names
 from pcb_ray.output.companions import model_card, side_files, write_side_files
 from pcb_ray.planning import plan
 
@@ -114,7 +115,7 @@ def test_where_the_shards_of_the_inputs_lie_does_not_show_in_the_output(family):
     assert "model.safetensors.index.json" in sides_of_flat
 
 
-@pytest.mark.parametrize("method", ["pcb", "ties", "task_arithmetic", "linear"])
+@pytest.mark.parametrize("method", names())
 def test_the_model_card_begins_with_valid_metadata_and_names_all_models(family, method):
     one = family(2)
     made = planned(one, merge_method=method)

@@ -18,6 +18,10 @@ from pcb_ray.methods import METHODS as RECORDS
 from pcb_ray.planning import Sizes
 
 METHODS = tuple(record.full_name for record in RECORDS)
+WITH_BASE = tuple(record.full_name for record in RECORDS if record.has_base)
+# A density decides what is kept; a score, what has a part in it: a task without one is warned of.
+KEEPING = tuple(record.full_name for record in RECORDS if "density" in record.parameters)
+SCORING = tuple(record.full_name for record in RECORDS if record.scored is not None)
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 EPS32 = 2.0**-24
 quick = settings(max_examples=45, deadline=None, derandomize=True)
@@ -228,7 +232,7 @@ def test_any_models_are_merged_as_the_oracle_merges_them(name, data, family, lam
         st.one_of(st.sampled_from([0.05, 0.1, 0.5, 1.0]), st.lists(st.sampled_from([0.02, 0.1, 0.3, 0.9]), min_size=n, max_size=n))
     )
     weights = data.draw(st.lists(st.sampled_from([1.0, 0.5, -0.25, 0.0, 2.0]), min_size=n, max_size=n))
-    if name == "linear":
+    if name not in WITH_BASE:
         assume(abs(sum(weights)) >= 0.2)
         lambda_, r = 1.0, 0.1
     options = {"density": r, "weights": weights, "lambda_": lambda_, "dtype": DTYPES.get(dtype)}
@@ -254,11 +258,11 @@ def test_a_family_that_needs_sampling_is_merged_as_the_oracle_merges_it(name):
     with families.small_engine(tally_entries=5000, chunk_elements=1 << 13, sample_run=256):
         assert Sizes.of(D).tally_entries < D
         out = run(base, models, name, density=0.1, weights=[1.0, 0.5, 2.0], lambda_=0.7)
-    lambda_ = 1.0 if name == "linear" else 0.7
+    lambda_ = 0.7 if name in WITH_BASE else 1.0
     assert_is_the_merge(out, base, models, name, density=[0.1] * 3, weights=[1.0, 0.5, 2.0], lambda_=lambda_)
 
 
-@pytest.mark.parametrize("name", METHODS[:4])
+@pytest.mark.parametrize("name", KEEPING)
 def test_where_no_task_keeps_an_element_the_base_stays_bit_for_bit(name):
     base, models = families.fine_tuned(2, seed=3, touched=0.3)
     base["zeros"] = torch.tensor([0.0, -0.0] * 50, dtype=torch.bfloat16)
@@ -270,12 +274,12 @@ def test_where_no_task_keeps_an_element_the_base_stays_bit_for_bit(name):
     assert 0.95 <= same < 1.0
 
 
-@pytest.mark.parametrize("name", METHODS[:4])
+@pytest.mark.parametrize("name", KEEPING)
 def test_models_equal_to_the_base_leave_it_bit_for_bit_and_warn(name, caplog):
     base, _ = families.fine_tuned(1)
     out = run(base, [{k: t.clone() for k, t in base.items()} for _ in range(2)], name)
     assert all(same_bits(out[k], base[k]) for k in base)
-    if name != "ties":
+    if name in SCORING:
         for i in range(2):
             assert f"models[{i}]" in caplog.text
             assert "contributes nothing" in caplog.text
@@ -388,7 +392,7 @@ def test_a_value_that_is_not_finite_is_named_with_model_tensor_and_first_index(n
     assert "exclude" in problem
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m != "linear"])
+@pytest.mark.parametrize("name", WITH_BASE)
 def test_a_base_that_is_not_finite_is_named(name):
     base, models = families.fine_tuned(2)
     base["model.norm.weight"][3] = math.inf
@@ -414,7 +418,7 @@ def test_an_output_that_overflows_its_dtype_is_named(name):
     assert "bfloat16 or float32" in problem
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m != "linear"])
+@pytest.mark.parametrize("name", WITH_BASE)
 def test_a_difference_that_overflows_float32_is_named(name):
     base, models = families.fine_tuned(2, dtype=torch.float32)
     base["model.norm.weight"][1], models[1]["model.norm.weight"][1] = 3e38, -3e38

@@ -43,7 +43,9 @@ def method_in(folder: Path, text: str) -> str:
     return f"{folder}/own.py:own"
 
 
-def merged_by(folder: Path, text: str, base: families.StateDict, models: list[families.StateDict], **asked: Any) -> families.StateDict:
+def merged_by(
+    folder: Path, text: str, base: families.StateDict, models: list[families.StateDict], **asked: Any
+) -> families.StateDict:
     return merge_state_dicts(base, models, method=method_in(folder, text), **asked)
 
 
@@ -193,7 +195,9 @@ def test_an_input_is_to_blame_before_a_method_that_hands_its_nan_on(tmp_path: Pa
     models[1]["model.norm.weight"][3] = math.nan
     passes = "Ranks(Quantity('q', lambda block, known, settings: block.tau * 0 + 1), {'x': lambda D, own: 0}),"
     text = f"own = Method(name='own', merge=lambda block, known, settings: block.tau[1], passes=({passes}))"
-    with pytest.raises(RequestError, match=r"models\[1\]: tensor model\.norm\.weight: wanted finite numbers, found nan at index \[3\]"):
+    with pytest.raises(
+        RequestError, match=r"models\[1\]: tensor model\.norm\.weight: wanted finite numbers, found nan at index \[3\]"
+    ):
         merged_by(tmp_path, text, base, models)
 
 
@@ -205,7 +209,9 @@ def test_an_infinite_quantity_of_either_sign_is_refused(value: str, bits: int, m
     of = f"torch.where(block.tau > 0.003, {value}, block.tau){'.double()' if bits == 64 else ''}"
     quantity = f"Quantity('reach', lambda block, known, settings: {of}, bits={bits}, magnitude={magnitude})"
     text = f"own = Method(name='own', merge=lambda b, k, s: b.theta, passes=(Ranks({quantity}, {{'x': lambda D, own: D // 2}}),))"
-    with pytest.raises(RequestError, match="reach of own: wanted finite values, found an infinite one in tensor .*Fix: mend the method"):
+    with pytest.raises(
+        RequestError, match="reach of own: wanted finite values, found an infinite one in tensor .*Fix: mend the method"
+    ):
         merged_by(tmp_path, text, base, models)
 
 
@@ -365,7 +371,14 @@ def test_recipes_of_one_session_find_what_each_would_find_alone(tmp_path: Path) 
             parameters = variant | ({} if density is None else {"density": density})
             recipes.append(Recipe.from_dict(family.recipe(**name, parameters=parameters)))
     own = Recipe.from_dict(family.recipe(merge_method=method_in(tmp_path, SHARING)), tmp_path)
-    changes: list[dict[str, Any]] = [{}, {"lambda": 0.5}, {"keep": 0.5}, {"power": 2.0}, {"power": 2.0, "keep": 0.5}, {"lambda": 2.0}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"lambda": 0.5},
+        {"keep": 0.5},
+        {"power": 2.0},
+        {"power": 2.0, "keep": 0.5},
+        {"lambda": 2.0},
+    ]
     recipes += [own.with_parameters(change) for change in changes]
     inputs = open_inputs(recipes[0])
     with small_engine(tally_entries=512, chunk_elements=4096):

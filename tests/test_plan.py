@@ -24,6 +24,7 @@ from safetensors import safe_open
 from pcb_ray import Recipe, RequestError
 from pcb_ray.budget import CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK, choose_block, worker_bytes
 from pcb_ray.files.checkpoint import DTYPE_BYTES
+from pcb_ray.methods import variants_of
 from pcb_ray.planning import Plan, Sizes, plan
 
 
@@ -451,7 +452,7 @@ def test_ten_models_of_70_billion_are_planned_in_seconds_and_little_memory(ten_l
 
 def test_a_worker_for_ten_large_models_stays_under_two_gigabytes(ten_large_models):
     recipe = Recipe.from_file(ten_large_models)
-    for variant in ("pairwise", "released", "paper"):
+    for variant in variants_of(recipe.merge_method):
         made = plan(recipe.with_parameters({"variant": variant}))
         assert max(t.numel for t in made.tensors) >= 128256 * 8192
         block = choose_block(made, "cpu", 2 * 10**9)

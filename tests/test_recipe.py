@@ -259,16 +259,17 @@ def test_no_note_on_weights_that_cannot_be_meant_as_shares():
     assert notes(merge_method="linear", models=weighted(0.5, 0.5)) == ""
 
 
-@pytest.mark.parametrize(
-    ("method", "without_effect"),
-    [
-        ("pcb", set()),
-        ("ties", {"variant"}),
-        ("task_arithmetic", {"variant", "density"}),
-        ("linear", {"variant", "density", "lambda"}),
-    ],
-)
-def test_a_setting_without_effect_is_noted(method: str, without_effect: set[str]):
+WITHOUT_EFFECT = {
+    "pcb": set(),
+    "ties": {"variant"},
+    "task_arithmetic": {"variant", "density"},
+    "linear": {"variant", "density", "lambda"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_setting_without_effect_is_noted(method: str):
+    without_effect = WITHOUT_EFFECT[method]
     parameters = {"density": 0.5, "lambda": 2.0, "variant": "paper"}
     found = read(merge_method=method, parameters=parameters).notes
     assert {note.split("`")[1] for note in found} == without_effect
