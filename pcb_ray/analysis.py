@@ -48,7 +48,7 @@ def _decided_by(session: Session, step: int, known: Known) -> object:
     plan, wanted = session.plan, session.plan.method.passes[step]
     parameters = wanted.quantity.parameters if isinstance(wanted, Ranks) else wanted.parameters
     names = plan.settings.parameters if parameters is None else parameters
-    settings = tuple((name, plan.settings.each(name)) for name in sorted(names))
+    settings = repr([(name, plan.settings.each(name)) for name in sorted(names)])
     places = session.plan.places(wanted) if isinstance(wanted, Ranks) else ()
     return plan.method.full_name, plan.recipe.code, step, settings, repr(places), tuple(sorted(known.items()))
 

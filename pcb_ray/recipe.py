@@ -20,7 +20,8 @@ import yaml
 from pcb_ray import methods
 from pcb_ray.checks import choice, nearest, number, present, section, shown, text, wrong
 from pcb_ray.errors import RequestError
-from pcb_ray.methods import Method
+from pcb_ray.methods import Method, Parameter
+from pcb_ray.methods.method import SHARED_PARAMETERS
 from pcb_ray.user_code import UserCode, names_code, read_code
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -38,10 +39,9 @@ _TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "exclude", "tokenizer_source",
     "chat_template", "search", "sweep",
 )  # fmt: skip
-_SHARED_PARAMETERS = ("weight", "int8_mask", "normalize")  # those that are not a method's own
 _PARAMETERS = tuple(dict.fromkeys(name for method in methods.METHODS for name in (*method.parameters, "variant")))
 _HOMES = {
-    **dict.fromkeys((*_PARAMETERS, *_SHARED_PARAMETERS), "write it in `parameters`"),
+    **dict.fromkeys((*_PARAMETERS, *SHARED_PARAMETERS), "write it in `parameters`"),
     **dict.fromkeys(_TOP_KEYS, "write it at the top level"),
 }
 
@@ -203,7 +203,7 @@ class Recipe:
             problems.append(wrong("parameters", "`key: value` lines", raw, f"give some of {', '.join(_PARAMETERS)}"))
             raw = {}
         parameters = present(raw)
-        weight, int8_mask, normalize = (parameters.pop(key, None) for key in _SHARED_PARAMETERS)
+        weight, int8_mask, normalize = (parameters.pop(key, None) for key in SHARED_PARAMETERS)
         default = () if weight is None else _rules(weight, "parameters.weight", problems)
         models = top.get("models", ())
         if isinstance(models, (list, tuple)):
@@ -338,11 +338,26 @@ def _parameters(raw: object, where: str, variants: Mapping[str, Method], problem
     variant = choice(given.pop("variant", default), f"{where}.variant", tuple(variants), problems) if default else ""
     method = variants.get(variant, variants[default])
     for name, parameter in method.parameters.items():
-        found[name] = parameter.check(given.pop(name, parameter.default), f"{where}.{name}", problems)
+        found[name] = _value(parameter, given.pop(name, parameter.default), f"{where}.{name}", problems)
     if default:
         found["variant"] = variant
     _complain(given, where, method, tuple(method.parameters), problems, notes)
     return found
+
+
+def _value(parameter: Parameter, raw: object, where: str, problems: list[str]) -> Any:
+    """The value of a parameter in one form, one that lasts: recipes are written with it and read again."""
+    before = len(problems)
+    value = parameter.check(raw, where, problems)
+    if len(problems) == before:
+        try:
+            lasts = value is not None and parameter.check(yaml.safe_load(yaml.safe_dump(value)), where, []) == value
+        except yaml.YAMLError:  # what can't be written
+            lasts = False
+        if not lasts:
+            wanted = "a number, text or list that the parameter's own check leaves as it is"
+            problems.append(f"{where}: wanted {wanted}, found it to give {value!r}. Fix: let the check give such a value.")
+    return value
 
 
 def _complain(
@@ -358,7 +373,7 @@ def _complain(
             notes.append(f"`{key}` has no effect with `merge_method: {method.name}`; it belongs to {belongs}.")
         else:
             fix = _FIXES.get(key) if isinstance(key, str) else None
-            problems.append(f"{where}: unknown key {shown(key)}. Fix: {fix or nearest(key, (*known, *_SHARED_PARAMETERS))}.")
+            problems.append(f"{where}: unknown key {shown(key)}. Fix: {fix or nearest(key, (*known, *SHARED_PARAMETERS))}.")
 
 
 def _entry(entry: object, where: str, default: tuple[Rule, ...], problems: list[str], notes: list[str]) -> Model:
@@ -467,7 +482,7 @@ def _of_model(raw: Mapping[str, Any], where: str, method: Method, problems: list
     given = present(raw)
     known = {name: parameter for name, parameter in method.parameters.items() if parameter.per_model}
     found = {
-        name: parameter.check(given.pop(name), f"{where}.{name}", problems) for name, parameter in known.items() if name in given
+        name: _value(parameter, given.pop(name), f"{where}.{name}", problems) for name, parameter in known.items() if name in given
     }
     for name in [name for name in given if name in method.parameters or name == "variant"]:
         del given[name]

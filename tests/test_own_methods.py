@@ -429,3 +429,62 @@ def test_what_the_kernel_looks_at_is_the_users_alone() -> None:
         settings = Settings(2, 10, 1, parameters, (parameters,) * 2)
         assert not TorchKernel(method, settings, torch.device("cpu"))._is_own
         assert TorchKernel(dataclasses.replace(method), settings, torch.device("cpu"))._is_own
+
+
+# --- its parameters ---------------------------------------------------------------------------------------------------------------
+
+
+def recipe_with(folder: Path, check: str, default: str = "1.0", name: str = "x", **given: Any) -> Recipe:
+    text = f"own = Method(name='own', merge=lambda b, k, s: b.theta, parameters={{{name!r}: Parameter({default}, {check}, '')}})"
+    asked = {"merge_method": method_in(folder, text), "base_model": "b", "models": ["a"], "parameters": given}
+    return Recipe.from_dict(asked, folder)
+
+
+@pytest.mark.parametrize("name", ["weight", "normalize", "int8_mask", "variant"])
+def test_a_parameter_that_recipes_have_another_use_for_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=f"wanted a name that recipes have no other use for, found {name!r}"):
+        recipe_with(tmp_path, "number", name=name)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param("lambda raw, *_: float(raw) / 180 * 3.14", id="converts anew each time"),
+        pytest.param("lambda raw, *_: None", id="nothing"),
+        pytest.param("lambda raw, *_: torch.tensor(raw)", id="can't be written"),
+        pytest.param("lambda raw, *_: float('nan')", id="is not equal to itself"),
+    ],
+)
+def test_a_check_whose_value_does_not_last_is_refused(check: str, tmp_path: Path) -> None:
+    """A recipe is written with the value, and `verify` reads it from there."""
+    with pytest.raises(
+        RequestError, match=r"parameters\.x: wanted .* that the parameter's own check leaves as it is, found .*Fix: let"
+    ):
+        recipe_with(tmp_path, check, x=30)
+
+
+@pytest.mark.parametrize(
+    ("check", "default", "value"),
+    [
+        ("lambda raw, *_: float(str(raw).rstrip('%')) / 100 if str(raw).endswith('%') else float(raw)", "0.5", "30%"),
+        ("lambda raw, *_: tuple(raw)", "(1, 2)", [3, 4]),
+        ("lambda raw, *_: str(raw)", "'a'", "b"),
+        ("lambda raw, *_: dict(raw)", "{}", {"attention": 0.5}),
+        ("lambda raw, *_: bool(raw)", "False", True),
+    ],
+    ids=["a share", "a tuple", "text", "a table", "a truth"],
+)
+def test_a_value_of_any_plain_kind_comes_back_from_the_written_recipe(check: str, default: str, value: Any, tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path, check, default, x=value)
+    assert Recipe.from_yaml(recipe.to_yaml(), tmp_path) == recipe
+    assert recipe.parameters["x"] != recipe_with(tmp_path, check, default).parameters["x"]
+
+
+def test_a_parameter_may_be_a_list_where_a_pass_depends_on_it(tmp_path: Path) -> None:
+    base, models = families.fine_tuned(2)
+    quantity = "Quantity('q', lambda block, known, settings: block.tau * settings['x'][0])"
+    text = (
+        "own = Method(name='own', merge=lambda b, k, s: b.theta, parameters={'x': Parameter([2.0, 3.0], lambda raw, *_: raw, '')},"
+        f" passes=(Ranks({quantity}, {{'limit': lambda D, own: 0}}),))"
+    )
+    assert_same(merged_by(tmp_path, text, base, models), base)

@@ -32,6 +32,10 @@ Known = Mapping[str, tuple[float, ...]]
 """What the passes have found of the whole model, by the names that the method gave; mostly a number for each model."""
 
 
+SHARED_PARAMETERS = ("weight", "int8_mask", "normalize")
+"""What a recipe may have below `parameters` for any method: none of them can be a method's own."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Parameter:
     """A parameter of the method's own, as it stands below `parameters` in a recipe. `weight` (lambda_i) is no such parameter: all
@@ -39,7 +43,8 @@ class Parameter:
 
     default: Any
     check: Callable[[object, str, list[str]], Any]
-    """(raw value, its place, problems) -> the value in one form, or anything after a complaint in `problems`."""
+    """(raw value, its place, problems) -> the value in one form, or anything after a complaint in `problems`. It gives the same value
+    again for one that it has given: a recipe is written with it, and read."""
     help: str
     per_model: bool = False
     """Whether an entry of `models` may have one of its own."""
@@ -329,6 +334,8 @@ class Method:
             for name in depends_on or ():
                 _check(f"parameters of the pass `{wanted.title}`", name, tuple(self.parameters))
         for name, parameter in self.parameters.items():
+            if name in (*SHARED_PARAMETERS, "variant"):
+                raise ValueError(f"parameters: wanted a name that recipes have no other use for, found {name!r}")
             _check(f"parameters: searched of {name}", parameter.searched, ("", "scale", "share"))
             if parameter.searched == "scale" and name != "lambda":
                 raise ValueError(
