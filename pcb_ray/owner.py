@@ -191,7 +191,7 @@ class Owner:
             for data, segments in self._outputs(part, question.known, None):
                 held = memoryview(bytearray(len(data)))
                 self.store.read(file, at, held)
-                if held != data and (not segments or not self._are_close(data, held, segments)):
+                if held != data and (not segments or not self._are_close(data, held, segments, question.folder)):
                     byte = int(np.argmax(np.frombuffer(held, np.uint8) != np.frombuffer(data, np.uint8)))
                     what = self._tensor_at(segments, byte) if segments else "what is copied from the base"
                     result[number] = f"{self.plan.files[part.file].name}, byte {at + byte}: {what}"
@@ -247,11 +247,25 @@ class Owner:
         tensor = self.plan.tensors[segment.tensor]
         return tensor.weights, tensor.slot.dtype
 
-    def _are_close(self, data: memoryview, held: memoryview, segments: Sequence[Segment]) -> bool:
+    def _are_close(self, data: memoryview, held: memoryview, segments: Sequence[Segment], folder: str) -> bool:
         """Whether merged bytes are the held ones within the method's tolerance."""
+        tolerance = self.plan.method.tolerance
+        if tolerance == 0:
+            return False
         dtype = DTYPES[self.plan.tensors[segments[0].tensor].slot.dtype]
-        made, found = (torch.frombuffer(bytearray(part), dtype=dtype).double() for part in (data, held))
-        return bool((made - found).abs().max() <= self.plan.method.tolerance * made.abs().max())
+        made_B, found_B = (torch.frombuffer(bytearray(part), dtype=dtype).double() for part in (data, held))
+        sizes = [segment.stop - segment.start for segment in segments]
+        return all(
+            bool(off_B.max() <= tolerance * self._largest(segment.tensor, folder))
+            for segment, off_B in zip(segments, torch.split((made_B - found_B).abs(), sizes), strict=True)
+        )
+
+    def _largest(self, index: int, folder: str) -> float:
+        """The size of the largest value that the output holds of a merged tensor."""
+        tensor = self.plan.tensors[index]
+        file, dtype = os.path.join(folder, self.plan.files[tensor.slot.file].name), DTYPES[tensor.slot.dtype]
+        pieces = self._bytes_of(file, tensor.slot.start, tensor.slot.start + tensor.numel * dtype.itemsize)
+        return max(float(torch.frombuffer(piece, dtype=dtype).abs().max()) for piece in pieces)
 
     def _tensor_at(self, segments: Sequence[Segment], byte: int) -> str:
         """The name of the output's tensor that holds this byte of these segments."""

@@ -317,6 +317,24 @@ def test_a_method_is_verified_within_the_tolerance_that_it_states(
     assert verify(out, quiet=True, sample=10**6).ok == ok
 
 
+def test_the_tolerance_is_a_share_of_the_largest_value_of_the_whole_tensor(own_output: Callable[[str], Path]) -> None:
+    """Whichever block of it is looked at, and however small its values are: the first elements of each tensor are far smaller."""
+    text = """
+def merge(block, known, settings):
+    small = block.tensor.start + torch.arange(len(block.theta)) < 4096 if block.tensor.name == "model.embed_tokens.weight" else False
+    noise = float(__import__("os").environ.get("ANOTHER_MACHINE", "0"))
+    return torch.where(torch.as_tensor(small), block.theta * 1e-6, block.theta) + noise * 1e-6
+
+own = Method(name="own", merge=merge, tolerance=1e-4)
+"""
+    out = own_output(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANOTHER_MACHINE", "1")
+        assert verify(out, quiet=True, sample=10**6).ok
+        patch.setenv("ANOTHER_MACHINE", "1000")
+        assert not verify(out, quiet=True, sample=10**6).ok
+
+
 VERIFYING = """
 import sys, pcb_ray
 print([__debug__, *(pcb_ray.verify(out, quiet=True, sample=10**6) for out in sys.argv[1:])])
