@@ -453,6 +453,26 @@ def test_an_output_that_appears_during_a_search_is_kept_and_no_score_is_lost(fam
     assert not state_of(out).exists()
 
 
+@pytest.mark.parametrize("what", ["search", "sweep"])
+def test_a_model_that_was_changed_while_its_merges_were_scored_is_told(family, tmp_path, monkeypatch, what):
+    from pcb_ray.searching import tune
+
+    one, out, run_trials = Family(tmp_path / "family", family.base, family.models), tmp_path / "out", tune.run_trials
+
+    def changed(*args: Any, **options: Any) -> Any:
+        families.write(one.folder / "model1", family.models[0])
+        return run_trials(*args, **options)
+
+    monkeypatch.setattr(tune, "run_trials", changed)
+    target = str(family.folder / "hidden" / "model.safetensors")
+    recipe = recipe_of(one, options={"target": target}, budget=8) | ({"sweep": {"lambda": [0.8]}} if what == "sweep" else {})
+    with pytest.raises(
+        RequestError if what == "sweep" else RunError, match=r"model1.*it was changed during the run"
+    ):
+        (package.sweep if what == "sweep" else package.search)(recipe, out, workers=1, quiet=True)
+    assert not out.exists()
+
+
 def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tmp_path, monkeypatch):
     """An interrupted sweep is resumed with another grid of as many points: its basis is of the other kind."""
     from pcb_ray.searching import tune
