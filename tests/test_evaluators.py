@@ -175,7 +175,7 @@ def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
 
     def both(job: Job) -> tuple[str, str]:
         trial = object.__new__(Trial)
-        trial.setup({}, job)
+        trial.setup({}, job, known={})
         trial.config = job.space.start
         with pytest.raises((RequestError, RunError)) as caught:
             _ScorerActor(job).score(0, "val")
@@ -235,7 +235,7 @@ def test_an_error_that_takes_the_gpu_ends_the_process(family, monkeypatch, lost)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     trial = object.__new__(Trial)
     job = job_of(made, "mine.py:Mine")
-    trial.setup({}, job)
+    trial.setup({}, job, known={})
     trial.config = job.space.start
     for name in ("is_available", "is_initialized"):
         monkeypatch.setattr(torch.cuda, name, lambda: True)
