@@ -1,10 +1,11 @@
-"""A classification family: a small vision transformer for digits, five experts for shifted domains, merges with and without a search.
+"""A classification family: a small vision transformer for digits, five experts for shifted domains, merges with and without a
+search.
 
     .venv/bin/python examples/digits.py [--fresh] [--out FOLDER]
 
-The digits are scikit-learn's (1797 images of 8 x 8). The base knows them upright, slightly distorted; each expert is fine-tuned from it on one
-domain that the base is bad at. lambda is chosen for each method by `pcb_ray.sweep`, the lambda_i by `pcb_ray.search`, all on the validation
-split; the table is of the test split.
+The digits are scikit-learn's (1797 images of 8 x 8). The base knows them upright, slightly distorted; each expert is fine-tuned
+from it on one domain that the base is bad at. lambda is chosen for each method by `pcb_ray.sweep`, the lambda_i by
+`pcb_ray.search`, all on the validation split; the table is of the test split.
 
 Names: B images in a batch, accuracies are fractions.
 """
@@ -225,7 +226,8 @@ def merge_and_score(family: Path, out: Path) -> dict[str, list[dict[str, Accurac
 
 
 def cells(scores: list[dict[str, Accuracies]]) -> list[str]:
-    """The mean on the validation split, then the test split: each domain, and the mean of all; of several seeds their mean and spread."""
+    """The mean on the validation split, then the test split: each domain, and the mean of all; of several seeds their mean and
+    spread."""
     columns = [[s["val"]["mean"] for s in scores], *([s["test"][name] for s in scores] for name in (*DOMAINS, "mean"))]
     spread = f" ±{(max(columns[-1]) - min(columns[-1])) / 2:.3f}" if len(scores) > 1 else ""
     return [f"{statistics.fmean(column):.3f}" for column in columns[:-1]] + [f"{statistics.fmean(columns[-1]):.3f}{spread}"]

@@ -2,9 +2,8 @@
 
     .venv/bin/python examples/search.py [--out FOLDER]
 
-The grid has 4 densities and 15 values of lambda, the same for all experts; the search, with a budget of 60, has a lambda_i for each expert and the
-density. Both are chosen by mean loss on the validation split; the table is of both splits.
-"""
+The grid has 4 densities and 15 values of lambda, the same for all experts; the search, with a budget of 60, has a lambda_i for each
+expert and the density. Both are chosen by mean loss on the validation split; the table is of both splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A method's passes in order: from owners that answer questions to what must be known of the whole model before a block can be merged."""
+"""A method's passes in order: from owners that answer questions to what must be known of the whole model before a block can be
+merged."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ log = logging.getLogger("pcb_ray")
 
 
 def analyse(session: Session, known: Known | None = None, keep: Callable[[Known], None] = lambda _known: None) -> Known:
-    """What the method of the session's plan must know, by name. What is `known` already is not found again; `keep` is called after each pass.
+    """What the method of the session's plan must know, by name. What is `known` already is not found again; `keep` is called after
+    each pass.
 
     Raises InputError if what was found shows that the inputs can't be merged."""
     plan, method = session.plan, session.plan.method
@@ -47,30 +49,14 @@ def _decided_by(session: Session, step: int, known: Known) -> object:
     parameters = wanted.quantity.parameters if isinstance(wanted, Ranks) else wanted.parameters
     names = plan.settings.parameters if parameters is None else parameters
     settings = tuple((name, plan.settings.each(name)) for name in sorted(names))
-    places = _places(session, wanted) if isinstance(wanted, Ranks) else ()
+    places = session.plan.places(wanted) if isinstance(wanted, Ranks) else ()
     return plan.method.full_name, plan.recipe.code, step, settings, repr(places), tuple(sorted(known.items()))
-
-
-def _places(session: Session, wanted: Ranks) -> list[dict[str, int]]:
-    """For each model the ranks that are wanted, by name. Raises InputError for one that no element can have."""
-    plan = session.plan
-    found = [{name: place(plan.D, own) for name, place in wanted.places.items()} for own in plan.settings.of_model]
-    problems = [
-        f"merge_method: {name} of {plan.method.full_name}: wanted a rank from 0 to {plan.D - 1}, found {rank!r} for {source}. "
-        "Fix: mend the method's `places`."
-        for source, of_model in zip(plan.names, found, strict=True)
-        for name, rank in of_model.items()
-        if type(rank) is not int or not 0 <= rank < plan.D
-    ]
-    if problems:
-        raise InputError(problems)
-    return found
 
 
 def _ranks(session: Session, step: int, wanted: Ranks, known: Known) -> dict[str, tuple[float, ...]]:
     """For each model the values of the quantity at the wanted ranks over the whole model, exactly."""
     plan, quantity = session.plan, wanted.quantity
-    places, bits, largest_key = _places(session, wanted), quantity.bits, LARGEST_KEY[quantity.bits]
+    places, bits, largest_key = plan.places(wanted), quantity.bits, LARGEST_KEY[quantity.bits]
     smallest_key = 0 if quantity.magnitude else -largest_key
     open_ranks = {(i, name): Bracket(smallest_key, largest_key) for i in range(plan.N) for name in wanted.places}
     sizes = plan.sizes

@@ -18,13 +18,15 @@ def worker_bytes(plan: Plan, block_elements: int) -> int:
     n, method = plan.N, plan.method
     raw = sum(max((DTYPE_BYTES[dtype] for dtype in plan.dtypes_of(source)), default=0) for source in range(n + 1))
     per_element = raw + 4 + 8 * n + method.element_bytes(n) + 16  # as read, theta, tau, the method's temporaries, output
-    # The ranks of each task have a tally each: in the total of a sweep, and in two answers that are yet to be added to it or dropped.
+    # The ranks of each task have a tally each: in the total of a sweep, and in two answers that are yet to be added to it or
+    # dropped.
     tallies = 3 * method.ranks * n * tally_bytes(plan.sizes.tally_entries)
     return PROCESS_BYTES + block_elements * per_element + tallies
 
 
 def choose_block(plan: Plan, device: str, memory: int | None, beside: int = 0) -> int:
-    """Elements of a block: the most, up to what suits the device, with which a worker that takes `beside` more stays under `memory` bytes.
+    """Elements of a block: the most, up to what suits the device, with which a worker that takes `beside` more stays under `memory`
+    bytes.
 
     Raises RequestError if the bound is too low."""
     block = CUDA_BLOCK if device == "cuda" else CPU_BLOCK

@@ -1,4 +1,5 @@
-"""Checks of what a user wrote: each takes a raw value and its place, and returns it in one form, or anything after a complaint in `problems`."""
+"""Checks of what a user wrote: each takes a raw value and its place, and returns it in one form, or anything after a complaint in
+`problems`."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def nearest(found: object, known: Sequence[str], otherwise: str = "") -> str:
 def section(
     raw: object, where: str, known: Sequence[str], problems: list[str], fixes: Mapping[str, str] = NO_FIXES
 ) -> dict[str, Any]:
-    """What a mapping says under the known keys; `key:` with nothing after it counts as absent. `fixes` are for keys that are known elsewhere."""
+    """What a mapping says under the known keys; `key:` with nothing after it counts as absent. `fixes` are for keys that are known
+    elsewhere."""
     if not isinstance(raw, Mapping):
         problems.append(wrong(where, "`key: value` lines", raw, f"give some of {', '.join(known)}"))
         return {}

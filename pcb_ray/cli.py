@@ -1,4 +1,5 @@
-"""The command line: `pcb-ray plan | merge | search | sweep | verify`. Exit code 0 done, 1 failed, 2 the request or an input was wrong."""
+"""The command line: `pcb-ray plan | merge | search | sweep | verify`. Exit code 0 done, 1 failed, 2 the request or an input was
+wrong."""
 
 from __future__ import annotations
 
@@ -69,8 +70,8 @@ The bytes are the same whatever --workers and --memory are.
 
 
 SEARCH_HELP = """\
-The recipe has a section more. All keys but `evaluator` (and `metric`, for one of your own) may be left out; shown are their defaults, or an
-example where it says optional:
+The recipe has a section more. All keys but `evaluator` (and `metric`, for one of your own) may be left out; shown are their
+defaults, or an example where it says optional:
 
   search:
     evaluator: my_eval.py:Accuracy      # load(model_dir) -> torch.nn.Module, score(split) -> dict of numbers; or built in:
@@ -97,7 +98,8 @@ PARAMETERS
     seed: 0                             # decides the candidates, on any number of workers
 
 OUT holds the merged winner, best_recipe.yaml (an ordinary recipe), trials.parquet, report.html and the Tune experiment.
-Each model is read for the analysis only; a candidate updates a model that stays loaded. --resume goes on after a crash with the same candidates.
+Each model is read for the analysis only; a candidate updates a model that stays loaded. --resume goes on after a crash with the
+same candidates.
 """
 
 SWEEP_HELP = """\
@@ -339,7 +341,8 @@ def _merge(options: argparse.Namespace) -> int:
     )
     print(
         f"{options.out}: {receipt.N} models merged in {receipt.elapsed_s:.1f} s by {receipt.workers} workers; "
-        f"read {readable_bytes(receipt.bytes_read)} in {receipt.full_sweeps} full sweeps, wrote {readable_bytes(receipt.bytes_written)}; "
+        f"read {readable_bytes(receipt.bytes_read)} in {receipt.full_sweeps} full sweeps, wrote "
+        f"{readable_bytes(receipt.bytes_written)}; "
         f"a worker took at most {readable_bytes(receipt.peak_worker_bytes)}"
     )
     return 0

@@ -23,8 +23,8 @@ AUTH_MODE, ACCELERATORS = "RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 def cluster(address: str | None) -> Iterator[None]:
     """Join the cluster at this address, or the one this job runs in, or start a local one; leave it (or end it) afterwards.
 
-    A Ray that the caller already runs is used and left as it is. Raises RequestError if the address names another one; RunError if there is none.
-    """
+    A Ray that the caller already runs is used and left as it is. Raises RequestError if the address names another one; RunError if
+    there is none."""
     if "ray" in sys.modules:
         import ray
 
@@ -79,13 +79,15 @@ def choose_device(device: str) -> str:
     gpus = sum(n["GPU"] for n in nodes())
     if device == "cuda" and gpus < 1:
         raise RequestError(
-            "--device cuda: wanted a GPU, found none in the cluster. Fix: use --device cpu, or join a cluster with GPUs by --address"
+            "--device cuda: wanted a GPU, found none in the cluster. Fix: use --device cpu, or join a cluster with GPUs by "
+            "--address"
         )
     return ("cuda" if gpus >= 1 else "cpu") if device == "auto" else device
 
 
 def choose_workers(workers: int | None, device: str, worker_bytes: int, chunks: int) -> int:
-    """The wished number of workers, else one per core (GPU) of the cluster as memory allows; never more than the cluster can place."""
+    """The wished number of workers, else one per core (GPU) of the cluster as memory allows; never more than the cluster can
+    place."""
     unit = "GPU" if device == "cuda" else "CPU"
     fits = [min(int(n[unit]), int(n["memory"] // worker_bytes)) for n in nodes()]
     cores = int(sum(n[unit] for n in nodes()))

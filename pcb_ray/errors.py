@@ -52,8 +52,8 @@ def reason_in(error: Exception | str) -> str:
 
 
 def with_place(error: Exception) -> str:
-    """What was raised and where, as in `ValueError: no data (my_eval.py:12)`: the innermost line in a file of the user's, or else of an installed
-    package. To be called where the error is caught: Ray hands it on without its traceback."""
+    """What was raised and where, as in `ValueError: no data (my_eval.py:12)`: the innermost line in a file of the user's, or else
+    of an installed package. To be called where the error is caught: Ray hands it on without its traceback."""
     what = ": ".join(part for part in (type(error).__name__, without_secrets(str(error))[:1000]) if part)
     lines = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
     file, number = max(reversed(lines), key=lambda line: _nearness(line[0]), default=("", 0))

@@ -32,7 +32,7 @@ def merge_state_dicts(
     base: Mapping[str, torch.Tensor],
     models: Sequence[Mapping[str, torch.Tensor]],
     *,
-    method: str = "pcb",
+    method: str = Recipe.merge_method,
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     exclude: Sequence[str] = (),
@@ -40,10 +40,10 @@ def merge_state_dicts(
 ) -> dict[str, torch.Tensor]:
     """Merge models that are in memory: no Ray, no files, the same bytes as `merge` of the same models on disk.
 
-    `base` and `models` map names to CPU tensors; tensors of the base that share storage count once and share it in the result. `weights` are the
-    lambda_i (1 by default). `parameters` are the method's, such as density=0.1 or lambda_=1.0; one that each model may have for itself may be a
-    list, one for each. Returns a new state dict in the base's dtypes, or in `dtype`. Raises RequestError.
-    """
+    `base` and `models` map names to CPU tensors; tensors of the base that share storage count once and share it in the result.
+    `weights` are the lambda_i (1 by default). `parameters` are the method's, such as density=0.1 or lambda_=1.0; one that each
+    model may have for itself may be a list, one for each. Returns a new state dict in the base's dtypes, or in `dtype`. Raises
+    RequestError."""
     import torch
 
     shared, own, problems = _parameters(parameters, len(models))

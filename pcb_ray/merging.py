@@ -44,8 +44,9 @@ def merge(
 ) -> Receipt:
     """Merge the recipe's models into the directory `out` on Ray, and return the receipt (also in `out`/pcb_receipt.json).
 
-    The output's bytes are a function of the inputs and the recipe: neither `workers`, `memory` (bytes of anonymous memory per worker), `device`
-    nor a lost worker shows in them. `out` appears only when whole. A run that was killed goes on with `resume=True`.
+    The output's bytes are a function of the inputs and the recipe: neither `workers`, `memory` (bytes of anonymous memory per
+    worker), `device` nor a lost worker shows in them. `out` appears only when whole. A run that was killed goes on with
+    `resume=True`.
 
     Raises RequestError if the request or an input is wrong (before anything is written), RunError if the run can't be finished.
     """
@@ -96,7 +97,8 @@ def opened(recipe: Recipe, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> tuple[
 
 
 class Kept:
-    """What the analysis of a plan has found and taken, in a table that the state keeps: a run that is resumed goes on from there."""
+    """What the analysis of a plan has found and taken, in a table that the state keeps: a run that is resumed goes on from
+    there."""
 
     def __init__(self, found: dict[str, Any], session: Session, start: float) -> None:
         self._found, self._session, self._start = found, session, start

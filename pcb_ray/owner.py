@@ -1,8 +1,8 @@
 """Owner: answers questions about chunks of the model and parts of the output. A plain class; `runtime` makes it a Ray actor.
 
-An answer is a function of the plan, the question and the items alone, so a lost owner can be replaced and asked again, and it does not matter who
-answers. Memory is bounded by the block: an owner reads one block of the base and of every model, works on it, and forgets it.
-"""
+An answer is a function of the plan, the question and the items alone, so a lost owner can be replaced and asked again, and it does
+not matter who answers. Memory is bounded by the block: an owner reads one block of the base and of every model, works on it, and
+forgets it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class Owner:
     def __init__(
         self, plan: Plan, store: Store, *, device: str = "cpu", block_elements: int | None = None, writes_to: str = ""
     ) -> None:
-        """`writes_to` is a folder that this machine must see. Raises RequestError if it, or an input, is not there or not the same."""
+        """`writes_to` is a folder that this machine must see. Raises RequestError if it, or an input, is not there or not the
+        same."""
         self.plan, self.store = plan, store
         self.device = torch.device(device)
         self.kernel = choose_kernel(plan.method, plan.settings, self.device)
@@ -80,12 +81,12 @@ class Owner:
         self._check_files(writes_to)
         dtypes = [plan.dtypes_of(source) for source in range(plan.N + 1)]
         self._readers = [Reader(store, self.block_elements, of_source, self.device) if of_source else None for of_source in dtypes]
-        self._copied_bytes = 0
+        self._read_apart = 0  # bytes that no reader has read: what is copied or only digested
         self.peak_bytes, self._noted = 0, -math.inf
 
     def state(self) -> OwnerState:
         self.note_memory()
-        read = self._copied_bytes + sum(reader.bytes_read for reader in self._readers if reader is not None)
+        read = self._read_apart + sum(reader.bytes_read for reader in self._readers if reader is not None)
         return OwnerState(
             kernel=self.kernel.name,
             device=str(self.device),
@@ -207,8 +208,10 @@ class Owner:
                 same = all(one == other for one, other in pairs)
             if not same:
                 problems.append(
-                    f"{self.plan.inputs[index].source}: wanted {copied.name} equal to {original.name}, which config.json ties it to, found "
-                    'stored copies that differ. Fix: set "tie_word_embeddings": false in its config if they are meant to differ, or remove '
+                    f"{self.plan.inputs[index].source}: wanted {copied.name} equal to {original.name}, which config.json ties it "
+                    "to, found "
+                    'stored copies that differ. Fix: set "tie_word_embeddings": false in its config if they are meant to differ, '
+                    "or remove "
                     "the copy that is wrong."
                 )
         return problems
@@ -225,7 +228,6 @@ class Owner:
                     yield from (
                         _Output(data, ()) for data in self._bytes_of(source.file, source.start + one.start, source.start + one.stop)
                     )
-                    self._copied_bytes += one.stop - one.start
             merged = [one for one in segments if isinstance(one, Segment)]
             for block in self._cut(merged):
                 weights = self.plan.tensors[block[0].tensor].weights
@@ -251,6 +253,7 @@ class Owner:
         for at in range(start, stop, COPIED_AT_ONCE):
             data = memoryview(bytearray(min(COPIED_AT_ONCE, stop - at)))
             self.store.read(file, at, data)
+            self._read_apart += len(data)
             yield data
 
     def _out_file(self, folder: str, part: Part) -> str:
@@ -310,7 +313,8 @@ class Owner:
             yield segments, np.repeat(*np.transpose(numbers))
 
     def load(self, segments: Sequence[Segment], digests: Sequence[CellDigests] | None = None) -> Loaded:
-        """A block as its files hold it: the base's elements [B] and each model's, in the file's dtype. It is valid until the next call."""
+        """A block as its files hold it: the base's elements [B] and each model's, in the file's dtype. It is valid until the next
+        call."""
         sources = [self._load_source(segments, k, digests[k] if digests else None) for k in range(self.plan.N + 1)]
         if self.plan.method.unit == "element":
             return Loaded(sources)
@@ -368,7 +372,8 @@ class Owner:
             model, at = bad[0].tolist()
             segment, at = _segment_at(segments, at)
             problems.append(
-                f"{self._source(model + 1)}: tensor {self.plan.tensors[segment.tensor].name}: wanted a finite difference to the base, found one "
+                f"{self._source(model + 1)}: tensor {self.plan.tensors[segment.tensor].name}: wanted a finite difference to the "
+                "base, found one "
                 f"that overflows float32 at index {self._index(segment, at)}. "
                 "Fix: repair the checkpoint, or keep the base's tensor with `exclude`."
             )
@@ -383,7 +388,8 @@ class Owner:
         place = f"the output: tensor {tensor.name}, index {self._index(segment, at)}"
         if bool(torch.isnan(rounded_B).any()):
             raise InputError(
-                f"{place}: wanted a number, found NaN, which {self.plan.method.full_name} gave for finite inputs. Fix: mend the method."
+                f"{place}: wanted a number, found NaN, which {self.plan.method.full_name} gave for finite inputs. Fix: mend the "
+                "method."
             )
         raise InputError(
             f"{place}: wanted a number that {tensor.slot.dtype} can hold, found one that overflows it. "
@@ -408,7 +414,8 @@ class Owner:
                     size = self.store.stamp(file.path).size
                 except OSError as error:
                     problems.append(
-                        f"{file.path}: wanted a file that node {node} can read, found: {error.strerror}. Fix: put the models on {shared}."
+                        f"{file.path}: wanted a file that node {node} can read, found: {error.strerror}. Fix: put the models on "
+                        f"{shared}."
                     )
                     continue
                 if size != file.size:

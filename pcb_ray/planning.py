@@ -1,14 +1,15 @@
 """What a merge will do, known from headers alone: a pure function of the recipe and the files, comparable with ==.
 
-`open_inputs` opens every checkpoint (headers only), `plan_of` matches the tensors and lays out the output; whatever is wrong with any of them is
-raised at once. Owners, the driver and `verify` then only execute the plan.
+`open_inputs` opens every checkpoint (headers only), `plan_of` matches the tensors and lays out the output; whatever is wrong with
+any of them is raised at once. Owners, the driver and `verify` then only execute the plan.
 
-The merged elements of the whole model are numbered 0..D-1: tensors in the order of their names, elements in C order. The plan cuts them, and the
-output's bytes, into pieces that depend on nothing else:
+The merged elements of the whole model are numbered 0..D-1: tensors in the order of their names, elements in C order. The plan cuts
+them, and the output's bytes, into pieces that depend on nothing else:
 
     chunk    a run of these numbers: what an analysis sweep asks an owner about
     cell     the elements of one tensor in one chunk: what input digests are taken of, so that sweeps in any order can be compared
-    part     a run of bytes of one output file, whole cells and copied tensors: what one owner writes, from its first byte to its last
+    part     a run of bytes of one output file, whole cells and copied tensors: what one owner writes, from its first byte to its
+    last
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, File, Tensor, open_checkpoint, safetensors_header
-from pcb_ray.methods import Method, Settings
+from pcb_ray.methods import Method, Ranks, Settings
 from pcb_ray.recipe import DTYPES, Recipe
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
@@ -38,7 +39,8 @@ class Sizes:
     """How the work is cut. None of it decides which elements are kept; `chunk_elements` shows in the last bit of `paper`'s sums."""
 
     chunk_elements: int
-    """Large enough that asking for a chunk costs nothing beside computing it, small enough to share work evenly and to redo little."""
+    """Large enough that asking for a chunk costs nothing beside computing it, small enough to share work evenly and to redo little.
+    """
     copy_bytes: int = 32 << 20
     """A copied tensor is a segment of a part for each so many bytes."""
     sample_run: int = 1 << 10
@@ -52,8 +54,8 @@ class Sizes:
     def of(cls, D: int) -> Sizes:
         """What suits a model of D merged elements.
 
-        A sixteenth of a small model is read for a sample, of a large one 1/128, so that the keys which a bracket leaves to be collected stay few
-        enough for a tally."""
+        A sixteenth of a small model is read for a sample, of a large one 1/128, so that the keys which a bracket leaves to be
+        collected stay few enough for a tally."""
         chunk = min(max(1 << max(0, (D // 256).bit_length() - 1), 1 << 16), 1 << 22)
         run, runs = cls.sample_run, 1 << 12
         return cls(chunk, sample_stride=min(max(16 * run, D // runs // run * run), 128 * run))
@@ -84,7 +86,8 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MergedTensor:
-    """A tensor of the merge: elements first..first+numel-1 of the model. `sources` are the base (None for a method without one) and the models."""
+    """A tensor of the merge: elements first..first+numel-1 of the model. `sources` are the base (None for a method without one) and
+    the models."""
 
     name: str
     first: int
@@ -202,11 +205,16 @@ class Plan:
         """The dtypes that merged tensors have in the base (0) or a model (1..N); none for a base that is not read."""
         return {t.dtype for tensor in self.tensors if (t := tensor.sources[source]) is not None}
 
+    def places(self, wanted: Ranks) -> list[dict[str, int]]:
+        """For each model the ranks that a pass looks for, by name."""
+        return [{name: place(self.D, own) for name, place in wanted.places.items()} for own in self.settings.of_model]
+
     # --- pieces -----------------------------------------------------------------------------------------------------------------
 
     @cached_property
     def bounds(self) -> Sequence[int]:
-        """Where chunks begin, and D: chunk k has elements bounds[k]..bounds[k + 1] - 1. For a method that must see whole tensors, none is cut."""
+        """Where chunks begin, and D: chunk k has elements bounds[k]..bounds[k + 1] - 1. For a method that must see whole tensors,
+        none is cut."""
         size = self.sizes.chunk_elements
         if self.method.unit != "tensor":
             return [*range(0, self.D, size), self.D]
@@ -337,7 +345,8 @@ class Inputs:
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
-    """All checkpoints of the recipe, by their headers; each is looked up once. Raises RequestError with all that is wrong with any of them."""
+    """All checkpoints of the recipe, by their headers; each is looked up once. Raises RequestError with all that is wrong with any
+    of them."""
     return _opened(recipe, lambda source: open_checkpoint(source, recipe.folder))
 
 
@@ -433,9 +442,25 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
         if (problem := method.wrong_weights(t.weights))
     ]
     problems += method.impossible(made.settings, made.names)
+    if not problems:  # what is impossible may have no ranks either
+        problems += _wrong_ranks(made)
     if problems:
         raise RequestError(problems)
     return made
+
+
+def _wrong_ranks(plan: Plan) -> list[str]:
+    """Ranks that no element can have."""
+    return [
+        f"merge_method: the rank of {name} of {plan.method.full_name}: wanted a whole number from 0 to {plan.D - 1}, found "
+        f"{rank!r} for "
+        f"{source}. Fix: mend the method's `places`."
+        for wanted in plan.method.passes
+        if isinstance(wanted, Ranks)
+        for source, of_model in zip(plan.names, plan.places(wanted), strict=True)
+        for name, rank in of_model.items()
+        if type(rank) is not int or not 0 <= rank < plan.D
+    ]
 
 
 def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:
@@ -447,7 +472,8 @@ def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:
 
 
 def _untie(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str], list[tuple[Tensor, Tensor]]]:
-    """The tensors that count, each tied one once; {name left out: name that stands for it}; stored copies that must equal their original."""
+    """The tensors that count, each tied one once; {name left out: name that stands for it}; stored copies that must equal their
+    original."""
     tensors = dict(checkpoint.tensors)
     tied: dict[str, str] = {}
     twins: list[tuple[Tensor, Tensor]] = []
@@ -527,7 +553,8 @@ def _match(
     ]
     notes += [f"exclude: {pattern!r} matches no tensor" for pattern in unused]
     if sum(base[name].numel for name in merged) == 0:
-        found = f"{len(copied)} tensors, of which {sum(why == 'excluded' for why in copied.values())} excluded and the rest of integer type"
+        excluded_count = sum(why == "excluded" for why in copied.values())
+        found = f"{len(copied)} tensors, of which {excluded_count} excluded and the rest of integer type"
         raise RequestError(f"{sources[0]}: there is nothing to merge: found {found}; a merge needs floating-point tensors")
     return merged, copied, sorted(dropped)
 

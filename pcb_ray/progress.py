@@ -48,7 +48,8 @@ class ByteBar:
                 rate = self.done / max(now - self._start, 1e-9)
                 left = (self.total - self.done) / max(rate, 1e-9)
                 self._line(
-                    f"{share:4.0%} {readable_bytes(self.done)} of {readable_bytes(self.total)}, {readable_bytes(rate)}/s, {left:.0f} s left"
+                    f"{share:4.0%} {readable_bytes(self.done)} of {readable_bytes(self.total)}, {readable_bytes(rate)}/s, "
+                    f"{left:.0f} s left"
                 )
                 self._shown, self._last_line = share, now
 

@@ -1,9 +1,8 @@
 """What is asked of owners, and what they answer: typed, and in numbers alone, so that the driver of a merge needs no torch.
 
-A *question* is a frozen dataclass that says what is wanted; `owners.ask(question, items)` puts it to whoever holds the items. Its answer is a
-function of plan, question and items, so it does not matter who gives it. Answers that add up (`Total`) stay with the owners until one is asked for
-the sum of all.
-"""
+A *question* is a frozen dataclass that says what is wanted; `owners.ask(question, items)` puts it to whoever holds the items. Its
+answer is a function of plan, question and items, so it does not matter who gives it. Answers that add up (`Total`) stay with the
+owners until one is asked for the sum of all."""
 
 from __future__ import annotations
 
@@ -72,18 +71,21 @@ class Owners(Protocol):
         ...
 
     def fold(self, question: Question[TotalT], items: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
-        """The sum of the answers about all items. `done` is called with items as they are counted - again, if their owner was lost."""
+        """The sum of the answers about all items. `done` is called with items as they are counted - again, if their owner was
+        lost."""
         ...
 
     def store(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
-        """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and yielded, again."""
+        """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and
+        yielded, again."""
         ...
 
 
-# --- digests ------------------------------------------------------------------------------------------------------------------------
+# --- digests ----------------------------------------------------------------------------------------------------------------------
 
 Digest = int
-"""128 bits. Digests of disjoint pieces, each seeded by its place, add up modulo 2^128: like a count, the sum does not depend on their order."""
+"""128 bits. Digests of disjoint pieces, each seeded by its place, add up modulo 2^128: like a count, the sum does not depend on
+their order."""
 
 
 def add_digests(one: Sequence[Digest], other: Sequence[Digest]) -> tuple[Digest, ...]:
@@ -94,7 +96,7 @@ def shown_digest(digest: Digest) -> str:
     return f"{digest:032x}"
 
 
-# --- what sweeps over the chunks find -----------------------------------------------------------------------------------------------
+# --- what sweeps over the chunks find ---------------------------------------------------------------------------------------------
 
 # Keys are integers that sort like float32 (32 bits) or float64 (64 bits) values. Infinity has the largest:
 LARGEST_KEY = {32: 0x7F800000, 64: 0x7FF0000000000000}
@@ -186,8 +188,8 @@ class FindExtremes:
 
 @dataclasses.dataclass
 class Summed:
-    """The sums of each row, by the chunk or, for sums per tensor, by the cell that they were taken over: exact sums of these come last, so that no
-    order of additions shows. Digests as in `Counted`."""
+    """The sums of each row, by the chunk or, for sums per tensor, by the cell that they were taken over: exact sums of these come
+    last, so that no order of additions shows. Digests as in `Counted`."""
 
     of_piece: dict[int, tuple[float, ...]]
     digests: tuple[Digest, ...]
@@ -208,12 +210,13 @@ class AddUp:
         return owner.sums(items, self)
 
 
-# --- the output, part by part -------------------------------------------------------------------------------------------------------
+# --- the output, part by part -----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A part of the output: the digest of its bytes, and of each input the sum of the digests of the cells that it was made from."""
+    """A part of the output: the digest of its bytes, and of each input the sum of the digests of the cells that it was made
+    from."""
 
     digest: Digest
     inputs: tuple[Digest, ...]

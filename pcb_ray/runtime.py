@@ -1,13 +1,13 @@
 """Owners as Ray actors: placing them, asking them, replacing the dead and the silent. Who does what is decided in `schedule`.
 
-`ask` sends one question about many items to all owners and yields answers as they come, in no order: answers are such that order does not matter.
-`fold` is for answers that add up: each owner keeps the sum of its own, and the owners then add up in pairs, as a tree, so that the driver receives
-one answer whatever their number. `store` is for questions that write: it ends when all is durable.
+`ask` sends one question about many items to all owners and yields answers as they come, in no order: answers are such that order
+does not matter. `fold` is for answers that add up: each owner keeps the sum of its own, and the owners then add up in pairs, as a
+tree, so that the driver receives one answer whatever their number. `store` is for questions that write: it ends when all is
+durable.
 
-An owner dies with its process or node, which Ray tells; or it is stopped, or waits for a file system that does not answer, which nobody tells. So
-every call has a deadline (`Patience`): an owner that is slow has its work done by idle ones too, one that is late is warned of, and one that is lost
-is killed and replaced. What it had at hand and what it alone held is asked for again.
-"""
+An owner dies with its process or node, which Ray tells; or it is stopped, or waits for a file system that does not answer, which
+nobody tells. So every call has a deadline (`Patience`): an owner that is slow has its work done by idle ones too, one that is late
+is warned of, and one that is lost is killed and replaced. What it had at hand and what it alone held is asked for again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ ASIDE = {"concurrency_group": "aside"}
 TICK_S = 1.0  # how often the driver looks who is late
 ADVICE = "Fix: if they ran out of memory, lower --workers; finished work is kept: --resume goes on"
 ADVICE_ON_SILENCE = (
-    "Fix: look whether the file systems of the inputs and the output answer on the nodes (a dead mount makes readers wait for ever); "
+    "Fix: look whether the file systems of the inputs and the output answer on the nodes (a dead mount makes readers wait for "
+    "ever); "
     "finished work is kept: --resume goes on"
 )
 
@@ -59,9 +60,8 @@ def make_owner(plan: Plan, device: str, block_elements: int, writes_to: str) -> 
 class _Actor:
     """An owner as Ray runs it. Its owner is made by `use` and not by the constructor, since what a constructor raises is lost.
 
-    It has two threads. One makes the owner and answers questions, in the order in which they were asked. The other (the group `aside`) gives and
-    adds up totals and makes files durable: it works while the first one is stuck in a read.
-    """
+    It has two threads. One makes the owner and answers questions, in the order in which they were asked. The other (the group
+    `aside`) gives and adds up totals and makes files durable: it works while the first one is stuck in a read."""
 
     def __init__(self) -> None:
         self.subtotal: Subtotal[Any] = Subtotal()
@@ -197,7 +197,8 @@ class RayOwners:
             self._open(worker)
 
     def wait_until_ready(self) -> None:
-        """Wait for all owners to have opened their files, but not for ever: `ask` works with those there are. Raises what an owner raised."""
+        """Wait for all owners to have opened their files, but not for ever: `ask` works with those there are. Raises what an owner
+        raised."""
         until_s = self._clock_s + self._patience.placement_s / 4
         while self._clock_s < until_s and not all(worker.ready for worker in self._workers.values()):
             self._turn(None)
@@ -220,7 +221,8 @@ class RayOwners:
         yield from self._work(self._job(question, items, keeps=False))
 
     def store(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
-        """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and yielded, again."""
+        """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and
+        yielded, again."""
         job = self._job(question, items, keeps=True)
         schedule = job.schedule
         while not schedule.done:
@@ -258,7 +260,7 @@ class RayOwners:
         schedule = Schedule(items, list(self._workers), keeps=keeps, numbers=self._numbers)
         return _Job(ray.put(question), schedule, adds_up)
 
-    # --- the first thread of the owners: batches ------------------------------------------------------------------------------------
+    # --- the first thread of the owners: batches ----------------------------------------------------------------------------------
 
     def _work(self, job: _Job) -> Iterator[tuple[Sequence[int], Any]]:
         """Have all batches answered; yields the answers that count."""
@@ -336,7 +338,7 @@ class RayOwners:
         job.pace.learn(len(items), seconds)
         return [(items, result)]
 
-    # --- the second thread of the owners: totals and files --------------------------------------------------------------------------
+    # --- the second thread of the owners: totals and files ------------------------------------------------------------------------
 
     def _aside(self, job: _Job, what: str, calls: Mapping[int, Any], limits: Mapping[int, float]) -> set[int]:
         """Wait for calls to some owners. Returns the numbers of those that did it; the lost are replaced."""
@@ -413,7 +415,7 @@ class RayOwners:
         given, part = give.remote(job.schedule.last_verdict(worker.number))
         return given, part
 
-    # --- coming and going -----------------------------------------------------------------------------------------------------------
+    # --- coming and going ---------------------------------------------------------------------------------------------------------
 
     def _place(self) -> None:
         worker = _Worker(self._born, self._remote.remote())
@@ -440,7 +442,8 @@ class RayOwners:
         worker.calls[reference] = call
 
     def _wait(self, references: list[Any]) -> list[Any]:
-        """Those that are ready, after a moment at most. The clock counts this time and no other: nobody is late because the driver was."""
+        """Those that are ready, after a moment at most. The clock counts this time and no other: nobody is late because the driver
+        was."""
         import ray
 
         begin = time.monotonic()
@@ -499,7 +502,8 @@ class RayOwners:
         waited_s = self._clock_s - self._last_sign_s
         if waited_s > self._patience.placement_s:
             raise RunError(
-                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {nodes()}, and other jobs, or workers that "
+                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {nodes()}, and other jobs, or "
+                "workers that "
                 "a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
             )
 

@@ -1,13 +1,12 @@
 """Who does which part of a sweep, whose answer counts, and who is late: decisions only, without Ray and without a clock.
 
-The items of a question are cut into batches. Each owner works through a contiguous run of them; one that is done takes from the end of the longest
-run left, and one that finds nothing left *doubles* what a slow owner has at hand. The first answer counts.
+The items of a question are cut into batches. Each owner works through a contiguous run of them; one that is done takes from the end
+of the longest run left, and one that finds nothing left *doubles* what a slow owner has at hand. The first answer counts.
 
-Answers that add up stay with the owners, and there a batch that two have answered must count once. So **nothing counts until the driver says so**:
-an owner keeps each answer apart (`Subtotal`) until it hears, with its next call, whether it counts. The driver (`Schedule`) says so of one answer to
-each batch, and takes it back only by giving up all that this owner has counted. A total carries the numbers of its items from the first addition to
-the last (`Part`), so that the end is proved and not assumed.
-"""
+Answers that add up stay with the owners, and there a batch that two have answered must count once. So **nothing counts until the
+driver says so**: an owner keeps each answer apart (`Subtotal`) until it hears, with its next call, whether it counts. The driver
+(`Schedule`) says so of one answer to each batch, and takes it back only by giving up all that this owner has counted. A total
+carries the numbers of its items from the first addition to the last (`Part`), so that the end is proved and not assumed."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def batches_of(items: Sequence[int], size: int) -> list[Sequence[int]]:
     return [items[at : at + size] for at in range(0, len(items), size)]
 
 
-# --- time ---------------------------------------------------------------------------------------------------------------------------
+# --- time -------------------------------------------------------------------------------------------------------------------------
 
 
 class Standing(enum.IntEnum):
@@ -47,9 +46,9 @@ class Standing(enum.IntEnum):
 class Patience:
     """How long an owner may take for a call, in seconds.
 
-    What is usual follows from the batches of the same question that were answered, by their numbers of items: items should cost about alike. Time in
-    which the driver itself did not wait (it was stopped, or busy with an answer) counts against nobody. The least times are generous: a file server
-    that starts anew keeps its clients waiting for minutes, and nothing is wrong with them.
+    What is usual follows from the batches of the same question that were answered, by their numbers of items: items should cost
+    about alike. Time in which the driver itself did not wait (it was stopped, or busy with an answer) counts against nobody. The
+    least times are generous: a file server that starts anew keeps its clients waiting for minutes, and nothing is wrong with them.
     """
 
     slow: float = 2.0  # it is slow after so many times the usual time,
@@ -106,7 +105,7 @@ class Pace:
         return items * self._seconds / self._items if self._items else None
 
 
-# --- who does what ------------------------------------------------------------------------------------------------------------------
+# --- who does what ----------------------------------------------------------------------------------------------------------------
 
 
 class Verdict(NamedTuple):
@@ -120,9 +119,8 @@ class Verdict(NamedTuple):
 class Schedule:
     """Which batches of one question are to do, at hand, and answered; and by whom. Batches and owners are numbers.
 
-    With `keeps`, answers stay with their owners (in totals, or in files that are not yet durable) and are lost with them. `numbers` are those of
-    their subtotals: they grow from question to question.
-    """
+    With `keeps`, answers stay with their owners (in totals, or in files that are not yet durable) and are lost with them. `numbers`
+    are those of their subtotals: they grow from question to question."""
 
     def __init__(self, items: Sequence[int], owners: Sequence[int], *, keeps: bool, numbers: Iterator[int]) -> None:
         size = max(1, min(MAX_BATCH, len(items) // max(1, len(owners) * BATCHES_PER_OWNER)))
@@ -170,8 +168,8 @@ class Schedule:
         return batch
 
     def answered(self, owner: int, batch: int, number: int) -> bool:
-        """This owner has answered for its subtotal of this number; whether its answer counts, which it does if it is the first. An answer that
-        came when its subtotal was given away is of no use."""
+        """This owner has answered for its subtotal of this number; whether its answer counts, which it does if it is the first. An
+        answer that came when its subtotal was given away is of no use."""
         news = self._news_for(owner)
         if number != news.number:
             self.in_vain(owner, batch)
@@ -231,7 +229,8 @@ class Schedule:
         return self._news_for(owner).number
 
     def last_verdict(self, owner: int) -> Verdict:
-        """What this owner is to hear when it gives its subtotal away, whether it heard of it before or not; it begins another one."""
+        """What this owner is to hear when it gives its subtotal away, whether it heard of it before or not; it begins another
+        one."""
         number = self._news_for(owner).number
         del self._news[owner]
         return Verdict(number, [batch for batch in self._held.get(owner, ()) if self._answered[batch] == owner], [])
@@ -251,7 +250,7 @@ class Schedule:
             self._todo.setdefault(owner, collections.deque()).appendleft(batch)
 
 
-# --- totals -------------------------------------------------------------------------------------------------------------------------
+# --- totals -----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -285,9 +284,9 @@ def proved(part: Part[TotalT] | None, items: Iterable[int]) -> TotalT:
 class Subtotal(Generic[TotalT]):
     """What one owner has counted: a part, and apart from it the answers of which the driver has not said yet whether they count.
 
-    Subtotals of an owner have growing numbers. The driver names one with each call, and a greater number begins the next one; an answer that comes
-    when its subtotal was given away counts nowhere. The part may be given and added to while an answer is computed: by another thread.
-    """
+    Subtotals of an owner have growing numbers. The driver names one with each call, and a greater number begins the next one; an
+    answer that comes when its subtotal was given away counts nowhere. The part may be given and added to while an answer is
+    computed: by another thread."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -296,8 +295,8 @@ class Subtotal(Generic[TotalT]):
         self._lock = threading.Lock()
 
     def settle(self, verdict: Verdict) -> bool:
-        """Count answers and forget others; to hear again what was settled before does nothing. Returns whether an answer that is computed now could
-        count."""
+        """Count answers and forget others; to hear again what was settled before does nothing. Returns whether an answer that is
+        computed now could count."""
         with self._lock:
             if verdict.number > self._number:
                 self._begin(verdict.number)

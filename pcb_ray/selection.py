@@ -4,13 +4,14 @@ The element of rank k (0-based, ascending) of D values is found without sorting 
 
 1. Values become integer *keys* that sort alike (`kernels.keys`; -0 and +0 share one key).
 2. A deterministic sample proposes a `Bracket` [lo, hi] that should hold the wanted key (`Sample.bracket`).
-3. One sweep counts, against the bracket, how many keys lie below lo, at lo, below hi and at hi, and collects the few strictly between as
+3. One sweep counts, against the bracket, how many keys lie below lo, at lo, below hi and at hi, and collects the few strictly
+between as
    (key, count): a `Tally`. Tallies of disjoint parts add up to the same total in any order and any grouping.
 4. `Tally.select` proves the answer by counting - or, when the sample misled, returns a narrower bracket for another sweep.
 
 Ties are counted, never collected: an endpoint has its own counters, and equal keys between the endpoints share one entry. A tally
-that would outgrow its bound drops low bits of its keys (`shift`) and leaves the rest to another sweep; so memory is bounded for any data,
-and the answer is exact for any data.
+that would outgrow its bound drops low bits of its keys (`shift`) and leaves the rest to another sweep; so memory is bounded for any
+data, and the answer is exact for any data.
 
 Only numpy: the driver of a merge holds no tensor.
 """
@@ -26,7 +27,8 @@ from numpy.typing import NDArray
 Keys = NDArray[np.int64]
 
 MAX_PENDING = 4096  # arrays of keys that wait to be added up: each takes some memory of its own
-# Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the model.
+# Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the
+# model.
 GROUP_BITS = 4
 SAMPLE_GROUPS = 1 << GROUP_BITS
 SAMPLE_PENDING = 1 << 16  # entries that a sample collects before it adds them up, or as many as it has

@@ -16,8 +16,8 @@ from pcb_ray.receipt import Sweep
 class Session:
     """What several steps, and several merges of the same models, share.
 
-    `owners_for` gives the owners that answer questions about a plan. What was found out about the models holds for all plans that read the same
-    tensors of them, so several recipes over one session are a loop over `begin` and the steps."""
+    `owners_for` gives the owners that answer questions about a plan. What was found out about the models holds for all plans that
+    read the same tensors of them, so several recipes over one session are a loop over `begin` and the steps."""
 
     def __init__(
         self, plan: Plan, owners_for: Callable[[Plan], Owners], *, workers: int = 0, worker_bytes: int = 0, quiet: bool = True
@@ -82,7 +82,7 @@ class Session:
                 size += sum(t.nbytes * (segment.stop - segment.start) // t.numel for t in sources if t is not None)
         return size
 
-    # --- the inputs stay what they are ----------------------------------------------------------------------------------------------
+    # --- the inputs stay what they are --------------------------------------------------------------------------------------------
 
     def saw_inputs(self, digests: Sequence[Digest], sweep: str) -> None:
         """A sweep has read all inputs. Raises InputError if they are no longer what an earlier one has read."""
@@ -90,7 +90,8 @@ class Session:
             self.inputs = tuple(digests)
             return
         problems = [
-            f"{one.source}: wanted the bytes that the first sweep read, found others in the sweep `{sweep}`: it was changed during the run. "
+            f"{one.source}: wanted the bytes that the first sweep read, found others in the sweep `{sweep}`: it was changed "
+            "during the run. "
             "Fix: let nothing write to the models while they are merged, and start afresh."
             for one, before, now in zip(self.plan.inputs, self.inputs, digests, strict=True)
             if before != now

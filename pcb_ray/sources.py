@@ -1,8 +1,7 @@
 """A tensor of an input, of whatever kind it is, and the one way to get a block of it.
 
-There is one kind today: `Tensor`, stored as it is. Others (a base plus a low-rank update, scaled 8-bit numbers) join it here: each says what dtype
-its blocks have, and `Reader.block` gives them; nothing else knows how an input is stored.
-"""
+There is one kind today: `Tensor`, stored as it is. Others (a base plus a low-rank update, scaled 8-bit numbers) join it here: each
+says what dtype its blocks have, and `Reader.block` gives them; nothing else knows how an input is stored."""
 
 from __future__ import annotations
 
@@ -29,7 +28,8 @@ class Wanted(NamedTuple):
 
 
 class CellDigests:
-    """The sum of the digests of the cells that were read from one input. The bytes of a cell come in order, and no other cell's between them."""
+    """The sum of the digests of the cells that were read from one input. The bytes of a cell come in order, and no other cell's
+    between them."""
 
     def __init__(self) -> None:
         self._total, self._cell, self._state = 0, -1, xxhash.xxh3_128()

@@ -6,7 +6,8 @@
     write        session, known        -> Output                the tensors of the output, part by part
     publish      state, output, files  -> Receipt               the files beside them, and the output's name
 
-`merge`, `verify`, `search`, `sweep` and `merge_state_dicts` are made from these. Several recipes over one session share what their plans share:
+`merge`, `verify`, `search`, `sweep` and `merge_state_dicts` are made from these. Several recipes over one session share what their
+plans share:
 
     with cluster(address), placed([plan_of(r, inputs) for r in recipes], ...) as session:
         for recipe in recipes:
@@ -58,7 +59,8 @@ def placed(
     writes_to: Path,
     quiet: bool,
 ) -> Iterator[Session]:
-    """Owners on the cluster that was joined, with room for each of the plans and `beside` more bytes; the session begins with the first plan.
+    """Owners on the cluster that was joined, with room for each of the plans and `beside` more bytes; the session begins with the
+    first plan.
 
     Raises RequestError if the cluster has no room for them."""
     from pcb_ray.runtime import RayOwners  # and Ray
@@ -189,8 +191,8 @@ def publish(
     resumed: bool,
     commit: bool = True,
 ) -> Receipt:
-    """Put the files beside the tensors, the card and the receipt into the staging folder, and give it its name (unless it is part of a
-    larger output)."""
+    """Put the files beside the tensors, the card and the receipt into the staging folder, and give it its name (unless it is part
+    of a larger output)."""
     plan = session.plan
     receipt = Receipt(
         version=VERSION,

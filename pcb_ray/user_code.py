@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import socket
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +36,7 @@ def names_code(name: object) -> bool:
 
 
 def read_code(name: str, folder: Path, where: str) -> UserCode:
-    """The code that defines `name`, nothing of it run yet; `where` is the place in the recipe. Raises RequestError."""
+    """The code that defines `name`, not run yet; `where` is the place in the recipe. Raises RequestError."""
     source = name.rpartition(":")[0]
     try:
         if source.endswith(".py"):
@@ -47,20 +48,24 @@ def read_code(name: str, folder: Path, where: str) -> UserCode:
         if found is None or found.origin is None:
             raise ModuleNotFoundError(f"no module named {source!r}")
         return UserCode(name, found.origin, "", hashlib.sha256(Path(found.origin).read_bytes()).hexdigest())
-    except (OSError, ImportError, ValueError) as error:
-        reason = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)
+    except Exception as error:
+        # To find a module Python runs the packages around it, which may raise anything.
+        reason = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else with_place(error)
         fix = "write file.py:object with a path relative to the recipe, or module:object of a module that can be imported"
         raise RequestError(f"{where}: wanted code that can be read, found {name}: {reason}. Fix: {fix}.") from None
 
 
 def load_object(code: UserCode, folder: Path, where: str) -> Any:
-    """Run the code, once in this process, and return the object that it names. Raises RequestError with what it raised and where."""
-    source, _, attribute = code.name.rpartition(":")
+    """Run the code, once in this process, and return the object that it names. Raises RequestError with what it raised and
+    where."""
+    attribute = code.name.rpartition(":")[2]
     try:
         _find_beside(folder)
-        found: Any = _module_of(code) if code.is_file else importlib.import_module(source)
+        found: Any = _module_of(code) if code.is_file else _imported(code, where)
         for part in attribute.split("."):
             found = getattr(found, part)
+    except RequestError:
+        raise
     except Exception as error:
         # Whatever the user's code raises is theirs, and is told as it is.
         wrong_name = isinstance(error, AttributeError | ImportError)
@@ -73,6 +78,19 @@ def _find_beside(folder: Path) -> None:
     """What lies beside the recipe can be imported, as what lies in the folder that `python` runs in."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+
+def _imported(code: UserCode, where: str) -> ModuleType:
+    """The module as this machine has it. Raises RequestError if it is another one than that which was read."""
+    module = importlib.import_module(code.name.rpartition(":")[0])
+    file = Path(module.__file__ or "")
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != code.sha256:
+        raise RequestError(
+            f"{where}: {code.name}: wanted a module with sha256 {code.sha256}, as it was when the recipe was read, found {found} in "
+            f"{file} on node {socket.gethostname()}. Fix: install the same on all nodes."
+        )
+    return module
 
 
 @functools.cache

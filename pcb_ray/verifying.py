@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -41,6 +42,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
         )
     inputs = fetched(recipe, open_inputs(recipe))
     plan = plan_of(recipe, inputs, max_shard_bytes=receipt.max_shard_bytes, sizes=_sizes(receipt, out))
+    _check_facts(plan, receipt, out)
     if problems := _wrong_inputs(plan, receipt):
         return Verified(tuple(problems))
     store = open_store()
@@ -50,7 +52,8 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
         digest = (digest + sum(answer.values())) % (1 << 128)
     if shown_digest(digest) != receipt.output_digest:
         problems.append(
-            f"{out}: wanted tensors of digest {receipt.output_digest}, found {shown_digest(digest)}: they were changed after the merge"
+            f"{out}: wanted tensors of digest {receipt.output_digest}, found {shown_digest(digest)}: they were changed after the "
+            "merge"
         )
     chosen = sorted({round(k * (len(parts) - 1) / max(1, sample - 1)) for k in range(sample)})
     compare = CompareParts(receipt.thresholds, str(out))
@@ -81,10 +84,31 @@ def _wrong_files(out: Path, receipt: Receipt) -> list[str]:
 
 
 def _sizes(receipt: Receipt, out: Path) -> Sizes:
-    try:
-        return Sizes(**receipt.sizes)
-    except TypeError as error:
-        raise RequestError(f"{out}: wanted the sizes of a plan in the receipt, found others ({error}). Fix: merge again.") from None
+    names = [field.name for field in dataclasses.fields(Sizes)]
+    found = dict(receipt.sizes)
+    # So many chunks and pieces no plan has; to list them would take for ever.
+    right = sorted(found) == sorted(names) and all(size > 0 for size in found.values())
+    if (
+        not right
+        or found["chunk_elements"] << 20 < receipt.D
+        or max((f.bytes for f in receipt.outputs), default=0) > found["copy_bytes"] << 20
+    ):
+        raise RequestError(f"{out}: sizes: wanted those of a plan ({', '.join(names)}), found {found}. Fix: merge again.")
+    return Sizes(**found)
+
+
+def _check_facts(plan: Plan, receipt: Receipt, out: Path) -> None:
+    """A receipt that belongs to another recipe can't be used at all. Raises RequestError."""
+    wanted: dict[str, object] = {"method": plan.method.full_name, "N": plan.N, "D": plan.D}
+    wanted["thresholds"] = sorted(name for one in plan.method.passes for name in one.gives)
+    found: dict[str, object] = {"method": receipt.method, "N": receipt.N, "D": receipt.D, "thresholds": sorted(receipt.thresholds)}
+    problems = [
+        f"{out}: {key}: wanted {wanted[key]}, which the recipe beside the receipt gives, found {found[key]}. Fix: merge again."
+        for key in wanted
+        if wanted[key] != found[key]
+    ]
+    if problems:
+        raise RequestError(problems)
 
 
 def _wrong_inputs(plan: Plan, receipt: Receipt) -> list[str]:

@@ -1,8 +1,7 @@
 """What the Ray tests share: one Ray for all of them, and runs of the command line that can be stopped and killed.
 
-A run is a real `python -m pcb_ray merge` in a process group and a terminal of its own, followed by what it prints. A sweep shows its bar when it
-begins; to hit it, a test waits for that bar and stops the driver (SIGSTOP) while it decides whom to kill.
-"""
+A run is a real `python -m pcb_ray merge` in a process group and a terminal of its own, followed by what it prints. A sweep shows
+its bar when it begins; to hit it, a test waits for that bar and stops the driver (SIGSTOP) while it decides whom to kill."""
 
 from __future__ import annotations
 
@@ -68,8 +67,8 @@ def flip(path: Path, at: int) -> None:
 def ray_address() -> str:
     """One Ray of 4 CPUs for the whole test session, in this process; the address that other processes join it by.
 
-    Its owners compute with the torch kernel, so that runs on it and local ones (native, where built) must agree, and sweeps are slow enough to hit.
-    """
+    Its owners compute with the torch kernel, so that runs on it and local ones (native, where built) must agree, and sweeps are
+    slow enough to hit."""
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     import ray
@@ -105,7 +104,8 @@ def free_ports(count: int) -> list[int]:
 
 
 class Run:
-    """`python -m pcb_ray` as a process group of its own. `lines` are what it printed so far; each state of a progress bar is a line."""
+    """`python -m pcb_ray` as a process group of its own. `lines` are what it printed so far; each state of a progress bar is a
+    line."""
 
     def __init__(self, *arguments: Any, env: Mapping[str, str] | None = None) -> None:
         self.lines: list[str] = []

@@ -48,7 +48,8 @@ class KnowsBase(Near):
 
 
 class SlowOnce(KnowsBase):
-    """The process that is first to score a candidate takes 8 s for it, so that the other idles at the end of the generation; both leave their pid."""
+    """The process that is first to score a candidate takes 8 s for it, so that the other idles at the end of the generation; both
+    leave their pid."""
 
     def __init__(self, target: str, folder: str) -> None:
         super().__init__(target, digits=1)
@@ -79,8 +80,8 @@ class LoadsLate(Near):
 
 
 class Sick(KnowsBase):
-    """Scores the base; of all else only what is asked for: raises, gives NaN, hangs, ends its process or takes 6 GB, in turn by what the score
-    would be."""
+    """Scores the base; of all else only what is asked for: raises, gives NaN, hangs, ends its process or takes 6 GB, in turn by
+    what the score would be."""
 
     def __init__(self, target: str, ways: tuple[str, ...] = ("raise", "nan", "hang", "die", "")) -> None:
         super().__init__(target)

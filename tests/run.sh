@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Sets up .venv in the repository (first time only) and runs every check: ruff, mypy --strict, pytest.
-# First the tests without Ray, on all cores; then those that share one, but for the slowest (bash tests/run.sh -m very_slow). With arguments, just `pytest ARGUMENTS`: bash tests/run.sh -k selection
+# Sets up .venv in the repository (first time only) and runs the checks: ruff, mypy --strict, pytest.
+#   bash tests/run.sh                the first tier: tests without Ray on all cores, then one case of each kind that share one Ray
+#   bash tests/run.sh --all          everything, the slowest too (half an hour on two cores)
+#   bash tests/run.sh -k selection   just `pytest -k selection`
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
@@ -11,8 +13,11 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-if [ $# -gt 0 ]; then
+alone="not ray and not very_slow" ray="ray and not very_slow"
+if [ "${1:-}" = --all ]; then
+    alone="not ray" ray="ray"
+elif [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
-.venv/bin/python -m pytest -m "not ray" -n auto --durations=5
-.venv/bin/python -m pytest -m "ray and not very_slow" --durations=10
+.venv/bin/python -m pytest -m "$alone" -n auto --durations=5
+.venv/bin/python -m pytest -m "$ray" --durations=10

@@ -1,4 +1,5 @@
-"""The code against docs/architecture.md: imports go down its table of layers, the driver has no torch, libraries have their places."""
+"""The code against docs/architecture.md: imports go down its table of layers, the driver has no torch, libraries have their
+places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The basis: what a search updates a loaded model with is the merge, for any coefficients and any density, without a model being read."""
+"""The basis: what a search updates a loaded model with is the merge, for any coefficients and any density, without a model being
+read."""
 
 from __future__ import annotations
 
@@ -258,8 +259,8 @@ def test_neither_kernel_nor_threads_nor_blocks_show_in_a_candidate(tmp_path, mon
 @pytest.mark.parametrize("method", SCORED)
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 9])
 def test_a_candidate_has_the_same_bits_on_any_processor(tmp_path, monkeypatch, method, scored, n):
-    """The native path for new processors, that for others and torch: any number of tasks, dense and sparse stretches, any dtypes, ends that fill no
-    vector, parameters that lie nowhere in particular."""
+    """The native path for new processors, that for others and torch: any number of tasks, dense and sparse stretches, any dtypes,
+    ends that fill no vector, parameters that lie nowhere in particular."""
     shapes = {"a": (3, 341), "b": (513,), "c": (64,), "d": (7, 300), "e": (1,)}
     dtypes = {name: (torch.bfloat16, torch.float32)[k % 2] for k, name in enumerate(shapes)}
     base, models = families.fine_tuned(n, shapes=shapes, dtype=torch.float32)

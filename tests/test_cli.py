@@ -1,4 +1,5 @@
-"""The command line without Ray: help that teaches, plans, and wrong requests that end at once with exit code 2 and all that is wrong."""
+"""The command line without Ray: help that teaches, plans, and wrong requests that end at once with exit code 2 and all that is
+wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def everything(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
 
 
-# --- help -----------------------------------------------------------------------------------------------------------------------------
+# --- help -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["merge", "--help"]])
@@ -88,7 +89,7 @@ def test_a_wrong_command_line_ends_with_code_2_and_the_usage(arguments, capsys):
     assert "usage: pcb-ray" in capsys.readouterr().err
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------------------------------
+# --- sizes ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_what_is_no_count_is_told(text):
         count(text)
 
 
-# --- plan -----------------------------------------------------------------------------------------------------------------------------
+# --- plan -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_is_json_on_request(family, capsys):
@@ -180,7 +181,8 @@ def test_the_module_is_the_script(family):
 
 def test_a_plan_needs_neither_torch_nor_ray(family):
     one = family(1)
-    program = "import sys; from pcb_ray.cli import main; main(sys.argv[1:]); print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    loaded = "[m for m in ('torch', 'ray', 'transformers') if m in sys.modules]"
+    program = f"import sys; from pcb_ray.cli import main; main(sys.argv[1:]); print({loaded})"
     (one.folder / "mine.py").touch()
     search = {"evaluator": "mine.py:Mine", "metric": "m", "space": {"density": {}}}
     for recipe in one.recipe_file(), one.recipe_file("searched.yaml", search=search):
@@ -225,7 +227,7 @@ def test_a_plan_refuses_a_search_by_a_method_that_does_not_say_it_is_linear(fami
     assert "set `linear=True` in its record" in told
 
 
-# --- wrong requests -------------------------------------------------------------------------------------------------------------------
+# --- wrong requests ---------------------------------------------------------------------------------------------------------------
 
 
 def wrong_recipe(folder: Path) -> Path:

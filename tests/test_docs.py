@@ -46,7 +46,8 @@ def anchors(document: Path) -> set[str]:
 
 
 def commands(document: Path) -> Iterator[str]:
-    """What follows `pcb-ray` wherever a document says what to type: in blocks, and in the text where more than a command or option is named."""
+    """What follows `pcb-ray` wherever a document says what to type: in blocks, and in the text where more than a command or option
+    is named."""
     lines = [
         line.partition("#")[0] for language in ("bash", "") for block in blocks(document, language) for line in block.splitlines()
     ]

@@ -1,4 +1,5 @@
-"""Evaluators: which are refused and how, how their module is matched to the merge, and what the built-in ones score; without Ray."""
+"""Evaluators: which are refused and how, how their module is matched to the merge, and what the built-in ones score; without
+Ray."""
 
 from __future__ import annotations
 
@@ -139,7 +140,7 @@ def test_a_stored_copy_of_a_tied_tensor_follows_its_original(tmp_path, source):
     assert found == {name: float(t.double().sum()) for name, t in expected.items()}
 
 
-# --- errors -------------------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------------------
 
 MINE = f"""
 import torch
@@ -281,7 +282,7 @@ def test_windows_are_no_longer_than_the_model_has_positions(language_model, tmp_
     assert by_default != asked.score("val")
 
 
-# --- names --------------------------------------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_match_finds_a_prefix_on_either_side():
@@ -360,7 +361,7 @@ def test_another_shape_is_an_error_with_both():
         match(module_of({"a.weight": torch.zeros(2)}), {"a.weight": (3,)})
 
 
-# --- built in -----------------------------------------------------------------------------------------------------------------------
+# --- built in ---------------------------------------------------------------------------------------------------------------------
 
 WORDS = [
     "the",
@@ -565,7 +566,8 @@ def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(languag
     with pytest.raises(RequestError) as caught:
         wrong.load(language_model)
     assert caught.value.problems == (
-        "search.evaluator.lm_eval.tasks.val: wanted a task of the harness, found 'word'. Fix: write `words`, or give `include_path`.",
+        "search.evaluator.lm_eval.tasks.val: wanted a task of the harness, found 'word'. Fix: write `words`, or give "
+        "`include_path`.",
         "search.evaluator.lm_eval.tasks.test: wanted a task of the harness, found '!'. Fix: check the name, or give `include_path`.",
     )
 
@@ -681,8 +683,10 @@ def test_a_split_without_data_is_told_before_anything_is_loaded(family, monkeypa
     with pytest.raises(RequestError) as caught:
         Scorer(job)
     assert caught.value.problems == (
-        "search.split.search: wanted a split that the evaluator has data for, found 'val'. Fix: use one of dev, tests, or give it such data.",
-        "search.split.report: wanted a split that the evaluator has data for, found 'test'. Fix: write `tests`, or give it such data.",
+        "search.split.search: wanted a split that the evaluator has data for, found 'val'. Fix: use one of dev, tests, or give "
+        "it such data.",
+        "search.split.report: wanted a split that the evaluator has data for, found 'test'. Fix: write `tests`, or give it such "
+        "data.",
     )
 
 

@@ -43,7 +43,8 @@ for source, download, environment in json.loads(sys.argv[1]):
     try:
         found = open_checkpoint(source, Path(sys.argv[2]), download=download)
         tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in found.tensors.values()]
-        result = {"tensors": tensors, "aliases": found.aliases, "files": found.files, "commit": found.commit, "config": found.config,
+        result = {"tensors": tensors, "aliases": found.aliases, "files": found.files, "commit": found.commit,
+                  "config": found.config,
                   "folder": found.folder and str(found.folder), "source": found.source}
     except RequestError as error:
         result = {"problems": error.problems}
@@ -140,7 +141,8 @@ def bin_file(tensors: dict[str, torch.Tensor]) -> bytes:
 
 
 def in_bin_files(seed: int) -> dict[str, bytes]:
-    """A model of three shards of 1.4 MB each, one in a subfolder, with a tied tensor, views of one storage, and 500 small tensors."""
+    """A model of three shards of 1.4 MB each, one in a subfolder, with a tied tensor, views of one storage, and 500 small
+    tensors."""
     torch.manual_seed(seed)
     embedding, views = torch.randn(600, 600), torch.randn(5000)
     shards = {

@@ -147,7 +147,7 @@ def test_a_job_merges_on_the_cluster_that_it_was_submitted_to(head: Head, family
 
     local = families.merge_locally(plan(Recipe.from_dict(family.recipe(parameters={"density": 0.2}), tmp_path)), tmp_path / "local")
     assert (out / "model.safetensors").read_bytes() == local.files["model.safetensors"]
-    assert pcb_ray.verify(out, quiet=True) == []
+    assert pcb_ray.verify(out, quiet=True).ok
 
 
 @pytest.mark.very_slow
@@ -157,7 +157,8 @@ def test_a_job_searches_with_the_evaluator_that_was_submitted_with_it(head: Head
     target = family.folder / "model1" / "model.safetensors"
     with (folder / "recipe.yaml").open("a") as recipe:
         recipe.write(
-            f"search: {{evaluator: {{near.py:Near: {{target: {target}}}}}, metric: near, budget: 6, population: 3, concurrency: 1}}\n"
+            "search: "
+            f"{{evaluator: {{near.py:Near: {{target: {target}}}}}, metric: near, budget: 6, population: 3, concurrency: 1}}\n"
         )
     job = submit(head, folder, "search", "recipe.yaml", out)
     text = told(job)

@@ -67,7 +67,8 @@ def assert_is_the_pcb_merge(
     lambda_: float,
     ulp: Tensor,
 ) -> None:
-    """`merged_D` is the oracle's merge of these vectors, but for the errors that its arithmetic allows, and then `ulp` for rounding.
+    """`merged_D` is the oracle's merge of these vectors, but for the errors that its arithmetic allows, and then `ulp` for
+    rounding.
 
     The elements that no task keeps have the base's value; those at the threshold are among them (or, in `paper`, are not)."""
     tau_ND = models_ND - base_D
@@ -118,7 +119,8 @@ def assert_is_the_merge(
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """All of the base's floating tensors, merged as the oracle merges them; float64 is written as float32 unless `dtype` says otherwise."""
+    """All of the base's floating tensors, merged as the oracle merges them; float64 is written as float32 unless `dtype` says
+    otherwise."""
     method, variant = method_of(name).values()
     assert list(out) == list(base)
     names = sorted(n for n in base if base[n].is_floating_point())
@@ -174,8 +176,8 @@ def run(base: StateDict, models: Sequence[StateDict], name: str, **options: obje
 
 @st.composite
 def small_models(draw: st.DrawFn) -> tuple[StateDict, list[StateDict]]:
-    """One to five models of a few tensors: scalars, empty tensors, matrices; dtypes mixed within and between models; task vectors with
-    ties, of one size, zero, sparse."""
+    """One to five models of a few tensors: scalars, empty tensors, matrices; dtypes mixed within and between models; task vectors
+    with ties, of one size, zero, sparse."""
     n = draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**40)))
     shapes = draw(
@@ -368,7 +370,7 @@ def test_one_number_too_few_is_told():
     assert "density: wanted one for each of 2 models, found 3." in str(told.value)
 
 
-# --- what is not finite ---------------------------------------------------------------------------------------------------------------
+# --- what is not finite -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,4 +1,5 @@
-"""What an owner answers is a function of the plan and the question: no block size, order or kernel shows in the bytes, and it reads what it must."""
+"""What an owner answers is a function of the plan and the question: no block size, order or kernel shows in the bytes, and it reads
+what it must."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def input_digests(made: Plan, out: Path) -> tuple[int, ...]:
     return sums
 
 
-# --- the bytes ------------------------------------------------------------------------------------------------------------------------
+# --- the bytes --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,7 @@ def test_a_sample_does_not_depend_on_who_takes_it(mixed, step, tmp_path):
         assert 0 < int(total.counts.sum()) <= made.D
 
 
-# --- what is read ---------------------------------------------------------------------------------------------------------------------
+# --- what is read -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,13 +254,14 @@ def test_what_is_not_finite_is_found_in_the_first_sweep_and_named_by_file(family
     with pytest.raises(RequestError) as told:
         list(session.store("write", WriteParts(analyse(session), str(out)), range(len(made.parts))))
     assert str(told.value).startswith(
-        f"{one.folder / 'model1'}: tensor model.layers.1.input_layernorm.weight: wanted finite numbers, found nan at index [17] (BF16)"
+        f"{one.folder / 'model1'}: tensor model.layers.1.input_layernorm.weight: wanted finite numbers, found nan at index [17] "
+        "(BF16)"
     )
     assert owner.state().bytes_read <= made.sweep_bytes * 1.15
     assert not [s for s in session.sweeps if s.bytes >= made.sweep_bytes]
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_shrank_after_the_plan_is_named(family, tmp_path):

@@ -1,4 +1,5 @@
-"""The equations on one block: the released functions' own numbers, the oracle, and exp and tanh within the errors that they claim."""
+"""The equations on one block: the released functions' own numbers, the oracle, and exp and tanh within the errors that they
+claim."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def known_by_sort(tau_NB: Tensor, variant: str, r: float) -> dict[str, tuple[flo
     return known | {"t": tuple(ranked[:, min(int(D * (1 - r)), D - 1)].tolist()), "beta_max": tuple(ranked[:, -1].tolist())}
 
 
-# --- the released functions -------------------------------------------------------------------------------------------------------------
+# --- the released functions -------------------------------------------------------------------------------------------------------
 
 
 def test_there_are_golden_files():
@@ -66,7 +67,7 @@ def test_the_released_functions_are_reproduced(path, variant):
     assert (ours_B - merged_B).abs().max() <= 3e-7 * merged_B.abs().max()
 
 
-# --- the oracle -----------------------------------------------------------------------------------------------------------------------
+# --- the oracle -------------------------------------------------------------------------------------------------------------------
 
 
 def task_vectors(n: int, B: int, seed: int = 0) -> Tensor:
@@ -148,7 +149,7 @@ def test_pairs_are_numbered_row_by_row():
     assert pcb.pairs(3) == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
 
 
-# --- exp and tanh ---------------------------------------------------------------------------------------------------------------------
+# --- exp and tanh -----------------------------------------------------------------------------------------------------------------
 
 
 def ulps(got: Tensor, exact: np.ndarray) -> float:

@@ -42,7 +42,7 @@ def rewritten(family: Family) -> Family:
     return Family(family.folder, family.base, family.models, family.shards, family.config)
 
 
-# --- what counts ----------------------------------------------------------------------------------------------------------------------
+# --- what counts ------------------------------------------------------------------------------------------------------------------
 
 
 def test_all_floating_elements_count_and_lie_by_name(family):
@@ -133,7 +133,7 @@ def test_a_linear_merge_reads_the_base_only_if_it_is_listed(family):
     assert [t.sources[1:] for t in without.tensors] == [t.sources[1:] for t in alone.tensors]
 
 
-# --- what is wrong --------------------------------------------------------------------------------------------------------------------
+# --- what is wrong ----------------------------------------------------------------------------------------------------------------
 
 
 def apply_fix(problems: Sequence[str]) -> list[str]:
@@ -264,7 +264,7 @@ def test_an_exclude_pattern_that_matches_nothing_is_noted(family):
     assert [note for note in made.notes if "exclude" in note] == ["exclude: 'rotary.*' matches no tensor"]
 
 
-# --- tied embeddings ------------------------------------------------------------------------------------------------------------------
+# --- tied embeddings --------------------------------------------------------------------------------------------------------------
 
 TIED = families.CONFIG | {"tie_word_embeddings": True}
 TIED_SHAPES = {"model.embed_tokens.weight": (64, 16), "model.norm.weight": (16,), "lm_head.weight": (64, 16)}
@@ -329,7 +329,7 @@ def test_names_that_share_storage_in_a_bin_count_once_under_the_embeddings_name(
     assert "lm_head.weight" not in merged
 
 
-# --- the output -----------------------------------------------------------------------------------------------------------------------
+# --- the output -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_shard_bytes", [1, 5000, 10**9])
@@ -377,7 +377,7 @@ def one_by_offset(family: Family) -> list[str]:
     return sorted((n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"])
 
 
-# --- what it costs --------------------------------------------------------------------------------------------------------------------
+# --- what it costs ----------------------------------------------------------------------------------------------------------------
 
 
 def write_sparse(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
@@ -433,7 +433,8 @@ def test_ten_models_of_70_billion_are_planned_in_seconds_and_little_memory(ten_l
         "from pcb_ray.cli import main\n"
         "code = main(['plan', sys.argv[1], '--json'])\n"
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
-        "print(json.dumps([code, time.monotonic() - start, int(peak.split()[1]) * 1024, 'torch' in sys.modules]), file=sys.stderr)\n"
+        "print(json.dumps([code, time.monotonic() - start, int(peak.split()[1]) * 1024, 'torch' in sys.modules]), "
+        "file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(ten_large_models)], capture_output=True, text=True, timeout=100)
     code, elapsed_s, peak_bytes, torch_loaded = json.loads(done.stderr.splitlines()[-1])

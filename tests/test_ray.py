@@ -381,7 +381,8 @@ def test_every_node_gets_an_owner_and_a_lost_node_changes_no_byte(
 def test_totals_lost_while_they_are_added_up_are_found_again(
     family: Family, level: int, position: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three owners hold a third each, and add up at two levels; before one of them, or before the total is fetched, one is killed."""
+    """Three owners hold a third each, and add up at two levels; before one of them, or before the total is fetched, one is
+    killed."""
     made = plan(Recipe.from_dict(recipe_of(family)))
     question = CountKeys(0, {}, ((Bracket(0, 1 << 29), Bracket(1 << 29, 1 << 30)),) * made.N)
     owners = RayOwners(workers=3, device="cpu", worker_bytes=worker_bytes(made, MIN_BLOCK))

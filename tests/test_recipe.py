@@ -94,7 +94,8 @@ def test_what_is_left_out_has_the_defaults_of_the_design():
     recipe = Recipe.from_yaml("{base_model: b, models: [a]}", ".")
     expected = ("pcb", 0.1, 1.0, "pairwise", None, (), "base", None)
     assert expected == (
-        recipe.merge_method, *recipe.parameters.values(), recipe.dtype, recipe.exclude, recipe.tokenizer_source, recipe.chat_template,
+        recipe.merge_method, *recipe.parameters.values(), recipe.dtype, recipe.exclude, recipe.tokenizer_source,
+        recipe.chat_template,
     )  # fmt: skip
     assert recipe.models == (Model("a", ((None, 1.0),), {}),)
     assert recipe.notes == ()

@@ -121,7 +121,7 @@ def notes(best: dict[str, Any] | None = None, mode: str = "max", failed: int = 0
     )
 
 
-# --- notes --------------------------------------------------------------------------------------------------------------------------
+# --- notes ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_winner_that_beats_all_within_its_ranges_needs_no_note():
@@ -227,7 +227,7 @@ def test_the_command_prints_the_table_then_the_notes(monkeypatch, capsys):
     assert "the winner is the start" in lines[-2]
 
 
-# --- tables -------------------------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_columns_of_the_table_have_types_that_do_not_depend_on_their_values(tmp_path):
@@ -329,7 +329,7 @@ def test_errors_that_differ_in_numbers_only_are_one_row():
     assert error_table([record(0, {}, "loss", 1.0)]) is None
 
 
-# --- pages --------------------------------------------------------------------------------------------------------------------------
+# --- pages ------------------------------------------------------------------------------------------------------------------------
 
 
 class Page(html.parser.HTMLParser):

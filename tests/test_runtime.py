@@ -1,4 +1,5 @@
-"""Who does what, whose answer counts, who is late: claims about the schedule, owners in this process, and the addresses of clusters."""
+"""Who does what, whose answer counts, who is late: claims about the schedule, owners in this process, and the addresses of
+clusters."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def test_who_waits_longer_is_never_better_off(one_s: float, other_s: float, usua
     assert patience.standing(min(one_s, other_s), usual_s) <= patience.standing(max(one_s, other_s), usual_s)
 
 
-# --- who does what ------------------------------------------------------------------------------------------------------------------
+# --- who does what ----------------------------------------------------------------------------------------------------------------
 
 
 def test_batches_are_runs_of_a_shard_and_cover_all_items() -> None:
@@ -135,7 +136,7 @@ def test_what_another_still_has_at_hand_is_not_given_out_when_its_answer_is_lost
     assert schedule.take(1) == 0
 
 
-# --- whose answer counts --------------------------------------------------------------------------------------------------------------
+# --- whose answer counts ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_to_a_subtotal_that_was_given_away_is_of_no_use() -> None:
@@ -284,7 +285,7 @@ def test_totals_are_equal_for_any_schedule(items: int, owners: int, deaths: int,
         assert world.fold(range(items)).of_item == dict.fromkeys(range(items), 1)
 
 
-# --- owners in this process -----------------------------------------------------------------------------------------------------------
+# --- owners in this process -------------------------------------------------------------------------------------------------------
 
 
 class FakeOwner:
@@ -347,7 +348,7 @@ def test_owners_in_this_process_work_at_the_same_time_and_make_durable_what_they
     assert [owner.synced for owner in local._owners] == [1, 1, 1]  # type: ignore[attr-defined]
 
 
-# --- which cluster ----------------------------------------------------------------------------------------------------------------------
+# --- which cluster ----------------------------------------------------------------------------------------------------------------
 
 
 def test_addresses_are_compared_by_what_they_name() -> None:

@@ -1,4 +1,5 @@
-"""The search on Ray: what it finds, that a seed decides it, that failures cost their trials only, and that it reads no model twice."""
+"""The search on Ray: what it finds, that a seed decides it, that failures cost their trials only, and that it reads no model
+twice."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ def near_of(out: Path, family: Family) -> float:
     return -sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in families.load(out).items())
 
 
-# --- what it finds ------------------------------------------------------------------------------------------------------------------
+# --- what it finds ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
@@ -163,7 +164,7 @@ def test_an_evaluator_can_be_an_object_of_python(family, tmp_path):
     assert found.scores["winner"]["val"]["norm"] <= found.scores["start"]["val"]["norm"]
 
 
-# --- a seed decides -----------------------------------------------------------------------------------------------------------------
+# --- a seed decides ---------------------------------------------------------------------------------------------------------------
 
 
 def uneven(family: Family, concurrency: int) -> dict[str, Any]:
@@ -224,7 +225,8 @@ def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candid
 
 @pytest.mark.very_slow
 def test_a_trial_process_that_dies_while_it_idles_costs_no_trial(family, tmp_path):
-    """Two processes and generations of three: one has its results and is held, the other is still at its first. The idle one is killed."""
+    """Two processes and generations of three: one has its results and is held, the other is still at its first. The idle one is
+    killed."""
     recipe, out, pids = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "pids"
     pids.mkdir()
     asked = recipe_of(family, "SlowOnce", options={"folder": str(pids)}, budget=9, population=3, concurrency=2)
@@ -255,7 +257,7 @@ def test_a_lost_node_costs_no_trial_and_changes_no_candidate(family, calm, three
     assert_same_search(out, calm)
 
 
-# --- failures -----------------------------------------------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.very_slow
@@ -369,7 +371,8 @@ def test_an_evaluator_that_cant_be_sent_to_trial_processes_is_told(family, tmp_p
 
 
 def test_trial_processes_that_cant_load_lose_no_candidate(family, tmp_path):
-    """The first three trial processes can't, as where a mount is missing; the base was scored before. The others score all that was asked."""
+    """The first three trial processes can't, as where a mount is missing; the base was scored before. The others score all that was
+    asked."""
     out, tries = tmp_path / "out", tmp_path / "tries"
     tries.mkdir()
     found = searched(recipe_of(family, "LoadsLate", {"folder": str(tries)}, budget=12, population=4, concurrency=2), out)
@@ -382,15 +385,14 @@ def test_a_search_whose_trial_processes_cant_load_ends_with_the_reason(family, t
     tries = tmp_path / "tries"
     tries.mkdir()
     recipe = recipe_of(family, "LoadsLate", {"folder": str(tries), "failing": 99}, budget=12, population=4, concurrency=2)
-    with pytest.raises(
-        RunError,
-        match=r"found \d+ trial processes after another that could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests.py",
-    ):
+    told = r"found \d+ trial processes after another that could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests"
+    with pytest.raises(RunError, match=told):
         searched(recipe, tmp_path / "out")
 
 
 def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypatch):
-    """And an evaluator of the recipe opens what lies beside the recipe, also in trials, whose folders Tune would make the current one."""
+    """And an evaluator of the recipe opens what lies beside the recipe, also in trials, whose folders Tune would make the current
+    one."""
     import logging
 
     before, level = dict(os.environ), logging.getLogger("ray.tune").level
@@ -398,7 +400,8 @@ def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypat
     (tmp_path / "neighbour.py").write_text("from pathlib import Path\ndef read():\n    return Path('beside.txt').read_text()\n")
     (tmp_path / "mine.py").write_text(
         "import neighbour\nfrom evaluators_of_tests import Near\n"
-        "class Reads(Near):\n    def score(self, split):\n        return super().score(split) | {'read': float(neighbour.read() == 'here')}\n"
+        "class Reads(Near):\n    def score(self, split):\n        return super().score(split) | {'read': float(neighbour.read() "
+        "== 'here')}\n"
     )
     (tmp_path / "evaluators_of_tests.py").write_text(EVALUATORS.read_text())
     asked = recipe_of(family, budget=8)
@@ -466,9 +469,7 @@ def test_a_model_that_was_changed_while_its_merges_were_scored_is_told(family, t
     monkeypatch.setattr(tune, "run_trials", changed)
     target = str(family.folder / "hidden" / "model.safetensors")
     recipe = recipe_of(one, options={"target": target}, budget=8) | ({"sweep": {"lambda": [0.8]}} if what == "sweep" else {})
-    with pytest.raises(
-        RequestError if what == "sweep" else RunError, match=r"model1.*it was changed during the run"
-    ):
+    with pytest.raises(RequestError if what == "sweep" else RunError, match=r"model1.*it was changed during the run"):
         (package.sweep if what == "sweep" else package.search)(recipe, out, workers=1, quiet=True)
     assert not out.exists()
 
@@ -489,7 +490,7 @@ def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tm
         assert row["objective"] == pytest.approx(near_of(tmp_path / "merged", family), abs=2e-6)
 
 
-# --- methods of one's own -----------------------------------------------------------------------------------------------------------
+# --- methods of one's own ---------------------------------------------------------------------------------------------------------
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "trimmed_mean.py"
@@ -505,27 +506,37 @@ def own_method(folder: Path, *replacements: tuple[str, str]) -> str:
     return f"{folder / 'own.py'}:trimmed_mean"
 
 
-OTHER_NAME = (('"lambda": lambda_parameter()', '"strength": lambda_parameter(0.5)'), ("settings.lambda_", 'settings["strength"]'))
-
-
-@pytest.mark.parametrize(("scale", "changed"), [("lambda", ()), ("strength", OTHER_NAME)])
-def test_a_method_of_ones_own_that_is_linear_is_searched_and_swept(family, tmp_path, scale, changed):
-    """Also where what multiplies the change of the base has a name of its own, and is not 1."""
-    own = {"merge_method": own_method(tmp_path, *changed), "parameters": {"keep": 0.9, scale: 0.7}}
-    out = tmp_path / "out"
-    found = searched(recipe_of(family, space={scale: {"lower": 0.5, "upper": 2.0}}) | own, out)
-    assert set(found.best) == {"weight.model0", "weight.model1", "weight.model2", scale}
-    assert near_of(out, family) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
-    again = tmp_path / "again"
-    package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
-    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    assert package.verify(out, quiet=True).ok
-
-    swept = package.sweep(recipe_of(family) | own | {"sweep": {scale: [0.4, 1.3]}}, tmp_path / "swept", workers=1, quiet=True)
+def test_a_method_of_ones_own_that_is_linear_is_searched_and_swept(family, tmp_path):
+    own = {"merge_method": own_method(tmp_path), "parameters": {"keep": 0.9, "lambda": 0.7}}
+    found = searched(recipe_of(family, space={"lambda": {"lower": 0.5, "upper": 2.0}}) | own, tmp_path / "out")
+    assert set(found.best) == {"weight.model0", "weight.model1", "weight.model2", "lambda"}
+    assert_own_winner(found, tmp_path, family)
+    swept = package.sweep(recipe_of(family) | own | {"sweep": {"lambda": [0.4, 1.3]}}, tmp_path / "swept", workers=1, quiet=True)
     for row in swept.records:
         merged = tmp_path / f"merged{row['number']}"
         package.merge(family.recipe(**own | {"parameters": {"keep": 0.9} | row["config"]}), merged, workers=1, quiet=True)
         assert row["objective"] == pytest.approx(near_of(merged, family), abs=2e-6)
+
+
+def test_a_lambda_that_is_not_searched_is_that_of_the_recipe_in_all_candidates(family, tmp_path):
+    """It may stand for anything, such as what the thresholds are made from: nothing is taken out of the basis for it."""
+    changed = (
+        ("fraction, lambda_parameter", "fraction, number"),
+        ("lambda_parameter()", 'Parameter(1.0, number, "how far")'),
+    )
+    own = {"merge_method": own_method(tmp_path, *changed), "parameters": {"keep": 0.9, "lambda": 0.7}}
+    found = searched(recipe_of(family) | own, tmp_path / "out")
+    assert set(found.best) == {"weight.model0", "weight.model1", "weight.model2"}
+    assert_own_winner(found, tmp_path, family)
+
+
+def assert_own_winner(found: Found, folder: Path, family: Family) -> None:
+    """What was scored is what is written, and what the ordinary merge gives."""
+    out, again = folder / "out", folder / "again"
+    assert near_of(out, family) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
+    package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert package.verify(out, quiet=True).ok
 
 
 @pytest.mark.parametrize("weight", ["weight * weight", "weight * (weight if block.first >= settings.D // 2 else 1)"])
@@ -549,7 +560,7 @@ def test_a_method_of_ones_own_that_does_not_say_it_is_linear_is_not_searched(fam
     assert not state_of(tmp_path / "out").exists()
 
 
-# --- what is kept of an unfinished search -------------------------------------------------------------------------------------------
+# --- what is kept of an unfinished search -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +639,7 @@ def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path):
     assert (state_of(out) / "journal.jsonl").read_text().count('"trial ') == 8
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------------------------
+# --- the grid ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):

@@ -236,7 +236,7 @@ def test_cma_needs_two_coefficients(family):
     assert Space.of(searched(family(1), optimizer="OnePlusOne")[0], made.recipe, made).start == {"weight.model0": 1.0}
 
 
-# --- groups -------------------------------------------------------------------------------------------------------------------------
+# --- groups -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_groups_are_patterns_cut_along_the_layers(family):
@@ -385,7 +385,7 @@ def test_the_first_generation_is_a_latin_hypercube_of_uniform_coefficients_with_
     assert [p["variant"] for p in others] == [asked["variant"][k % 2] for k in range(count - 1)]
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------------------------
+# --- the grid ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_grid_is_the_product_of_its_axes(family):
@@ -412,7 +412,7 @@ def test_a_wrong_grid_is_refused(family, sweep, complaint):
         grid_of(Recipe.from_dict(family(2).recipe(sweep=sweep)))
 
 
-# --- what the optimizer is told -----------------------------------------------------------------------------------------------------
+# --- what the optimizer is told ---------------------------------------------------------------------------------------------------
 
 
 def asked(search: Search, made: Plan) -> Any:

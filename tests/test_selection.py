@@ -47,7 +47,8 @@ def select_by_sweeps(
 
 
 def sweeps_enough(bits: int, max_entries: int) -> int:
-    """A wrong first bracket costs one sweep, and each later one settles at least log2(max_entries) - 1 bits of the key, one at least."""
+    """A wrong first bracket costs one sweep, and each later one settles at least log2(max_entries) - 1 bits of the key, one at
+    least."""
     return 2 + math.ceil((bits + 1) / max(1.0, math.log2(max_entries) - 1))
 
 

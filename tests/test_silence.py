@@ -47,7 +47,7 @@ def shared_ray() -> Iterator[str]:
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-# --- what is asked ------------------------------------------------------------------------------------------------------------------
+# --- what is asked ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,7 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(str(tmp_path))
 
 
-# --- claims -------------------------------------------------------------------------------------------------------------------------
+# --- claims -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -349,7 +349,7 @@ def test_what_an_owner_raises_is_raised_as_it_is(folder: Folder) -> None:
         counted(owners, Counting())
 
 
-# --- which cluster ------------------------------------------------------------------------------------------------------------------
+# --- which cluster ----------------------------------------------------------------------------------------------------------------
 
 
 def test_an_address_of_another_cluster_than_the_one_that_runs_is_refused(shared_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,8 @@ scorer.within(0.05, call)
 
 
 def alarm_at(moment: int, call: Callable[[], Any]) -> bool:
-    """Run it, and let the alarm ring once: before bytecode number `moment` of `within` after the call has begun; whether that came."""
+    """Run it, and let the alarm ring once: before bytecode number `moment` of `within` after the call has begun; whether that
+    came."""
     code, seen = within.__code__, 0
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:

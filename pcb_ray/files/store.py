@@ -99,7 +99,8 @@ class Store(Protocol):
 
 
 def open_store() -> Store:
-    """Return the store that merges read and write by: local files. A store of another kind joins here, told by how a file is named."""
+    """Return the store that merges read and write by: local files. A store of another kind joins here, told by how a file is
+    named."""
     return LocalStore()
 
 

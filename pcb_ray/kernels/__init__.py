@@ -1,4 +1,5 @@
-"""The arithmetic of a block: in torch on any device (`reference`, the specification), or in C on CPUs (`native`), the same bits from both."""
+"""The arithmetic of a block: in torch on any device (`reference`, the specification), or in C on CPUs (`native`), the same bits
+from both."""
 
 from __future__ import annotations
 

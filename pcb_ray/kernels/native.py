@@ -1,4 +1,5 @@
-"""The kernel in C (`_native.c`), through ctypes: the interpreter lock is free meanwhile. What a method has not written there, torch does."""
+"""The kernel in C (`_native.c`), through ctypes: the interpreter lock is free meanwhile. What a method has not written there, torch
+does."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pcb_ray.errors import InputError
 from pcb_ray.kernels.reference import Counts, Loaded, TorchKernel
 from pcb_ray.methods import Extrema, Known, Method, Quantity, Settings, Sums
 from pcb_ray.selection import Bracket
@@ -42,6 +44,8 @@ class _Thresholds(ctypes.Structure):
     )
 
 
+_PER_PAIR = ("pair_low", "pair_range", "pair_factor")
+
 # struct Bracket of _native.c
 _BRACKET = np.dtype([("lo", "i8"), ("hi", "i8"), ("counts", "i8", 4), ("inside", "u8"), ("found", "i8")])
 
@@ -53,6 +57,13 @@ class KnownInC:
         self.known = known
         arrays: Mapping[str, NDArray[Any]] = {} if method.native is None else method.native.arrays(known, settings)
         self._kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        n = settings.N
+        for name, array in self._kept.items():  # C believes that they are that long
+            wanted = n * (n + 1) // 2 if name in _PER_PAIR else n
+            if array.shape != (wanted,):
+                raise InputError(
+                    f"thresholds: {name} of {method.full_name}: wanted {wanted} numbers, found {array.size}. Fix: merge again."
+                )
         self._struct = _Thresholds(**{name: array.ctypes.data for name, array in self._kept.items()})
         self.pointer = ctypes.byref(self._struct)
 

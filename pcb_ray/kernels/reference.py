@@ -1,8 +1,8 @@
 """The kernel in torch: the methods' own functions on whole blocks, on any device. It is what the native kernel is held to.
 
-A block comes as it was read: one tensor [B] of the file's dtype for the base (None: zeros, for a method without one) and for each model.
-A kernel is chosen per owner by what its machine offers. Since all round alike, a cluster may mix them; receipts name what was used.
-"""
+A block comes as it was read: one tensor [B] of the file's dtype for the base (None: zeros, for a method without one) and for each
+model. A kernel is chosen per owner by what its machine offers. Since all round alike, a cluster may mix them; receipts name what
+was used."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pcb_ray.errors import InputError, with_place
+from pcb_ray.errors import InputError
 from pcb_ray.methods import METHODS, Block, Extrema, Known, Method, Quantity, Settings, Sums
-from pcb_ray.methods.method import Function, Scored, TensorPlace
+from pcb_ray.methods.method import Scored, TensorPlace
 from pcb_ray.selection import Bracket
 
 # For one bracket the counts (< lo, <= lo, < hi, <= hi) and the keys strictly between.
@@ -86,14 +86,14 @@ class TorchKernel:
 
         Returns whether the block's task vectors are finite."""
         block = self.load(loaded)
-        low, high = torch.aminmax(self._rows(wanted.of, "an extrema pass", block, known), dim=1)
+        low, high = torch.aminmax(self._rows(wanted, block, known), dim=1)
         for of_rows, found, better in ((smallest, low.tolist(), min), (largest, high.tolist(), max)):
             of_rows[:] = [better(pair) for pair in zip(of_rows, found, strict=True)] if of_rows else found
         return bool(torch.isfinite(block.tau).all())
 
     def rows(self, loaded: Loaded, wanted: Sums, known: Known) -> Tensor:
         """The rows that are to be added up, [any number, B] in float64."""
-        return self._rows(wanted.of, "a sums pass", self.load(loaded), known)
+        return self._rows(wanted, self.load(loaded), known)
 
     # --- merging ------------------------------------------------------------------------------------------------------------------
 
@@ -104,7 +104,8 @@ class TorchKernel:
         return rounded_B, bool(torch.isfinite(rounded_B).all())
 
     def basis(self, loaded: Loaded, known: Known) -> tuple[Tensor, bool]:
-        """C [N, B], float32, of a linear method: row i is what the merge with the i-th unit vector adds to the base; and whether all are finite."""
+        """C [N, B], float32, of a linear method: row i is what the merge with the i-th unit vector adds to the base; and whether
+        all are finite."""
         block = self.load(loaded)
         block = dataclasses.replace(block, theta=torch.zeros_like(block.theta))
         if self.method.basis is not None:
@@ -122,8 +123,8 @@ class TorchKernel:
         return values_NB, scores_NB, wanted.kept(scores_NB, known)
 
     def departure_from_linear(self, loaded: Loaded, known: Known) -> float:
-        """How far the merge of a block is from theta + lambda sum_i(lambda_i C_i), as a share of the largest change: rounding aside 0
-        for a method that is linear, as its record says."""
+        """How far the merge of a block is from theta + lambda sum_i(lambda_i C_i), as a share of the largest change: rounding aside
+        0 for a method that is linear, as its record says."""
         C_NB, _ = self.basis(loaded, known)
         weights = [0.25 + 0.5 * i for i in range(self.settings.N)]
         block = self.load(loaded, weights)
@@ -144,36 +145,33 @@ class TorchKernel:
     # --- functions of the method --------------------------------------------------------------------------------------------------
 
     def _merged(self, block: Block, known: Known, settings: Settings) -> Tensor:
-        merged_B = self._called(self.method.merge, "merge", block, known, settings)
+        merged_B = self.method.merge(block, known, settings)
         if self._is_own:
             self._check("merge", merged_B, block.theta.shape, torch.float32, "the merged elements [B]")
         return merged_B
 
     def _ranked(self, quantity: Quantity, block: Block, known: Known) -> Tensor:
-        x_NB = self._called(quantity.of, quantity.name, block, known, self.settings)
+        x_NB = quantity.of(block, known, self.settings)
         if self._is_own:
             dtype = torch.float32 if quantity.bits == 32 else torch.float64
             self._check(quantity.name, x_NB, block.tau.shape, dtype, "a value for each model and element [N, B]")
-            # Where tau itself is not finite, the inputs are to blame, and whoever asked says so.
-            if bool(torch.isfinite(block.tau).all()) and bool(torch.isnan(x_NB).any()):
+            if self._is_to_blame(block) and bool(torch.isnan(x_NB).any()):
                 raise InputError(self._complaint(quantity.name, "numbers", "NaN", "a NaN has no rank: give such elements 0"))
         return x_NB
 
-    def _rows(self, of: Function, name: str, block: Block, known: Known) -> Tensor:
-        x_KB = self._called(of, name, block, known, self.settings)
+    def _rows(self, wanted: Extrema | Sums, block: Block, known: Known) -> Tensor:
+        x_KB = wanted.of(block, known, self.settings)
         if self._is_own:
             rows = x_KB.shape[0] if isinstance(x_KB, Tensor) and x_KB.ndim == 2 else 0
-            self._check(name, x_KB, torch.Size([rows, block.tau.shape[1]]), torch.float64, "rows of values [any number, B]")
+            self._check(wanted.title, x_KB, torch.Size([rows, block.tau.shape[1]]), torch.float64, "rows of values [any number, B]")
+            if self._is_to_blame(block) and not bool(torch.isfinite(x_KB).all()):
+                found = "NaN" if bool(torch.isnan(x_KB).any()) else "an infinite one"
+                raise InputError(self._complaint(wanted.title, "finite values", found, "mend the method"))
         return x_KB
 
-    def _called(self, function: Function, name: str, block: Block, known: Known, settings: Settings) -> Tensor:
-        if not self._is_own:
-            return function(block, known, settings)
-        try:
-            return function(block, known, settings)
-        except Exception as error:
-            # Whatever the user's code raises is theirs, and is told as it is.
-            raise InputError(f"merge_method: {name} of {self.method.name} raised {with_place(error)}. Fix: mend it.") from error
+    def _is_to_blame(self, block: Block) -> bool:
+        """Where tau itself is not finite, the inputs are to blame for what the method gives, and whoever asked says so."""
+        return bool(torch.isfinite(block.tau).all())
 
     def _check(self, name: str, found: object, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
         if not isinstance(found, Tensor):
@@ -182,8 +180,8 @@ class TorchKernel:
             shown = f"{list(found.shape)} of {found.dtype}"
         else:
             return
-        wanted = f"{what}, here {list(shape)} of {dtype},"
+        wanted = f"{what}, here {list(shape)} of {dtype}"
         raise InputError(self._complaint(name, wanted, shown, "return a tensor of that shape and dtype"))
 
     def _complaint(self, name: str, wanted: str, found: str, fix: str) -> str:
-        return f"merge_method: {name} of {self.method.name}: wanted {wanted} found {found}. Fix: {fix}."
+        return f"merge_method: {name} of {self.method.name}: wanted {wanted}, found {found}. Fix: {fix}."

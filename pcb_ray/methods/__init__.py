@@ -1,4 +1,5 @@
-"""The merge methods: one record each. Whoever needs to know something of a method reads its record; no other module knows one's name.
+"""The merge methods: one record each. Whoever needs to know something of a method reads its record; no other module knows one's
+name.
 
 `METHODS` is the table of those that come with pcb_ray; a recipe may name another of the user's own (`my_methods.py:trimmed_mean`).
 """
@@ -6,9 +7,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
-from pcb_ray.errors import RequestError
+from pcb_ray.errors import InputError, RequestError, with_place
 from pcb_ray.methods.ieee import exp, sum_over_tasks, tanh
 from pcb_ray.methods.linear import LINEAR
 from pcb_ray.methods.method import (
@@ -18,6 +22,7 @@ from pcb_ray.methods.method import (
     Known,
     Method,
     Parameter,
+    Pass,
     Quantity,
     Ranks,
     Settings,
@@ -59,4 +64,52 @@ def own_method(code: UserCode, folder: Path) -> Method:
             f"merge_method: wanted a pcb_ray.methods.Method, found {code.name} to be a {type(found).__name__}. "
             "Fix: name a record, such as `trimmed_mean = Method(name=..., merge=...)`; see docs/how-to-add-a-method.md."
         )
-    return found
+    return _guarded(found)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _guarded(method: Method) -> Method:
+    """The record with functions that tell what the user's code raises, and in which line, as an InputError."""
+
+    def told(name: str, function: Callable[P, R]) -> Callable[P, R]:
+        def call(*arguments: P.args, **options: P.kwargs) -> R:
+            try:
+                return function(*arguments, **options)
+            except Exception as error:
+                # Whatever the user's code raises is theirs, and is told as it is.
+                raise InputError(f"merge_method: {name} of {method.name} raised {with_place(error)}. Fix: mend it.") from error
+
+        return call
+
+    def of_pass(one: Pass) -> Pass:
+        if isinstance(one, Ranks):
+            places = {name: told(f"the rank of {name}", place) for name, place in one.places.items()}
+            return replace(one, quantity=of_quantity(one.quantity), places=places)
+        return replace(one, of=told(one.title, one.of))
+
+    def of_quantity(quantity: Quantity) -> Quantity:
+        return replace(quantity, of=told(quantity.name, quantity.of))
+
+    scored = method.scored and replace(
+        method.scored,
+        values=told("scored.values", method.scored.values),
+        scores=of_quantity(method.scored.scores),
+        kept=told("scored.kept", method.scored.kept),
+        combine=told("scored.combine", method.scored.combine),
+    )
+    return replace(
+        method,
+        merge=told("merge", method.merge),
+        parameters={name: replace(p, check=told(f"the check of {name}", p.check)) for name, p in method.parameters.items()},
+        passes=tuple(map(of_pass, method.passes)),
+        element_bytes=told("element_bytes", method.element_bytes),
+        basis=method.basis and told("basis", method.basis),
+        scored=scored,
+        refuse=told("refuse", method.refuse),
+        warnings=told("warnings", method.warnings),
+        impossible=told("impossible", method.impossible),
+        wrong_weights=told("wrong_weights", method.wrong_weights),
+    )

@@ -1,9 +1,9 @@
 """exp and tanh in operations that IEEE 754 rounds correctly, each rounded on its own: the same bits on every device, at any length.
 
-Library functions round differently from one device, vector width or version to the next. These are minimax polynomials of our own fit (Remez,
-relative error): exp(r) = 1 + r + r^2 q(r) on |r| <= ln(2)/2, within 0.05 (float32) and 0.001 (float64) of half an ulp before rounding;
-tanh(x) = x + x^3 q(x^2) on [0, 1], 0.08. All float32 constants are exact in float32. The native kernel repeats these lines in C.
-"""
+Library functions round differently from one device, vector width or version to the next. These are minimax polynomials of our own
+fit (Remez, relative error): exp(r) = 1 + r + r^2 q(r) on |r| <= ln(2)/2, within 0.05 (float32) and 0.001 (float64) of half an ulp
+before rounding; tanh(x) = x + x^3 q(x^2) on [0, 1], 0.08. All float32 constants are exact in float32. The native kernel repeats
+these lines in C."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def sum_over_tasks(x_NB: Tensor) -> Tensor:
-    """sum_i x_i [B], one task after another: torch's own sum over a dimension adds in an order that depends on the block's width."""
+    """sum_i x_i [B], one task after another: torch's own sum over a dimension adds in an order that depends on the block's
+    width."""
     total_B = x_NB[0].clone()
     for x_B in x_NB[1:]:
         total_B.add_(x_B)

@@ -1,4 +1,5 @@
-"""The weighted mean of the models (Wortsman et al., *Model Soups*, ICML 2022): no task vectors, and the base only if it is listed."""
+"""The weighted mean of the models (Wortsman et al., *Model Soups*, ICML 2022): no task vectors, and the base only if it is
+listed."""
 
 from __future__ import annotations
 

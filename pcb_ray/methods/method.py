@@ -34,7 +34,8 @@ Known = Mapping[str, tuple[float, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter of the method's own, as it stands below `parameters` in a recipe. `weight` (lambda_i) is no such parameter: all methods have it."""
+    """A parameter of the method's own, as it stands below `parameters` in a recipe. `weight` (lambda_i) is no such parameter: all
+    methods have it."""
 
     default: Any
     check: Callable[[object, str, list[str]], Any]
@@ -43,8 +44,8 @@ class Parameter:
     per_model: bool = False
     """Whether an entry of `models` may have one of its own."""
     searched: Literal["", "scale", "share"] = ""
-    """How a search varies it without reading a model again. scale: it multiplies all that the merge adds to the base. share: it says how much
-    the method's `scored` basis keeps. Empty: not at all."""
+    """How a search varies it without reading a model again. scale: it multiplies all that the merge adds to the base. share: it
+    says how much the method's `scored` basis keeps. Empty: not at all."""
     range: tuple[float, float] = (0.0, 0.0)
     """Between which values it is searched unless a recipe says otherwise."""
 
@@ -107,7 +108,8 @@ class Block:
     weights: tuple[float, ...] = ()
     """lambda_i, N of them; only where blocks are merged."""
     first: int = -1
-    """The number, among the D of the model, of the block's first element; -1 where the block gathers elements from several places."""
+    """The number, among the D of the model, of the block's first element; -1 where the block gathers elements from several places.
+    """
     tensor: TensorPlace | None = None
     """None for `unit="element"`, whose blocks may hold elements of several tensors."""
 
@@ -128,7 +130,12 @@ def column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-# --- passes over the model ----------------------------------------------------------------------------------------------------------
+def _check(where: str, found: object, known: Sequence[object]) -> None:
+    if found not in known:
+        raise ValueError(f"{where}: wanted one of {', '.join(map(repr, known))}, found {found!r}")
+
+
+# --- passes over the model --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +154,9 @@ class Quantity:
     native: int | None = None
     """Its number in `_native.c`, where it is written there too."""
 
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, (32, 64))
+
 
 MAGNITUDE = Quantity("|tau|", lambda block, _known, _settings: block.tau, magnitude=True, parameters=(), native=0)
 """The size of the task vectors."""
@@ -158,7 +168,8 @@ class Ranks:
 
     quantity: Quantity
     places: Mapping[str, Callable[[int, Mapping[str, Any]], int]]
-    """By the name under which the value will be known: its rank, from 0 (the smallest) to D - 1, from D and the model's parameters."""
+    """By the name under which the value will be known: its rank, from 0 (the smallest) to D - 1, from D and the model's parameters.
+    """
     largest: str = ""
     """The name under which the largest value will be known, if it is wanted."""
 
@@ -174,7 +185,8 @@ class Ranks:
 
 @dataclasses.dataclass(frozen=True)
 class Extrema:
-    """A pass that finds the smallest and the largest value of each row of `of`, [any number of rows, B] in float64, over the whole model."""
+    """A pass that finds the smallest and the largest value of each row of `of`, [any number of rows, B] in float64, over the whole
+    model."""
 
     title: str
     of: Function
@@ -198,10 +210,14 @@ class Sums:
     title: str
     of: Function
     names: Mapping[str, Callable[[int], slice]]
-    """By the name under which they will be known: which of the rows, from N. With per="tensor", these rows of the first tensor, then of the next."""
+    """By the name under which they will be known: which of the rows, from N. With per="tensor", these rows of the first tensor,
+    then of the next."""
     per: Literal["model", "tensor"] = "model"
     parameters: tuple[str, ...] | None = None
     native: str = ""
+
+    def __post_init__(self) -> None:
+        _check("per", self.per, ("model", "tensor"))
 
     @property
     def gives(self) -> tuple[str, ...]:
@@ -210,12 +226,13 @@ class Sums:
 
 Pass = Ranks | Extrema | Sums
 
-# --- the method ---------------------------------------------------------------------------------------------------------------------
+# --- the method -------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a basis keeps of a method that drops elements by a threshold on scores, so that a search can vary the share that is kept."""
+    """What a basis keeps of a method that drops elements by a threshold on scores, so that a search can vary the share that is
+    kept."""
 
     values: Function
     """[N, B] float32: what is merged of each task."""
@@ -247,7 +264,8 @@ class Native:
 
 @dataclasses.dataclass(frozen=True)
 class Normalize:
-    """What mergekit's `normalize` means for a method: the value that asks for what the method does anyway, and the way to have the other."""
+    """What mergekit's `normalize` means for a method: the value that asks for what the method does anyway, and the way to have the
+    other."""
 
     harmless: bool = False
     fix: str = "remove it, and scale the weights by hand"
@@ -255,7 +273,8 @@ class Normalize:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A merge method. Its functions must be pure: a function of the block, of what is known of the whole model, and of the settings."""
+    """A merge method. Its functions must be pure: a function of the block, of what is known of the whole model, and of the
+    settings."""
 
     name: str
     merge: Function
@@ -269,16 +288,18 @@ class Method:
     parameters: Mapping[str, Parameter] = dataclasses.field(default_factory=dict)
     passes: tuple[Pass, ...] = ()
     unit: Literal["element", "block", "tensor"] = "block"
-    """What a function must see at once. element: each element is merged by itself, and a block may hold elements of several tensors. block: a
-    run of one tensor, and it is told which. tensor: always a whole tensor, whatever memory that takes."""
+    """What a function must see at once. element: each element is merged by itself, and a block may hold elements of several
+    tensors. block: a run of one tensor, and it is told which. tensor: always a whole tensor, whatever memory that takes."""
     has_base: bool = True
     """Whether it merges task vectors, differences to a base; else it merges the models themselves."""
     tolerance: float = 0.0
-    """0: the same bits on every machine. Else `verify` allows recomputed values to differ by this share of the tensor's largest value."""
+    """0: the same bits on every machine. Else `verify` allows recomputed values to differ by this share of the tensor's largest
+    value."""
     element_bytes: Callable[[int], int] = lambda n: 4 * (8 * n + 8)
     """Memory of temporaries for each element of a block, from N."""
     linear: bool = False
-    """Whether what the merge adds to the base is lambda sum_i(lambda_i C_i), with C_i free of lambda and lambda_i: then it can be searched."""
+    """Whether what the merge adds to the base is lambda sum_i(lambda_i C_i), with C_i free of lambda and lambda_i: then it can be
+    searched."""
     basis: Function | None = None
     """C [N, B] of a linear method, where that is had in a better way than by merging with each unit vector."""
     scored: Scored | None = None
@@ -298,13 +319,22 @@ class Method:
     """What is wrong with the lambda_i of a tensor; empty if nothing is."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a record whose fields contradict each other: a search would be wrong, or fail late."""
-        of_scored = [] if self.scored is None else [self.scored.share]
-        if len(self._searched_as("scale")) > 1 or self._searched_as("share") != of_scored:
+        """Raises ValueError for what a type checker would find, or what would be taken for something else without a word."""
+        _check("unit", self.unit, ("element", "block", "tensor"))
+        given = [name for wanted in self.passes for name in wanted.gives]
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise ValueError(f"passes: wanted a name of its own for each value, found {', '.join(twice)} twice")
+        for name, parameter in self.parameters.items():
+            _check(f"parameters: searched of {name}", parameter.searched, ("", "scale", "share"))
+            if parameter.searched == "scale" and name != "lambda":
+                raise ValueError(
+                    f'{self.name}: wanted at most one parameter with `searched="scale"`, lambda, found {name!r}. '
+                    "Fix: leave `searched` empty for others."
+                )
+        if self._searched_as("share") != ([] if self.scored is None else [self.scored.share]):
             raise ValueError(
-                f'{self.name}: wanted at most one parameter with `searched="scale"`, and with `searched="share"` the one that '
-                f"`scored` names, found {self._searched_as('scale')} and {self._searched_as('share')}. "
-                "Fix: leave `searched` empty for the others."
+                f'{self.name}: wanted at most one parameter with `searched="share"`, the one that `scored` names as its share, '
+                f"found {self._searched_as('share')}. Fix: leave `searched` empty for others."
             )
 
     def _searched_as(self, kind: str) -> list[str]:

@@ -1,7 +1,7 @@
 """PCB-Merging on one block of parameters (Du et al., *Parameter Competition Balancing for Model Merging*, NeurIPS 2024).
 
-One equation a line, no state. The equations are functions of a block and of what is known of the whole model; the three records at the end say which
-passes find that.
+One equation a line, no state. The equations are functions of a block and of what is known of the whole model; the three records at
+the end say which passes find that.
 
 Shapes:
     N    tasks (fine-tuned models)
@@ -17,10 +17,10 @@ What is known, by name, a number for each task (for each pair, row by row, in `p
     pair_min, pair_max  of tau_i tau_j over the model (paper)
     intra_sum, pair_sum the softmax denominators (paper)
 
-Arithmetic: float32 (the scores of `paper`: float64), built from the operations that IEEE 754 rounds correctly - add, subtract, multiply, divide,
-compare, shift - each rounded on its own, and sums over tasks taken one task after another (`ieee`). So a block has the same bits on any CPU and any
-GPU, at any block size, and the native kernel (`_native.c`), which repeats these lines in C, agrees with them bit for bit.
-"""
+Arithmetic: float32 (the scores of `paper`: float64), built from the operations that IEEE 754 rounds correctly - add, subtract,
+multiply, divide, compare, shift - each rounded on its own, and sums over tasks taken one task after another (`ieee`). So a block
+has the same bits on any CPU and any GPU, at any block size, and the native kernel (`_native.c`), which repeats these lines in C,
+agrees with them bit for bit."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ FLOOR = 1e-12  # the least denominator of the merge in the release; the paper's 
 CLIP_RELEASED, CLIP_PAIRWISE = 1e-4, 1e-2  # the fraction c that is clipped at each end
 
 
-# --- the paper on one block ---------------------------------------------------------------------------------------------------------
+# --- the paper on one block -------------------------------------------------------------------------------------------------------
 def _minmax(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """(x - low) / (high - low), and 0 where high = low."""
     return (x - low).div_(torch.where(high > low, high - low, math.inf))
@@ -90,7 +90,8 @@ def beta_released(tau_NB: Tensor, known: Known) -> Tensor:
 
 
 def beta_pairwise(tau_NB: Tensor, known: Known) -> Tensor:
-    """beta_i = intra_i sum_j tanh(s_i z_i s_j z_j), s = sign(tau), j = i included: equation 2 as the release's vision search has it."""
+    """beta_i = intra_i sum_j tanh(s_i z_i s_j z_j), s = sign(tau), j = i included: equation 2 as the release's vision search has
+    it."""
     z_NB, _ = clip(tau_NB, known)
     u_NB = tau_NB.sign().mul_(z_NB)
     inter_NB = torch.zeros_like(u_NB)
@@ -121,7 +122,8 @@ def _paper_pair(tau_NB: Tensor, i: int, j: int, known: Known) -> Tensor:
 
 
 def paper_exponentials(tau_NB: Tensor, known: Known) -> tuple[Tensor, Tensor]:
-    """The numerators of equation 1's and 2's softmaxes, float64: exp(N (minmax(tau_i^2) - 1)) [N, B] and exp(minmax(tau_i tau_j) - 1) [P, B]."""
+    """The numerators of equation 1's and 2's softmaxes, float64: exp(N (minmax(tau_i^2) - 1)) [N, B] and exp(minmax(tau_i tau_j) -
+    1) [P, B]."""
     n = len(tau_NB)
     intra = [exp(_paper_pair(tau_NB, i, i, known).sub_(1.0).mul_(float(n))) for i in range(n)]
     inter = [exp(_paper_pair(tau_NB, i, j, known).sub_(1.0)) for i, j in pairs(n)]
@@ -171,7 +173,8 @@ def paper_t(known: Known, n: int) -> list[float]:
 def combine(theta_B: Tensor, tauc_NB: Tensor, scale_NB: Tensor, lambdas: Sequence[float], lambda_: float, floor: float) -> Tensor:
     """theta + lambda sum_i(scale_i lambda_i tauc_i) / max(sum_i scale_i, floor).
 
-    theta stays bit for bit where no task keeps the element, and where what they keep adds up to 0: adding that 0 would change a theta of -0."""
+    theta stays bit for bit where no task keeps the element, and where what they keep adds up to 0: adding that 0 would change a
+    theta of -0."""
     total_B = sum_over_tasks(scale_NB)
     sum_B = sum_over_tasks((scale_NB * column(lambdas, scale_NB)).mul_(tauc_NB))
     changed_B = (total_B > 0.0) & (sum_B != 0.0)
@@ -179,7 +182,7 @@ def combine(theta_B: Tensor, tauc_NB: Tensor, scale_NB: Tensor, lambdas: Sequenc
     return torch.where(changed_B, merged_B, theta_B)
 
 
-# --- the three variants as records --------------------------------------------------------------------------------------------------
+# --- the three variants as records ------------------------------------------------------------------------------------------------
 def _clip_ranks(c: float, largest: str = "") -> Ranks:
     """low and high are order statistics of |tau|; the index expressions decide which element, exactly as written."""
     places = {"low": lambda D, _: int(D * c), "high": lambda D, _: int(D * (1 - c) - 1)}
@@ -194,7 +197,8 @@ def _drop_ranks(beta: Quantity) -> Ranks:
 def _keeps_nothing(settings: Settings, names: Sequence[str]) -> list[str]:
     D = settings.D
     return [
-        f"{name}: wanted a density that keeps at least one of {D} merged elements, found {r}. Fix: the smallest that keeps some is about {2 / D:.3g}."
+        f"{name}: wanted a density that keeps at least one of {D} merged elements, found {r}. Fix: the smallest that keeps some "
+        f"is about {2 / D:.3g}."
         for name, r in zip(names, settings.each("density"), strict=True)
         if int(D * (1 - r)) >= D
     ]
@@ -331,7 +335,8 @@ BETA_PAPER = Quantity("beta", lambda block, known, settings: beta_paper(block.ta
 
 PAIRWISE = _clipped(
     "pairwise",
-    "intra = exp(N (z² - 1)), inter = sum_j tanh(s_i z_i s_j z_j), z the clipped, min-max scaled size of tau (1 % at each end), s its sign",
+    "intra = exp(N (z² - 1)), inter = sum_j tanh(s_i z_i s_j z_j), z the clipped, min-max scaled size of tau (1 % at each end), "
+    "s its sign",
     BETA_PAIRWISE,
     _clip_ranks(CLIP_PAIRWISE),
     CLIP_PAIRWISE,

@@ -1,4 +1,5 @@
-"""TIES (Yadav et al., *TIES-Merging: Resolving Interference When Merging Models*, NeurIPS 2023), trimmed over the whole model as its release does."""
+"""TIES (Yadav et al., *TIES-Merging: Resolving Interference When Merging Models*, NeurIPS 2023), trimmed over the whole model as
+its release does."""
 
 from __future__ import annotations
 

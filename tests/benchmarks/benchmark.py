@@ -3,9 +3,8 @@
     python tests/benchmarks/make_family.py /data/family
     python tests/benchmarks/benchmark.py /data/family --mergekit ~/mergekit/bin/mergekit-yaml > tests/benchmarks/results/DATE.md
 
-Files are read once before, so that all measurements find them in the page cache. Comparisons run in turn (A B A B ...), and the median of the
-pairwise ratios is what counts: machines drift. Choose some with --only mergekit,limit,dense,memory,cores.
-"""
+Files are read once before, so that all measurements find them in the page cache. Comparisons run in turn (A B A B ...), and the
+median of the pairwise ratios is what counts: machines drift. Choose some with --only mergekit,limit,dense,memory,cores."""
 
 from __future__ import annotations
 
@@ -144,7 +143,8 @@ print(json.dumps(result))
     ratio = statistics.median(dense / ours for ours, dense, _ in results)
     rate = 4 * elements / 1e6
     return table(
-        f"against the dense implementation of the tests' oracle, 4 x {elements / 1e6:.0f} M elements in memory, float32, `pairwise`",
+        f"against the dense implementation of the tests' oracle, 4 x {elements / 1e6:.0f} M elements in memory, float32, "
+        "`pairwise`",
         ["", "s", "M task elements/s"],
         [
             ["dense oracle", f"{dense_s:.1f}", f"{rate / dense_s:.1f}"],

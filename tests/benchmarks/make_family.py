@@ -1,4 +1,5 @@
-"""Makes the family of checkpoints that the benchmarks merge: a Llama-shaped base and N experts in bfloat16, 582 M parameters each by default.
+"""Makes the family of checkpoints that the benchmarks merge: a Llama-shaped base and N experts in bfloat16, 582 M parameters each
+by default.
 
 python tests/benchmarks/make_family.py DIR [--experts 3] [--layers 10] [--hidden 2048]
 """

@@ -3,8 +3,10 @@
     python tests/benchmarks/make_family.py /data/family4 --experts 4
     python tests/benchmarks/search_benchmark.py /data/family4 > tests/benchmarks/results/DATE-search.md
 
-apply: a candidate written into the loaded model, against a plain copy of the base's parameters, and against merging again and loading the result.
-trials: what Tune costs per trial beyond applying and scoring; trials per minute of two trial processes against one, for a scorer of about a second.
+apply: a candidate written into the loaded model, against a plain copy of the base's parameters, and against merging again and
+    loading the result.
+trials: what Tune costs per trial beyond applying and scoring; trials per minute of two trial processes against one, for a scorer of
+    about a second.
 memory: what a first and a second trial process on a node take (PSS), by part.
 """
 
@@ -87,7 +89,8 @@ def apply(recipe: dict[str, Any], scratch: Path) -> str:
     lambdas = [(1.0, 0.7, 1.3, 0.9)[: made.N]] * len(made.tensors)
     lines = [
         f"Basis of N = {made.N}, D = {made.D:,}, r = 0.1: {basis.entries:,} entries, {basis.nbytes / 1e9:.2f} GB: "
-        f"{basis.nbytes / (0.1 * made.N * made.D):.2f} bytes per element of r N D. Analysis {analysis_s:.1f} s, building {build_s:.1f} s.",
+        f"{basis.nbytes / (0.1 * made.N * made.D):.2f} bytes per element of r N D. Analysis {analysis_s:.1f} s, building "
+        f"{build_s:.1f} s.",
         "",
         "| parameters | threads | copy s | apply s | ratio |",
         "| --- | --- | --- | --- | --- |",
@@ -154,7 +157,8 @@ def trials(scratch: Path) -> str:
     # Between the ends of the second and the last trial, less what they spent themselves: the first loads Ray, torch and the model.
     beyond_s = ((rows[-1]["ended"] - rows[1]["ended"]).total_seconds() - sum(r["seconds"] for r in rows[2:])) / (len(rows) - 2)
     lines = [
-        f"60 trials, one process: {beyond_s:.3f} s per trial beyond applying and scoring (the whole search {time.monotonic() - start:.0f} s)."
+        f"60 trials, one process: {beyond_s:.3f} s per trial beyond applying and scoring (the whole search "
+        f"{time.monotonic() - start:.0f} s)."
     ]
     rates = {}
     for processes in (1, 2):
@@ -164,7 +168,8 @@ def trials(scratch: Path) -> str:
         steady = rows[2 * processes :]  # all of them are up
         rates[processes] = 60 * len(steady) / (steady[-1]["ended"] - rows[2 * processes - 1]["ended"]).total_seconds()
     lines.append(
-        f"A scorer of one core second: {rates[1]:.1f} trials a minute in one process, {rates[2]:.1f} on two: {rates[2] / rates[1]:.2f} times."
+        f"A scorer of one core second: {rates[1]:.1f} trials a minute in one process, {rates[2]:.1f} in two: "
+        f"{rates[2] / rates[1]:.2f} times."
     )
     return "\n".join([*lines, ""])
 
@@ -249,7 +254,8 @@ def main() -> None:
     recipe = recipe_of(options.family.resolve())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(
-        f"# Search, {time.strftime('%Y-%m-%d')}, commit {commit}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}\n"
+        f"# Search, {time.strftime('%Y-%m-%d')}, commit {commit}, {os.cpu_count()} cores, {platform.machine()}, torch "
+        f"{torch.__version__}\n"
     )
     with tempfile.TemporaryDirectory(dir=options.family) as scratch:
         for name in options.only.split(","):
