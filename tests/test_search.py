@@ -604,7 +604,7 @@ def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path):
     out = tmp_path / "out"
     recipe = recipe_of(family, "Norm", {}, metric="norm", budget=8, space={"weight": {"lower": 0.0, "upper": 1e8, "init": 1e8}})
     with pytest.raises(
-        RunError, match=r"the winner: wanted its merge, found .* that F16 can hold, found one that overflows it.*is kept"
+        RequestError, match=r"the winner: wanted its merge, found .* that F16 can hold, found one that overflows it.*is kept"
     ):
         searched(recipe | {"dtype": "float16"}, out)
     assert not out.exists()
