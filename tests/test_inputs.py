@@ -19,7 +19,7 @@ from families import Family
 
 import pcb_ray as package
 from pcb_ray.analysis import analyse
-from pcb_ray.cluster import cluster
+from pcb_ray.cluster import ACCELERATORS, AUTH_MODE, cluster
 from pcb_ray.files.store import open_store
 from pcb_ray.planning import open_inputs, plan_of
 from pcb_ray.recipe import Recipe
@@ -165,11 +165,17 @@ def test_many_files_and_many_threads_need_few_descriptors(tmp_path: Path) -> Non
 
 
 @pytest.mark.ray
-def test_a_merge_in_a_process_that_runs_ray_leaves_its_environment_alone(tmp_path: Path) -> None:
+def test_a_merge_in_a_process_that_runs_ray_leaves_its_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = ray_address()
+    import ray
+
+    for name in (AUTH_MODE, ACCELERATORS):  # what a merge sets to start a Ray of its own
+        monkeypatch.delenv(name)
     family, before = Family(tmp_path / "family", *families.fine_tuned(2)), dict(os.environ)
-    package.merge(family.recipe(), tmp_path / "out", workers=1, address=address, quiet=True)
-    assert dict(os.environ) == before
+    for k, given in enumerate((None, address)):
+        package.merge(family.recipe(), tmp_path / f"out{k}", workers=1, address=given, quiet=True)
+        assert dict(os.environ) == before
+    assert ray.is_initialized()
 
 
 @pytest.mark.ray
