@@ -176,7 +176,7 @@ def errors_of(monkeypatch) -> Callable[[Job], tuple[str, str]]:
 
     def both(job: Job) -> tuple[str, str]:
         trial = object.__new__(Trial)
-        trial.setup({}, job)
+        trial.setup({}, job, known={})
         trial.config = job.space.start
         with pytest.raises((RequestError, RunError)) as caught:
             _ScorerActor(job).score(0, "val")
@@ -236,7 +236,7 @@ def test_an_error_that_takes_the_gpu_ends_the_process(family, monkeypatch, lost)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     trial = object.__new__(Trial)
     job = job_of(made, "mine.py:Mine")
-    trial.setup({}, job)
+    trial.setup({}, job, known={})
     trial.config = job.space.start
     for name in ("is_available", "is_initialized"):
         monkeypatch.setattr(torch.cuda, name, lambda: True)
@@ -568,7 +568,7 @@ def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(languag
     assert caught.value.problems == (
         "search.evaluator.lm_eval.tasks.val: wanted a task of the harness, found 'word'. Fix: write `words`, or give "
         "`include_path`.",
-        "search.evaluator.lm_eval.tasks.test: the harness has no task '!'. Fix: check the name, or give `include_path`.",
+        "search.evaluator.lm_eval.tasks.test: wanted a task of the harness, found '!'. Fix: check the name, or give `include_path`.",
     )
 
 

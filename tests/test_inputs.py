@@ -99,7 +99,6 @@ def test_an_input_that_is_edited_between_two_runs_of_a_merge_ends_the_second(tmp
     ("command", "trials", "hidden", "told"),
     [
         pytest.param("search", 8, True, "model1: wanted the bytes that the first sweep read, found others", id="a bit, hidden"),
-        pytest.param("search", 8, False, "wanted the file as it was when the run began", id="touched", marks=pytest.mark.very_slow),
         pytest.param("sweep", 2, False, "wanted the file as it was when the run began", id="sweep", marks=pytest.mark.very_slow),
     ],
 )

@@ -381,6 +381,7 @@ def test_trial_processes_that_cant_load_lose_no_candidate(family, tmp_path):
     assert [row["error"] for row in trials_of(out)] == [""] * 12
 
 
+@pytest.mark.very_slow
 def test_a_search_whose_trial_processes_cant_load_ends_with_the_reason(family, tmp_path):
     tries = tmp_path / "tries"
     tries.mkdir()
@@ -413,7 +414,7 @@ def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypat
     assert logging.getLogger("ray.tune").level == level
 
 
-@pytest.mark.parametrize("method", ["pcb", "task_arithmetic"])
+@pytest.mark.parametrize("method", ["pcb", pytest.param("task_arithmetic", marks=pytest.mark.very_slow)])
 def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(family, tmp_path, monkeypatch, method):
     from pcb_ray.searching import run
 
@@ -428,7 +429,7 @@ def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(fa
     assert package.verify(out, quiet=True).ok
 
 
-@pytest.mark.parametrize("what", ["search", "sweep"])
+@pytest.mark.parametrize("what", [pytest.param("search", marks=pytest.mark.very_slow), "sweep"])
 def test_an_output_that_appears_during_a_search_is_kept_and_no_score_is_lost(family, tmp_path, monkeypatch, what):
     out, log = tmp_path / "out", tmp_path / "log"
     recipe = recipe_of(family, options={"log": str(log)}, budget=8)
@@ -454,6 +455,25 @@ def test_an_output_that_appears_during_a_search_is_kept_and_no_score_is_lost(fam
     assert (out / "tune").is_dir()
     assert log.read_text().count("score") == scored
     assert not state_of(out).exists()
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("what", ["search", "sweep"])
+def test_a_model_that_was_changed_while_its_merges_were_scored_is_told(family, tmp_path, monkeypatch, what):
+    from pcb_ray.searching import tune
+
+    one, out, run_trials = Family(tmp_path / "family", family.base, family.models), tmp_path / "out", tune.run_trials
+
+    def changed(*args: Any, **options: Any) -> Any:
+        families.write(one.folder / "model1", family.models[0])
+        return run_trials(*args, **options)
+
+    monkeypatch.setattr(tune, "run_trials", changed)
+    target = str(family.folder / "hidden" / "model.safetensors")
+    recipe = recipe_of(one, options={"target": target}, budget=8) | ({"sweep": {"lambda": [0.8]}} if what == "sweep" else {})
+    with pytest.raises(RequestError, match=r"model1.*it was changed during the run"):
+        (package.sweep if what == "sweep" else package.search)(recipe, out, workers=1, quiet=True)
+    assert not out.exists()
 
 
 def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tmp_path, monkeypatch):
@@ -488,27 +508,38 @@ def own_method(folder: Path, *replacements: tuple[str, str]) -> str:
     return f"{folder / 'own.py'}:trimmed_mean"
 
 
-OTHER_NAME = (('"lambda": lambda_parameter()', '"strength": lambda_parameter(0.5)'), ("settings.lambda_", 'settings["strength"]'))
-
-
-@pytest.mark.parametrize(("scale", "changed"), [("lambda", ()), ("strength", OTHER_NAME)])
-def test_a_method_of_ones_own_that_is_linear_is_searched_and_swept(family, tmp_path, scale, changed):
-    """Also where what multiplies the change of the base has a name of its own, and is not 1."""
-    own = {"merge_method": own_method(tmp_path, *changed), "parameters": {"keep": 0.9, scale: 0.7}}
-    out = tmp_path / "out"
-    found = searched(recipe_of(family, space={scale: {"lower": 0.5, "upper": 2.0}}) | own, out)
-    assert set(found.best) == {"weight.model0", "weight.model1", "weight.model2", scale}
-    assert near_of(out, family) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
-    again = tmp_path / "again"
-    package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
-    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    assert package.verify(out, quiet=True).ok
-
-    swept = package.sweep(recipe_of(family) | own | {"sweep": {scale: [0.4, 1.3]}}, tmp_path / "swept", workers=1, quiet=True)
+@pytest.mark.very_slow
+def test_a_method_of_ones_own_that_is_linear_is_searched_and_swept(family, tmp_path):
+    own = {"merge_method": own_method(tmp_path), "parameters": {"keep": 0.9, "lambda": 0.7}}
+    found = searched(recipe_of(family, space={"lambda": {"lower": 0.5, "upper": 2.0}}) | own, tmp_path / "out")
+    assert set(found.best) == {"weight.model0", "weight.model1", "weight.model2", "lambda"}
+    assert_own_winner(found, tmp_path, family)
+    swept = package.sweep(recipe_of(family) | own | {"sweep": {"lambda": [0.4, 1.3]}}, tmp_path / "swept", workers=1, quiet=True)
     for row in swept.records:
         merged = tmp_path / f"merged{row['number']}"
         package.merge(family.recipe(**own | {"parameters": {"keep": 0.9} | row["config"]}), merged, workers=1, quiet=True)
         assert row["objective"] == pytest.approx(near_of(merged, family), abs=2e-6)
+
+
+def test_a_lambda_that_is_not_searched_is_that_of_the_recipe_in_all_candidates(family, tmp_path):
+    """It may stand for anything, such as what the thresholds are made from: nothing is taken out of the basis for it."""
+    changed = (
+        ("fraction, lambda_parameter", "fraction, number"),
+        ("lambda_parameter()", 'Parameter(1.0, number, "how far")'),
+    )
+    own = {"merge_method": own_method(tmp_path, *changed), "parameters": {"keep": 0.9, "lambda": 0.7}}
+    found = searched(recipe_of(family) | own, tmp_path / "out")
+    assert set(found.best) == {"weight.model0", "weight.model1", "weight.model2"}
+    assert_own_winner(found, tmp_path, family)
+
+
+def assert_own_winner(found: Found, folder: Path, family: Family) -> None:
+    """What was scored is what is written, and what the ordinary merge gives."""
+    out, again = folder / "out", folder / "again"
+    assert near_of(out, family) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
+    package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert package.verify(out, quiet=True).ok
 
 
 @pytest.mark.parametrize("weight", ["weight * weight", "weight * (weight if block.first >= settings.D // 2 else 1)"])

@@ -448,7 +448,9 @@ def test_a_logger_that_is_not_installed_or_not_reached_is_told(family, name, mon
             raise ConnectionError("http://127.0.0.1:9: refused")
 
     monkeypatch.setattr(tune, "_loggers", lambda _: [tune.tune.Callback(), Unreached()])
-    with pytest.raises(RequestError, match=f"search.loggers.{name}: ConnectionError: http://127.0.0.1:9: refused. Fix"):
+    with pytest.raises(
+        RequestError, match=f"search.loggers.{name}: wanted its service, found ConnectionError: http://127.0.0.1:9: refused. Fix"
+    ):
         tune.check_loggers(search)
 
 

@@ -155,8 +155,8 @@ class Writer:
 def build_volume(owner: Owner, volume: int, known: Known, scored: Scored | None, path: Path) -> Digest:
     """Gather the basis of a volume's chunks, write the file aside and give it its name, durable; its digest. Raises OSError.
 
-    It holds the chunks' arrays one after another; then, as JSON, dtype, shape and first byte of each; then the first byte of
-    that."""
+    The file holds the chunks' arrays one after another; then, as JSON, dtype, shape and first byte of each; then the first byte
+    of that text."""
     names = {np.dtype(kind): name for name, kind in ARRAYS.items()}
     digest, at, index = xxhash.xxh3_128(), 0, list[dict[str, Any]]()
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -222,8 +222,9 @@ def _libc() -> ctypes.CDLL:
 
 
 class _Mapped:
-    """A file's bytes for numpy, read-only, shared with all who map it, until no array needs them. Python's own map would hold a
-    descriptor too, and a basis of a large model has thousands of files."""
+    """A file's bytes for numpy, read-only, shared with all who map it, until no array needs them.
+
+    Python's own map would hold a descriptor for each volume too, and a search may have several variants."""
 
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -483,7 +484,8 @@ class Basis:
     def _base_of(self, segment: Segment) -> tuple[NDArray[np.uint8], torch.dtype]:
         """The bytes of the base where they are mapped, and their dtype."""
         tensor = self.plan.tensors[segment.tensor].sources[0]
-        assert tensor is not None
+        if tensor is None:
+            raise ValueError(f"{self.plan.method.full_name} has no base to be searched from")
         itemsize = DTYPE_BYTES[tensor.dtype]
         start, stop = tensor.start + segment.start * itemsize, tensor.start + segment.stop * itemsize
         raw = np.asarray(self._base[tensor.file][start:stop])

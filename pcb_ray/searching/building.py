@@ -1,4 +1,4 @@
-"""What owners are asked when a basis is built. No torch but where an owner answers: the driver uses it."""
+"""What owners are asked when a basis is built. Torch is imported only where an owner answers, since the driver uses this module."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ READ_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class BuildVolumes:
-    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities; their digests. They are
-    durable then."""
+    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities, and give their digests.
+
+    The volumes are durable when they are answered."""
 
     known: Known
     folder: str

@@ -126,7 +126,7 @@ def check_splits(evaluator: Any, asked: Mapping[str, str]) -> None:
 
 
 def _built_in(kind: Any, options: Mapping[str, Any], folder: Path, where: str) -> Any:
-    """With all that is wrong with its options told at once."""
+    """A built-in evaluator. Raises RequestError with all that is wrong with its options."""
     required, *others = (name for name in inspect.signature(kind).parameters if name != "folder")
     problems: list[str] = []
     given = checks.section(options, where, (required, *others), problems)
@@ -253,8 +253,7 @@ def _device() -> str:
 
 
 def _load_model(auto_class: Any, model_dir: Path, dtype: str) -> Any:
-    """The model in float32 on a CPU, in its own dtype on a GPU (on several, layer by layer, which needs accelerate), or as
-    asked."""
+    """The model in float32 on a CPU, in its own dtype on a GPU, or as asked; layer by layer on several GPUs (needs accelerate)."""
     import torch
 
     device = _device()

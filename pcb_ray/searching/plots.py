@@ -350,7 +350,7 @@ def _reference(axis: Any, name: str, value: float, limits: tuple[float, float], 
 
 
 def _legend(figure: Figure, axis: Any, title: str | None = None) -> None:
-    """Below the plots, which keep their size: the figure grows. Long names take fewer columns."""
+    """Put a legend below the plots, which keep their size: the figure grows. Long names take fewer columns."""
     handles, labels = axis.get_legend_handles_labels()
     columns = max(1, min(len(labels), int(105 // (8 + max(map(len, labels), default=0)))))
     figure.set_figheight(figure.get_figheight() + 0.22 * (math.ceil(len(labels) / columns) + bool(title)))
@@ -380,8 +380,9 @@ def _generations(request: Search, records: Sequence[Record]) -> list[Sequence[Re
 
 
 def _by_outcome(records: Sequence[Record]) -> Iterable[tuple[str, Sequence[Record]]]:
-    """A marker, and the candidates that have it: with a score and without. None without any: a line of no points upsets the
-    layout."""
+    """A marker, and the candidates that have it: with a score and without.
+
+    It is None without any, since a line of no points upsets the layout."""
     parts = [("o", [r for r in records if not r["error"]]), ("x", [r for r in records if r["error"]])]
     return [(marker, part) for marker, part in parts if part]
 
@@ -404,7 +405,7 @@ def _text(name: str, most: int) -> str:
 
 
 def _wrapped(name: str, width: int) -> str:
-    """In lines of at most `width`, broken after the punctuation of names where there is some."""
+    """A text in lines of at most `width`, broken after the punctuation of names where there is some."""
     lines = [""]
     for piece in re.findall(rf"[^-_./ ]{{1,{width - 1}}}[-_./ ]?|[-_./ ]", name):
         lines = [*lines[:-1], lines[-1] + piece] if len(lines[-1] + piece) <= width else [*lines, piece]

@@ -144,7 +144,7 @@ def notes_of(found: Found) -> list[str]:
 
 
 def notes_of_sweep(request: Search, records: Sequence[Record], base: float) -> list[str]:
-    """Of a grid: that it misses the best, or that nothing in it is any good."""
+    """What a reader of a grid might overlook: that it misses the best, or that nothing in it is any good."""
     best = max((r for r in records if not r["error"]), key=lambda r: request.better * r["objective"])
     notes = []
     if request.better * (best["objective"] - base) <= 0:

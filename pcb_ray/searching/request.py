@@ -24,12 +24,12 @@ from pcb_ray.recipe import Recipe
 
 BUILT_IN = ("causal_lm", "classification", "lm_eval", "command")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
-SMALLEST_POPULATION = 3  # of CMA-ES
+SMALLEST_POPULATION = 3  # that CMA-ES works with
 REST = "rest"  # the group of what no pattern matches
 RESERVED = {"base", "start", "winner"}  # names of the report, beside those of the models
 DEFAULTS_TRIED = 4  # groups that may be the default of a recipe's rules
 LONGEST_S = 1e8  # three years
-LEAST_SHARE = 1e-4  # of a CPU or GPU, that Ray tells from none
+LEAST_SHARE = 1e-4  # of a CPU or GPU that Ray tells from none
 
 _KEYS = (
     "evaluator",
@@ -58,7 +58,7 @@ class Bounds:
     upper: float
     init: float
     is_log: bool = False
-    """Whether it is the logarithm that is searched evenly: of a share."""
+    """Whether it is the logarithm that is searched evenly, as that of a share is."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Range:
     lower: float
     upper: float
     init: float | None = None
-    """None: what the recipe says, if it lies within; else the middle."""
+    """None stands for what the recipe says, if it lies within, or else for the middle."""
 
     def bounds(self, of_recipe: float = math.nan, *, is_log: bool = False) -> Bounds:
         middle = of_recipe if self.lower <= of_recipe <= self.upper else (self.lower + self.upper) / 2
@@ -80,13 +80,13 @@ class Candidate:
     """One point of the space."""
 
     lambdas: tuple[tuple[float, ...], ...] | None
-    """lambda_i by group, then model; None: the recipe's."""
+    """lambda_i by group, then model; None stands for the recipe's."""
     lambda_: float
     """What multiplies the change of the base; 1 for a method without such a parameter."""
     density: float | None
-    """The share that is kept of all models; None: the recipe's."""
+    """The share that is kept of all models; None stands for the recipe's."""
     variant: str | None
-    """None: the recipe's."""
+    """None stands for the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Search:
     layers: int = 1
     """Parts into which the stack of layers is cut, each with coefficients of its own."""
     parameters: Mapping[str, Range] = dataclasses.field(default_factory=dict)
-    """Of the method's parameters those that are searched, by name."""
+    """Those of the method's parameters that are searched, by name."""
     scale: str = ""
     """The name of the method's parameter that multiplies the change of the base; empty if it has none."""
     share: str = ""
@@ -116,11 +116,11 @@ class Search:
     budget: int = 100
     population: int = 8
     concurrency: int | None = None
-    """Trials at a time; None: as many as the cluster holds."""
+    """How many trials run at a time; None stands for as many as the cluster holds."""
     cpu: float = 1.0
     gpu: float = 0.0
     memory: int | None = None
-    """Bytes that a trial is given; None: the model's in float32 where it is on a CPU."""
+    """The bytes that a trial is given; None stands for the model's in float32 where it is on a CPU."""
     seed: int = 0
     trial_timeout_s: float | None = None
     loggers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
@@ -232,7 +232,7 @@ _SEARCHED_ANYWHERE = tuple(dict.fromkeys(name for method in METHODS for name in 
 
 
 def _check_searched(asked: Mapping[str, Any], where: str, method: Method, problems: list[str]) -> None:
-    """Keys that a search of another method has are wrong for this one."""
+    """Complain of keys that a search of another method has, and one of this method has not."""
     able = _able(method)
     problems += [
         f"{where}.{name}: wanted what a search of {method.name} can vary ({', '.join(able) or 'its weights alone'}), "
@@ -277,7 +277,7 @@ def _amount(raw: object, where: str, problems: list[str]) -> float:
 
 
 def _share(raw: object, where: str, problems: list[str]) -> float:
-    """Of CPUs or GPUs."""
+    """A share of CPUs or GPUs, as Ray knows it."""
     value = _amount(raw, where, problems)
     if 0 < value < LEAST_SHARE:
         problems.append(wrong(where, f"0, or at least {LEAST_SHARE}", raw, "write one such as 1 or 0.5"))
@@ -365,9 +365,9 @@ class Space:
 
     recipe: Recipe
     bounds: Mapping[str, Bounds]
-    """Of the numbers: `weight.MODEL[.GROUP]`, and the method's parameters that are searched."""
+    """The bounds of the numbers: `weight.MODEL[.GROUP]`, and the method's parameters that are searched."""
     variants: tuple[str, ...]
-    """Of `variant`, where there is a choice."""
+    """The values of `variant`, where there is a choice."""
     labels: tuple[str, ...]
     """A short name for each model."""
     groups: tuple[str, ...]

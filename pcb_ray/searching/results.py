@@ -25,14 +25,14 @@ class Found:
     recipe: Recipe
     """An ordinary recipe of the winner."""
     scores: Mapping[str, Scores]
-    """Of base, experts, start and winner: the metrics by split."""
+    """The metrics of base, experts, start and winner, by split."""
     trials: int
     failed: int
     elapsed_s: float
     notes: tuple[str, ...] = ()
-    """What to doubt."""
+    """What a reader of the scores should doubt."""
     receipt: Receipt | None = None
-    """Of the winner's merge."""
+    """The receipt of the winner's merge."""
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,9 @@ def sweep(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Swept:
-    """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section: one analysis per variant, nothing
-    read again.
+    """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section.
 
+    There is one analysis per variant, and nothing is read again.
     `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Raises as `search` does.
     """
     recipe, out = Recipe.of(recipe), Path(out)
@@ -146,8 +146,9 @@ def _variant(recipe: Recipe) -> str:
 
 
 def _tools() -> tuple[Any, Any]:
-    """Two modules with seconds of imports, for when the request is known to be right. Raises RequestError if a library is not
-    installed."""
+    """The modules `report` and `tune`, whose imports take seconds: for when the request is known to be right.
+
+    Raises RequestError if a library is not installed."""
     try:
         from pcb_ray.searching import report, tune
     except ImportError as error:
@@ -194,8 +195,8 @@ def _prepared(
 ) -> Iterator[_Run]:
     """What searches and sweeps have in common: everything is checked, the base is scored, each variant has its basis.
 
-    `model`: whether the output is to have one. `scored`: whether the share that is kept will differ, if the request does not say
-    so."""
+    `model` says whether the output is to have one, and `scored` whether the share that is kept will differ, if the request does
+    not say so."""
     from pcb_ray.searching import tune
 
     scored = request.scored if scored is None else scored
@@ -249,7 +250,7 @@ def _prepared(
 
 
 def model_bytes(plan: Plan) -> int:
-    """Of the model in float32, as a trial on CPUs holds it."""
+    """The bytes of the model in float32, as a trial on CPUs holds it."""
     return 4 * (plan.D + sum(math.prod(c.source.shape) for c in plan.copies))
 
 
@@ -275,7 +276,7 @@ def announced(plan: Plan) -> dict[str, Any]:
 
 
 def _may_differ(request: Search) -> tuple[str, ...]:
-    """Of a request that is resumed. The candidates do not depend on it; or, of the evaluator, they are scored again."""
+    """What of a request may differ when it is resumed: no candidate depends on it, or all are scored again (the evaluator)."""
     budget = ("budget",) if request.optimizer == "CMA" else ()
     return (*budget, "concurrency", "cpu", "gpu", "memory", "trial_timeout_s", "loggers", "evaluator", "options")
 
@@ -289,7 +290,7 @@ def _analysed(recipe: Recipe, request: Search, variant: str) -> Recipe:
 
 
 def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
-    """Tells an evaluator from what it was before it was changed, as far as its name, its options and its own source do."""
+    """What tells an evaluator from what it was before it was changed, as far as its name, its options and its own source do."""
     if evaluator is not None:
         name = type(evaluator).__qualname__
         try:
@@ -319,14 +320,14 @@ def _check_picklable(evaluator: Any) -> None:
 
 
 def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) -> None:
-    """The base as an evaluator loads it: its weights by link, with the config and tokenizer that the merge will have."""
+    """The base as an evaluator loads it: its tensors by link, with the config and tokenizer that the merge will have."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    weights = [Path(f.path) for f in base.files]
+    stored = [Path(f.path) for f in base.files]
     if base.folder is None:
-        (folder / f"model{weights[0].suffix}").symlink_to(weights[0].absolute())
+        (folder / f"model{stored[0].suffix}").symlink_to(stored[0].absolute())
     else:
-        for path in (*weights, *base.folder.glob("*.index.json")):
+        for path in (*stored, *base.folder.glob("*.index.json")):
             link = folder / path.relative_to(base.folder)  # where the index says; that may be in a subfolder
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.absolute())
@@ -451,8 +452,7 @@ def _known_trials(job: Job, state: State) -> dict[str, Any]:
 
 
 def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
-    """Merge the winner into the staging folder, with the thresholds that are known; a part that an interrupted run has written
-    stays."""
+    """Merge the winner into the staging folder, with what is known. A part that an interrupted run has written stays."""
     from pcb_ray.searching.basis import Basis
 
     start, state, job, how = time.monotonic(), run.state, run.job, run.how

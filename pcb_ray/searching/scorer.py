@@ -1,4 +1,4 @@
-"""What a trial holds: an evaluator whose model stays loaded, and the bases that candidates are made from. No Ray in it."""
+"""What a trial holds: an evaluator whose model stays loaded, and the bases that candidates are made from. It needs no Ray."""
 
 from __future__ import annotations
 
@@ -37,21 +37,20 @@ class Arm:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a scorer needs; the same for all."""
+    """All that a scorer needs; it is the same for all of them."""
 
     search: Search
     space: Space
     arms: Mapping[str, Arm]
-    """By variant."""
+    """The arms by variant."""
     model_dir: str
     """The base as the evaluator loads it."""
     folder: str
-    """Of the recipe, or of the Python code that gave the evaluator: what an evaluator opens by a relative path is found from
-    there."""
+    """The folder of the recipe, or of the Python code that gave the evaluator, which finds its relative paths from there."""
     scored_by: str = ""
-    """Tells the evaluator from what it was before it was changed: their scores don't mix."""
+    """What tells the evaluator from what it was before it was changed, so that their scores don't mix."""
     evaluator: Any = None
-    """One that Python code gave; None: the one that the recipe names."""
+    """The evaluator that Python code gave; None stands for the one that the recipe names."""
 
 
 class Scorer:

@@ -1,5 +1,4 @@
-"""What a search leaves as rows: of all candidates for tools, in parquet; of what matters for people, in a terminal and on a
-page."""
+"""What a search leaves as rows: all candidates for tools, in parquet; what matters for people, in a terminal and on a page."""
 
 from __future__ import annotations
 
@@ -71,7 +70,7 @@ class Table:
     """(row, column) of the cells to mark."""
 
     def as_text(self) -> str:
-        """For a terminal; what is best has a star."""
+        """The table for a terminal; what is best has a star."""
         marked = {column for _, column in self.best}
         rows = {
             name: [cell + ("*" if (name, k) in self.best else " " if k in marked else "") for k, cell in enumerate(row)]

@@ -50,10 +50,10 @@ def is_spoiled() -> bool:
 
 
 class Trial(tune.Trainable):
-    def setup(self, config: dict[str, Any], job: Job | None = None, known: Mapping[str, Record] | None = None) -> None:
-        assert job is not None
+    # Tune gives the last two, as `tune.with_parameters` told it.
+    def setup(self, config: dict[str, Any], job: Job, known: Mapping[str, Record]) -> None:  # type: ignore[override]
         prepare_process(job)
-        self._job, self._known = job, known or {}
+        self._job, self._known = job, known
         self._scorer: Scorer | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -64,9 +64,9 @@ class Trial(tune.Trainable):
         found = dict(self._known.get(key_of(self.config), {}))
         if not found:
             found = {"metrics": {}, OBJECTIVE: math.nan, "error": "", "node": ray.util.get_node_ip_address(), "pid": os.getpid()}
-            load_s = self._load()
+            scorer, load_s = self._loaded()
             try:
-                found |= self._score()
+                found |= self._score(scorer)
             except Exception as error:  # the evaluator's: any of them costs its trial only
                 if is_spoiled():
                     raise  # and its process
@@ -78,20 +78,21 @@ class Trial(tune.Trainable):
         }  # those mean something to Tune
         return {**own, **found}
 
-    def _load(self) -> float:
-        """Seconds that it took. What it raises ends the process: one that can't load, for a missing mount or a GPU that is full,
-        must not take one candidate after another."""
+    def _loaded(self) -> tuple[Scorer, float]:
+        """The scorer, with its model loaded, and the seconds that this took.
+
+        What it raises ends the process: one that can't load, for a missing mount or a GPU that is full, must not take one candidate
+        after another."""
         start = time.monotonic()
         try:
             self._scorer = self._scorer or Scorer(self._job)
         except Exception as error:
             raise RuntimeError(f"{LOAD_FAILED}: {with_place(error)}") from None
-        return time.monotonic() - start
+        return self._scorer, time.monotonic() - start
 
-    def _score(self) -> dict[str, Any]:
+    def _score(self, scorer: Scorer) -> dict[str, Any]:
         search = self._job.search
-        assert self._scorer is not None
-        metrics, spent = self._scorer.score(self._job.space.candidate(self.config), search.search_split)
+        metrics, spent = scorer.score(self._job.space.candidate(self.config), search.search_split)
         value = metrics[search.metric]
         error = "" if math.isfinite(value) else f"{search.metric} is {value}"
         return {"metrics": metrics, OBJECTIVE: math.nan if error else value, "error": error, **spent}

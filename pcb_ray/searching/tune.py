@@ -33,7 +33,7 @@ from pcb_ray.searching.trial import LOAD_FAILED, OBJECTIVE, Record, Trial
 
 log = logging.getLogger("pcb_ray")
 
-# Of a process that Ray ends because memory is short, Ray raises an error that Tune does not take for the death of an actor: it
+# For a process that Ray ends because memory is short, it raises an error that Tune does not take for the death of an actor: that
 # would end the search.
 for module in (actor_manager, tune_controller):
     vars(module)["RayActorError"] = (RayActorError, OutOfMemoryError)
@@ -106,10 +106,10 @@ def optimizer_of(search: Search, space: Space) -> Any:
 
     if search.optimizer != "CMA":
         return ng.optimizers.registry[search.optimizer]
-    # In Nevergrad's unit, a sixth of the range; it multiplies the scale by this where all is bounded, and a choice of variants is
-    # not.
+    # The scale is in Nevergrad's unit, a sixth of the range. Nevergrad multiplies it by this where all is bounded, and a choice of
+    # variants is not.
     multiplied_by = 1.0 if space.variants else 0.3 if len(space.bounds) < 18 else 0.15
-    # Below a population of 6 it would mirror samples, and then not know them again, with a warning, after their way through
+    # Below a population of 6, CMA would mirror samples, and then, with a warning, not know them again after their way through
     # Nevergrad.
     inopts = {"CMA_mirrors": 0}
     return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=6 * INITIAL_STD / multiplied_by, inopts=inopts)
@@ -202,7 +202,7 @@ class Generations(NevergradSearch):
 
 
 class Listed(Searcher):
-    """These configs, in order."""
+    """Asks for these configs, in order."""
 
     def __init__(self, configs: Sequence[Config], mode: str, progress: Ledger) -> None:
         super().__init__(metric=OBJECTIVE, mode=mode)
@@ -478,7 +478,7 @@ def check_resources(search: Search) -> int:
 
 
 def shown_resources(search: Search) -> str:
-    """Of a trial."""
+    """What a trial is given, for people."""
     return _shown(search.cpu, search.gpu, search.memory)
 
 
@@ -549,7 +549,7 @@ def run_trials(
 
 @contextlib.contextmanager
 def _settings(room: int) -> Iterator[None]:
-    """Of Tune, for one experiment: the caller may have others."""
+    """Tune's settings for one experiment; the caller may have others."""
     wanted = {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # on Ctrl-C it would end the trials and return as if all were done
         # There is one result per trial, so nothing to buffer, and a driver that looks more often starts the next one sooner.

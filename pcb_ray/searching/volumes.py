@@ -1,4 +1,4 @@
-"""The files of a basis: which chunks lie in which, and what they take. No torch: the driver uses it.
+"""The files of a basis: which chunks lie in which, and what they take. The driver uses this module: it needs no torch.
 
 A basis has at most `MOST_VOLUMES` files, however large the model is. One owner writes a volume, from its first byte to its last; it
 is the unit of retry and of resume.
@@ -21,7 +21,7 @@ def volumes_of(plan: Plan) -> int:
 
 
 def chunks_of_volume(plan: Plan, volume: int) -> range:
-    """A contiguous run of chunks."""
+    """The chunks that lie in a volume, a contiguous run."""
     count = volumes_of(plan)
     return range(volume * plan.chunks // count, (volume + 1) * plan.chunks // count)
 
@@ -53,8 +53,9 @@ def _score_bytes(method: Method, scored: bool) -> int:
 
 
 def _histogram_bytes(plan: Plan, scored: bool) -> int:
-    """Of a chunk: a row of three integers for each value that the upper bits of its scores' keys take. In practice these span some
-    binary orders of magnitude, of 256 values each."""
+    """The bytes of a chunk's histogram: a row of three integers for each value that the upper bits of its scores' keys take.
+
+    In practice the keys span some binary orders of magnitude, of 256 values each."""
     return 24 * plan.N * min(32 * 256, _chunk_elements(plan)) * scored
 
 

@@ -4,8 +4,11 @@
     python tests/benchmarks/search_benchmark.py /data/family4 > tests/benchmarks/results/DATE-search.md
 
 apply: a candidate written into the loaded model, against a plain copy of the base's parameters, and against merging again and
-loading the result. trials: what Tune costs per trial beyond applying and scoring; trials per minute of two workers against one, for
-a scorer of about a second. memory: what a first and a second worker on a node take (PSS), by part."""
+    loading the result.
+trials: what Tune costs per trial beyond applying and scoring; trials per minute of two trial processes against one, for a scorer of
+    about a second.
+memory: what a first and a second trial process on a node take (PSS), by part.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,14 @@ import torch
 from safetensors.torch import load_file
 
 import pcb_ray
-from pcb_ray.analysis import Run, thresholds_of
+from pcb_ray.analysis import analyse
+from pcb_ray.files.store import LocalStore
+from pcb_ray.local import LocalOwners
 from pcb_ray.planning import Plan, plan
-from pcb_ray.runtime import LocalOwners
 from pcb_ray.searching.basis import Basis
+from pcb_ray.searching.building import BuildVolumes
+from pcb_ray.searching.volumes import volumes_of
+from pcb_ray.session import Session
 
 REPEATS = 7
 
@@ -66,13 +73,14 @@ def build(recipe: dict[str, Any], folder: Path) -> tuple[Plan, Basis, float, flo
     """The basis, and how long the analysis and the building took."""
     made = plan(recipe)
     folder.mkdir()
-    owners = LocalOwners(made, str(folder))
+    store = LocalStore()
+    session = Session(made, lambda plan: LocalOwners(plan, store))
     start = time.perf_counter()
-    thresholds = thresholds_of(Run(made, owners, quiet=True))
+    known = analyse(session)
     analysed = time.perf_counter()
-    for _ in owners.ask("basis", range(made.chunks), thresholds, False):
+    for _ in session.store("basis", BuildVolumes(known, str(folder), scored=False), range(volumes_of(made))):
         pass
-    return made, Basis(made, folder, thresholds), analysed - start, time.perf_counter() - analysed
+    return made, Basis(made, folder, known), analysed - start, time.perf_counter() - analysed
 
 
 def apply(recipe: dict[str, Any], scratch: Path) -> str:
@@ -149,18 +157,18 @@ def trials(scratch: Path) -> str:
     # Between the ends of the second and the last trial, less what they spent themselves: the first loads Ray, torch and the model.
     beyond_s = ((rows[-1]["ended"] - rows[1]["ended"]).total_seconds() - sum(r["seconds"] for r in rows[2:])) / (len(rows) - 2)
     lines = [
-        f"60 trials, one worker: {beyond_s:.3f} s per trial beyond applying and scoring (the whole search "
+        f"60 trials, one process: {beyond_s:.3f} s per trial beyond applying and scoring (the whole search "
         f"{time.monotonic() - start:.0f} s)."
     ]
     rates = {}
-    for workers in (1, 2):
-        search |= {"evaluator": {f"{__file__}:Second": {"seconds": 1.0}}, "concurrency": workers, "budget": 40}
-        pcb_ray.search(family.recipe(search=search), scratch / f"second{workers}", quiet=True)
-        rows = table(scratch / f"second{workers}")
-        steady = rows[2 * workers :]  # both workers are up
-        rates[workers] = 60 * len(steady) / (steady[-1]["ended"] - rows[2 * workers - 1]["ended"]).total_seconds()
+    for processes in (1, 2):
+        search |= {"evaluator": {f"{__file__}:Second": {"seconds": 1.0}}, "concurrency": processes, "budget": 40}
+        pcb_ray.search(family.recipe(search=search), scratch / f"second{processes}", quiet=True)
+        rows = table(scratch / f"second{processes}")
+        steady = rows[2 * processes :]  # all of them are up
+        rates[processes] = 60 * len(steady) / (steady[-1]["ended"] - rows[2 * processes - 1]["ended"]).total_seconds()
     lines.append(
-        f"A scorer of one core second: {rates[1]:.1f} trials a minute on one worker, {rates[2]:.1f} on two: "
+        f"A scorer of one core second: {rates[1]:.1f} trials a minute in one process, {rates[2]:.1f} in two: "
         f"{rates[2] / rates[1]:.2f} times."
     )
     return "\n".join([*lines, ""])
@@ -172,15 +180,15 @@ def table(out: Path) -> list[dict[str, Any]]:
     return sorted(pyarrow.parquet.read_table(out / "trials.parquet").to_pylist(), key=lambda row: row["ended"])
 
 
-WORKER = """
+TRIAL = """
 import json, pickle, sys, time, torch
 from safetensors.torch import load_file
 from pathlib import Path
 from pcb_ray.searching.basis import Basis
 torch.set_num_threads(1)
-made, thresholds, folder, base = pickle.load(open(sys.argv[1], "rb"))
+made, known, folder, base = pickle.load(open(sys.argv[1], "rb"))
 model = {k: v.clone() for path in Path(base).glob("*.safetensors") for k, v in load_file(path).items()}
-basis = Basis(made, folder, thresholds)
+basis = Basis(made, folder, known)
 for k in range(2):
     basis.apply(model, [(1.0,) * made.N] * len(made.tensors), 1.0 + k)
 print("ready", flush=True)
@@ -196,30 +204,30 @@ def memory(recipe: dict[str, Any], scratch: Path) -> str:
     size = basis.nbytes
     del basis
     lines = [
-        "| workers | worker | model and process (anonymous) MB | basis MB | base MB | other files MB |",
+        "| processes | process | model and process (anonymous) MB | basis MB | base MB | other files MB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    workers: list[subprocess.Popen[str]] = []
+    processes: list[subprocess.Popen[str]] = []
     try:
         for count in (1, 2):
-            workers.append(
+            processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", WORKER, str(scratch / "job.pkl")],
+                    [sys.executable, "-c", TRIAL, str(scratch / "job.pkl")],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
                 )
             )
-            assert workers[-1].stdout is not None
-            assert workers[-1].stdout.readline() == "ready\n"
-            for number, worker in enumerate(workers, 1):
+            assert processes[-1].stdout is not None
+            assert processes[-1].stdout.readline() == "ready\n"
+            for number, process in enumerate(processes, 1):
                 anonymous, of_basis, of_base, other = (
-                    round(b / 1e6) for b in pss(worker.pid, "basis-memory", recipe["base_model"])
+                    round(b / 1e6) for b in pss(process.pid, "basis-memory", recipe["base_model"])
                 )
                 lines.append(f"| {count} | {number} | {anonymous} | {of_basis} | {of_base} | {other} |")
     finally:
-        for worker in workers:
-            worker.kill()
+        for process in processes:
+            process.kill()
     return "\n".join([f"PSS by part; basis {size / 1e6:.0f} MB, base {made.D * 2 / 1e6:.0f} MB, a model as much:", "", *lines, ""])
 
 
