@@ -491,7 +491,7 @@ with cluster(sys.argv[1]):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_answers_lost_with_their_node_are_asked_for_again(three_nodes: Any, tmp_path: Path) -> None:
     family = Family(tmp_path / "family", *families.fine_tuned(2, scale=75, dtype=torch.float32))
     command = [sys.executable, "-c", LOSE_A_NODE_THAT_KEEPS_ANSWERS, three_nodes.address, str(family.recipe_file())]

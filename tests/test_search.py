@@ -187,6 +187,7 @@ def assert_same_search(one: Path, other: Path) -> None:
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
+@pytest.mark.very_slow
 def test_a_seed_gives_the_same_candidates_whatever_finishes_first(family, calm, tmp_path):
     searched(uneven(family, 2), tmp_path / "two")
     assert_same_search(tmp_path / "two", calm)
@@ -429,7 +430,8 @@ def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(fa
     assert package.verify(out, quiet=True).ok
 
 
-@pytest.mark.parametrize("what", [pytest.param("search", marks=pytest.mark.very_slow), "sweep"])
+@pytest.mark.very_slow
+@pytest.mark.parametrize("what", ["search", "sweep"])
 def test_an_output_that_appears_during_a_search_is_kept_and_no_score_is_lost(family, tmp_path, monkeypatch, what):
     out, log = tmp_path / "out", tmp_path / "log"
     recipe = recipe_of(family, options={"log": str(log)}, budget=8)
@@ -521,6 +523,7 @@ def test_a_method_of_ones_own_that_is_linear_is_searched_and_swept(family, tmp_p
         assert row["objective"] == pytest.approx(near_of(merged, family), abs=2e-6)
 
 
+@pytest.mark.very_slow
 def test_a_lambda_that_is_not_searched_is_that_of_the_recipe_in_all_candidates(family, tmp_path):
     """It may stand for anything, such as what the thresholds are made from: nothing is taken out of the basis for it."""
     changed = (
@@ -630,6 +633,7 @@ def test_ray_client_is_refused_before_anything(family, tmp_path):
         searched(recipe_of(family), tmp_path / "out", address="ray://127.0.0.1:10001")
 
 
+@pytest.mark.very_slow
 def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path):
     """Scored in float32, but written in float16: the merge is refused, what the trials found is kept."""
     out = tmp_path / "out"

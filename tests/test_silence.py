@@ -269,7 +269,7 @@ def test_a_worker_that_wakes_after_its_work_was_given_away_does_not_count_twice(
         counted(owners, Counting())
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_what_a_worker_wrote_that_stops_while_it_syncs_is_written_again(folder: Folder) -> None:
     with owners_of(folder, BRISK) as owners:
         written = [item for batch, _ in owners.store(Writing(), ITEMS) for item in batch]
