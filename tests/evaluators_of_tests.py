@@ -116,6 +116,33 @@ class DiesOnce(KnowsBase):
         return found
 
 
+def edit_and_hide(path: Path) -> None:
+    """One bit of the last element changes; the file's times are as they were."""
+    was = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+class Edits(KnowsBase):
+    """The first trial edits a file."""
+
+    def __init__(self, target: str, path: str, hidden: bool) -> None:
+        super().__init__(target)
+        self.path, self.hidden = Path(path), hidden
+
+    def score(self, split: str) -> dict[str, float]:
+        found = super().score(split)
+        mark = self.path.with_name("edited")
+        if found["near"] != self.of_base and not mark.exists():
+            mark.touch()
+            (edit_and_hide if self.hidden else os.utime)(self.path)
+        return found
+
+
 class Lacking:
     def load(self, model_dir: Path) -> None: ...
 

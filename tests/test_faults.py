@@ -44,6 +44,12 @@ SWEEPS = ("sample of |tau|", "ranks of |tau|", "sample of beta", "ranks of beta"
 INTERRUPTED = 130
 
 
+@pytest.fixture(autouse=True)
+def nobody_left() -> None:
+    """The owners of an earlier test are gone: a test that looks for its own must not find one of those."""
+    await_end(owners_under(os.getpid()))
+
+
 class Job(NamedTuple):
     family: Family
     recipe: Path

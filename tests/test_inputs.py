@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,33 +13,29 @@ from pathlib import Path
 
 import families
 import pytest
-from clusters import digests, ray_address, running, state_of
+from clusters import DEADLINE_S, await_that, digests, pcb_ray, ray_address, running, state_of
+from evaluators_of_tests import edit_and_hide
 from families import Family
 
 import pcb_ray as package
 from pcb_ray.analysis import analyse
-from pcb_ray.cluster import cluster
+from pcb_ray.cluster import ACCELERATORS, AUTH_MODE, cluster
 from pcb_ray.files.store import open_store
 from pcb_ray.planning import open_inputs, plan_of
 from pcb_ray.recipe import Recipe
 from pcb_ray.steps import placed, write
 
-
-def edit_and_hide(path: Path) -> None:
-    """One bit of the last element, and the file's times as they were."""
-    was = path.stat()
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([byte ^ 1]))
-    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+EVALUATORS = Path(__file__).with_name("evaluators_of_tests.py")
 
 
 def replace(path: Path) -> None:
     other = path.with_name("other")
     other.write_bytes(path.read_bytes())
     os.replace(other, path)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
 
 
 @pytest.mark.ray
@@ -50,6 +47,7 @@ def replace(path: Path) -> None:
         ),
         pytest.param("write", replace, "wanted the file as it was when the run began", id="replaced"),
         pytest.param("sample of beta", os.utime, "wanted the file as it was when the run began", id="touched"),
+        pytest.param("ranks of beta", cut_short, r"model1/model.safetensors: wanted data up to byte", id="cut short"),
     ],
 )
 def test_an_input_that_is_edited_during_the_run_ends_it_and_leaves_nothing(
@@ -64,39 +62,119 @@ def test_an_input_that_is_edited_during_the_run_ends_it_and_leaves_nothing(
         assert run.finish() == 2, run.text
     assert "model1" in run.text
     assert told in run.text
-    assert "Fix: let nothing write to the models" in run.text
+    assert "let nothing write to" in run.text
     assert "--resume" not in run.text
     assert "Traceback" not in run.text
     assert not out.exists()
     assert not state_of(out).exists(), "thresholds of other models are worth nothing"
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("killed_in", ["sample of beta", pytest.param("write", marks=pytest.mark.very_slow)])
+def test_an_input_that_is_edited_between_two_runs_of_a_merge_ends_the_second(tmp_path: Path, killed_in: str) -> None:
+    """Its size and times are as they were, so that --resume begins; the digests of the first run are held against the bytes."""
+    family, out = Family(tmp_path / "family", *families.fine_tuned(3, scale=280)), tmp_path / "out"
+    arguments = ("merge", family.recipe_file(), out, "--address", ray_address(), "--workers", 2)
+    journal = state_of(out) / "journal.jsonl"
+    with running(*arguments) as run:
+        run.wait_for(f"{killed_in}: ")
+        if killed_in == "write":
+            await_that("some parts are written", lambda: journal.exists() and journal.stat().st_size)
+        run.send(signal.SIGKILL)
+        assert run.finish() == -signal.SIGKILL
+    assert state_of(out).is_dir()
+    edit_and_hide(family.folder / "model1" / "model.safetensors")
+    again = pcb_ray(*arguments, "--resume")
+    assert again.process.returncode == 2, again.text
+    assert "ranks of |tau|" not in again.text, "the first run has found them"
+    assert "model1: wanted the bytes that the first sweep read, found others" in again.text
+    assert "--resume" not in again.text
+    assert "Traceback" not in again.text
+    assert not out.exists()
+    assert not state_of(out).exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("command", "trials", "hidden", "told"),
+    [
+        pytest.param("search", 8, True, "model1: wanted the bytes that the first sweep read, found others", id="a bit, hidden"),
+        pytest.param("sweep", 2, False, "wanted the file as it was when the run began", id="sweep", marks=pytest.mark.very_slow),
+    ],
+)
+def test_an_input_that_is_edited_during_the_trials_makes_no_output_and_costs_no_trial(
+    tmp_path: Path, command: str, trials: int, hidden: bool, told: str
+) -> None:
+    family, out = Family(tmp_path / "family", *families.fine_tuned(2)), tmp_path / "out"
+    edited = family.folder / "model1" / "model.safetensors"
+    options = {"target": str(family.folder / "model0" / "model.safetensors"), "path": str(edited), "hidden": hidden}
+    search = {"evaluator": {f"{EVALUATORS}:Edits": options}, "metric": "near", "budget": 8, "population": 8, "concurrency": 1}
+    recipe = family.recipe_file(search=search, sweep={"lambda": [0.5, 1.0]})
+    run = pcb_ray(command, recipe, out, "--address", ray_address(), "--workers", 1)
+    assert run.process.returncode == 2, run.text
+    assert "model1" in run.text
+    assert told in run.text
+    assert "What the trials found is kept" in run.text
+    assert "--resume" not in run.text
+    assert "Traceback" not in run.text
+    assert not out.exists()
+    assert (state_of(out) / "journal.jsonl").read_text().count('"trial ') == trials
+
+
 FEW = """
-import resource, sys
+import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (120, 120))
-import torch, pcb_ray
-from pathlib import Path
-from pcb_ray import local
-from pcb_ray.files.store import LocalStore
-import os
 os.sched_getaffinity = lambda _pid: set(range(16))  # sixteen threads, however many cores there are
-print(pcb_ray.verify(sys.argv[1], quiet=True).problems)
+from pathlib import Path
+import families
+from pcb_ray import cli, merge_state_dicts
+from pcb_ray.planning import plan
+from pcb_ray.recipe import Recipe
+recipe, out, again = map(Path, sys.argv[1:])
+made = plan(Recipe.from_file(recipe), max_shard_bytes=1)
+local = families.merge_locally(made, again)
+print("threads", len(local.session.owners.states))
+print("same", all((out / name).read_bytes() == data for name, data in local.files.items()))
+base, *models = (families.load(recipe.parent / name) for name in ("base", "model0", "model1", "model2"))
+found, wanted = merge_state_dicts(base, models), families.load(out)
+print("same", all(found[name].equal(wanted[name]) for name in wanted))
+print("verify", cli.main(["verify", str(out)]))
 """
 
 
 @pytest.mark.ray
 def test_many_files_and_many_threads_need_few_descriptors(tmp_path: Path) -> None:
-    """96 shards, 16 threads, and a limit of 120: `verify` reads them all."""
-    shapes = {f"layers.{k}.weight": (64, 257) for k in range(24)}
-    base, models = families.fine_tuned(3, shapes=shapes)
-    family, out = Family(tmp_path / "family", base, models, shards=24), tmp_path / "out"
+    """96 shards, 16 threads, and a limit of 120: merges in one process and `pcb-ray verify` read them all."""
+    shapes = {f"layers.{k}.weight": (256, 257) for k in range(24)}
+    family, out = Family(tmp_path / "family", *families.fine_tuned(3, shapes=shapes), shards=24), tmp_path / "out"
     ray_address()
-    package.merge(family.recipe(), out, workers=2, max_shard_bytes=1, quiet=True)
+    recipe = family.recipe_file()
+    package.merge(recipe, out, workers=2, max_shard_bytes=1, quiet=True)
     assert len(list(out.glob("*.safetensors"))) == 24
+    assert len(list(family.folder.glob("*/*.safetensors"))) == 96
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 120
-    done = subprocess.run([sys.executable, "-c", FEW, str(out)], capture_output=True, text=True, check=False, timeout=150)
+    command = [sys.executable, "-c", FEW, str(recipe), str(out), str(tmp_path / "again")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=DEADLINE_S, cwd=Path(families.__file__).parent
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "()"
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["threads 16", "same True", "same True"]
+    assert lines[-1] == "verify 0", done.stdout + done.stderr
+
+
+@pytest.mark.ray
+def test_a_merge_in_a_process_that_runs_ray_leaves_its_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = ray_address()
+    import ray
+
+    for name in (AUTH_MODE, ACCELERATORS):  # what a merge sets to start a Ray of its own
+        monkeypatch.delenv(name)
+    family, before = Family(tmp_path / "family", *families.fine_tuned(2)), dict(os.environ)
+    for k, given in enumerate((None, address)):
+        package.merge(family.recipe(), tmp_path / f"out{k}", workers=1, address=given, quiet=True)
+        assert dict(os.environ) == before
+    assert ray.is_initialized()
 
 
 @pytest.mark.ray

@@ -13,9 +13,10 @@ import pytest
 import torch
 from families import Local, merge_locally
 
-from pcb_ray import Recipe, RequestError, RunError
+from pcb_ray import Recipe, RequestError
 from pcb_ray.analysis import analyse
 from pcb_ray.budget import MIN_BLOCK
+from pcb_ray.errors import InputError
 from pcb_ray.files.store import LocalStore
 from pcb_ray.methods import METHODS as RECORDS
 from pcb_ray.methods import Ranks
@@ -287,7 +288,7 @@ def test_a_file_cut_while_it_is_read_is_named(family, tmp_path):
     owner = owner_of(made)
     with (one.folder / "model0" / "model.safetensors").open("r+b") as stream:
         stream.truncate(20000)
-    with pytest.raises(RunError, match=r"model0/model\.safetensors: wanted .*, found its end at byte 20000: it was changed"):
+    with pytest.raises(InputError, match=r"model0/model\.safetensors: wanted .*, found its end at byte 20000: it was changed"):
         owner.count([0], CountKeys(0, {}, ((Bracket(0, 1),),)))
 
 

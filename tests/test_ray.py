@@ -253,7 +253,7 @@ def test_verify_notices_an_output_that_its_inputs_do_not_give(family: Family, co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.very_slow)])
 def test_transformers_loads_the_output(tied: bool, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -310,7 +310,7 @@ def test_models_of_the_hub_are_verified_at_the_commits_that_were_merged(family: 
     assert_same_tensors(families.load(out), state)
 
 
-@pytest.mark.parametrize("method", ["linear", "pcb-pairwise"])
+@pytest.mark.parametrize("method", ["linear", pytest.param("pcb-pairwise", marks=pytest.mark.very_slow)])
 def test_an_input_that_no_merge_can_take_leaves_nothing_behind(tmp_path: Path, method: str) -> None:
     """linear meets it while it writes; once it is repaired, the same command merges."""
     bad = Family(tmp_path / "family", *families.fine_tuned(2, scale=30))
@@ -371,10 +371,10 @@ def test_every_node_gets_an_owner_and_a_lost_node_changes_no_byte(
 @pytest.mark.parametrize(
     ("level", "position"),
     [
-        pytest.param(1, 0, id="who is to absorb"),
+        pytest.param(1, 0, id="who is to absorb", marks=pytest.mark.very_slow),
         pytest.param(1, 1, id="who is to give"),
-        pytest.param(1, 2, id="who waits"),
-        pytest.param(2, 0, id="who has absorbed"),
+        pytest.param(1, 2, id="who waits", marks=pytest.mark.very_slow),
+        pytest.param(2, 0, id="who has absorbed", marks=pytest.mark.very_slow),
         pytest.param(3, 0, id="who has it all"),
     ],
 )
@@ -491,7 +491,7 @@ with cluster(sys.argv[1]):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_answers_lost_with_their_node_are_asked_for_again(three_nodes: Any, tmp_path: Path) -> None:
     family = Family(tmp_path / "family", *families.fine_tuned(2, scale=75, dtype=torch.float32))
     command = [sys.executable, "-c", LOSE_A_NODE_THAT_KEEPS_ANSWERS, three_nodes.address, str(family.recipe_file())]

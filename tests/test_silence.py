@@ -214,7 +214,7 @@ def test_a_stopped_worker_is_replaced_and_each_item_is_counted_once(folder: Fold
     assert re.search(rf"worker \d+ \(pid {pid} on \S+\) is given up .*its part is done again by another", caplog.text)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_the_place_of_a_stopped_worker_is_free_for_another(folder: Folder) -> None:
     with owners_of(folder, BRISK, workers=4) as owners:  # as many as there are cores
         counted(owners, Counting(stops=5))
@@ -269,7 +269,7 @@ def test_a_worker_that_wakes_after_its_work_was_given_away_does_not_count_twice(
         counted(owners, Counting())
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_what_a_worker_wrote_that_stops_while_it_syncs_is_written_again(folder: Folder) -> None:
     with owners_of(folder, BRISK) as owners:
         written = [item for batch, _ in owners.store(Writing(), ITEMS) for item in batch]
@@ -280,7 +280,7 @@ def test_what_a_worker_wrote_that_stops_while_it_syncs_is_written_again(folder: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.very_slow)])
 def test_a_worker_lost_while_it_adds_up_takes_two_totals_with_it_and_all_is_counted_again(folder: Folder, number: int) -> None:
     told: list[int] = []
     with owners_of(folder, BRISK, workers=3) as owners:
@@ -302,7 +302,7 @@ def test_time_in_which_the_driver_was_busy_counts_against_nobody(folder: Folder)
         assert owners.deaths == 0
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_when_every_worker_stops_the_run_ends_and_says_so(folder: Folder) -> None:
     patience = dataclasses.replace(BRISK, late_least_s=1.0, unknown_s=1.0)
     wanted = r"workers were lost, .*it did not answer for \d+ s\. Fix: .*mount.*--resume"

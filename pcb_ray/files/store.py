@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pcb_ray.errors import RunError
+from pcb_ray.errors import InputError, RunError
 
 MAX_OPEN = 128
 _HASHED_AT_ONCE = 1 << 20
@@ -50,8 +50,8 @@ class PartWriter(Protocol):
 class Store(Protocol):
     """Reads and writes files by name. Any number of threads may use one store at once.
 
-    What the system refuses raises OSError, with the file's name. A file that is no longer what it was raises RunError. To give a
-    part too few or too many bytes is a mistake of the caller, and raises ValueError.
+    What the system refuses raises OSError, with the file's name. A file that is no longer what it was raises InputError where it is
+    read, RunError where it is written. To give a part too few or too many bytes is a mistake of the caller, and raises ValueError.
     """
 
     @property
@@ -417,10 +417,10 @@ def _as_bytes(data: bytes | memoryview | NDArray[Any]) -> memoryview:
     return seen.cast("B") if seen.nbytes else memoryview(b"")  # An empty shape can't be cast.
 
 
-def _cut_short(file: str, wanted: int, found: int) -> RunError:
-    return RunError(
+def _cut_short(file: str, wanted: int, found: int) -> InputError:
+    return InputError(
         f"{file}: wanted data up to byte {wanted}, found its end at byte {found}: it was changed during the run. "
-        "Fix: restore the file, and run again."
+        "Fix: restore the file, let nothing write to it meanwhile, and start afresh."
     )
 
 

@@ -68,8 +68,8 @@ def search(
     `workers`, `address` and `memory` are for the analysis, as in `merge`. `out` also holds best_recipe.yaml, trials.parquet,
     report.html and the Tune experiment.
 
-    Raises RequestError if the request, an input or the evaluator is wrong (before the first trial), RunError if the run can't be
-    finished; `resume` goes on with it.
+    Raises RequestError if the request, an input or the evaluator is wrong (before the first trial, unless an input is edited
+    later), RunError if the run can't be finished; `resume` goes on with it.
     """
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
@@ -134,7 +134,8 @@ def sweep(
         records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
         best = best_trial["config"]
         winner = job.space.recipe_of(job.space.candidate(best))
-        check_unchanged(open_store(), run.stamps)
+        with _trials_kept(state, "the sweep: wanted models that stay what they are"):
+            check_unchanged(open_store(), run.stamps)
         report.write_sweep(state.staging, job.search, points, records, run.base)
         _commit(state, winner)
     return Swept(job.search, best, winner, run.base, tuple(records))
@@ -244,7 +245,7 @@ def _prepared(
             folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
             job = Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator)
             base = dry_score(job, state, quiet=how.quiet)
-            job = dataclasses.replace(job, arms=_with_bases(arms, state, scored, how))
+            job = dataclasses.replace(job, arms=_with_bases(arms, state, stamps, scored, how))
             yield _Run(how, state, job, inputs, stamps, base)
 
 
@@ -336,7 +337,7 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) 
 # --- the steps --------------------------------------------------------------------------------------------------------------------
 
 
-def _with_bases(arms: Mapping[str, Arm], state: State, scored: bool, how: _How) -> dict[str, Arm]:
+def _with_bases(arms: Mapping[str, Arm], state: State, stamps: Stamps, scored: bool, how: _How) -> dict[str, Arm]:
     """Each variant's arm with its basis: analysed and built, or taken from an earlier run."""
     plans = [arm.plan for arm in arms.values()]
     for arm in arms.values():
@@ -344,10 +345,10 @@ def _with_bases(arms: Mapping[str, Arm], state: State, scored: bool, how: _How) 
     beside = max(writer_bytes(plan, scored) for plan in plans)
     place = placed(plans, workers=how.workers, memory=how.memory, beside=beside, writes_to=state.folder, quiet=how.quiet)
     with place as session:
-        return {variant: _with_basis(arm, session, state, variant, scored) for variant, arm in arms.items()}
+        return {variant: _with_basis(arm, session, state, stamps, variant, scored) for variant, arm in arms.items()}
 
 
-def _with_basis(arm: Arm, session: Session, state: State, variant: str, scored: bool) -> Arm:
+def _with_basis(arm: Arm, session: Session, state: State, stamps: Stamps, variant: str, scored: bool) -> Arm:
     plan, folder = arm.plan, Path(arm.folder)
     session.begin(plan)
     kept = Kept(state.found.setdefault("arms", {}).setdefault(variant, {}), session, time.monotonic())
@@ -366,6 +367,7 @@ def _with_basis(arm: Arm, session: Session, state: State, variant: str, scored: 
     if missing:
         for _, built in session.store("basis", BuildVolumes(known, arm.folder, scored), missing, bytes_of):
             state.wrote({names[volume]: f"{digest:032x}" for volume, digest in built.items()})
+        check_unchanged(open_store(), stamps)  # before trials take hours
     size = sum(volume_file(folder, volume).stat().st_size for volume in names)
     log.info("basis %s: %s for %d models of %d elements", plan.method.full_name, readable_bytes(size), plan.N, plan.D)
     return dataclasses.replace(arm, known=known)
@@ -399,6 +401,15 @@ def _tried(
             "Fix: mend the evaluator, then go on with --resume."
         )
     return records, progress.best
+
+
+@contextlib.contextmanager
+def _trials_kept(state: State, wanted: str) -> Iterator[None]:
+    """Inputs that prove wrong now cost no trials: they took long, and may tell what the user wants to know."""
+    try:
+        yield
+    except InputError as error:
+        raise RequestError(f"{wanted}, found {error} What the trials found is kept in {state.folder}.") from error
 
 
 def _commit(state: State, winner: Recipe) -> None:
@@ -458,13 +469,9 @@ def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
     store = open_store()
     with placed([plan], workers=how.workers, memory=how.memory, writes_to=state.staging, quiet=how.quiet) as session:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
-        try:
+        with _trials_kept(state, "the winner: wanted its merge"):
             output = write(session, store, known, str(state.staging), state, label)
             check_unchanged(store, run.stamps)
-        except InputError as error:  # that would forget all trials
-            raise RunError(
-                f"the winner: wanted its merge, found {error} What the trials found is kept in {state.folder}."
-            ) from error
         return publish(
             session,
             state,
