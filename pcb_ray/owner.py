@@ -404,8 +404,8 @@ class Owner:
 
     def _refuse_output(self, segments: Sequence[Segment], rounded_B: Tensor) -> None:
         segment, at = _segment_at(segments, int(torch.nonzero(~torch.isfinite(rounded_B))[0]))
-        # Without an earlier sweep nobody has looked at the inputs, and a method of the user's may have looked past what is wrong with
-        # them: they are to blame first.
+        # Without an earlier sweep nobody has looked at the inputs, and a method of the user's may have looked past what is wrong
+        # with them: they are to blame first.
         if not self.kernel.are_finite(self.load(segments)):
             self.refuse_non_finite(segments, "the merge")
         tensor = self.plan.tensors[segment.tensor]

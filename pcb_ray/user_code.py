@@ -87,8 +87,8 @@ def _imported(code: UserCode, where: str) -> ModuleType:
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != code.sha256:
         raise RequestError(
-            f"{where}: {code.name}: wanted a module with sha256 {code.sha256}, as it was when the recipe was read, found {found} in "
-            f"{file} on node {socket.gethostname()}. Fix: install the same on all nodes."
+            f"{where}: {code.name}: wanted a module with sha256 {code.sha256}, as it was when the recipe was read, found {found} "
+            f"in {file} on node {socket.gethostname()}. Fix: install the same on all nodes."
         )
     return module
 

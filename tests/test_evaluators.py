@@ -568,7 +568,8 @@ def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(languag
     assert caught.value.problems == (
         "search.evaluator.lm_eval.tasks.val: wanted a task of the harness, found 'word'. Fix: write `words`, or give "
         "`include_path`.",
-        "search.evaluator.lm_eval.tasks.test: wanted a task of the harness, found '!'. Fix: check the name, or give `include_path`.",
+        "search.evaluator.lm_eval.tasks.test: wanted a task of the harness, "
+        "found '!'. Fix: check the name, or give `include_path`.",
     )
 
 

@@ -224,7 +224,9 @@ signed = Method(
     name="signed",
     merge=merge,
     unit="element",
-    passes=(Ranks(Quantity("signed tau", lambda block, known, settings: block.tau.double(), bits=64), {"low": lambda D, own: D // 3}),),
+    passes=(
+        Ranks(Quantity("signed tau", lambda block, known, settings: block.tau.double(), bits=64), {"low": lambda D, own: D // 3}),
+    ),
 )
 """
 )
@@ -443,21 +445,27 @@ def test_the_frame_of_the_wrong_ones_is_right(tmp_path: Path) -> None:
         ({"name": "wrong.py:lost"}, r": .*wrong.py:lost can't be loaded: AttributeError: .*'lost'.*Fix: check the name"),
         ({"name": "wrong.py:three"}, r": wanted a pcb_ray.methods.Method, found .*wrong.py:three to be a int. Fix: name a record"),
         ({"MERGE": "1 +"}, r": .*wrong.py:wrong can't be loaded: SyntaxError: .*wrong.py, line 6.*Fix: mend the file"),
-        ({"MERGE": "block.tau"}, r": merge of wrong: wanted the merged elements \[B\], here \[\d*\] of .*, found \[2, \d+\] of .*Fix: return"),
+        ({"MERGE": "block.tau"}, r": merge of wrong: wanted the merged elements \[B\], here \[\d*\] of .*, "
+         r"found \[2, \d+\] of .*Fix: return"),
         ({"MERGE": "block.theta.half()"}, r": merge of wrong: wanted .* of torch.float32, found .* of torch.float16. Fix: return"),
         ({"MERGE": "3.0"}, r": merge of wrong: wanted .*, found a float. Fix: return a tensor of that shape and dtype"),
         ({"MERGE": "1 / 0"}, r": merge of wrong raised ZeroDivisionError: division by zero \(wrong.py:6\). Fix: mend it"),
-        ({"QUANTITY": "block.tau[0]"}, r": worth of wrong: wanted a value for each model and element \[N, B\], .* found \[\d+\] of .*Fix: ret"),
+        ({"QUANTITY": "block.tau[0]"}, r": worth of wrong: wanted a value for each model and element "
+         r"\[N, B\], .* found \[\d+\] of .*Fix: ret"),
         ({"QUANTITY": "block.tau.double()"}, r": worth of wrong: wanted .* torch.float32, found .* torch.float64. Fix: return"),
         ({"QUANTITY": "block.tau / block.tau"}, r": worth of wrong: wanted numbers, found NaN. Fix: a NaN has no rank"),
         ({"QUANTITY": "1 / block.tau"}, r": worth of wrong: wanted finite values, found an infinite one in tensor .*Fix: mend"),
         ({"QUANTITY": "known['limit']"}, r": worth of wrong raised KeyError: 'limit' \(wrong.py:9\). Fix: mend it"),
-        ({"ROWS": "block.tau"}, r": extremes of it of wrong: wanted rows of values .* torch.float64, found .* torch.float32. Fix: return"),
+        ({"ROWS": "block.tau"}, r": extremes of it of wrong: wanted rows of values .* torch.float64, "
+         r"found .* torch.float32. Fix: return"),
         ({"ROWS": "block.tau.double() / 0"}, r": extremes of it of wrong: wanted finite values, found .*Fix: mend"),
-        ({"RANK": "D"}, r": the rank of limit of wrong: wanted a whole number from 0 to 31897, found 31898 for models\[0\]. Fix: mend"),
-        ({"RANK": "D * 0.5"}, r": the rank of limit of wrong: wanted a whole number from 0 to 31897, found 15949.0 for models\[0\]"),
+        ({"RANK": "D"}, r": the rank of limit of wrong: wanted a whole number from 0 to 31897, "
+         r"found 31898 for models\[0\]. Fix: mend"),
+        ({"RANK": "D * 0.5"}, r": the rank of limit of wrong: wanted a whole number from 0 to 31897, "
+         r"found 15949.0 for models\[0\]"),
         ({"RANK": "own['part']"}, r": the rank of limit of wrong raised KeyError: 'part' \(wrong.py:19\). Fix: mend it"),
-        ({"CHECK": "lambda raw, *_: raw['a']"}, r": the check of keep of wrong raised TypeError: .*subscriptable.* \(wrong.py:17\). Fix: mend"),
+        ({"CHECK": "lambda raw, *_: raw['a']"}, r": the check of keep of wrong raised TypeError: "
+         r".*subscriptable.* \(wrong.py:17\). Fix: mend"),
     ],
     ids=lambda value: "=".join(*value.items()) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -504,7 +512,8 @@ def test_a_wrong_method_is_told_beside_all_else_that_is_wrong_with_the_recipe() 
         ),
         (
             "parameters={'r': Parameter(1.0, fraction, '', searched='share')}",
-            r'odd: wanted at most one parameter with `searched="share"`, the one that `scored` names as its share, found .*r.*Fix: leave .*',
+            r'odd: wanted at most one parameter with `searched="share"`, the one that '
+            r"`scored` names as its share, found .*r.*Fix: leave .*",
         ),
         (
             "parameters={'s': Parameter(1.0, number, '', searched='scale')}",
@@ -818,7 +827,8 @@ def test_a_method_that_is_not_linear_as_it_says_is_not_searched(what: Any, small
     recipe = with_example(small, tmp_path / "recipes", CURVED, search=search_of(small), sweep={"lambda": [0.7, 1.0]})
     with pytest.raises(
         RequestError,
-        match=r"merge_method: wanted trimmed_mean.py:trimmed_mean linear in the weights, as its record says, found .*Fix: set `linear=False`",
+        match=r"merge_method: wanted trimmed_mean.py:trimmed_mean linear in the weights, as "
+        r"its record says, found .*Fix: set `linear=False`",
     ):
         what(recipe, tmp_path / "out", workers=1, quiet=True)
     assert not (tmp_path / "out").exists()

@@ -163,11 +163,13 @@ def test_an_owner_refuses_blocks_that_would_cut_a_tensor_which_the_method_must_s
 
 HIDING = {
     "the merge": "",
-    "a quantity": "Ranks(Quantity('q', lambda block, known, settings: block.tau.nan_to_num(0, 0, 0)), {'x': lambda D, own: D // 2}),",
+    "a quantity": "Ranks(Quantity('q', lambda block, known, settings: "
+    "block.tau.nan_to_num(0, 0, 0)), {'x': lambda D, own: D // 2}),",
     "a larger quantity": "Ranks(Quantity('q', lambda block, known, settings: block.tau.double().isnan().double(), bits=64), "
     "{'x': lambda D, own: 0}),",
     "an extrema pass": "Extrema('e', lambda block, known, settings: block.tau.double().nan_to_num(0, 0, 0), 'x', 'y'),",
-    "a sums pass": "Sums('s', lambda block, known, settings: block.tau.double().nan_to_num(0, 0, 0), {'x': lambda n: slice(0, n)}),",
+    "a sums pass": "Sums('s', lambda block, known, settings: "
+    "block.tau.double().nan_to_num(0, 0, 0), {'x': lambda n: slice(0, n)}),",
 }
 
 
@@ -321,7 +323,8 @@ def test_the_tolerance_is_a_share_of_the_largest_value_of_the_whole_tensor(own_o
     """Whichever block of it is looked at, and however small its values are: the first elements of each tensor are far smaller."""
     text = """
 def merge(block, known, settings):
-    small = block.tensor.start + torch.arange(len(block.theta)) < 4096 if block.tensor.name == "model.embed_tokens.weight" else False
+    is_largest = block.tensor.name == "model.embed_tokens.weight"
+    small = block.tensor.start + torch.arange(len(block.theta)) < 4096 if is_largest else False
     noise = float(__import__("os").environ.get("ANOTHER_MACHINE", "0"))
     return torch.where(torch.as_tensor(small), block.theta * 1e-6, block.theta) + noise * 1e-6
 
@@ -360,7 +363,8 @@ def test_verify_finds_the_same_without_asserts(own_output: Callable[[str], Path]
 SHARING = """
 own = Method(
     name="own",
-    parameters={"keep": Parameter(0.9, fraction, "", per_model=True), "power": Parameter(1.0, number, ""), "lambda": lambda_parameter()},
+    parameters={
+        "keep": Parameter(0.9, fraction, "", per_model=True), "power": Parameter(1.0, number, ""), "lambda": lambda_parameter()},
     merge=lambda block, known, settings: block.theta + settings.lambda_ * sum_over_tasks(
         torch.where(powered(block, known, settings) <= column(known["limit"], block.tau), block.tau, 0.0)),
     passes=(

@@ -387,7 +387,7 @@ def test_a_search_whose_trial_processes_cant_load_ends_with_the_reason(family, t
     tries = tmp_path / "tries"
     tries.mkdir()
     recipe = recipe_of(family, "LoadsLate", {"folder": str(tries), "failing": 99}, budget=12, population=4, concurrency=2)
-    told = r"found \d+ trial processes after another that could not load; the last: .*FileNotFoundError: no mount \(evaluators_of_tests"
+    told = r"found \d+ trial processes after another that could not load; the last: .*FileNotFoundError: no mount \(evaluators_of"
     with pytest.raises(RunError, match=told):
         searched(recipe, tmp_path / "out")
 

@@ -43,8 +43,8 @@ class Parameter:
 
     default: Any
     check: Callable[[object, str, list[str]], Any]
-    """(raw value, its place, problems) -> the value in one form, or anything after a complaint in `problems`. It gives the same value
-    again for one that it has given: a recipe is written with it, and read."""
+    """(raw value, its place, problems) -> the value in one form, or anything after a complaint in `problems`. It gives the same
+    value again for one that it has given: a recipe is written with it, and read."""
     help: str
     per_model: bool = False
     """Whether an entry of `models` may have one of its own."""
