@@ -213,10 +213,8 @@ class Owner:
             if not same:
                 problems.append(
                     f"{self.plan.inputs[index].source}: wanted {copied.name} equal to {original.name}, which config.json ties it "
-                    "to, found "
-                    'stored copies that differ. Fix: set "tie_word_embeddings": false in its config if they are meant to differ, '
-                    "or remove "
-                    "the copy that is wrong."
+                    'to, found stored copies that differ. Fix: set "tie_word_embeddings": false in its config if they are meant '
+                    "to differ, or remove the copy that is wrong."
                 )
         return problems
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -441,10 +441,20 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises OSError, leaving nothing behind.
     """
+    with written_aside(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path`, durably, when the block ends; until then `path` holds what it held before.
+
+    Raises OSError. Whatever the block raises, nothing is left behind.
+    """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(aside, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -25,7 +25,6 @@ import json
 import math
 import mmap
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +38,7 @@ from torch import Tensor
 
 from pcb_ray.errors import RunError
 from pcb_ray.files.checkpoint import DTYPE_BYTES
-from pcb_ray.files.store import open_store
+from pcb_ray.files.store import open_store, written_aside
 from pcb_ray.kernels.native import STRIP, KnownInC, load_native
 from pcb_ray.kernels.reference import keys
 from pcb_ray.methods import Known, Ranks
@@ -159,30 +158,22 @@ def build_volume(owner: Owner, volume: int, known: Known, scored: Scored | None,
     of that text."""
     names = {np.dtype(kind): name for name, kind in ARRAYS.items()}
     digest, at, index = xxhash.xxh3_128(), 0, list[dict[str, Any]]()
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(aside, "wb") as file:
+    with written_aside(path) as file:
 
-            def put(data: Any) -> int:
-                file.write(data)
-                digest.update(data)
-                return memoryview(data).nbytes
+        def put(data: Any) -> int:
+            file.write(data)
+            digest.update(data)
+            return memoryview(data).nbytes
 
-            for chunk in chunks_of_volume(owner.plan, volume):
-                of_chunk = {}
-                for name, array in _gather(owner, chunk, known, scored).items():
-                    of_chunk[name] = (names[array.dtype], array.shape, at)
-                    at += put(np.ascontiguousarray(array))
-                    at += put(bytes(-at % ALIGNMENT))
-                index.append(of_chunk)
-            put(json.dumps(index).encode())
-            put(np.array([at], dtype=np.int64))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+        for chunk in chunks_of_volume(owner.plan, volume):
+            of_chunk = {}
+            for name, array in _gather(owner, chunk, known, scored).items():
+                of_chunk[name] = (names[array.dtype], array.shape, at)
+                at += put(np.ascontiguousarray(array))
+                at += put(bytes(-at % ALIGNMENT))
+            index.append(of_chunk)
+        put(json.dumps(index).encode())
+        put(np.array([at], dtype=np.int64))
     return digest.intdigest()
 
 
