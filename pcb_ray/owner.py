@@ -394,8 +394,7 @@ class Owner:
             segment, at = _segment_at(segments, at)
             problems.append(
                 f"{self._source(model + 1)}: tensor {self.plan.tensors[segment.tensor].name}: wanted a finite difference to the "
-                "base, found one "
-                f"that overflows float32 at index {self._index(segment, at)}. "
+                f"base, found one that overflows float32 at index {self._index(segment, at)}. "
                 "Fix: repair the checkpoint, or keep the base's tensor with `exclude`."
             )
         raise InputError(problems)

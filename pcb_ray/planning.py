@@ -453,8 +453,7 @@ def _wrong_ranks(plan: Plan) -> list[str]:
     """Ranks that no element can have."""
     return [
         f"merge_method: the rank of {name} of {plan.method.full_name}: wanted a whole number from 0 to {plan.D - 1}, found "
-        f"{rank!r} for "
-        f"{source}. Fix: mend the method's `places`."
+        f"{rank!r} for {source}. Fix: mend the method's `places`."
         for wanted in plan.method.passes
         if isinstance(wanted, Ranks)
         for source, of_model in zip(plan.names, plan.places(wanted), strict=True)

@@ -7,7 +7,7 @@ owners until one is asked for the sum of all."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import numpy as np
@@ -88,8 +88,13 @@ Digest = int
 their order."""
 
 
+def sum_of(digests: Iterable[Digest]) -> Digest:
+    """The digest of all together, in whatever order they come."""
+    return sum(digests) % (1 << 128)
+
+
 def add_digests(one: Sequence[Digest], other: Sequence[Digest]) -> tuple[Digest, ...]:
-    return tuple((a + b) % (1 << 128) for a, b in zip(one, other, strict=True))
+    return tuple(map(sum_of, zip(one, other, strict=True)))
 
 
 def shown_digest(digest: Digest) -> str:

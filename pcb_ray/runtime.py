@@ -41,8 +41,7 @@ TICK_S = 1.0  # how often the driver looks who is late
 ADVICE = "Fix: if they ran out of memory, lower --workers; finished work is kept: --resume goes on"
 ADVICE_ON_SILENCE = (
     "Fix: look whether the file systems of the inputs and the output answer on the nodes (a dead mount makes readers wait for "
-    "ever); "
-    "finished work is kept: --resume goes on"
+    "ever); finished work is kept: --resume goes on"
 )
 
 
@@ -503,8 +502,7 @@ class RayOwners:
         if waited_s > self._patience.placement_s:
             raise RunError(
                 f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {nodes()}, and other jobs, or "
-                "workers that "
-                "a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
+                "workers that a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
             )
 
 

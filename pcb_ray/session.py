@@ -91,8 +91,7 @@ class Session:
             return
         problems = [
             f"{one.source}: wanted the bytes that the first sweep read, found others in the sweep `{sweep}`: it was changed "
-            "during the run. "
-            "Fix: let nothing write to the models while they are merged, and start afresh."
+            "during the run. Fix: let nothing write to the models while they are merged, and start afresh."
             for one, before, now in zip(self.plan.inputs, self.inputs, digests, strict=True)
             if before != now
         ]

@@ -13,7 +13,7 @@ import xxhash
 
 from pcb_ray.files.checkpoint import DTYPE_BYTES, Tensor
 from pcb_ray.files.store import Store
-from pcb_ray.questions import Digest
+from pcb_ray.questions import Digest, sum_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -46,7 +46,7 @@ class CellDigests:
 
     def _close(self) -> None:
         if self._cell >= 0:
-            self._total = (self._total + self._state.intdigest()) % (1 << 128)
+            self._total = sum_of((self._total, self._state.intdigest()))
         self._cell = -1
 
 

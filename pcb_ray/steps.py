@@ -38,7 +38,7 @@ from pcb_ray.output.companions import CARD, model_card, write_side_files
 from pcb_ray.output.state import State
 from pcb_ray.planning import Plan
 from pcb_ray.progress import readable_bytes
-from pcb_ray.questions import Digest, DigestParts, WriteParts, Written, add_digests, shown_digest
+from pcb_ray.questions import Digest, DigestParts, WriteParts, Written, shown_digest, sum_of
 from pcb_ray.receipt import RECEIPT, VERSION, Receipt, Sweep, WrittenFile, inputs_of_receipt, names_of_inputs
 from pcb_ray.session import Session
 
@@ -106,11 +106,9 @@ def write(session: Session, store: Store, known: Known, folder: str, state: Stat
         written |= answer
         if state is not None:
             state.wrote({f"{label} {number}": one.to_text() for number, one in answer.items()})
-    digest, inputs = 0, (0,) * (plan.N + 1)
-    for one in written.values():
-        (digest,), inputs = add_digests((digest,), (one.digest,)), add_digests(inputs, one.inputs)
+    inputs = tuple(map(sum_of, zip(*(one.inputs for one in written.values()), strict=True)))
     session.saw_inputs(inputs, "write")
-    return Output(digest, inputs)
+    return Output(sum_of(one.digest for one in written.values()), inputs)
 
 
 def _written_before(session: Session, folder: str, state: State, label: str) -> dict[int, Written]:

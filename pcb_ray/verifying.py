@@ -13,7 +13,7 @@ from pcb_ray.files.store import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.output.companions import RECIPE
 from pcb_ray.planning import Plan, Sizes, fetched, open_inputs, plan_of
-from pcb_ray.questions import CompareParts, DigestParts, shown_digest
+from pcb_ray.questions import CompareParts, DigestParts, shown_digest, sum_of
 from pcb_ray.receipt import Receipt, Verified, inputs_of_receipt
 from pcb_ray.recipe import Recipe
 from pcb_ray.session import Session
@@ -49,7 +49,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=quiet)
     parts, digest = range(len(plan.parts)), 0
     for _, answer in session.ask_parts("read the output", DigestParts(str(out)), parts):
-        digest = (digest + sum(answer.values())) % (1 << 128)
+        digest = sum_of((digest, *answer.values()))
     if shown_digest(digest) != receipt.output_digest:
         problems.append(
             f"{out}: wanted tensors of digest {receipt.output_digest}, found {shown_digest(digest)}: they were changed after the "

@@ -30,6 +30,7 @@ from pcb_ray.output.place import check_out, check_place
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, plan_of
 from pcb_ray.progress import readable_bytes
+from pcb_ray.questions import shown_digest
 from pcb_ray.receipt import Receipt
 from pcb_ray.recipe import Recipe
 from pcb_ray.searching.building import BuildVolumes, CheckLinear, DigestVolumes
@@ -357,7 +358,8 @@ def _with_basis(arm: Arm, session: Session, state: State, stamps: Stamps, varian
         _check_linear(session, known)
     names = {volume: f"{folder.name} {volume}" for volume in range(volumes_of(plan))}
     earlier = [volume for volume, name in names.items() if name in state.journal]
-    here = {v: f"{digest:032x}" for _, part in session.owners.ask(DigestVolumes(arm.folder), earlier) for v, digest in part.items()}
+    answers = session.owners.ask(DigestVolumes(arm.folder), earlier)
+    here = {volume: shown_digest(digest) for _, answer in answers for volume, digest in answer.items()}
     missing = [volume for volume, name in names.items() if volume not in here or state.journal[name] != here[volume]]
 
     def bytes_of(volume: int) -> int:
@@ -366,7 +368,7 @@ def _with_basis(arm: Arm, session: Session, state: State, stamps: Stamps, varian
 
     if missing:
         for _, built in session.store("basis", BuildVolumes(known, arm.folder, scored), missing, bytes_of):
-            state.wrote({names[volume]: f"{digest:032x}" for volume, digest in built.items()})
+            state.wrote({names[volume]: shown_digest(digest) for volume, digest in built.items()})
         check_unchanged(open_store(), stamps)  # before trials take hours
     size = sum(volume_file(folder, volume).stat().st_size for volume in names)
     log.info("basis %s: %s for %d models of %d elements", plan.method.full_name, readable_bytes(size), plan.N, plan.D)
