@@ -22,15 +22,11 @@ class LocalOwners:
 
     deaths = 0
 
-    def __init__(
-        self, plan: Plan, store: Store | None = None, *, threads: int | None = None, block_elements: int | None = None
-    ) -> None:
-        from pcb_ray.files.store import LocalStore
+    def __init__(self, plan: Plan, store: Store, *, threads: int | None = None, block_elements: int | None = None) -> None:
         from pcb_ray.owner import Owner  # with torch, which takes seconds
 
-        shared = store or LocalStore()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._owners = [Owner(plan, shared, block_elements=block_elements) for _ in range(min(threads or cores, plan.chunks))]
+        self._owners = [Owner(plan, store, block_elements=block_elements) for _ in range(min(threads or cores, plan.chunks))]
 
     @property
     def states(self) -> Sequence[OwnerState]:

@@ -13,7 +13,7 @@ plans share:
         for recipe in recipes:
             session.begin(plan_of(recipe, inputs))
             known = analyse(session)
-            write(session, LocalStore(), known, folder_of(recipe))
+            write(session, open_store(), known, folder_of(recipe))
 """
 
 from __future__ import annotations
