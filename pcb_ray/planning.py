@@ -265,6 +265,10 @@ class Plan:
             found.append(Part(number, start, stop, tuple(segments)))
         return tuple(found)
 
+    def part_bytes(self, number: int) -> int:
+        """What a part of the output takes."""
+        return self.parts[number].stop - self.parts[number].start
+
     def _cells_of_tensor(self, index: int) -> Iterator[Segment]:
         tensor = self.tensors[index]
         chunk, at = bisect.bisect_right(self.bounds, tensor.first) - 1, 0

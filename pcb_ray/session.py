@@ -49,9 +49,12 @@ class Session:
         with _Sweep(self, name, chunks, self._bytes_of_chunk(share)) as sweep:
             return self.owners.fold(question, chunks, sweep.advance)
 
-    def ask_parts(self, name: str, question: Question[Answer], parts: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
-        """The answers about these parts of the output, as they come."""
-        with _Sweep(self, name, parts, self._bytes_of_part) as sweep:
+    def ask_parts(
+        self, name: str, question: Question[Answer], parts: Sequence[int], bytes_of: Callable[[int], int] | None = None
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
+        """The answers about these parts of the output, as they come. What is read for a part are its inputs, unless it is told how
+        many bytes that are."""
+        with _Sweep(self, name, parts, bytes_of or self._bytes_of_part) as sweep:
             for batch, answer in self.owners.ask(question, parts):
                 sweep.advance(batch)
                 yield batch, answer

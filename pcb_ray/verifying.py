@@ -48,7 +48,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     store = open_store()
     session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=quiet)
     parts, digest = range(len(plan.parts)), 0
-    for _, answer in session.ask_parts("read the output", DigestParts(str(out)), parts):
+    for _, answer in session.ask_parts("read the output", DigestParts(str(out)), parts, plan.part_bytes):
         digest = sum_of((digest, *answer.values()))
     if shown_digest(digest) != receipt.output_digest:
         problems.append(

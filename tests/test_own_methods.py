@@ -30,6 +30,7 @@ from pcb_ray.output.companions import side_files
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.owner import Owner
 from pcb_ray.planning import open_inputs, plan, plan_of
+from pcb_ray.progress import readable_bytes
 from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, Spent, publish, write
 
@@ -305,6 +306,15 @@ def test_an_output_is_right_until_the_code_or_the_file_is_another(own_output: Ca
         verify(out, quiet=True)
     method_in(tmp_path, trimmed())
     assert verify(out, quiet=True).ok
+
+
+def test_verify_shows_the_bytes_of_the_output_that_it_reads(
+    own_output: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = own_output(trimmed())
+    assert verify(out).ok
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert f"read the output: done, {readable_bytes(size)} in" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("tolerance", "ok"), [(0.0, False), (1e-9, False), (1e-4, True)])
