@@ -5,7 +5,7 @@ from __future__ import annotations
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES
 from pcb_ray.planning import Plan
-from pcb_ray.selection import tally_bytes
+from pcb_ray.selection import adding_bytes, tally_bytes
 
 # Elements of a block: on a CPU what hides the cost of Python and system calls, on a GPU that of launching kernels.
 CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 18, 1 << 23, 1 << 12
@@ -18,9 +18,10 @@ def worker_bytes(plan: Plan, block_elements: int) -> int:
     n, method = plan.N, plan.method
     raw = sum(max((DTYPE_BYTES[dtype] for dtype in plan.dtypes_of(source)), default=0) for source in range(n + 1))
     per_element = raw + 4 + 8 * n + method.element_bytes(n) + 16  # as read, theta, tau, the method's temporaries, output
-    # The ranks of each task have a tally each: in the total of a sweep, and in two answers that are yet to be added to it or
-    # dropped.
-    tallies = 3 * method.ranks * n * tally_bytes(plan.sizes.tally_entries)
+    tallies = 0
+    if method.ranks:  # those of a task have a tally each: in the total of a sweep, and in two answers that may yet be dropped
+        entries = plan.sizes.tally_entries
+        tallies = 3 * method.ranks * n * tally_bytes(entries) + adding_bytes(entries)
     return PROCESS_BYTES + block_elements * per_element + tallies
 
 

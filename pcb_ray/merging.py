@@ -24,7 +24,7 @@ from pcb_ray.questions import DifferingTwins, shown_digest
 from pcb_ray.receipt import Receipt, Sweep
 from pcb_ray.recipe import Recipe
 from pcb_ray.session import Session
-from pcb_ray.steps import ARITHMETIC, Spent, check_unchanged, placed, publish, stamps_of, write
+from pcb_ray.steps import ARITHMETIC, Spent, placed, publish, stamps_of, write_from
 
 log = logging.getLogger("pcb_ray")
 
@@ -61,17 +61,15 @@ def merge(
     for note in () if resume else plan.notes:  # told when it began
         log.warning("note: %s", note)
     store = open_store()
-    stamps = stamps_of(plan, store)
     with (
-        State(out, asked_of(plan, ARITHMETIC), resume=resume, overwrite=overwrite) as state,
+        State(out, asked_of(plan, ARITHMETIC), stamps_of(plan, store), resume=resume, overwrite=overwrite) as state,
         cluster(address),
         placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, quiet=quiet) as session,
     ):
         startup_s = time.monotonic() - start
         kept = Kept(state.found, session, start)
         known = kept.analysed(state)
-        output = write(session, store, known, str(state.staging), state)
-        check_unchanged(store, stamps)
+        output = write_from(state.stamps, session, store, known, str(state.staging), state)
         return publish(
             session,
             state,
@@ -123,6 +121,11 @@ class Kept:
             state.save()
 
         return analyse(self._session, known, keep)
+
+    def keep_inputs(self, state: State) -> None:
+        """Keep what a sweep has seen of the inputs, which may be the first one."""
+        self._found["inputs"] = [shown_digest(digest) for digest in self._session.inputs]
+        state.save()
 
     def sweeps(self) -> list[Sweep]:
         return self._earlier + self._session.sweeps

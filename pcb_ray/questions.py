@@ -220,8 +220,8 @@ class AddUp:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A part of the output: the digest of its bytes, and of each input the sum of the digests of the cells that it was made
-    from."""
+    """A part of the output, or a volume of a basis: the digest of its bytes, and of each input the sum of the digests of the cells
+    that it was made from."""
 
     digest: Digest
     inputs: tuple[Digest, ...]
@@ -234,6 +234,11 @@ class Written:
         """Raises ValueError for what `to_text` has not written."""
         digest, *inputs = (int(part, 16) for part in text.split())
         return cls(digest, tuple(inputs))
+
+
+def inputs_of(written: Iterable[Written]) -> tuple[Digest, ...]:
+    """The digest of each input, from all that was written."""
+    return tuple(map(sum_of, zip(*(one.inputs for one in written), strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)

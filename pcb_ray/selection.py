@@ -19,13 +19,16 @@ Only numpy: the driver of a merge holds no tensor.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Keys = NDArray[np.int64]
 
+ADDED_AT_ONCE = 1 << 16  # entries of a tally
 MAX_PENDING = 4096  # arrays of keys that wait to be added up: each takes some memory of its own
 # Groups of interleaved sample runs: their spread shows how far the sample's ranks can be trusted on data that varies along the
 # model.
@@ -51,8 +54,41 @@ def add_up(keys: Keys, counts: Keys) -> tuple[Keys, Keys]:
 
 
 def tally_bytes(max_entries: int) -> int:
-    """The most memory of a tally: its entries, and as much again while collected keys are added up."""
-    return max_entries * 2 * 16
+    """The most memory of a tally: its entries, and the keys that wait to be added up."""
+    return max_entries * 16 + max_entries // 4 * 8
+
+
+def adding_bytes(max_entries: int) -> int:
+    """The most memory that a process takes beside its tallies while it adds to one of them."""
+    return max_entries * 16 + ADDED_AT_ONCE * 128
+
+
+class _Entries(NamedTuple):
+    """Ascending keys with their counts, and how many low bits the keys are yet to lose."""
+
+    keys: Keys
+    counts: Keys
+    drop: int
+
+
+def _sum_of(one: _Entries, other: _Entries, max_entries: int) -> tuple[Keys, Keys] | None:
+    """The entries of both, added up; nothing if they are too many. They are taken a run at a time, so that little more than the
+    result takes memory."""
+    size = min(max_entries, len(one.keys) + len(other.keys))
+    keys, counts, at = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64), 0
+    # A run begins at a key as it is after the drop: none is cut in two.
+    cuts = np.sort(np.concatenate([part.keys[ADDED_AT_ONCE::ADDED_AT_ONCE] >> part.drop for part in (one, other)]))
+    bounds = [[0, *np.searchsorted(part.keys, cuts << part.drop).tolist(), len(part.keys)] for part in (one, other)]
+    for (a, b), (c, d) in zip(*map(itertools.pairwise, bounds), strict=True):
+        run_keys, run_counts = add_up(
+            np.concatenate((one.keys[a:b] >> one.drop, other.keys[c:d] >> other.drop)),
+            np.concatenate((one.counts[a:b], other.counts[c:d])),
+        )
+        stop = at + len(run_keys)
+        if stop > size:
+            return None
+        keys[at:stop], counts[at:stop], at = run_keys, run_counts, stop
+    return keys[:at], counts[:at]
 
 
 class Tally:
@@ -94,28 +130,23 @@ class Tally:
         self.below_hi += other.below_hi
         self.upto_hi += other.upto_hi
         self._collect(other._pending)
-        if not len(other.keys):
-            return
-        shift = max(self.shift, other.shift)
-        self._put(
-            np.concatenate((self.keys >> (shift - self.shift), other.keys >> (shift - other.shift))),
-            np.concatenate((self.counts, other.counts)),
-            shift,
-        )
+        self._put(other.keys, other.counts, other.shift)
 
-    def _put(self, keys: Keys, counts: Keys, shift: int) -> None:
-        keys, counts = add_up(keys, counts)
-        while len(keys) > self.max_entries:
+    def _put(self, keys: Keys, counts: Keys, lost: int) -> None:
+        """Add entries whose keys have lost so many low bits already."""
+        shift = max(self.shift, lost)
+        while True:
+            mine, theirs = _Entries(self.keys, self.counts, shift - self.shift), _Entries(keys, counts, shift - lost)
+            if (found := _sum_of(mine, theirs, self.max_entries)) is not None:
+                break
             shift += 1
-            keys, counts = add_up(keys >> 1, counts)
-        self.keys, self.counts, self.shift = keys, counts, shift
+        (self.keys, self.counts), self.shift = found, shift
 
     def _compact(self) -> None:
         if self._pending:
             keys, counts = np.unique(np.concatenate(self._pending), return_counts=True)
             self._pending, self._pending_size = [], 0
-            keys = keys.astype(np.int64) >> self.shift
-            self._put(np.concatenate((self.keys, keys)), np.concatenate((self.counts, counts.astype(np.int64))), self.shift)
+            self._put(keys.astype(np.int64), counts.astype(np.int64), 0)
 
     def __getstate__(self) -> dict[str, object]:
         self._compact()

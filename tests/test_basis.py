@@ -26,6 +26,7 @@ from pcb_ray.kernels.native import load_native
 from pcb_ray.local import LocalOwners
 from pcb_ray.methods import METHODS as RECORDS
 from pcb_ray.planning import Inputs, Plan, Segment, plan, plan_of
+from pcb_ray.questions import inputs_of
 from pcb_ray.searching import basis as basis_module
 from pcb_ray.searching.basis import Basis, Writer, mask_of, positions_of
 from pcb_ray.searching.building import BuildVolumes, DigestVolumes
@@ -49,12 +50,13 @@ def build(
     session = session_of(made, block)
     known, volumes = analyse(session), range(volumes_of(made))
     built = {
-        v: digest
+        v: one
         for _, answer in session.store("basis", BuildVolumes(known, str(folder), scored), volumes)
-        for v, digest in answer.items()
+        for v, one in answer.items()
     }
     here = {v: digest for _, answer in session.owners.ask(DigestVolumes(str(folder)), volumes) for v, digest in answer.items()}
-    assert here == built
+    assert here == {v: one.digest for v, one in built.items()}
+    session.saw_inputs(inputs_of(built.values()), "basis")  # it read what the analysis has read
     basis = Basis(made, folder, known)
     assert basis.scored == scored
     return basis

@@ -544,13 +544,13 @@ def test_other_code_is_another_merge(grid: Family, tmp_path: Path) -> None:
     assert one != other
     changed = {key for key, value in one.fingerprint().items() if other.fingerprint()[key] != value}
     assert changed == {"code_sha256"}
-    with State(tmp_path / "out", asked_of(one, "any")) as state:
+    with State(tmp_path / "out", asked_of(one, "any"), {}) as state:
         state.wrote({"part 0": "0"})
     with pytest.raises(
         RequestError, match=r"--resume: .*code_sha256 was '[0-9a-f]{64}', now '[0-9a-f]{64}'\n.*Fix: ask for the same merge"
     ):
-        State(tmp_path / "out", asked_of(other, "any"), resume=True)
-    with State(tmp_path / "out", asked_of(same, "any"), resume=True) as state:
+        State(tmp_path / "out", asked_of(other, "any"), {}, resume=True)
+    with State(tmp_path / "out", asked_of(same, "any"), {}, resume=True) as state:
         assert state.journal == {"part 0": "0"}
 
 

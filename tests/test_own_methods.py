@@ -272,7 +272,7 @@ def merged_to(out: Path, recipe: Recipe) -> Path:
     """`out` as `merge` writes it, without Ray: the same steps."""
     inputs, store = open_inputs(recipe), LocalStore()
     made = plan_of(recipe, inputs)
-    with State(out, asked_of(made, ARITHMETIC)) as state:
+    with State(out, asked_of(made, ARITHMETIC), {}) as state:
         session = Session(made, lambda plan: LocalOwners(plan, store))
         known = analyse(session)
         output = write(session, store, known, str(state.staging), state)

@@ -6,13 +6,14 @@ import math
 import pickle
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcb_ray.selection import Bracket, Sample, Tally
+from pcb_ray.selection import Bracket, Sample, Tally, adding_bytes, tally_bytes
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 LIMITS = {32: 0x7F800000, 64: 0x7FF0000000000000}
@@ -154,6 +155,36 @@ def test_a_tally_is_bounded_and_travels_without_its_pending_keys():
     assert len(sent.keys) <= 1000
     assert sent.counts.sum() == 50 * 700
     assert len(pickle.dumps(tally)) < 1000 * 16 + 2000
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("max_entries", [150_000, 400_000])
+def test_large_tallies_add_up_as_all_their_keys_do_and_in_the_memory_that_is_announced(bits, max_entries):
+    """They are added a run of entries at a time: no key is cut in two, whatever bits were dropped before."""
+    rng, limit = np.random.default_rng(bits), LIMITS[bits]
+    most = max_entries * 7 // 8
+    narrow = rng.integers(-(1 << 20), 1 << 20, size=most)
+    wide = np.concatenate((rng.integers(-limit, limit, size=most // 2), rng.choice(narrow, size=most // 2)))
+    counts_of = [np.unique(part, return_counts=True) for part in (narrow, wide)]
+    for one, other in ((0, 1), (1, 0), (1, 1)):
+        mine, theirs = Tally(Bracket(-limit, limit), max_entries), Tally(Bracket(-limit, limit), max_entries)
+        for tally, part in ((mine, one), (theirs, other)):
+            for piece in np.array_split((narrow, wide)[part], 16):
+                tally.add(0, 0, len(piece), len(piece), piece)
+            tally._compact()
+        held = 2 * tally_bytes(max_entries)
+        tracemalloc.start()
+        mine.merge(theirs)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= adding_bytes(max_entries)
+        assert held >= sum(array.nbytes for tally in (mine, theirs) for array in (tally.keys, tally.counts))
+        every = np.concatenate([counts_of[part][0] for part in (one, other)])
+        counts = np.concatenate([counts_of[part][1] for part in (one, other)])
+        wanted, at = np.unique(every >> mine.shift, return_inverse=True)
+        assert np.array_equal(mine.keys, wanted)
+        assert np.array_equal(mine.counts, np.bincount(at, weights=counts).astype(np.int64))
+        assert len(np.unique(every >> mine.shift - 1)) > max_entries if mine.shift else len(np.unique(every)) <= max_entries
 
 
 # --- samples --------------------------------------------------------------------------------------------------------------------

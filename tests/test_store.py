@@ -263,7 +263,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_told_with_its_new_end(tmp_
     with pytest.raises(InputError, match=r"found its end at byte 5000"):
         read(store, file, 4000, 6000)
     assert store.stamp(file) != before
-    assert store.stamp(file) == Stamp(5000, os.stat(file).st_mtime_ns)
+    assert store.stamp(file) == Stamp(5000, os.stat(file).st_mtime_ns, os.stat(file).st_ctime_ns)
 
 
 def test_a_reader_that_fails_to_open_its_file_lets_the_others_go_on(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ class Stamp(NamedTuple):
 
     size: int
     modified_ns: int
+    """When its content was last written, as far as nobody has set this time."""
+    changed_ns: int
+    """When anything of it was last changed, its mode and its names too: nobody can set this time."""
 
 
 class PartWriter(Protocol):
@@ -60,7 +63,7 @@ class Store(Protocol):
         ...
 
     def stamp(self, file: str) -> Stamp:
-        """Return the size and time of a file."""
+        """Return the size and times of a file."""
         ...
 
     def read(self, file: str, start: int, out: memoryview) -> None:
@@ -139,7 +142,7 @@ class LocalStore:
 
     def stamp(self, file: str) -> Stamp:
         found = os.stat(file)
-        return Stamp(found.st_size, found.st_mtime_ns)
+        return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def read(self, file: str, start: int, out: memoryview) -> None:
         reader, got = self._hold(file), 0
@@ -341,7 +344,7 @@ class MemoryStore:
         return self._bytes_read
 
     def stamp(self, file: str) -> Stamp:
-        return Stamp(self._array(file).nbytes, 0)
+        return Stamp(self._array(file).nbytes, 0, 0)
 
     def read(self, file: str, start: int, out: memoryview) -> None:
         out[:] = self._range(file, start, start + len(out)).data

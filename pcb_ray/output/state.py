@@ -17,10 +17,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from pcb_ray.errors import InputError, RequestError, RunError
-from pcb_ray.files.store import write_atomically
+from pcb_ray.files.store import Stamp, write_atomically
 from pcb_ray.output.lock import HOLDER, LOCK, FolderLock
 from pcb_ray.output.publish import REPLACED, kind_of, publish, restore
 from pcb_ray.planning import Plan
+from pcb_ray.questions import Written
 
 STATE, JOURNAL = "state.json", "journal.jsonl"
 
@@ -44,14 +45,24 @@ def is_unfinished(out: Path) -> bool:
 class State:
     """The state of one merge (or search) on disk. `with State(...)` holds its lock: two to one OUT can't run at once.
 
-    `asked` is what an unfinished one must share with the one that resumes it, as JSON values. `overwrite` lets `commit` replace an
+    `asked` is what an unfinished one must share with the one that resumes it, as JSON values. `stamps` are those of the inputs; the
+    state keeps them as they were when it was begun. `overwrite` lets `commit` replace an
     OUT that is there. Raises RequestError if another process holds the state, if OUT is there and may not be replaced, or if
     another run was begun."""
 
-    def __init__(self, out: Path, asked: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        asked: Mapping[str, Any],
+        stamps: Mapping[str, Stamp],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         self.out = out.resolve()
         self.folder = state_folder(out)
         self.staging = self.folder / "out"
+        self.stamps = dict(stamps)
         self.found: dict[str, Any] = {}
         self.journal: dict[str, str] = {}
         self._asked = json.loads(json.dumps(asked))
@@ -82,7 +93,8 @@ class State:
         try:
             saved = json.loads(path.read_text())
             asked, self.found = saved["asked"], dict(saved["found"])
-        except (ValueError, KeyError, TypeError) as error:
+            self.stamps = {file: Stamp(*stamp) for file, stamp in saved["stamps"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(
                 f"{path}: can't be read as it was written: wanted the state of a run, found {error!r}. "
                 "Fix: start afresh with --overwrite."
@@ -110,7 +122,8 @@ class State:
 
     def save(self) -> None:
         """Make `found` durable."""
-        write_atomically(self.folder / STATE, json.dumps({"asked": self._asked, "found": self.found}).encode())
+        content = {"asked": self._asked, "stamps": self.stamps, "found": self.found}
+        write_atomically(self.folder / STATE, json.dumps(content).encode())
 
     def wrote(self, entries: Mapping[str, str]) -> None:
         """Note pieces of the output that were written, with their digests."""
@@ -118,15 +131,13 @@ class State:
         with (self.folder / JOURNAL).open("a") as journal:
             journal.write(f"\n{json.dumps(entries)}\n")  # on a line of its own, also after one that was cut off
 
-    def make_files(self, plan: Plan) -> None:
-        """The output files at full size with their headers; what a resumed run wrote stays."""
-        for file in plan.files:
-            fd = os.open(self.staging / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                os.truncate(fd, file.size)
-                os.pwrite(fd, file.header, 0)
-            finally:
-                os.close(fd)
+    def claimed(self, names: Mapping[int, str]) -> dict[int, Written]:
+        """What the journal says of the pieces with these names. Whether the files hold it is yet to be seen."""
+        claimed = {}
+        for number, name in names.items():
+            with contextlib.suppress(KeyError, ValueError):
+                claimed[number] = Written.from_text(self.journal[name])
+        return claimed
 
     def commit(self) -> None:
         """Make everything durable and give it its name. Raises RunError, keeping all work, if an OUT appeared that may not go."""

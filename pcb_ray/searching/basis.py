@@ -44,10 +44,10 @@ from pcb_ray.kernels.reference import keys
 from pcb_ray.methods import Known, Ranks
 from pcb_ray.methods.method import Scored
 from pcb_ray.planning import Plan, Segment
-from pcb_ray.questions import SAMPLE_SHIFT, Digest, value_of_key
+from pcb_ray.questions import SAMPLE_SHIFT, Written, value_of_key
 from pcb_ray.searching.volumes import chunks_of_volume, volume_file, volumes_of
 from pcb_ray.selection import add_up
-from pcb_ray.sources import DTYPES, Reader, Wanted
+from pcb_ray.sources import DTYPES, CellDigests, Reader, Wanted
 
 if TYPE_CHECKING:
     from pcb_ray.owner import Owner
@@ -151,13 +151,14 @@ class Writer:
         return arrays
 
 
-def build_volume(owner: Owner, volume: int, known: Known, scored: Scored | None, path: Path) -> Digest:
-    """Gather the basis of a volume's chunks, write the file aside and give it its name, durable; its digest. Raises OSError.
+def build_volume(owner: Owner, volume: int, known: Known, scored: Scored | None, path: Path) -> Written:
+    """Gather the basis of a volume's chunks, write the file aside and give it its name, durable. Raises OSError.
 
     The file holds the chunks' arrays one after another; then, as JSON, dtype, shape and first byte of each; then the first byte
     of that text."""
     names = {np.dtype(kind): name for name, kind in ARRAYS.items()}
     digest, at, index = xxhash.xxh3_128(), 0, list[dict[str, Any]]()
+    of_inputs = [CellDigests() for _ in range(owner.plan.N + 1)]
     with written_aside(path) as file:
 
         def put(data: Any) -> int:
@@ -167,20 +168,22 @@ def build_volume(owner: Owner, volume: int, known: Known, scored: Scored | None,
 
         for chunk in chunks_of_volume(owner.plan, volume):
             of_chunk = {}
-            for name, array in _gather(owner, chunk, known, scored).items():
+            for name, array in _gather(owner, chunk, known, scored, of_inputs).items():
                 of_chunk[name] = (names[array.dtype], array.shape, at)
                 at += put(np.ascontiguousarray(array))
                 at += put(bytes(-at % ALIGNMENT))
             index.append(of_chunk)
         put(json.dumps(index).encode())
         put(np.array([at], dtype=np.int64))
-    return digest.intdigest()
+    return Written(digest.intdigest(), tuple(one.total() for one in of_inputs))
 
 
-def _gather(owner: Owner, chunk: int, known: Known, scored: Scored | None) -> dict[str, NDArray[Any]]:
+def _gather(
+    owner: Owner, chunk: int, known: Known, scored: Scored | None, of_inputs: Sequence[CellDigests]
+) -> dict[str, NDArray[Any]]:
     writer = Writer()
     for segments in owner.blocks(chunk):
-        loaded = owner.load(segments)
+        loaded = owner.load(segments, of_inputs)
         if scored is not None:
             values_NB, scores_NB, kept_NB = owner.kernel.scored(loaded, scored, known)
             scores = scores_NB.cpu().numpy()

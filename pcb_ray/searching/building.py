@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from pcb_ray.methods import Known
-from pcb_ray.questions import Digest
+from pcb_ray.questions import Digest, Written
 from pcb_ray.searching.volumes import volume_file
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ READ_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class BuildVolumes:
-    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities, and give their digests.
+    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities.
 
     The volumes are durable when they are answered."""
 
@@ -28,13 +28,13 @@ class BuildVolumes:
     folder: str
     scored: bool
 
-    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Digest]:
+    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Written]:
         from pcb_ray.searching.basis import build_volume  # and torch
 
         scored = owner.plan.method.scored if self.scored else None
-        digests = {v: build_volume(owner, v, self.known, scored, volume_file(self.folder, v)) for v in items}
+        built = {v: build_volume(owner, v, self.known, scored, volume_file(self.folder, v)) for v in items}
         owner.note_memory()
-        return digests
+        return built
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from pcb_ray.output.place import check_out, check_place
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, plan_of
 from pcb_ray.progress import readable_bytes
-from pcb_ray.questions import shown_digest
+from pcb_ray.questions import inputs_of
 from pcb_ray.receipt import Receipt
 from pcb_ray.recipe import Recipe
 from pcb_ray.searching.building import BuildVolumes, CheckLinear, DigestVolumes
@@ -41,7 +41,7 @@ from pcb_ray.searching.results import Found, Scores, Swept
 from pcb_ray.searching.scorer import Arm, Job
 from pcb_ray.searching.volumes import basis_bytes, chunks_of_volume, volume_file, volumes_of, writer_bytes
 from pcb_ray.session import Session
-from pcb_ray.steps import ARITHMETIC, Stamps, check_unchanged, placed, publish, stamps_of, write
+from pcb_ray.steps import ARITHMETIC, check_unchanged, placed, publish, stamps_of, write_from
 
 log = logging.getLogger("pcb_ray")
 
@@ -136,7 +136,9 @@ def sweep(
         best = best_trial["config"]
         winner = job.space.recipe_of(job.space.candidate(best))
         with _trials_kept(state, "the sweep: wanted models that stay what they are"):
-            check_unchanged(open_store(), run.stamps)
+            touched = check_unchanged(open_store(), state.stamps)
+        for file in touched:
+            log.warning("%s: touched during the sweep, its time of writing apart: if its content was changed, sweep again", file)
         report.write_sweep(state.staging, job.search, points, records, run.base)
         _commit(state, winner)
     return Swept(job.search, best, winner, run.base, tuple(records))
@@ -178,7 +180,6 @@ class _Run:
     state: State
     job: Job
     inputs: Inputs
-    stamps: Stamps
     base: Scores
 
 
@@ -229,8 +230,7 @@ def _prepared(
         **asked_of(plan, ARITHMETIC),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
     }
-    stamps = stamps_of(plan, open_store())
-    with State(out, asked, resume=how.resume, overwrite=how.overwrite) as state:
+    with State(out, asked, stamps_of(plan, open_store()), resume=how.resume, overwrite=how.overwrite) as state:
         model_dir = state.folder / "model"
         _make_model_dir(model_dir, inputs.base, files)
         with cluster(how.address):
@@ -246,8 +246,8 @@ def _prepared(
             folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
             job = Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator)
             base = dry_score(job, state, quiet=how.quiet)
-            job = dataclasses.replace(job, arms=_with_bases(arms, state, stamps, scored, how))
-            yield _Run(how, state, job, inputs, stamps, base)
+            job = dataclasses.replace(job, arms=_with_bases(arms, state, scored, how))
+            yield _Run(how, state, job, inputs, base)
 
 
 def model_bytes(plan: Plan) -> int:
@@ -338,7 +338,7 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) 
 # --- the steps --------------------------------------------------------------------------------------------------------------------
 
 
-def _with_bases(arms: Mapping[str, Arm], state: State, stamps: Stamps, scored: bool, how: _How) -> dict[str, Arm]:
+def _with_bases(arms: Mapping[str, Arm], state: State, scored: bool, how: _How) -> dict[str, Arm]:
     """Each variant's arm with its basis: analysed and built, or taken from an earlier run."""
     plans = [arm.plan for arm in arms.values()]
     for arm in arms.values():
@@ -346,10 +346,10 @@ def _with_bases(arms: Mapping[str, Arm], state: State, stamps: Stamps, scored: b
     beside = max(writer_bytes(plan, scored) for plan in plans)
     place = placed(plans, workers=how.workers, memory=how.memory, beside=beside, writes_to=state.folder, quiet=how.quiet)
     with place as session:
-        return {variant: _with_basis(arm, session, state, stamps, variant, scored) for variant, arm in arms.items()}
+        return {variant: _with_basis(arm, session, state, variant, scored) for variant, arm in arms.items()}
 
 
-def _with_basis(arm: Arm, session: Session, state: State, stamps: Stamps, variant: str, scored: bool) -> Arm:
+def _with_basis(arm: Arm, session: Session, state: State, variant: str, scored: bool) -> Arm:
     plan, folder = arm.plan, Path(arm.folder)
     session.begin(plan)
     kept = Kept(state.found.setdefault("arms", {}).setdefault(variant, {}), session, time.monotonic())
@@ -357,19 +357,27 @@ def _with_basis(arm: Arm, session: Session, state: State, stamps: Stamps, varian
     if plan.recipe.code is not None:
         _check_linear(session, known)
     names = {volume: f"{folder.name} {volume}" for volume in range(volumes_of(plan))}
-    earlier = [volume for volume, name in names.items() if name in state.journal]
-    answers = session.owners.ask(DigestVolumes(arm.folder), earlier)
-    here = {volume: shown_digest(digest) for _, answer in answers for volume, digest in answer.items()}
-    missing = [volume for volume, name in names.items() if volume not in here or state.journal[name] != here[volume]]
+    claimed = state.claimed(names)
+    answers = session.owners.ask(DigestVolumes(arm.folder), list(claimed))
+    here = {volume: digest for _, answer in answers for volume, digest in answer.items()}
+    written = {volume: one for volume, one in claimed.items() if here.get(volume) == one.digest}
 
     def bytes_of(volume: int) -> int:
         chunks = chunks_of_volume(plan, volume)
         return plan.sweep_bytes * (plan.bounds[chunks.stop] - plan.bounds[chunks.start]) // plan.D
 
-    if missing:
-        for _, built in session.store("basis", BuildVolumes(known, arm.folder, scored), missing, bytes_of):
-            state.wrote({names[volume]: shown_digest(digest) for volume, digest in built.items()})
-        check_unchanged(open_store(), stamps)  # before trials take hours
+    def build(volumes: Sequence[int]) -> None:
+        for _, built in session.store("basis", BuildVolumes(known, arm.folder, scored), volumes, bytes_of):
+            written.update(built)
+            state.wrote({names[volume]: one.to_text() for volume, one in built.items()})
+        session.saw_inputs(inputs_of(written.values()), "basis")
+
+    if missing := [volume for volume in names if volume not in written]:
+        build(missing)
+        if touched := check_unchanged(open_store(), state.stamps):  # before trials take hours
+            log.warning("%s: touched during the run, its time of writing apart: the basis is built again", touched[0])
+            build(list(names))
+        kept.keep_inputs(state)
     size = sum(volume_file(folder, volume).stat().st_size for volume in names)
     log.info("basis %s: %s for %d models of %d elements", plan.method.full_name, readable_bytes(size), plan.N, plan.D)
     return dataclasses.replace(arm, known=known)
@@ -472,8 +480,7 @@ def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
     with placed([plan], workers=how.workers, memory=how.memory, writes_to=state.staging, quiet=how.quiet) as session:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
         with _trials_kept(state, "the winner: wanted its merge"):
-            output = write(session, store, known, str(state.staging), state, label)
-            check_unchanged(store, run.stamps)
+            output = write_from(state.stamps, session, store, known, str(state.staging), state, label)
         return publish(
             session,
             state,
