@@ -39,7 +39,7 @@ def merge(code: Path, recipe: Path, workers: int) -> dict[str, float]:
     out = recipe.with_name("before-after")
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "pcb_ray", "merge", str(recipe), str(out), "--workers", str(workers)]
-    measured = run(command, env={"PYTHONPATH": str(code.resolve())})
+    measured = run(command, cwd=code, env={"PYTHONPATH": str(code)})  # what lies in the current folder comes first
     receipt = json.loads((out / "pcb_receipt.json").read_text())
     shutil.rmtree(out)
     sweeps = {s["name"]: s["elapsed_s"] for s in receipt["sweeps"]}
@@ -59,12 +59,13 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
-    for path in sorted(options.family.glob("*/*.safetensors")):
+    family, before, after = (path.resolve() for path in (options.family, options.before, options.after))
+    for path in sorted(family.glob("*/*.safetensors")):
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
                 pass
-    experts = [{"model": path.name} for path in sorted(options.family.glob("expert*")) if path.is_dir()]
-    recipe = options.family / "before-after.yaml"
+    experts = [{"model": path.name} for path in sorted(family.glob("expert*")) if path.is_dir()]
+    recipe = family / "before-after.yaml"
     print(
         f"# Before and after, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, {options.pairs} pairs "
         "in turn\n"
@@ -73,12 +74,12 @@ def main() -> None:
     print("| merge | | before | after | after / before |\n| --- | --- | --- | --- | --- |")
     for name, (asked, workers) in RECIPES.items():
         recipe.write_text(yaml.safe_dump({**asked, "base_model": "base", "models": experts}))
-        pairs = [(merge(options.before, recipe, workers), merge(options.after, recipe, workers)) for _ in range(options.pairs)]
+        pairs = [(merge(before, recipe, workers), merge(after, recipe, workers)) for _ in range(options.pairs)]
         for what in pairs[0][0]:
-            before, after = ([pair[k][what] for pair in pairs] for k in (0, 1))
-            ratios = sorted(b / a for a, b in zip(before, after, strict=True))
+            old, new = ([pair[k][what] for pair in pairs] for k in (0, 1))
+            ratios = sorted(b / a for a, b in zip(old, new, strict=True))
             shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            print(f"| {name} | {what} | {statistics.median(before):.2f} | {statistics.median(after):.2f} | {shown} |", flush=True)
+            print(f"| {name} | {what} | {statistics.median(old):.2f} | {statistics.median(new):.2f} | {shown} |", flush=True)
     recipe.unlink()
 
 
