@@ -46,8 +46,7 @@ def analyse(session: Session, known: Known | None = None, keep: Callable[[Known]
 def _decided_by(session: Session, step: int, known: Known) -> object:
     """All that the result of a pass depends on, apart from the models: equal keys have equal results."""
     plan, wanted = session.plan, session.plan.method.passes[step]
-    parameters = wanted.quantity.parameters if isinstance(wanted, Ranks) else wanted.parameters
-    names = plan.settings.parameters if parameters is None else parameters
+    names = plan.settings.parameters if wanted.parameters is None else wanted.parameters
     settings = repr([(name, plan.settings.each(name)) for name in sorted(names)])
     places = session.plan.places(wanted) if isinstance(wanted, Ranks) else ()
     return plan.method.full_name, plan.recipe.code, step, settings, repr(places), tuple(sorted(known.items()))

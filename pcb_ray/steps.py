@@ -37,7 +37,7 @@ from pcb_ray.methods import Known
 from pcb_ray.output.companions import CARD, model_card, write_side_files
 from pcb_ray.output.state import State
 from pcb_ray.planning import Plan
-from pcb_ray.progress import readable_bytes
+from pcb_ray.progress import ByteBar, readable_bytes
 from pcb_ray.questions import Digest, DigestParts, WriteParts, Written, inputs_of, shown_digest, sum_of
 from pcb_ray.receipt import RECEIPT, VERSION, Receipt, Sweep, WrittenFile, inputs_of_receipt, names_of_inputs
 from pcb_ray.session import Session
@@ -119,8 +119,11 @@ def _written_before(session: Session, folder: str, state: State, label: str) -> 
         return {}
     log.info("%d of %d parts were written before; checking them", len(claimed), len(names))
     good: dict[int, Written] = {}
-    for _, digests in session.owners.ask(DigestParts(folder), sorted(claimed)):
-        good |= {number: claimed[number] for number, digest in digests.items() if claimed[number].digest == digest}
+    size_of = session.plan.part_bytes
+    with ByteBar("check what was written", sum(map(size_of, claimed)), quiet=session.quiet) as bar:  # no sweep over the inputs
+        for batch, digests in session.owners.ask(DigestParts(folder), sorted(claimed)):
+            bar.advance(sum(map(size_of, batch)))
+            good |= {number: claimed[number] for number, digest in digests.items() if claimed[number].digest == digest}
     return good
 
 

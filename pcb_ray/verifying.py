@@ -19,6 +19,8 @@ from pcb_ray.recipe import Recipe
 from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC
 
+FIX = "Fix: get it again from where it is whole, or merge again."
+
 
 def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False) -> Verified:
     """Check a merged directory against its receipt: every file's digest, and `sample` parts recomputed from the inputs.
@@ -38,7 +40,10 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     found_code = None if recipe.code is None else recipe.code.sha256
     if found_code != receipt.code_sha256:
         return Verified(
-            (f"{recipe.merge_method}: wanted the code that merged, with sha256 {receipt.code_sha256}, found {found_code}",)
+            (
+                f"{recipe.merge_method}: wanted the code that merged, with sha256 {receipt.code_sha256}, found {found_code}. "
+                "Fix: put that code back, or merge again.",
+            )
         )
     inputs = fetched(recipe, open_inputs(recipe))
     plan = plan_of(recipe, inputs, max_shard_bytes=receipt.max_shard_bytes, sizes=_sizes(receipt, out))
@@ -53,12 +58,12 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     if shown_digest(digest) != receipt.output_digest:
         problems.append(
             f"{out}: wanted tensors of digest {receipt.output_digest}, found {shown_digest(digest)}: they were changed after the "
-            "merge"
+            f"merge. {FIX}"
         )
     chosen = sorted({round(k * (len(parts) - 1) / max(1, sample - 1)) for k in range(sample)})
     compare = CompareParts(receipt.thresholds, str(out))
     for _, differences in session.ask_parts("recompute a sample", compare, chosen):
-        problems += [f"{out / place}: differs from what its inputs give" for place in differences.values()]
+        problems += [f"{out / place}: wanted what its inputs give, found something else. {FIX}" for place in differences.values()]
     return Verified(tuple(problems))
 
 
@@ -67,19 +72,19 @@ def _wrong_files(out: Path, receipt: Receipt) -> list[str]:
     for name, sha256 in receipt.files_sha256.items():
         found = hashlib.sha256((out / name).read_bytes()).hexdigest() if (out / name).is_file() else "no file"
         if found != sha256:
-            problems.append(f"{out / name}: wanted sha256 {sha256}, as in the receipt, found {found}")
+            problems.append(f"{out / name}: wanted sha256 {sha256}, as in the receipt, found {found}. {FIX}")
     for file in receipt.outputs:
         path = out / file.name
         if not path.is_file() or path.stat().st_size != file.bytes:
             found = f"{path.stat().st_size}" if path.is_file() else "no file"
-            problems.append(f"{path}: wanted {file.bytes} bytes, as in the receipt, found {found}")
+            problems.append(f"{path}: wanted {file.bytes} bytes, as in the receipt, found {found}. {FIX}")
             continue
         try:
             header = read_header(path)[2]
         except RequestError:  # a header that can't be read is not the one that was written either
             header = b""
         if hashlib.sha256(header).hexdigest() != file.header_sha256:
-            problems.append(f"{path}: its header is not the one that was written")
+            problems.append(f"{path}: wanted the header that was written, found another. {FIX}")
     return problems
 
 
@@ -115,7 +120,7 @@ def _wrong_inputs(plan: Plan, receipt: Receipt) -> list[str]:
     now = inputs_of_receipt(plan, [one.digest for one in receipt.inputs])
     return [
         f"{one.source}: wanted the files that were merged, {[(f.name, f.size, f.header_sha256) for f in before.files]}, "
-        f"found {[(f.name, f.size, f.header_sha256) for f in after.files]}"
+        f"found {[(f.name, f.size, f.header_sha256) for f in after.files]}. Fix: put those files back, or merge again."
         for one, before, after in zip(plan.inputs, receipt.inputs, now, strict=True)
         if before.files != after.files
     ]

@@ -249,6 +249,31 @@ def test_a_pass_that_can_not_be_is_refused_with_its_reason(passes: str, message:
         merged_by(tmp_path, text, base, models)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("impossible=lambda settings, names: None", "impossible of own: wanted a list, found a NoneType. Fix: mend it."),
+        ("impossible=lambda settings, names: 'no'", "impossible of own: wanted a list, found a str. Fix: mend it."),
+        ("warnings=lambda known, settings, names: None", "warnings of own: wanted a list, found a NoneType. Fix: mend it."),
+        ("wrong_weights=lambda weights: None", "wrong_weights of own: wanted a str, found a NoneType. Fix: mend it."),
+        (
+            "passes=(Sums('s', lambda block, *_: block.tau.double(), {'x': lambda n: n}),)",
+            "the rows of x of own: wanted a slice, found a int. Fix: mend it.",
+        ),
+        (
+            "passes=(Extrema('e', lambda block, *_: block.tau.double(), 'x', 'y'),), refuse=lambda known, settings, names: None",
+            "refuse of own: wanted a list, found a NoneType. Fix: mend it.",
+        ),
+    ],
+)
+def test_a_function_of_a_record_that_gives_something_else_is_named(given: str, message: str, tmp_path: Path) -> None:
+    base, models = families.fine_tuned(2)
+    text = f"own = Method(name='own', merge=lambda block, known, settings: block.theta, {given})"
+    with pytest.raises(RequestError) as told:
+        merged_by(tmp_path, text, base, models)
+    assert told.value.problems == (f"merge_method: {message}",)
+
+
 # --- its output can be verified ---------------------------------------------------------------------------------------------------
 
 TRIMMED = """
@@ -472,9 +497,11 @@ def recipe_with(folder: Path, check: str, default: str = "1.0", name: str = "x",
     return Recipe.from_dict(asked, folder)
 
 
-@pytest.mark.parametrize("name", ["weight", "normalize", "int8_mask", "variant"])
-def test_a_parameter_that_recipes_have_another_use_for_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=f"wanted a name that recipes have no other use for, found {name!r}"):
+@pytest.mark.parametrize(
+    "name", ["weight", "normalize", "int8_mask", "variant", "dtype", "weights", "exclude", "method", "lambda_", "base", "models"]
+)
+def test_a_parameter_that_has_another_use_in_recipes_or_calls_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=f"wanted a name that recipes and calls have no other use for, found {name!r}"):
         recipe_with(tmp_path, "number", name=name)
 
 

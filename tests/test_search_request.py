@@ -204,6 +204,27 @@ def test_linear_is_refused_with_what_reaches_the_same_merges(family):
     assert "task_arithmetic" in problems_of(family(2).recipe(merge_method="linear", search=VALID))
 
 
+@pytest.mark.parametrize(
+    ("depends_on", "refused"),
+    [("", True), (", parameters=('lambda',)", True), (", parameters=('lambda', 'keep')", True), (", parameters=()", False)],
+)
+def test_a_method_of_ones_own_whose_analysis_may_move_with_lambda_is_refused(family, depends_on, refused):
+    """The thresholds serve all candidates: a merge by best_recipe.yaml would find others."""
+    one = family(2)
+    (one.folder / "own.py").write_text(
+        "from pcb_ray.methods import Extrema, Method, Parameter, fraction, lambda_parameter\n"
+        "parameters = {'lambda': lambda_parameter(), 'keep': Parameter(0.5, fraction, '')}\n"
+        f"ends = Extrema('ends', lambda block, *_: block.tau, 'least', 'most'{depends_on})\n"
+        "own = Method(name='own', merge=lambda block, *_: block.theta, linear=True, parameters=parameters, passes=(ends,))\n"
+    )
+    recipe = one.recipe(merge_method=f"{one.folder / 'own.py'}:own", search=VALID)
+    if refused:
+        assert "found that `ends` of" in problems_of(recipe)
+        assert "Fix: name in its `parameters` those that it does depend on, () if none." in problems_of(recipe)
+    else:
+        Search.of(Recipe.from_dict(recipe), has_evaluator=False)
+
+
 def test_a_method_of_ones_own_without_a_base_is_refused(family):
     one = family(2)
     (one.folder / "own.py").write_text(
@@ -220,7 +241,7 @@ def test_a_method_of_ones_own_without_a_base_is_refused(family):
 def test_a_record_that_a_search_would_misread_is_refused(parameters):
     """Two scales, of which it would know one; a share of which there is no basis."""
     searched = {name: Parameter(1.0, number, "", searched=kind, range=within) for name, (kind, within) in parameters.items()}
-    with pytest.raises(ValueError, match=r"own: wanted at most one .*found .*'a'.* Fix: leave `searched` empty"):
+    with pytest.raises(ValueError, match=r"own: wanted at most one .*found .*'a'.*"):
         Method(name="own", merge=lambda *_: None, parameters=searched, linear=True)
 
 

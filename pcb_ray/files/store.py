@@ -57,11 +57,6 @@ class Store(Protocol):
     read, RunError where it is written. To give a part too few or too many bytes is a mistake of the caller, and raises ValueError.
     """
 
-    @property
-    def bytes_read(self) -> int:
-        """Count the bytes that `read` and `view` have given so far."""
-        ...
-
     def stamp(self, file: str) -> Stamp:
         """Return the size and times of a file."""
         ...
@@ -127,7 +122,6 @@ class LocalStore:
     def __init__(self, max_open: int = MAX_OPEN) -> None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_open = max_open if limit == resource.RLIM_INFINITY else max(1, min(max_open, limit // 4))
-        self._bytes_read = 0
         self._released = threading.Condition()  # It guards all that follows, but `_syncing`.
         self._waiting = 0
         self._readers: OrderedDict[str, _Opened] = OrderedDict()  # The one whose use is longest past comes first.
@@ -135,10 +129,6 @@ class LocalStore:
         self._folders: set[str] = set()  # Their entries are not yet durable.
         self._failure: OSError | None = None
         self._syncing = threading.Lock()
-
-    @property
-    def bytes_read(self) -> int:
-        return self._bytes_read
 
     def stamp(self, file: str) -> Stamp:
         found = os.stat(file)
@@ -155,7 +145,7 @@ class LocalStore:
         except OSError as error:
             raise _named(error, file) from None
         finally:
-            self._let_go(reader, got)
+            self._let_go(reader)
 
     def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
         return None  # A mapped file that is cut short ends the process that looks at it.
@@ -170,7 +160,7 @@ class LocalStore:
         except OSError as error:
             raise _named(error, file) from None
         finally:
-            self._let_go(reader, 0)
+            self._let_go(reader)
         return digest.hexdigest()
 
     def create(self, file: str, size: int) -> None:
@@ -251,10 +241,9 @@ class LocalStore:
             self._readers.move_to_end(file)
         return reader
 
-    def _let_go(self, reader: _Opened, got: int) -> None:
+    def _let_go(self, reader: _Opened) -> None:
         with self._released:
             reader.users -= 1
-            self._bytes_read += got
             if self._waiting:
                 self._released.notify_all()  # One alone might fail to open what it wants, and tell nobody.
 
@@ -336,12 +325,6 @@ class MemoryStore:
 
     def __init__(self, arrays: dict[str, NDArray[np.uint8]]) -> None:
         self.arrays = arrays
-        self._bytes_read = 0
-        self._lock = threading.Lock()
-
-    @property
-    def bytes_read(self) -> int:
-        return self._bytes_read
 
     def stamp(self, file: str) -> Stamp:
         return Stamp(self._array(file).nbytes, 0, 0)
@@ -390,8 +373,6 @@ class MemoryStore:
         found = self._array(file)[start:stop]
         if len(found) < stop - start:
             raise _cut_short(file, stop, start + len(found))
-        with self._lock:
-            self._bytes_read += len(found)
         return found
 
 

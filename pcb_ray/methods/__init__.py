@@ -74,13 +74,17 @@ R = TypeVar("R")
 def _guarded(method: Method) -> Method:
     """The record with functions that tell what the user's code raises, and in which line, as an InputError."""
 
-    def told(name: str, function: Callable[P, R]) -> Callable[P, R]:
+    def told(name: str, function: Callable[P, R], kind: type = object) -> Callable[P, R]:
         def call(*arguments: P.args, **options: P.kwargs) -> R:
             try:
-                return function(*arguments, **options)
+                found = function(*arguments, **options)
             except Exception as error:
                 # Whatever the user's code raises is theirs, and is told as it is.
                 raise InputError(f"merge_method: {name} of {method.name} raised {with_place(error)}. Fix: mend it.") from error
+            if not isinstance(found, kind):
+                wanted, got = kind.__name__, type(found).__name__
+                raise InputError(f"merge_method: {name} of {method.name}: wanted a {wanted}, found a {got}. Fix: mend it.")
+            return found
 
         return call
 
@@ -91,7 +95,7 @@ def _guarded(method: Method) -> Method:
         one = replace(one, of=told(one.title, one.of))
         if isinstance(one, Extrema):
             return one
-        return replace(one, names={name: told(f"the rows of {name}", rows) for name, rows in one.names.items()})
+        return replace(one, names={name: told(f"the rows of {name}", rows, slice) for name, rows in one.names.items()})
 
     def of_quantity(quantity: Quantity) -> Quantity:
         return replace(quantity, of=told(quantity.name, quantity.of))
@@ -111,8 +115,8 @@ def _guarded(method: Method) -> Method:
         element_bytes=told("element_bytes", method.element_bytes),
         basis=method.basis and told("basis", method.basis),
         scored=scored,
-        refuse=told("refuse", method.refuse),
-        warnings=told("warnings", method.warnings),
-        impossible=told("impossible", method.impossible),
-        wrong_weights=told("wrong_weights", method.wrong_weights),
+        refuse=told("refuse", method.refuse, list),
+        warnings=told("warnings", method.warnings, list),
+        impossible=told("impossible", method.impossible, list),
+        wrong_weights=told("wrong_weights", method.wrong_weights, str),
     )

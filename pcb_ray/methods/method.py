@@ -33,6 +33,8 @@ Known = Mapping[str, tuple[float, ...]]
 
 
 SHARED_PARAMETERS = ("weight", "int8_mask", "normalize")
+# Names that `merge_state_dicts` has for something else.
+ARGUMENTS = ("variant", "base", "models", "method", "weights", "dtype", "exclude", "lambda_")
 """What a recipe may have below `parameters` for any method: none of them can be a method's own."""
 
 
@@ -183,6 +185,11 @@ class Ranks:
         return f"ranks of {self.quantity.name}"
 
     @property
+    def parameters(self) -> tuple[str, ...] | None:
+        """The parameters that what it finds depends on, apart from the places; None: it may be any."""
+        return self.quantity.parameters
+
+    @property
     def gives(self) -> tuple[str, ...]:
         """The names of what it finds."""
         return (*self.places, *([self.largest] if self.largest else []))
@@ -330,22 +337,18 @@ class Method:
         if twice := sorted({name for name in given if given.count(name) > 1}):
             raise ValueError(f"passes: wanted a name of its own for each value, found {', '.join(twice)} twice")
         for wanted in self.passes:
-            depends_on = wanted.quantity.parameters if isinstance(wanted, Ranks) else wanted.parameters
-            for name in depends_on or ():
+            for name in wanted.parameters or ():
                 _check(f"parameters of the pass `{wanted.title}`", name, tuple(self.parameters))
         for name, parameter in self.parameters.items():
-            if name in (*SHARED_PARAMETERS, "variant"):
-                raise ValueError(f"parameters: wanted a name that recipes have no other use for, found {name!r}")
+            if name in (*SHARED_PARAMETERS, *ARGUMENTS):
+                raise ValueError(f"parameters: wanted a name that recipes and calls have no other use for, found {name!r}")
             _check(f"parameters: searched of {name}", parameter.searched, ("", "scale", "share"))
             if parameter.searched == "scale" and name != "lambda":
-                raise ValueError(
-                    f'{self.name}: wanted at most one parameter with `searched="scale"`, lambda, found {name!r}. '
-                    "Fix: leave `searched` empty for others."
-                )
+                raise ValueError(f'{self.name}: wanted at most one parameter with `searched="scale"`, lambda, found {name!r}')
         if self._searched_as("share") != ([] if self.scored is None else [self.scored.share]):
             raise ValueError(
                 f'{self.name}: wanted at most one parameter with `searched="share"`, the one that `scored` names as its share, '
-                f"found {self._searched_as('share')}. Fix: leave `searched` empty for others."
+                f"found {self._searched_as('share')}"
             )
 
     def _searched_as(self, kind: str) -> list[str]:
@@ -360,6 +363,12 @@ class Method:
     def share(self) -> str:
         """The parameter that says how much the `scored` basis keeps; empty if there is none."""
         return next(iter(self._searched_as("share")), "")
+
+    @property
+    def moved_by_scale(self) -> list[str]:
+        """The passes that may find something else with another value of that parameter."""
+        scale = self.scale
+        return [one.title for one in self.passes if scale and (one.parameters is None or scale in one.parameters)]
 
     @property
     def full_name(self) -> str:

@@ -197,6 +197,11 @@ class Search:
                 f"merge_method: wanted a method with a base that says it is linear in the weights, found {recipe.merge_method}. "
                 f"Fix: use one of {able}, or, if your own is linear, set `linear=True` in its record."
             )
+        if moved := method.moved_by_scale:
+            problems.append(
+                f"merge_method: wanted passes whose results serve every {method.scale}, found that `{', '.join(moved)}` of "
+                f"{recipe.merge_method} may depend on it. Fix: name in its `parameters` those that it does depend on, () if none."
+            )
         if problems:
             raise RequestError(problems)
         return found
