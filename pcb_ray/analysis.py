@@ -9,20 +9,25 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pcb_ray.errors import InputError
 from pcb_ray.methods import Extrema, Known, Ranks, Sums
-from pcb_ray.questions import LARGEST_KEY, AddUp, CountKeys, FindExtremes, SampleKeys, value_of_key
+from pcb_ray.questions import LARGEST_KEY, AddUp, CountKeys, DifferingTwins, FindExtremes, SampleKeys, value_of_key
 from pcb_ray.selection import Bracket
 from pcb_ray.session import Session
 
 log = logging.getLogger("pcb_ray")
+
+TWINS = "stored copies of tied tensors equal their originals"
 
 
 def analyse(session: Session, known: Known | None = None, keep: Callable[[Known], None] = lambda _known: None) -> Known:
     """What the method of the session's plan must know, by name. What is `known` already is not found again; `keep` is called after
     each pass.
 
-    Raises InputError if what was found shows that the inputs can't be merged."""
+    Raises InputError if what was found shows that the inputs can't be merged, or if stored copies of tied tensors differ."""
     plan, method = session.plan, session.plan.method
     known = dict(known or {})
+    if not known and TWINS not in session.found:
+        _check_twins(session)
+        session.found[TWINS] = {}
     for step, wanted in enumerate(method.passes):
         if all(name in known for name in wanted.gives):
             continue
@@ -41,6 +46,12 @@ def analyse(session: Session, known: Known | None = None, keep: Callable[[Known]
             raise InputError(problems)
         keep(known)
     return known
+
+
+def _check_twins(session: Session) -> None:
+    problems = [p for _, answer in session.owners.ask(DifferingTwins(), range(len(session.plan.twins))) for p in answer]
+    if problems:
+        raise InputError(problems)
 
 
 def _decided_by(session: Session, step: int, known: Known) -> object:

@@ -234,10 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pcb-ray: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            f"pcb-ray: {error.filename or ''}: {error.strerror or error}; what was finished is kept: --resume goes on",
-            file=sys.stderr,
-        )
+        kept = "; what was finished is kept: --resume goes on" if "resume" in options else ""
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"pcb-ray: {where}{error.strerror or error}. Fix: look after the disk and the rights there{kept}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +46,9 @@ def merge_state_dicts(
     RequestError."""
     import torch
 
-    shared, own, problems = _parameters(parameters, len(models))
+    sources = tuple(Model(f"models[{i}]") for i in range(len(models)))
+    per_model = {name for name, one in Recipe(sources, "base", method).method.parameters.items() if one.per_model}
+    shared, own, problems = _parameters(parameters, len(models), per_model)
     given = [1.0] * len(models) if weights is None else list(weights)
     if len(given) != len(models):
         problems.append(f"weights: wanted one for each of {len(models)} models, found {len(given)}. Fix: give one each.")
@@ -81,14 +83,14 @@ def merge_state_dicts(
     return {name: written[tied.get(name, name)] for name in base}
 
 
-def _parameters(given: Mapping[str, Any], n: int) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+def _parameters(given: Mapping[str, Any], n: int, per_model: Set[str]) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
     """What all models share, what each has of its own, and what is wrong."""
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [{} for _ in range(n)]
     problems = []
     for key, value in given.items():
         name = "lambda" if key == "lambda_" else key  # a keyword of Python
-        if not isinstance(value, list | tuple):
+        if name not in per_model or not isinstance(value, list | tuple):
             shared[name] = value
         elif len(value) != n:
             problems.append(f"{key}: wanted one for each of {n} models, found {len(value)}. Fix: give one number, or one each.")

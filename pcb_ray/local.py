@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, OwnerState, Question, TotalT
-from pcb_ray.schedule import MAX_BATCH, Part, batches_of, proved
+from pcb_ray.schedule import MAX_BATCH, PartialTotal, batches_of, proved
 
 if TYPE_CHECKING:
     from pcb_ray.files.store import Store
@@ -58,16 +58,22 @@ class LocalOwners:
 
     def fold(self, question: Question[TotalT], items: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
         """The sum of the answers about all items; `done` is called with items as they are counted."""
-        total: Part[TotalT] | None = None
+        total: PartialTotal[TotalT] | None = None
         for batch, answer in self.ask(question, items):
             if total is None:
-                total = Part.of(batch, answer)
+                total = PartialTotal.of(batch, answer)
             else:
-                total.merge(Part.of(batch, answer))
+                total.merge(PartialTotal.of(batch, answer))
             done(batch)
         return proved(total, items)
 
-    def store(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+    def store(
+        self,
+        question: Question[Answer],
+        items: Sequence[int],
+        *,
+        doubles: bool = True,  # noqa: ARG002 - it does everything once
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable."""
         yield from self.ask(question, items)
         for owner in self._owners:

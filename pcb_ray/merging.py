@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,13 @@ from typing import Any
 from pcb_ray.analysis import analyse
 from pcb_ray.budget import choose_block
 from pcb_ray.cluster import cluster
-from pcb_ray.errors import InputError
 from pcb_ray.files.store import open_store
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import side_files
 from pcb_ray.output.place import check_out, check_place
-from pcb_ray.output.state import State, asked_of
+from pcb_ray.output.state import State, asked_of, is_unfinished
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, fetched, open_inputs, plan_of
-from pcb_ray.questions import DifferingTwins, shown_digest
+from pcb_ray.questions import shown_digest
 from pcb_ray.receipt import Receipt, Sweep
 from pcb_ray.recipe import Recipe
 from pcb_ray.session import Session
@@ -53,16 +52,16 @@ def merge(
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
     check_place(out)
-    inputs, plan = opened(recipe, max_shard_bytes)
-    check_out(out, plan, overwrite=overwrite, resume=resume)
+    inputs, plan = opened(recipe, max_shard_bytes, lambda plan: check_out(out, plan, overwrite=overwrite, resume=resume))
     files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
     if memory is not None:
         choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
-    for note in () if resume else plan.notes:  # told when it began
+    for note in () if resume and is_unfinished(out) else plan.notes:  # told when it began
         log.warning("note: %s", note)
     store = open_store()
+    stamps = stamps_of(plan, store)
     with (
-        State(out, asked_of(plan, ARITHMETIC), stamps_of(plan, store), resume=resume, overwrite=overwrite) as state,
+        State(out, asked_of(plan, ARITHMETIC, stamps), stamps, resume=resume, overwrite=overwrite) as state,
         cluster(address),
         placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, quiet=quiet) as session,
     ):
@@ -80,14 +79,15 @@ def merge(
             spent=kept.spent(),
             max_shard_bytes=max_shard_bytes,
             startup_s=startup_s,
-            resumed=resume,
+            resumed=state.resumed,
         )
 
 
-def opened(recipe: Recipe, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> tuple[Inputs, Plan]:
-    """The inputs and the plan; if it is sound, with the models of the Hub fetched."""
+def opened(recipe: Recipe, max_shard_bytes: int, check: Callable[[Plan], None]) -> tuple[Inputs, Plan]:
+    """The inputs and the plan; if it is sound, and stands a check, with the models of the Hub fetched."""
     inputs = open_inputs(recipe)
     plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
+    check(plan)
     if any(one.commit is not None for one in (inputs.base, *inputs.models, inputs.tokenizer)):
         inputs = fetched(recipe, inputs)
         plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
@@ -106,9 +106,7 @@ class Kept:
             session.inputs = tuple(int(digest, 16) for digest in found["inputs"])
 
     def analysed(self, state: State) -> Known:
-        """What the method must know; each pass is kept as soon as it is found. Raises InputError for tied copies that differ."""
-        if not self._found:
-            check_twins(self._session)
+        """What the method must know; each pass is kept as soon as it is found. Raises InputError as `analyse` does."""
         known = {name: tuple(values) for name, values in self._found.get("thresholds", {}).items()}
 
         def keep(known: Known) -> None:
@@ -132,10 +130,3 @@ class Kept:
 
     def spent(self) -> Spent:
         return self._spent.with_session(self._session, self._start)
-
-
-def check_twins(session: Session) -> None:
-    """Stored copies of tied tensors must equal their originals. Raises InputError that names all that do not."""
-    problems = [p for _, answer in session.owners.ask(DifferingTwins(), range(len(session.plan.twins))) for p in answer]
-    if problems:
-        raise InputError(problems)

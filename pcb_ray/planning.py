@@ -366,9 +366,12 @@ def fetched(recipe: Recipe, inputs: Inputs) -> Inputs:
         if found.commit != before.commit:  # the branch has moved meanwhile
             pinned = f"{source.split('@')[0]}@{before.commit}"
             found = dataclasses.replace(open_checkpoint(pinned, recipe.folder, download=True), source=source)
+        at[source] = found
         return found
 
-    return _opened(recipe, fetch)
+    _opened(recipe, fetch)
+    # A download may take hours, in which a local model may become another one.
+    return _opened(recipe, lambda source: open_checkpoint(source, recipe.folder) if at[source].commit is None else at[source])
 
 
 def _opened(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Inputs:

@@ -58,12 +58,12 @@ class Owners(Protocol):
 
     @property
     def states(self) -> Sequence[OwnerState]:
-        """Of all owners there were, the dead included, as of their last answer."""
+        """Of all owners there were of this plan, the dead included, as of their last answer."""
         ...
 
     @property
     def deaths(self) -> int:
-        """How many owners were lost and replaced."""
+        """How many owners of this plan were lost and replaced."""
         ...
 
     def ask(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
@@ -75,9 +75,11 @@ class Owners(Protocol):
         lost."""
         ...
 
-    def store(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+    def store(
+        self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and
-        yielded, again."""
+        yielded, again. `doubles`: two may write the same at once, since they write the same bytes."""
         ...
 
 

@@ -186,7 +186,7 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, text: str | bytes, folder: str | os.PathLike[str] = ".") -> Recipe:
-        """The recipe in the text: one YAML document of at most 128 KiB, without aliases and tags. Raises RequestError."""
+        """The recipe in the text: one YAML document of at most 512 KiB, without aliases and tags. Raises RequestError."""
         return cls.from_dict(_read_yaml(text), folder)
 
     @classmethod

@@ -26,7 +26,7 @@ from pcb_ray.cluster import nodes
 from pcb_ray.errors import RunError, reason_in
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, OwnerState, Question, TotalT
-from pcb_ray.schedule import Pace, Part, Patience, Schedule, Standing, Subtotal, Verdict, proved
+from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, proved
 
 if TYPE_CHECKING:
     from pcb_ray.owner import Owner
@@ -84,14 +84,14 @@ class _Actor:
         """Settle earlier answers, and keep this one apart until it is settled too."""
         start = time.monotonic()
         if self.subtotal.settle(verdict):
-            self.subtotal.keep(verdict.number, batch, Part.of(items, question.answer(self.owner, items)))
+            self.subtotal.keep(verdict.number, batch, PartialTotal.of(items, question.answer(self.owner, items)))
         return None, self.owner.state(), time.monotonic() - start
 
-    def give(self, verdict: Verdict) -> tuple[bool, Part[Any] | None]:
+    def give(self, verdict: Verdict) -> tuple[bool, PartialTotal[Any] | None]:
         """The total of the answers that count; before it, alone, a word that it is there."""
         return True, self.subtotal.give(verdict)
 
-    def absorb(self, number: int, part: Part[Any] | None) -> None:
+    def absorb(self, number: int, part: PartialTotal[Any] | None) -> None:
         """Add what another owner has counted."""
         self.subtotal.absorb(number, part)
 
@@ -107,6 +107,7 @@ class _Job:
     question: Any  # a reference to it: it travels once to each node, and not with each batch
     schedule: Schedule
     adds_up: bool
+    doubles: bool  # two owners may do the same batch
     pace: Pace = field(default_factory=Pace)
     deaths: collections.Counter[int] = field(default_factory=collections.Counter)  # of owners at work on a batch
 
@@ -179,12 +180,12 @@ class RayOwners:
 
     @property
     def states(self) -> Sequence[OwnerState]:
-        """Of all owners there were, the dead included, as of their last answer."""
+        """Of all owners there were of this plan, the dead included, as of their last answer."""
         return list(self._states.values())
 
     @property
     def deaths(self) -> int:
-        """How many owners were lost and replaced."""
+        """How many owners of this plan were lost and replaced."""
         return self._deaths
 
     def use(self, plan: Plan, block_elements: int, writes_to: str = "") -> None:
@@ -192,6 +193,7 @@ class RayOwners:
         import ray
 
         self._arguments = (self._make_owner, ray.put(plan), (self._device, block_elements, writes_to))
+        self._states, self._deaths = {}, 0
         for worker in self._workers.values():
             self._open(worker)
 
@@ -219,10 +221,12 @@ class RayOwners:
         """
         yield from self._work(self._job(question, items, keeps=False))
 
-    def store(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+    def store(
+        self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and
-        yielded, again."""
-        job = self._job(question, items, keeps=True)
+        yielded, again. `doubles`: two may write the same at once, since they write the same bytes."""
+        job = self._job(question, items, keeps=True, doubles=doubles)
         schedule = job.schedule
         while not schedule.done:
             yield from self._work(job)
@@ -246,18 +250,20 @@ class RayOwners:
             if len(holders) > 1:
                 setbacks += self._add_up(job, holders)
                 continue
-            part: Part[TotalT] | None = self._total_of(job, holders[0]) if holders else None
+            part: PartialTotal[TotalT] | None = self._total_of(job, holders[0]) if holders else None
             if part is not None or not items:
                 return proved(part, items)
             setbacks += 1
         raise RunError(f"the workers: wanted the sum of what they had counted, found that {setbacks} additions failed. {ADVICE}")
 
-    def _job(self, question: Question[Any], items: Sequence[int], *, keeps: bool, adds_up: bool = False) -> _Job:
+    def _job(
+        self, question: Question[Any], items: Sequence[int], *, keeps: bool, adds_up: bool = False, doubles: bool = True
+    ) -> _Job:
         import ray
 
         self._fruitless = 0
         schedule = Schedule(items, list(self._workers), keeps=keeps, numbers=self._numbers)
-        return _Job(ray.put(question), schedule, adds_up)
+        return _Job(ray.put(question), schedule, adds_up, doubles)
 
     # --- the first thread of the owners: batches ----------------------------------------------------------------------------------
 
@@ -278,7 +284,7 @@ class RayOwners:
             if not worker.calls:
                 idle.append(worker)
         slow = {worker.number for worker in self._workers.values() if self._standing(worker) >= Standing.SLOW} if idle else ()
-        if slow:
+        if slow and job.doubles:
             for worker in idle:
                 if (batch := job.schedule.double(worker.number, slow)) is not None:
                     log.info("%s also does what a slow one has at hand", worker)
@@ -393,14 +399,14 @@ class RayOwners:
                 job.schedule.forgotten(taken)
         return len(taker_of) - len(added)
 
-    def _total_of(self, job: _Job, holder: int) -> Part[Any] | None:
+    def _total_of(self, job: _Job, holder: int) -> PartialTotal[Any] | None:
         """The total that this owner holds; none if it was lost, and must be found again."""
         import ray
 
         given, part = self._give(job, self._workers[holder])
         if self._aside(job, "give its total", {holder: given}, {holder: self._patience.exchange_s}):
             try:
-                total: Part[Any] | None = ray.get(part, timeout=self._patience.exchange_s)
+                total: PartialTotal[Any] | None = ray.get(part, timeout=self._patience.exchange_s)
                 return total
             except ray.exceptions.RayError as error:
                 if not _is_loss(error):

@@ -6,7 +6,7 @@ of the longest run left, and one that finds nothing left *doubles* what a slow o
 Answers that add up stay with the owners, and there a batch that two have answered must count once. So **nothing counts until the
 driver says so**: an owner keeps each answer apart (`Subtotal`) until it hears, with its next call, whether it counts. The driver
 (`Schedule`) says so of one answer to each batch, and takes it back only by giving up all that this owner has counted. A total
-carries the numbers of its items from the first addition to the last (`Part`), so that the end is proved and not assumed."""
+carries the numbers of its items from the first addition to the last (`PartialTotal`), so that the end is proved and not assumed."""
 
 from __future__ import annotations
 
@@ -254,18 +254,18 @@ class Schedule:
 
 
 @dataclass
-class Part(Generic[TotalT]):
+class PartialTotal(Generic[TotalT]):
     """A total of some answers, and the items that it counts."""
 
     total: TotalT
     items: set[int]
 
     @classmethod
-    def of(cls, items: Iterable[int], answer: TotalT) -> Part[TotalT]:
+    def of(cls, items: Iterable[int], answer: TotalT) -> PartialTotal[TotalT]:
         """One answer, about these items."""
         return cls(answer, set(items))
 
-    def merge(self, other: Part[TotalT]) -> None:
+    def merge(self, other: PartialTotal[TotalT]) -> None:
         """Add the answers about other items. Raises RunError if one of them is counted already."""
         if twice := self.items & other.items:
             raise _miscounted(f"each item counted once, found {len(twice)} counted twice, {min(twice)} among them")
@@ -273,7 +273,7 @@ class Part(Generic[TotalT]):
         self.items |= other.items
 
 
-def proved(part: Part[TotalT] | None, items: Iterable[int]) -> TotalT:
+def proved(part: PartialTotal[TotalT] | None, items: Iterable[int]) -> TotalT:
     """The total, if it counts exactly these items. Raises RunError if it does not."""
     wanted, found = set(items), part.items if part else set()
     if part is None or wanted != found:
@@ -290,8 +290,8 @@ class Subtotal(Generic[TotalT]):
 
     def __init__(self) -> None:
         self._number = 0
-        self._part: Part[TotalT] | None = None
-        self._apart: dict[int, Part[TotalT]] = {}
+        self._part: PartialTotal[TotalT] | None = None
+        self._apart: dict[int, PartialTotal[TotalT]] = {}
         self._lock = threading.Lock()
 
     def settle(self, verdict: Verdict) -> bool:
@@ -304,13 +304,13 @@ class Subtotal(Generic[TotalT]):
                 self._settle(verdict)
             return verdict.number == self._number
 
-    def keep(self, number: int, batch: int, answer: Part[TotalT]) -> None:
+    def keep(self, number: int, batch: int, answer: PartialTotal[TotalT]) -> None:
         """Keep an answer apart, if its subtotal is still here."""
         with self._lock:
             if number == self._number:
                 self._apart[batch] = answer
 
-    def give(self, verdict: Verdict) -> Part[TotalT] | None:
+    def give(self, verdict: Verdict) -> PartialTotal[TotalT] | None:
         """The part with exactly the answers that count. What else comes to this subtotal counts nowhere."""
         with self._lock:
             if verdict.number != self._number:
@@ -320,7 +320,7 @@ class Subtotal(Generic[TotalT]):
             self._begin(self._number + 1)
             return part
 
-    def absorb(self, number: int, part: Part[TotalT] | None) -> None:
+    def absorb(self, number: int, part: PartialTotal[TotalT] | None) -> None:
         """Add what another owner has counted. Raises RunError if there is nothing to add, or no subtotal to add it to."""
         with self._lock:
             if part is None or number != self._number:
@@ -337,7 +337,7 @@ class Subtotal(Generic[TotalT]):
             if (answer := self._apart.pop(batch, None)) is not None:
                 self._add(answer)
 
-    def _add(self, part: Part[TotalT]) -> None:
+    def _add(self, part: PartialTotal[TotalT]) -> None:
         if self._part is None:
             self._part = part
         else:

@@ -2,7 +2,7 @@
 
 The element of rank k (0-based, ascending) of D values is found without sorting or moving them:
 
-1. Values become integer *keys* that sort alike (`kernels.keys`; -0 and +0 share one key).
+1. Values become integer *keys* that sort alike (`kernels.reference.keys`; -0 and +0 share one key).
 2. A deterministic sample proposes a `Bracket` [lo, hi] that should hold the wanted key (`Sample.bracket`).
 3. One sweep counts, against the bracket, how many keys lie below lo, at lo, below hi and at hi, and collects the few strictly
 between as

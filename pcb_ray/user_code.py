@@ -74,6 +74,10 @@ def load_object(code: UserCode, folder: Path, where: str) -> Any:
     return found
 
 
+_imports: dict[str, str] = {}
+"""The digests of the modules that were imported here, as they were then."""
+
+
 def _find_beside(folder: Path) -> None:
     """What lies beside the recipe can be imported, as what lies in the folder that `python` runs in."""
     if str(folder) not in sys.path:
@@ -85,6 +89,12 @@ def _imported(code: UserCode, where: str) -> ModuleType:
     module = importlib.import_module(code.name.rpartition(":")[0])
     file = Path(module.__file__ or "")
     found = hashlib.sha256(file.read_bytes()).hexdigest()
+    # Python runs a module once in a process, whatever becomes of its file.
+    if (ran := _imports.setdefault(module.__name__, found)) != found:
+        raise RequestError(
+            f"{where}: {code.name}: wanted the module as this process has imported it, with sha256 {ran}, found {found} in {file}, "
+            "which was edited since. Fix: start Python anew."
+        )
     if found != code.sha256:
         raise RequestError(
             f"{where}: {code.name}: wanted a module with sha256 {code.sha256}, as it was when the recipe was read, found {found} "

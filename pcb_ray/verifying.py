@@ -7,10 +7,11 @@ import hashlib
 import os
 from pathlib import Path
 
-from pcb_ray.errors import RequestError
+from pcb_ray.errors import RequestError, RunError, with_place
 from pcb_ray.files.checkpoint import read_header
-from pcb_ray.files.store import open_store
+from pcb_ray.files.store import Store, open_store
 from pcb_ray.local import LocalOwners
+from pcb_ray.methods import Ranks
 from pcb_ray.output.companions import RECIPE
 from pcb_ray.planning import Plan, Sizes, fetched, open_inputs, plan_of
 from pcb_ray.questions import CompareParts, DigestParts, shown_digest, sum_of
@@ -34,7 +35,8 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
             f"{out}: wanted a merge with arithmetic {ARITHMETIC}, found {receipt.arithmetic}. "
             f"Fix: verify it with pcb_ray {receipt.versions.get('pcb_ray', 'of its time')}."
         )
-    if problems := _wrong_files(out, receipt):
+    store = open_store()
+    if problems := _wrong_files(store, out, receipt):
         return Verified(tuple(problems))
     recipe = Recipe.from_file(out / RECIPE)
     found_code = None if recipe.code is None else recipe.code.sha256
@@ -48,9 +50,8 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     inputs = fetched(recipe, open_inputs(recipe))
     plan = plan_of(recipe, inputs, max_shard_bytes=receipt.max_shard_bytes, sizes=_sizes(receipt, out))
     _check_facts(plan, receipt, out)
-    if problems := _wrong_inputs(plan, receipt):
+    if problems := _wrong_inputs(plan, receipt) or _wrong_outputs(plan, receipt, out):
         return Verified(tuple(problems))
-    store = open_store()
     session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=quiet)
     parts, digest = range(len(plan.parts)), 0
     for _, answer in session.ask_parts("read the output", DigestParts(str(out)), parts, plan.part_bytes):
@@ -62,15 +63,25 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
         )
     chosen = sorted({round(k * (len(parts) - 1) / max(1, sample - 1)) for k in range(sample)})
     compare = CompareParts(receipt.thresholds, str(out))
-    for _, differences in session.ask_parts("recompute a sample", compare, chosen):
+    try:
+        answers = list(session.ask_parts("recompute a sample", compare, chosen))
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RequestError | RunError):
+            raise
+        # How many numbers a method needs under a name, it alone knows.
+        raise RequestError(
+            f"{out}: thresholds: wanted what {plan.method.full_name} has found of these models, found what it can't merge with: "
+            f"{with_place(error)}. Fix: merge again."
+        ) from error
+    for _, differences in answers:
         problems += [f"{out / place}: wanted what its inputs give, found something else. {FIX}" for place in differences.values()]
     return Verified(tuple(problems))
 
 
-def _wrong_files(out: Path, receipt: Receipt) -> list[str]:
+def _wrong_files(store: Store, out: Path, receipt: Receipt) -> list[str]:
     problems = []
     for name, sha256 in receipt.files_sha256.items():
-        found = hashlib.sha256((out / name).read_bytes()).hexdigest() if (out / name).is_file() else "no file"
+        found = store.sha256(str(out / name)) if (out / name).is_file() else "no file"
         if found != sha256:
             problems.append(f"{out / name}: wanted sha256 {sha256}, as in the receipt, found {found}. {FIX}")
     for file in receipt.outputs:
@@ -112,6 +123,12 @@ def _check_facts(plan: Plan, receipt: Receipt, out: Path) -> None:
         for key in wanted
         if wanted[key] != found[key]
     ]
+    of_ranks = [name for one in plan.method.passes if isinstance(one, Ranks) for name in one.gives]
+    problems += [
+        f"{out}: thresholds: {name}: wanted {plan.N} numbers, one for each model, found {len(numbers)}. Fix: merge again."
+        for name, numbers in receipt.thresholds.items()
+        if name in of_ranks and len(numbers) != plan.N
+    ]
     if problems:
         raise RequestError(problems)
 
@@ -124,3 +141,8 @@ def _wrong_inputs(plan: Plan, receipt: Receipt) -> list[str]:
         for one, before, after in zip(plan.inputs, receipt.inputs, now, strict=True)
         if before.files != after.files
     ]
+
+
+def _wrong_outputs(plan: Plan, receipt: Receipt, out: Path) -> list[str]:
+    wanted, found = [(f.name, f.size) for f in plan.files], [(f.name, f.bytes) for f in receipt.outputs]
+    return [] if wanted == found else [f"{out}: outputs: wanted {wanted}, which the inputs give, found {found}. {FIX}"]

@@ -217,7 +217,7 @@ def test_a_receipt_that_does_not_belong_to_its_output_is_refused_with_what_is_wr
     assert package.verify(out, quiet=True).ok
     for changes, told in (
         ({"thresholds": {k: v for k, v in whole["thresholds"].items() if k != "low"}}, "thresholds: wanted"),
-        ({"thresholds": whole["thresholds"] | {"low": [0.1]}}, "thresholds: low of .*: wanted 3 numbers, found 1"),
+        ({"thresholds": whole["thresholds"] | {"low": [0.1]}}, "thresholds: low: wanted 3 numbers, one for each model, found 1"),
         ({"N": 2, "inputs": whole["inputs"][:3]}, "N: wanted 3"),
         ({"D": 7}, "D: wanted"),
         ({"sizes": {"chunk_elements": 0}}, "sizes: wanted those of a plan"),

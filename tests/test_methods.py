@@ -486,7 +486,7 @@ def test_a_merge_that_is_no_number_is_refused_with_its_place(tmp_path: Path) -> 
     [
         ({"kep": 0.5}, r"parameters: unknown key 'kep'. Fix: write `keep`"),
         ({"keep": 3}, r"parameters.keep: wanted a number in \(0, 1\], found 3. Fix: write one number"),
-        ({"keep": [0.5, 0.6]}, r"models\[0\].parameters: unknown key 'keep'. Fix: write it in `parameters`"),
+        ({"keep": [0.5, 0.6]}, r"parameters.keep: wanted a number in \(0, 1\], found a value of type list. Fix: write one number"),
     ],
 )
 def test_wrong_parameters_of_a_right_method_are_refused(parameters: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -529,6 +529,19 @@ def test_a_record_that_contradicts_itself_is_refused_with_its_line(record: str, 
         Recipe((Model("a"),), "base", merge_method="odd.py:odd", folder=tmp_path)
 
 
+def test_a_module_that_is_edited_after_python_ran_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output would be that of the old code, and its receipt would name the new."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "edited_later.py").write_text(f"{HEAD}\nodd = Method(name='odd', merge=lambda b, k, s: b.theta)\n")
+    asked: dict[str, Any] = {"merge_method": "edited_later:odd", "folder": tmp_path}
+    Recipe((Model("a"),), "base", **asked)
+    (tmp_path / "edited_later.py").write_text(f"{HEAD}\nodd = Method(name='odd', merge=lambda b, k, s: b.theta + 1)\n")
+    with pytest.raises(
+        RequestError, match=r"wanted the module as this process has imported it.*edited since. Fix: start Python anew"
+    ):
+        Recipe((Model("a"),), "base", **asked)
+
+
 # --- its code is part of the request ----------------------------------------------------------------------------------------------
 
 
@@ -544,13 +557,13 @@ def test_other_code_is_another_merge(grid: Family, tmp_path: Path) -> None:
     assert one != other
     changed = {key for key, value in one.fingerprint().items() if other.fingerprint()[key] != value}
     assert changed == {"code_sha256"}
-    with State(tmp_path / "out", asked_of(one, "any"), {}) as state:
+    with State(tmp_path / "out", asked_of(one, "any", {}), {}) as state:
         state.wrote({"part 0": "0"})
     with pytest.raises(
         RequestError, match=r"--resume: .*code_sha256 was '[0-9a-f]{64}', now '[0-9a-f]{64}'\n.*Fix: ask for the same merge"
     ):
-        State(tmp_path / "out", asked_of(other, "any"), {}, resume=True)
-    with State(tmp_path / "out", asked_of(same, "any"), {}, resume=True) as state:
+        State(tmp_path / "out", asked_of(other, "any", {}), {}, resume=True)
+    with State(tmp_path / "out", asked_of(same, "any", {}), {}, resume=True) as state:
         assert state.journal == {"part 0": "0"}
 
 

@@ -29,7 +29,9 @@ def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> 
 
 
 def state_of(out: Path, made: Plan, *, resume: bool = False, overwrite: bool = False) -> State:
-    return State(out, asked_of(made, "a-1"), stamps_of(made, open_store()), resume=resume, overwrite=overwrite)
+    return State(
+        out, asked_of(made, "a-1", stamps_of(made, open_store())), stamps_of(made, open_store()), resume=resume, overwrite=overwrite
+    )
 
 
 def beside(out: Path) -> Path:
@@ -218,7 +220,7 @@ def test_a_resume_of_another_merge_tells_every_difference(family, tmp_path):
     with pytest.raises(RequestError, match=re.escape(f"modified.{path} was")):
         state_of(out, planned(one), resume=True)
     with pytest.raises(RequestError, match="arithmetic was 'a-1', now 'a-2'"):
-        State(out, asked_of(planned(one), "a-2"), {}, resume=True)
+        State(out, asked_of(planned(one), "a-2", {}), {}, resume=True)
 
 
 def test_differences_name_the_place_and_both_values():

@@ -4,8 +4,10 @@ output is verified or an analysis is shared."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,8 @@ from pcb_ray.output.state import State, asked_of
 from pcb_ray.owner import Owner
 from pcb_ray.planning import open_inputs, plan, plan_of
 from pcb_ray.progress import readable_bytes
+from pcb_ray.searching.building import CheckLinear
+from pcb_ray.searching.run import LINEAR_WITHIN
 from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, Spent, publish, write
 
@@ -234,12 +238,16 @@ def test_an_infinite_quantity_of_either_sign_is_refused(value: str, bits: int, m
             r"the rows of x of own raised TypeError: .* \(own.py:4\). Fix: mend it",
         ),
         (
+            "Ranks(MAGNITUDE, {}, largest='x'),",
+            r"own.py:own can't be loaded: ValueError: ranks of \|tau\|: wanted at least one place, found none.*Fix: mend the file",
+        ),
+        (
             "Ranks(Quantity('q', lambda block, *_: block.tau, parameters=('keep', 'rat')), {'x': lambda D, own: 0}),",
             r"own.py:own can't be loaded: ValueError: parameters of the pass `ranks of q`: wanted one of 'keep', found 'rat' "
             r"\(own.py:4\). Fix: mend the file",
         ),
     ],
-    ids=["sums of odd rows", "extremes of odd rows", "rows that fail", "a parameter that is none"],
+    ids=["sums of odd rows", "extremes of odd rows", "rows that fail", "no place", "a parameter that is none"],
 )
 def test_a_pass_that_can_not_be_is_refused_with_its_reason(passes: str, message: str, tmp_path: Path) -> None:
     base, models = families.fine_tuned(2)
@@ -297,7 +305,7 @@ def merged_to(out: Path, recipe: Recipe) -> Path:
     """`out` as `merge` writes it, without Ray: the same steps."""
     inputs, store = open_inputs(recipe), LocalStore()
     made = plan_of(recipe, inputs)
-    with State(out, asked_of(made, ARITHMETIC), {}) as state:
+    with State(out, asked_of(made, ARITHMETIC, {}), {}) as state:
         session = Session(made, lambda plan: LocalOwners(plan, store))
         known = analyse(session)
         output = write(session, store, known, str(state.staging), state)
@@ -371,6 +379,49 @@ own = Method(name="own", merge=merge, tolerance=1e-4)
         assert verify(out, quiet=True, sample=10**6).ok
         patch.setenv("ANOTHER_MACHINE", "1000")
         assert not verify(out, quiet=True, sample=10**6).ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param(lambda r: {"outputs": []}, r"outputs: wanted \[\('model.safetensors', \d+\)\].*found \[\]", id="no outputs"),
+        pytest.param(
+            lambda r: {"thresholds": r["thresholds"] | {"limit": r["thresholds"]["limit"] * 2}},
+            "thresholds: limit: wanted 2 numbers, one for each model, found 4. Fix: merge again",
+            id="too many thresholds",
+        ),
+        pytest.param(lambda r: {"thresholds": r["thresholds"] | {"sum": []}}, "merge of trimmed raised IndexError", id="none"),
+    ],
+)
+def test_a_receipt_that_was_damaged_ends_in_a_complaint(
+    own_output: Callable[[str], Path], changes: Callable[[dict[str, Any]], dict[str, Any]], message: str
+) -> None:
+    text = (
+        trimmed()
+        .replace('name="own"', 'name="trimmed"')
+        .replace("* NOISE", "* NOISE")
+        .replace("D - 1)}),)", "D - 1)}), Sums('s', lambda block, *_: block.tau.double(), {'sum': lambda n: slice(0, n)}))")
+        .replace("return block.theta", "return block.theta + 0 * known['sum'][0]")
+    )
+    out = own_output(text)
+    assert verify(out, quiet=True).ok
+    whole = json.loads((out / "pcb_receipt.json").read_text())
+    (out / "pcb_receipt.json").write_text(json.dumps(whole | changes(whole)))
+    try:
+        found = "\n".join(verify(out, quiet=True).problems)
+    except RequestError as error:
+        found = str(error)
+    assert re.search(message, found), found
+
+
+def test_texts_and_lists_can_be_parameters_of_each_model(own_output: Callable[[str], Path]) -> None:
+    """The model's card shows them."""
+    out = own_output(
+        "own = Method(name='own', merge=lambda block, known, settings: block.theta, parameters={"
+        "'how': Parameter('a|b', lambda raw, *_: str(raw), '', per_model=True), "
+        "'several': Parameter([1.5, 2.5], lambda raw, *_: list(raw), '', per_model=True)})"
+    )
+    assert "| model0 | model | weight 1, how a&#124;b, several [1.5, 2.5] |" in (out / "README.md").read_text()
 
 
 VERIFYING = """
@@ -486,6 +537,54 @@ def test_what_the_kernel_looks_at_is_the_users_alone() -> None:
         settings = Settings(2, 10, 1, parameters, (parameters,) * 2)
         assert not TorchKernel(method, settings, torch.device("cpu"))._is_own
         assert TorchKernel(dataclasses.replace(method), settings, torch.device("cpu"))._is_own
+
+
+SCORED = """
+kept = lambda scores, known: scores > column(known["t"], scores)
+size = Quantity("size", lambda block, known, settings: block.tau.abs(), parameters=())
+
+own = Method(
+    name="own", linear=True, parameters={"density": Parameter(0.2, fraction, "", searched="share"), "lambda": lambda_parameter()},
+    passes=(Ranks(size, {"t": lambda D, own: int(D * (1 - own["density"]))}),),
+    merge=lambda block, known, settings: block.theta + settings.lambda_ * sum_over_tasks(
+        torch.where(kept(block.tau.abs(), known), block.tau, 0.0) * column(block.weights, block.tau)),
+    scored=Scored(
+        values=lambda block, known, settings: block.tau, scores=size, kept=kept, threshold="t", share="density",
+        combine=lambda theta, values, scores, known, weights, lambda_: theta + lambda_ * sum_over_tasks(
+            values * column(weights, values))),
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ("", "", ""),
+        ("combine=lambda theta, values, scores, known, weights, lambda_: theta +", "combine=lambda *a: a[0] +", "NameError"),
+        ("theta + lambda_ * sum", "theta + 1.01 * lambda_ * sum", "departs"),
+        ("kept=kept", "kept=lambda scores, known: scores < column(known['t'], scores)", "departs"),
+        ("kept=kept", "kept=lambda scores, known: scores", r"scored.kept of own: wanted one for each model and element \[N, B\]"),
+        (
+            "values=lambda block, known, settings: block.tau",
+            "values=lambda block, *_: block.tau[0]",
+            "scored.values of own: wanted",
+        ),
+    ],
+    ids=["right", "raises", "another factor", "other elements", "no mask", "no rows"],
+)
+def test_a_scored_basis_that_gives_another_merge_is_found(was: str, now: str, message: str, tmp_path: Path) -> None:
+    family = Family(tmp_path / "family", *families.fine_tuned(3, dtype=torch.float32))
+    text = "from pcb_ray.methods.method import Scored\n" + SCORED.replace(was, now)
+    made = plan(family.recipe(merge_method=method_in(tmp_path, text)))
+    session = Session(made, lambda plan: LocalOwners(plan, LocalStore()))
+    known = analyse(session)
+    if message in ("", "departs"):
+        departures = [found for _, found in session.owners.ask(CheckLinear(known, scored=True), range(made.chunks))]
+        assert (max(departures) > LINEAR_WITHIN) == bool(message)
+        assert max(found for _, found in session.owners.ask(CheckLinear(known, scored=False), range(made.chunks))) < LINEAR_WITHIN
+    else:
+        with pytest.raises(RequestError, match=message):
+            list(session.owners.ask(CheckLinear(known, scored=True), range(made.chunks)))
 
 
 # --- its parameters ---------------------------------------------------------------------------------------------------------------

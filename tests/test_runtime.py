@@ -20,7 +20,7 @@ from pcb_ray.errors import RunError
 from pcb_ray.local import LocalOwners
 from pcb_ray.questions import OwnerState
 from pcb_ray.runtime import IN_FLIGHT
-from pcb_ray.schedule import MAX_BATCH, Pace, Part, Patience, Schedule, Standing, Subtotal, Verdict, proved
+from pcb_ray.schedule import MAX_BATCH, Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, proved
 
 
 @dataclasses.dataclass
@@ -155,7 +155,7 @@ def test_nothing_counts_until_the_driver_says_so() -> None:
     subtotal: Subtotal[Count] = Subtotal()
     for batch in range(4):
         assert subtotal.settle(Verdict(1, [], []))
-        subtotal.keep(1, batch, Part.of([batch], Count.of([batch])))
+        subtotal.keep(1, batch, PartialTotal.of([batch], Count.of([batch])))
     for _ in range(2):
         subtotal.settle(Verdict(1, [0], [1]))
     part = subtotal.give(Verdict(1, [0, 2], []))
@@ -168,7 +168,7 @@ def test_an_answer_that_comes_when_its_subtotal_was_given_away_counts_nowhere() 
     subtotal: Subtotal[Count] = Subtotal()
     assert subtotal.settle(Verdict(1, [], []))
     assert subtotal.give(Verdict(1, [], [])) is None
-    subtotal.keep(1, 0, Part.of([0], Count.of([0])))
+    subtotal.keep(1, 0, PartialTotal.of([0], Count.of([0])))
     assert not subtotal.settle(Verdict(1, [0], []))
     assert subtotal.give(Verdict(2, [0], [])) is None
     assert subtotal.settle(Verdict(7, [0], []))
@@ -176,9 +176,9 @@ def test_an_answer_that_comes_when_its_subtotal_was_given_away_counts_nowhere() 
 
 
 def test_a_total_proves_that_each_item_was_counted_once() -> None:
-    part = Part.of([1, 2], Count.of([1, 2]))
+    part = PartialTotal.of([1, 2], Count.of([1, 2]))
     with pytest.raises(RunError, match=r"each item counted once, found 1 counted twice, 2 among them.*Fix:"):
-        part.merge(Part.of([2, 3], Count.of([2, 3])))
+        part.merge(PartialTotal.of([2, 3], Count.of([2, 3])))
     with pytest.raises(RunError, match=r"3 items counted, found 2 of them and 0 others"):
         proved(part, [1, 2, 3])
     with pytest.raises(RunError, match=r"1 items counted, found 0 of them"):
@@ -212,7 +212,7 @@ class SimulatedOwner:
         else:
             _, verdict, batch = self.calls[0]
             items = self.calls[0].schedule.batches[batch]
-            self.subtotal.keep(verdict.number, batch, Part.of(items, Count.of(items)))
+            self.subtotal.keep(verdict.number, batch, PartialTotal.of(items, Count.of(items)))
             self.at_work = False
         self.replies.append(self.calls.pop(0))
 

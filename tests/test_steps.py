@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from pcb_ray.files.store import LocalStore
 from pcb_ray.local import LocalOwners
 from pcb_ray.merging import Kept
 from pcb_ray.output.state import State, asked_of, is_unfinished, state_folder
-from pcb_ray.planning import Plan, plan
+from pcb_ray.planning import Plan, fetched, open_inputs, plan
+from pcb_ray.recipe import Recipe
 from pcb_ray.searching.run import _with_basis
 from pcb_ray.searching.scorer import Arm
 from pcb_ray.session import Session
@@ -124,7 +126,8 @@ def test_a_bit_that_is_changed_between_two_runs_is_told_by_the_second(tmp_path: 
     store = LocalStore()
 
     def run(*, resume: bool) -> None:
-        with State(out, asked_of(one.made, ARITHMETIC), stamps_of(one.made, store), resume=resume) as state:
+        stamps = stamps_of(one.made, store)
+        with State(out, asked_of(one.made, ARITHMETIC, stamps), stamps, resume=resume) as state:
             session = Session(one.made, lambda plan: LocalOwners(plan, store, threads=1))
             known = Kept(state.found, session, 0.0).analysed(state)
             write_from(state.stamps, session, store, known, str(state.staging), state)
@@ -155,3 +158,33 @@ def test_a_bit_that_is_changed_while_a_basis_is_built_is_told(tmp_path: Path, me
     assert built(Meddled(one.file, after, lambda path: path.chmod(0o640)), "touched") == (2, built(LocalStore(), "again")[1])
     with pytest.raises(InputError, match=r"model1: wanted the bytes that the first sweep read, found others in the sweep `basis`"):
         built(Meddled(one.file, after, lambda path: flip(path, one.first)), "changed")
+
+
+def test_an_analysis_refuses_tied_copies_that_differ(tmp_path: Path) -> None:
+    """Whoever takes the steps by hand is told as `merge` tells."""
+    base, models = families.fine_tuned(2)
+    for state in (base, *models):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    models[1]["lm_head.weight"][0, 0] += 1
+    family = Family(tmp_path / "family", base, models, config={**families.CONFIG, "tie_word_embeddings": True})
+    made = plan(family.recipe(merge_method="task_arithmetic"))
+    with pytest.raises(InputError, match=r"model1: wanted lm_head\.weight equal to model\.embed_tokens\.weight"):
+        analyse(Session(made, lambda plan: LocalOwners(plan, LocalStore())))
+
+
+def test_a_local_model_that_is_replaced_while_others_are_downloaded_is_opened_again(tmp_path: Path) -> None:
+    family = Family(tmp_path / "family", *families.fine_tuned(2))
+    recipe = Recipe.from_dict(family.recipe())
+    before = open_inputs(recipe)
+    file = family.folder / "model1" / "model.safetensors"
+    size = file.stat().st_size
+    families.write(family.folder / "model1", dict(reversed(family.models[1].items())))  # the same size, another order
+    raw = bytearray(file.read_bytes())
+    header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+    raw[8 : 8 + len(header)] = header.replace(b'"format":"pt"', b'"format":"PT"')
+    file.write_bytes(raw)
+    assert file.stat().st_size == size
+    after = fetched(recipe, before)
+    assert after.base == before.base
+    assert after.models[1].files[0].header_sha256 == hashlib.sha256(raw[: 8 + len(header)]).hexdigest()
+    assert after.models[1].files != before.models[1].files

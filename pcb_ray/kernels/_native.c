@@ -289,7 +289,7 @@ INLINE int64_t key64(double x, int magnitude) {
 }
 
 /* Counts the keys of a strip (of |x|, if magnitude) against a bracket, and returns the largest key. Keys are integers that order float values
-   (kernels.keys): of 32 bits for float, of 64 for double. Most strips hold no key in lo..hi, so those are looked at apart. */
+   (kernels.reference.keys): of 32 bits for float, of 64 for double. Most strips hold no key in lo..hi, so those are looked at apart. */
 #define DEFINE_COUNT(NAME, FLOAT, INT, KEY, SMALLEST)                                                            \
     INLINE int64_t NAME(const FLOAT *restrict x, int32_t m, const int magnitude, Bracket *bracket) {             \
         const INT lo = (INT)bracket->lo, hi = (INT)bracket->hi;                                                  \

@@ -122,11 +122,15 @@ class TorchKernel:
         """What is merged of each task [N, B], its scores [N, B], and where they are kept."""
         values_NB = wanted.values(self._given(self.load(loaded)), known, self.settings)
         scores_NB = self.values(loaded, wanted.scores, known)
-        return values_NB, scores_NB, wanted.kept(scores_NB, known)
+        kept_NB = wanted.kept(scores_NB, known)
+        if self._is_own:
+            for name, found, dtype in (("values", values_NB, torch.float32), ("kept", kept_NB, torch.bool)):
+                self._check(f"scored.{name}", found, scores_NB.shape, dtype, "one for each model and element [N, B]")
+        return values_NB, scores_NB, kept_NB
 
-    def departure_from_linear(self, loaded: Loaded, known: Known) -> float:
-        """How far the merge of a block is from theta + lambda sum_i(lambda_i C_i), as a share of the largest change: rounding aside
-        0 for a method that is linear, as its record says."""
+    def departure_from_linear(self, loaded: Loaded, known: Known, scored: Scored | None = None) -> float:
+        """How far the merge of a block is from theta + lambda sum_i(lambda_i C_i), and from what `scored` makes of the same, as a
+        share of the largest change: rounding aside 0 for a method that is linear, as its record says."""
         C_NB, _ = self.basis(loaded, known)
         weights = [0.25 + 0.5 * i for i in range(self.settings.N)]
         block = self.load(loaded, weights)
@@ -136,6 +140,12 @@ class TorchKernel:
         largest = max(float(change_B.abs().max()), float((found_B - block.theta).abs().max()))
         rounding = float(block.theta.abs().max()) * 2.0**-22  # of adding a change to theta
         off = float((found_B - block.theta - change_B).abs().max())
+        if scored is not None:
+            values_NB, scores_NB, kept_NB = self.scored(loaded, scored, known)
+            values_NB, scores_NB = torch.where(kept_NB, values_NB, 0.0), torch.where(kept_NB, scores_NB, -math.inf)
+            made_B = scored.combine(block.theta.clone(), values_NB, scores_NB, known, weights, factor)
+            self._check("scored.combine", made_B, block.theta.shape, torch.float32, "the merged elements [B]")
+            off = max(off, float((found_B - made_B).abs().max()))
         return max(0.0, off - rounding) / largest if largest else 0.0
 
     def _scaled_by(self, scale: float) -> Settings:

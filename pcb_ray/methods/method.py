@@ -33,9 +33,9 @@ Known = Mapping[str, tuple[float, ...]]
 
 
 SHARED_PARAMETERS = ("weight", "int8_mask", "normalize")
-# Names that `merge_state_dicts` has for something else.
+"""What a recipe may have below `parameters` for any method."""
 ARGUMENTS = ("variant", "base", "models", "method", "weights", "dtype", "exclude", "lambda_")
-"""What a recipe may have below `parameters` for any method: none of them can be a method's own."""
+"""What a call of `merge_state_dicts` has for something else. None of either can be a method's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +180,10 @@ class Ranks:
     largest: str = ""
     """The name under which the largest value will be known, if it is wanted."""
 
+    def __post_init__(self) -> None:
+        if not self.places:
+            raise ValueError(f"{self.title}: wanted at least one place, found none; the largest value comes beside it")
+
     @property
     def title(self) -> str:
         return f"ranks of {self.quantity.name}"
@@ -310,8 +314,8 @@ class Method:
     element_bytes: Callable[[int], int] = lambda n: 4 * (8 * n + 8)
     """Memory of temporaries for each element of a block, from N."""
     linear: bool = False
-    """Whether what the merge adds to the base is lambda sum_i(lambda_i C_i), with C_i free of lambda and lambda_i: then it can be
-    searched."""
+    """Whether what the merge adds to the base is lambda sum_i(lambda_i C_i), with C_i free of lambda, of lambda_i and of the base:
+    then it can be searched."""
     basis: Function | None = None
     """C [N, B] of a linear method, where that is had in a better way than by merging with each unit vector."""
     scored: Scored | None = None

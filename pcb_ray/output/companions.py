@@ -132,10 +132,11 @@ def model_card(plan: Plan, version: str) -> bytes:
     for k, name in enumerate(models):
         weights = recipe.models[k].weight
         weight = f"{weights[0][1]:g}" if len(weights) == 1 and weights[0][0] is None else "by tensor"
-        own = [f"{key} {plan.settings.of_model[k][key]:g}" for key, p in plan.method.parameters.items() if p.per_model]
+        values = {key: plan.settings.of_model[k][key] for key, p in plan.method.parameters.items() if p.per_model}
+        own = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()]
         rows.append((name, "model", ", ".join([f"weight {weight}", *own])))
     lines += ["| checkpoint | role | parameters |", "| --- | --- | --- |"]
-    lines += [f"| {name.replace('|', '&#124;')} | {role} | {parameters} |" for name, role, parameters in rows]
+    lines += ["| " + " | ".join(cell.replace("|", "&#124;") for cell in row) + " |" for row in rows]
     lines += ["", "## Recipe", "", "```yaml", _named(recipe, plan).to_yaml().strip(), "```", ""]
     lines += [
         f"Merged by pcb_ray {version}; `{RECEIPT}` tells what was done and on what, and `pcb-ray verify` checks it.",

@@ -26,9 +26,9 @@ from pcb_ray.questions import Written
 STATE, JOURNAL = "state.json", "journal.jsonl"
 
 
-def asked_of(plan: Plan, arithmetic: str) -> dict[str, Any]:
+def asked_of(plan: Plan, arithmetic: str, stamps: Mapping[str, Stamp]) -> dict[str, Any]:
     """What decides the bytes of a merge."""
-    modified = {f.path: os.stat(f.path).st_mtime_ns for i in plan.inputs for f in i.files}
+    modified = {file: stamp.modified_ns for file, stamp in stamps.items()}
     return {**plan.fingerprint(), "arithmetic": arithmetic, "modified": modified}
 
 
@@ -67,6 +67,7 @@ class State:
         self.journal: dict[str, str] = {}
         self._asked = json.loads(json.dumps(asked))
         self._overwrite = overwrite
+        self.resumed = False
         self._whole = False
         self._lock = FolderLock(self.folder, out)
         try:
@@ -99,6 +100,7 @@ class State:
                 f"{path}: can't be read as it was written: wanted the state of a run, found {error!r}. "
                 "Fix: start afresh with --overwrite."
             ) from None
+        self.resumed = True
         differences = list(_differences(asked, self._asked))
         if differences:
             raise RequestError(

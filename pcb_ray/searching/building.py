@@ -58,10 +58,13 @@ class DigestVolumes:
 
 @dataclass(frozen=True)
 class CheckLinear:
-    """How far merges of the first blocks of these chunks are from linear in lambda_i, as a share of the largest change."""
+    """How far merges of the first blocks of these chunks are from what a basis makes of them, which is linear in lambda_i, as a
+    share of the largest change. With scores, what a scored basis makes counts too."""
 
     known: Known
+    scored: bool
 
     def answer(self, owner: Owner, items: Sequence[int]) -> float:
         firsts = [next(owner.blocks(chunk)) for chunk in items]
-        return max(owner.kernel.departure_from_linear(owner.load(block), self.known) for block in firsts)
+        scored = owner.plan.method.scored if self.scored else None
+        return max(owner.kernel.departure_from_linear(owner.load(block), self.known, scored) for block in firsts)

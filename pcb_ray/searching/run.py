@@ -209,7 +209,11 @@ def _prepared(
             "--address: wanted a cluster to join, found ray://..., and a search can't run through Ray Client. "
             "Fix: `ray job submit`, or HOST:6379 on a node of the cluster."
         )
-    inputs, plan = opened(_analysed(recipe, request, variants[0]), how.max_shard_bytes)
+
+    def check(plan: Plan) -> None:
+        check_out(out, plan, overwrite=how.overwrite, resume=how.resume, model=model)
+
+    inputs, plan = opened(_analysed(recipe, request, variants[0]), how.max_shard_bytes, check)
     plans = {v: plan_of(_analysed(recipe, request, v), inputs, max_shard_bytes=how.max_shard_bytes) for v in variants}
     beside = sum(basis_bytes(p, scored) for p in plans.values())
     check_out(out, plan, overwrite=how.overwrite, resume=how.resume, model=model, beside=beside)
@@ -226,11 +230,12 @@ def _prepared(
         log.info("groups: %s", ", ".join(f"{name} {sizes[k]} tensors" for k, name in enumerate(space.groups)))
     if request.optimizer == "CMA" and request.budget <= request.population:
         log.warning("note: the budget is one generation, which is spread over uniform coefficients: CMA-ES begins with the second")
+    stamps = stamps_of(plan, open_store())
     asked = {
-        **asked_of(plan, ARITHMETIC),
+        **asked_of(plan, ARITHMETIC, stamps),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
     }
-    with State(out, asked, stamps_of(plan, open_store()), resume=how.resume, overwrite=how.overwrite) as state:
+    with State(out, asked, stamps, resume=how.resume, overwrite=how.overwrite) as state:
         model_dir = state.folder / "model"
         _make_model_dir(model_dir, inputs.base, files)
         with cluster(how.address):
@@ -355,7 +360,7 @@ def _with_basis(arm: Arm, session: Session, state: State, variant: str, scored: 
     kept = Kept(state.found.setdefault("arms", {}).setdefault(variant, {}), session, time.monotonic())
     known = kept.analysed(state)
     if plan.recipe.code is not None:
-        _check_linear(session, known)
+        _check_linear(session, known, scored)
     names = {volume: f"{folder.name} {volume}" for volume in range(volumes_of(plan))}
     claimed = state.claimed(names)
     answers = session.owners.ask(DigestVolumes(arm.folder), list(claimed))
@@ -383,17 +388,18 @@ def _with_basis(arm: Arm, session: Session, state: State, variant: str, scored: 
     return dataclasses.replace(arm, known=known)
 
 
-def _check_linear(session: Session, known: Known) -> None:
+def _check_linear(session: Session, known: Known, scored: bool) -> None:
     """A method of the user's own says that it is linear in the weights: some blocks are looked at for that. Raises InputError."""
     recipe = session.plan.recipe
     chunks = session.plan.chunks
     some = sorted({chunks * k // BLOCKS_LOOKED_AT for k in range(BLOCKS_LOOKED_AT)})
-    departure = max(found for _, found in session.owners.ask(CheckLinear(known), some))
+    departure = max(found for _, found in session.owners.ask(CheckLinear(known, scored), some))
     if departure > LINEAR_WITHIN:
         raise InputError(
             f"merge_method: wanted {recipe.merge_method} linear in the weights, as its record says, found a block whose merge "
             f"departs from that by {departure:.2g} of the largest change. "
-            "Fix: set `linear=False`; then it can be merged, and not searched."
+            "Fix: set `linear=False`, which can be merged and not searched, or let what the weights multiply depend on neither the "
+            "weights nor the base, and `scored`, if there is one, give what `merge` gives."
         )
 
 
@@ -481,16 +487,16 @@ def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
         with _trials_kept(state, "the winner: wanted its merge"):
             output = write_from(state.stamps, session, store, known, str(state.staging), state, label)
-        return publish(
-            session,
-            state,
-            known,
-            output,
-            side_files(winner, plan, run.inputs.base, run.inputs.tokenizer),
-            sweeps=kept.sweeps(),
-            spent=kept.spent(),
-            max_shard_bytes=how.max_shard_bytes,
-            startup_s=0.0,
-            resumed=how.resume,
-            commit=False,
-        )
+            return publish(
+                session,
+                state,
+                known,
+                output,
+                side_files(winner, plan, run.inputs.base, run.inputs.tokenizer),
+                sweeps=kept.sweeps(),
+                spent=kept.spent(),
+                max_shard_bytes=how.max_shard_bytes,
+                startup_s=0.0,
+                resumed=state.resumed,
+                commit=False,
+            )

@@ -115,7 +115,7 @@ def optimizer_of(search: Search, space: Space) -> Any:
     return ng.optimizers.ParametrizedCMA(popsize=search.population, scale=6 * INITIAL_STD / multiplied_by, inopts=inopts)
 
 
-class Patience:
+class FailureLimit:
     """Lost once more than a quarter of all trials have failed in a row."""
 
     def __init__(self, total: int) -> None:
@@ -138,7 +138,7 @@ class Generations(NevergradSearch):
         self._generation: list[str] = []
         self._losses: dict[str, float | None] = {}
         self._worst = -math.inf
-        self._patience = Patience(search.budget)
+        self._failures = FailureLimit(search.budget)
         super().__init__(
             optimizer=optimizer_of(search, space),
             optimizer_kwargs=_of_optimizer(search),
@@ -173,7 +173,7 @@ class Generations(NevergradSearch):
 
     @property
     def stopped(self) -> bool:
-        return self._patience.is_lost or bool(self._progress.given_up)
+        return self._failures.is_lost or bool(self._progress.given_up)
 
     def _ended(self, trial_id: str, value: float) -> None:
         if trial_id not in self._generation or trial_id in self._losses:
@@ -185,7 +185,7 @@ class Generations(NevergradSearch):
 
     def _learn(self, generation: Sequence[tuple[str, float | None]]) -> None:
         for _, loss in generation:
-            self._patience.saw(failed=loss is None)
+            self._failures.saw(failed=loss is None)
         scored = {one: loss for one, loss in generation if loss is not None}
         # Of the whole generation first: one that failed may have been asked before any that has a score.
         self._worst = max([self._worst, *scored.values()])
@@ -207,7 +207,7 @@ class Listed(Searcher):
     def __init__(self, configs: Sequence[Config], mode: str, progress: Ledger) -> None:
         super().__init__(metric=OBJECTIVE, mode=mode)
         self._told: set[str] = set()
-        self._left, self._progress, self._patience = list(configs), progress, Patience(max(len(configs), SMALLEST_GRID))
+        self._left, self._progress, self._failures = list(configs), progress, FailureLimit(max(len(configs), SMALLEST_GRID))
 
     def suggest(self, trial_id: str) -> Any:
         if self.stopped or self._progress.is_over:
@@ -224,15 +224,15 @@ class Listed(Searcher):
 
     @property
     def stopped(self) -> bool:
-        return self._patience.is_lost or bool(self._progress.given_up)
+        return self._failures.is_lost or bool(self._progress.given_up)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._told.add(trial_id)
-        self._patience.saw(failed=not math.isfinite(result[OBJECTIVE]))
+        self._failures.saw(failed=not math.isfinite(result[OBJECTIVE]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if error and trial_id not in self._told and not self._progress.may_try_again(trial_id):
-            self._patience.saw(failed=True)
+            self._failures.saw(failed=True)
 
     def save(self, checkpoint_path: str) -> None:
         pass
