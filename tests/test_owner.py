@@ -51,7 +51,8 @@ class OneOwner:
         for item in items:
             yield [item], question.answer(self.owner, [item])
 
-    store = ask
+    def store(self, question: Any, items: Sequence[int], *, doubles: bool = True) -> Iterator[tuple[Sequence[int], Any]]:  # noqa: ARG002
+        return self.ask(question, items)
 
     def fold(self, question: Any, items: Sequence[int], done: Callable[[Sequence[int]], None]) -> Any:
         answer = question.answer(self.owner, items)
