@@ -51,7 +51,7 @@ class OneOwner:
         for item in items:
             yield [item], question.answer(self.owner, [item])
 
-    def store(self, question: Any, items: Sequence[int], *, doubles: bool = True) -> Iterator[tuple[Sequence[int], Any]]:  # noqa: ARG002
+    def store(self, question: Any, items: Sequence[int], *, doubles: bool = True) -> Iterator[tuple[Sequence[int], Any]]:
         return self.ask(question, items)
 
     def fold(self, question: Any, items: Sequence[int], done: Callable[[Sequence[int]], None]) -> Any:
