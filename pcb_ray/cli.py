@@ -36,10 +36,13 @@ def _recipe_help() -> str:
         own = "; models may have their own" if known.per_model else ""
         lines.append(f"    {name + ': ' + str(known.default):26} # {known.help} ({users}{own})")
     lines += [f"    {'variant: ' + next(iter(of)):26} # {' | '.join(of)} ({name})" for name, of in _with_variants().items()]
-    table = [f"  {method.full_name:16} {textwrap.shorten(method.formula, 110)}" for method in METHODS]
+    table = [
+        textwrap.fill(method.formula, 130, initial_indent=f"  {method.name:16} {method.variant:9} ", subsequent_indent=" " * 29)
+        for method in METHODS
+    ]
     return "\n".join(
         [
-            "Methods:",
+            "Methods, and their variants:",
             "",
             *table,
             "",
@@ -49,11 +52,16 @@ def _recipe_help() -> str:
             "  base_model: models/base      # a directory, a .safetensors file, or a Hub id (org/name@revision)",
             "  models:",
             "    - model: models/math",
-            "      parameters: {weight: 1.0} # lambda_i",
+            "      parameters: {weight: 1.0} # lambda_i; or by tensor name: [{filter: mlp, value: 0.5}, {value: 1.0}]",
             "    - model: models/code",
             "  parameters:",
             *lines,
             "  dtype: bfloat16              # of the output; by default the base's",
+            "  exclude: ['*.rotary_emb.*']  # tensors that stay the base's, by name",
+            "  tokenizer_source: base       # or one of the models, as it stands there",
+            "  chat_template: '{{ ... }}'   # a Jinja template in the place of the tokenizer's",
+            "",
+            "`search:` and `sweep:` sections are for those commands (pcb-ray search --help, pcb-ray sweep --help).",
         ]
     )
 

@@ -100,10 +100,19 @@ def choose_workers(workers: int | None, device: str, worker_bytes: int, chunks: 
         return min(sum(fits), chunks)
     if workers > sum(fits):
         raise RequestError(
-            f"--workers {workers}: the cluster has {cores} {unit}s and memory for {sum(fits)} workers of "
-            f"{worker_bytes / 1e9:.2f} GB. Fix: ask for at most {sum(fits)}, or lower --memory"
+            f"--workers: wanted {workers}, found a cluster with {cores} {unit}s and memory for {sum(fits)} workers of "
+            f"{worker_bytes / 1e9:.2f} GB. Fix: ask for at most {sum(fits)}, or lower --memory."
         )
     return workers
+
+
+def check_address(address: str | None) -> None:
+    """Raises RequestError for a cluster that can only be reached through Ray Client: owners and trials need one to be joined."""
+    if (address or os.environ.get("RAY_ADDRESS") or "").startswith("ray://"):
+        raise RequestError(
+            "--address: wanted a cluster to join, found ray://..., which is Ray Client. Fix: use `ray job submit`, or give "
+            "HOST:6379 on a node of the cluster."
+        )
 
 
 def _join(address: str) -> None:
@@ -117,8 +126,8 @@ def _join(address: str) -> None:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(
-            f"no Ray cluster at {address}: {reason_in(error)}. Fix: start one with `ray start --head`, "
-            "set RAY_AUTH_MODE=token if it asks for a token, or leave --address out for a local one"
+            f"--address {address}: wanted a Ray cluster, found none: {reason_in(error)}. Fix: start one with `ray start --head`, "
+            "set RAY_AUTH_MODE=token if it asks for a token, or leave --address out for a local one."
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process without a word

@@ -52,7 +52,7 @@ def reason_in(error: Exception | str) -> str:
     return without_secrets(found.split(" Some common causes")[0])[:300]  # Ray's guesses, whatever happened
 
 
-def with_place(error: Exception) -> str:
+def with_place(error: BaseException) -> str:
     """What was raised and where, as in `ValueError: no data (my_eval.py:12)`: the innermost line in a file of the user's, or else
     of an installed package. To be called where the error is caught: Ray hands it on without its traceback."""
     what = ": ".join(part for part in (type(error).__name__, without_secrets(str(error))[:1000]) if part)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pcb_ray.analysis import analyse
 from pcb_ray.budget import choose_block
-from pcb_ray.cluster import cluster
+from pcb_ray.cluster import check_address, cluster
 from pcb_ray.files.store import open_store
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import side_files
@@ -52,6 +52,7 @@ def merge(
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
     check_place(out)
+    check_address(address)
     inputs, plan = opened(recipe, max_shard_bytes, lambda plan: check_out(out, plan, overwrite=overwrite, resume=resume))
     files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
     if memory is not None:

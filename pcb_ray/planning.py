@@ -561,7 +561,7 @@ def _match(
     if sum(base[name].numel for name in merged) == 0:
         excluded_count = sum(why == "excluded" for why in copied.values())
         found = f"{len(copied)} tensors, of which {excluded_count} excluded and the rest of integer type"
-        raise RequestError(f"{sources[0]}: there is nothing to merge: found {found}; a merge needs floating-point tensors")
+        raise RequestError(f"{sources[0]}: wanted floating-point tensors to merge, found {found}. Fix: exclude fewer tensors.")
     return merged, copied, sorted(dropped)
 
 

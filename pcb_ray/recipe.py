@@ -373,7 +373,8 @@ def _complain(
             notes.append(f"`{key}` has no effect with `merge_method: {method.name}`; it belongs to {belongs}.")
         else:
             fix = _FIXES.get(key) if isinstance(key, str) else None
-            problems.append(f"{where}: unknown key {shown(key)}. Fix: {fix or nearest(key, (*known, *SHARED_PARAMETERS))}.")
+            able = (*known, *(["variant"] if method.variant else []), *SHARED_PARAMETERS)
+            problems.append(f"{where}: unknown key {shown(key)}. Fix: {fix or nearest(key, able)}.")
 
 
 def _entry(entry: object, where: str, default: tuple[Rule, ...], problems: list[str], notes: list[str]) -> Model:

@@ -62,15 +62,18 @@ def load_object(code: UserCode, folder: Path, where: str) -> Any:
     try:
         _find_beside(folder)
         found: Any = _module_of(code) if code.is_file else _imported(code, where)
-        for part in attribute.split("."):
-            found = getattr(found, part)
     except RequestError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Whatever the user's code raises is theirs, and is told as it is.
-        wrong_name = isinstance(error, AttributeError | ImportError)
-        fix = "check the name, and that what the file imports is installed" if wrong_name else "mend the file"
-        raise RequestError(f"{where}: {code.name} can't be loaded: {with_place(error)}. Fix: {fix}.") from error
+        fix = "install what the file imports" if isinstance(error, ImportError) else "mend the file"
+        raise RequestError(
+            f"{where}: {code.name}: wanted code that can be run, found that it raises {with_place(error)}. Fix: {fix}."
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise RequestError(f"{where}: {code.name}: wanted {part!r} in it, found no such name. Fix: check the name.")
+        found = getattr(found, part)
     return found
 
 

@@ -159,7 +159,9 @@ def test_without_a_cluster_to_join_there_is_advice_and_no_state(job: Job, tmp_pa
     # The cluster wants a token, which Ray sends to a given address only if it is told to.
     run = pcb_ray(*joined(job.recipe, tmp_path / "out"), env={"RAY_AUTH_MODE": "disabled", "RAY_NUM_REDIS_GET_RETRIES": "1"})
     assert run.process.returncode == 1, run.text
-    assert re.search(r"^pcb-ray: no Ray cluster at .*RAY_AUTH_MODE=token", run.text, flags=re.MULTILINE), run.text
+    assert re.search(
+        r"^pcb-ray: --address .*: wanted a Ray cluster, found none: .*RAY_AUTH_MODE=token", run.text, flags=re.MULTILINE
+    ), run.text
     assert "Traceback" not in run.text
     assert list(tmp_path.iterdir()) == []
 

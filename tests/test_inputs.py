@@ -114,7 +114,7 @@ def test_an_input_that_is_edited_during_the_trials_makes_no_output_and_costs_no_
     assert run.process.returncode == 2, run.text
     assert "model1" in run.text
     assert told in run.text
-    assert "What the trials found is kept" in run.text
+    assert "what the trials found is kept in" in run.text
     assert "--resume" not in run.text
     assert "Traceback" not in run.text
     assert not out.exists()

@@ -442,9 +442,9 @@ def test_the_frame_of_the_wrong_ones_is_right(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"name": "gone.py:it"}, r": wanted code that can be read, found .*gone.py:it: No such file .*Fix: write file.py:object"),
-        ({"name": "wrong.py:lost"}, r": .*wrong.py:lost can't be loaded: AttributeError: .*'lost'.*Fix: check the name"),
+        ({"name": "wrong.py:lost"}, r": .*wrong.py:lost: wanted 'lost' in it, found no such name. Fix: check the name"),
         ({"name": "wrong.py:three"}, r": wanted a pcb_ray.methods.Method, found .*wrong.py:three to be a int. Fix: name a record"),
-        ({"MERGE": "1 +"}, r": .*wrong.py:wrong can't be loaded: SyntaxError: .*wrong.py, line 6.*Fix: mend the file"),
+        ({"MERGE": "1 +"}, r": .*wrong.py:wrong: .*found that it raises SyntaxError: .*wrong.py, line 6.*Fix: mend the file"),
         ({"MERGE": "block.tau"}, r": merge of wrong: wanted the merged elements \[B\], here \[\d*\] of .*, "
          r"found \[2, \d+\] of .*Fix: return"),
         ({"MERGE": "block.theta.half()"}, r": merge of wrong: wanted .* of torch.float32, found .* of torch.float16. Fix: return"),
@@ -524,7 +524,8 @@ def test_a_wrong_method_is_told_beside_all_else_that_is_wrong_with_the_recipe() 
 def test_a_record_that_contradicts_itself_is_refused_with_its_line(record: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(f"{HEAD}\ndef merge(*_): ...\n\nodd = Method(name='odd', merge=merge, {record})\n")
     with pytest.raises(
-        RequestError, match=rf"merge_method: odd.py:odd can't be loaded: .*{message} \(odd.py:7\). Fix: mend the file"
+        RequestError,
+        match=rf"merge_method: odd.py:odd: .*found that it raises .*{message} \(odd.py:7\). Fix: mend the file",
     ):
         Recipe((Model("a"),), "base", merge_method="odd.py:odd", folder=tmp_path)
 

@@ -239,11 +239,11 @@ def test_an_infinite_quantity_of_either_sign_is_refused(value: str, bits: int, m
         ),
         (
             "Ranks(MAGNITUDE, {}, largest='x'),",
-            r"own.py:own can't be loaded: ValueError: ranks of \|tau\|: wanted at least one place, found none.*Fix: mend the file",
+            r"own.py:own: .*raises ValueError: ranks of \|tau\|: wanted at least one place, found none.*Fix: mend the file",
         ),
         (
             "Ranks(Quantity('q', lambda block, *_: block.tau, parameters=('keep', 'rat')), {'x': lambda D, own: 0}),",
-            r"own.py:own can't be loaded: ValueError: parameters of the pass `ranks of q`: wanted one of 'keep', found 'rat' "
+            r"own.py:own: .*raises ValueError: parameters of the pass `ranks of q`: wanted one of 'keep', found 'rat' "
             r"\(own.py:4\). Fix: mend the file",
         ),
     ],
@@ -263,6 +263,8 @@ def test_a_pass_that_can_not_be_is_refused_with_its_reason(passes: str, message:
         ("impossible=lambda settings, names: None", "impossible of own: wanted a list, found a NoneType. Fix: mend it."),
         ("impossible=lambda settings, names: 'no'", "impossible of own: wanted a list, found a str. Fix: mend it."),
         ("warnings=lambda known, settings, names: None", "warnings of own: wanted a list, found a NoneType. Fix: mend it."),
+        ("element_bytes=lambda n: 'a'", "element_bytes of own: wanted a int, found a str. Fix: mend it."),
+        ("impossible=lambda *_: __import__('sys').exit(3)", "impossible of own raised SystemExit: 3 (own.py:4). Fix: mend it."),
         ("wrong_weights=lambda weights: None", "wrong_weights of own: wanted a str, found a NoneType. Fix: mend it."),
         (
             "passes=(Sums('s', lambda block, *_: block.tau.double(), {'x': lambda n: n}),)",

@@ -21,10 +21,12 @@ from pcb_ray.methods.method import (
     Extrema,
     Known,
     Method,
+    Native,
     Parameter,
     Pass,
     Quantity,
     Ranks,
+    Scored,
     Settings,
     Sums,
     column,
@@ -38,8 +40,9 @@ from pcb_ray.methods.ties import TIES
 from pcb_ray.user_code import UserCode, load_object
 
 __all__ = [
-    "MAGNITUDE", "METHODS", "Block", "Extrema", "Known", "Method", "Parameter", "Quantity", "Ranks", "Settings", "Sums", "column",
-    "exp", "fraction", "lambda_parameter", "names", "number", "own_method", "sum_over_tasks", "tanh", "variants_of",
+    "MAGNITUDE", "METHODS", "Block", "Extrema", "Known", "Method", "Native", "Parameter", "Quantity", "Ranks", "Scored",
+    "Settings", "Sums", "column", "exp", "fraction", "lambda_parameter", "names", "number", "own_method",
+    "sum_over_tasks", "tanh", "variants_of",
 ]  # fmt: skip
 
 METHODS: tuple[Method, ...] = (PAIRWISE, RELEASED, PAPER, TIES, TASK_ARITHMETIC, LINEAR)
@@ -78,7 +81,7 @@ def _guarded(method: Method) -> Method:
         def call(*arguments: P.args, **options: P.kwargs) -> R:
             try:
                 found = function(*arguments, **options)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # Whatever the user's code raises is theirs, and is told as it is.
                 raise InputError(f"merge_method: {name} of {method.name} raised {with_place(error)}. Fix: mend it.") from error
             if not isinstance(found, kind):
@@ -112,7 +115,7 @@ def _guarded(method: Method) -> Method:
         merge=told("merge", method.merge),
         parameters={name: replace(p, check=told(f"the check of {name}", p.check)) for name, p in method.parameters.items()},
         passes=tuple(map(of_pass, method.passes)),
-        element_bytes=told("element_bytes", method.element_bytes),
+        element_bytes=told("element_bytes", method.element_bytes, int),
         basis=method.basis and told("basis", method.basis),
         scored=scored,
         refuse=told("refuse", method.refuse, list),

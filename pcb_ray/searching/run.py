@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pcb_ray.budget import choose_block, worker_bytes
-from pcb_ray.cluster import cluster
+from pcb_ray.cluster import check_address, cluster
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.files.store import open_store
@@ -135,7 +135,7 @@ def sweep(
         records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
         best = best_trial["config"]
         winner = job.space.recipe_of(job.space.candidate(best))
-        with _trials_kept(state, "the sweep: wanted models that stay what they are"):
+        with _trials_kept(state, "the sweep is worth nothing, since its models did not stay what they were"):
             touched = check_unchanged(open_store(), state.stamps)
         for file in touched:
             log.warning("%s: touched during the sweep, its time of writing apart: if its content was changed, sweep again", file)
@@ -204,11 +204,7 @@ def _prepared(
     scored = request.scored if scored is None else scored
     check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
     check_place(out)
-    if (how.address or os.environ.get("RAY_ADDRESS") or "").startswith("ray://"):
-        raise RequestError(
-            "--address: wanted a cluster to join, found ray://..., and a search can't run through Ray Client. "
-            "Fix: `ray job submit`, or HOST:6379 on a node of the cluster."
-        )
+    check_address(how.address)
 
     def check(plan: Plan) -> None:
         check_out(out, plan, overwrite=how.overwrite, resume=how.resume, model=model)
@@ -425,7 +421,8 @@ def _trials_kept(state: State, wanted: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise RequestError(f"{wanted}, found {error} What the trials found is kept in {state.folder}.") from error
+        log.warning("%s; what the trials found is kept in %s", wanted, state.folder)
+        raise RequestError(error.problems) from error
 
 
 def _commit(state: State, winner: Recipe) -> None:
@@ -485,7 +482,7 @@ def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
     store = open_store()
     with placed([plan], workers=how.workers, memory=how.memory, writes_to=state.staging, quiet=how.quiet) as session:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
-        with _trials_kept(state, "the winner: wanted its merge"):
+        with _trials_kept(state, "the winner could not be merged"):
             output = write_from(state.stamps, session, store, known, str(state.staging), state, label)
             return publish(
                 session,
