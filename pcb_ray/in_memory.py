@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pcb_ray.analysis import analyse
+from pcb_ray.checks import nearest, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import Checkpoint, Tensor
 from pcb_ray.files.foreign import show
 from pcb_ray.files.safetensors import OF_TORCH, dtype_problems, name_problem
 from pcb_ray.files.store import MemoryStore
 from pcb_ray.local import LocalOwners
+from pcb_ray.methods import METHODS, Method
 from pcb_ray.output.companions import slots_of
 from pcb_ray.planning import Inputs, plan_of
 from pcb_ray.recipe import Model, Recipe
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("pcb_ray")
+
+# What other methods have, and has no effect here.
+ELSEWHERE = {"variant", *(name for method in METHODS for name in method.parameters)}
+FIXES = {"weight": "give `weights=`, one for each model", "merge_method": "give `method=`", "out_dtype": "give `dtype=`"}
 
 
 def merge_state_dicts(
@@ -47,8 +53,7 @@ def merge_state_dicts(
     import torch
 
     sources = tuple(Model(f"models[{i}]") for i in range(len(models)))
-    per_model = {name for name, one in Recipe(sources, "base", method).method.parameters.items() if one.per_model}
-    shared, own, problems = _parameters(parameters, len(models), per_model)
+    shared, own, problems = _parameters(parameters, len(models), Recipe(sources, "base", method).method)
     given = [1.0] * len(models) if weights is None else list(weights)
     if len(given) != len(models):
         problems.append(f"weights: wanted one for each of {len(models)} models, found {len(given)}. Fix: give one each.")
@@ -83,14 +88,18 @@ def merge_state_dicts(
     return {name: written[tied.get(name, name)] for name in base}
 
 
-def _parameters(given: Mapping[str, Any], n: int, per_model: Set[str]) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+def _parameters(given: Mapping[str, Any], n: int, method: Method) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
     """What all models share, what each has of its own, and what is wrong."""
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [{} for _ in range(n)]
     problems = []
     for key, value in given.items():
         name = "lambda" if key == "lambda_" else key  # a keyword of Python
-        if name not in per_model or not isinstance(value, list | tuple):
+        if name not in method.parameters and name not in ELSEWHERE:
+            able = [*method.parameters, *(["variant"] if method.variant else [])]
+            fix = FIXES.get(name) or nearest(name, able, otherwise=f"give one of {', '.join(able)}" if able else "leave it out")
+            problems.append(wrong(key, f"a parameter of {method.name}", value, fix))
+        elif name not in method.parameters or not method.parameters[name].per_model or not isinstance(value, list | tuple):
             shared[name] = value
         elif len(value) != n:
             problems.append(f"{key}: wanted one for each of {n} models, found {len(value)}. Fix: give one number, or one each.")

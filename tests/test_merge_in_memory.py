@@ -374,6 +374,26 @@ def test_one_number_too_few_is_told():
     assert "density: wanted one for each of 2 models, found 3." in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": 0.5}, "weight: wanted a parameter of pcb, found 0.5. Fix: give `weights=`, one for each model."),
+        ({"merge_method": "ties"}, "merge_method: wanted a parameter of pcb, found 'ties'. Fix: give `method=`."),
+        ({"densty": 0.1}, "densty: wanted a parameter of pcb, found 0.1. Fix: write `density`."),
+        (
+            {"normalize": True},
+            "normalize: wanted a parameter of pcb, found true. Fix: give one of density, lambda, variant.",
+        ),
+        ({"foo": 1, "method": "linear"}, "foo: wanted a parameter of linear, found 1. Fix: leave it out."),
+    ],
+)
+def test_a_name_that_no_method_has_is_told_with_what_to_write(given, message):
+    base, models = families.fine_tuned(2)
+    with pytest.raises(RequestError) as told:
+        merge_state_dicts(base, models, **given)
+    assert told.value.problems == (message,)
+
+
 # --- what is not finite -----------------------------------------------------------------------------------------------------------
 
 

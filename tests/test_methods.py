@@ -484,7 +484,7 @@ def test_a_merge_that_is_no_number_is_refused_with_its_place(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"kep": 0.5}, r"parameters: unknown key 'kep'. Fix: write `keep`"),
+        ({"kep": 0.5}, r"kep: wanted a parameter of wrong, found 0.5. Fix: write `keep`"),
         ({"keep": 3}, r"parameters.keep: wanted a number in \(0, 1\], found 3. Fix: write one number"),
         ({"keep": [0.5, 0.6]}, r"parameters.keep: wanted a number in \(0, 1\], found a value of type list. Fix: write one number"),
     ],
