@@ -244,16 +244,15 @@ def test_an_idle_worker_doubles_what_a_slow_one_has_and_the_first_answer_counts(
 
 
 def test_what_two_workers_might_write_differently_is_not_doubled(folder: Folder) -> None:
+    folder.claim("no stop in sync")
+    wake = threading.Timer(10 * CALM.slow_least_s, folder.claim, ["go"])  # the other one is idle long before
     with owners_of(folder, CALM) as owners:
-        seen = []
-        for batch, _ in owners.store(Counting(waits=5), ITEMS, doubles=False):
-            seen += batch
-            if len(seen) == len(ITEMS) - 1:
-                time.sleep(3 * CALM.slow_least_s)  # the other one is idle, and the slow one is slow
-                folder.claim("go")
-        assert sorted(seen) == list(ITEMS)
-        assert folder.has("went")
-        assert not folder.has("doubled")
+        wake.start()
+        seen = [item for batch, _ in owners.store(Counting(waits=5), ITEMS, doubles=False) for item in batch]
+        wake.join()
+    assert sorted(seen) == list(ITEMS)
+    assert folder.has("went")
+    assert not folder.has("doubled")
 
 
 def test_a_slow_worker_gives_what_it_has_counted_and_its_late_answer_does_not_count(folder: Folder) -> None:
