@@ -396,7 +396,7 @@ def test_a_request_that_proves_wrong_only_on_the_cluster_leaves_no_state(job: Jo
     out = tmp_path / "out"
     run = pcb_ray(*joined(job.recipe, out, "--workers", 99))
     assert run.process.returncode == 2, run.text
-    assert "--workers 99: the cluster has 4 CPUs" in run.text
+    assert "--workers: wanted 99, found a cluster with 4 CPUs" in run.text
     assert list(tmp_path.iterdir()) == []
 
 
