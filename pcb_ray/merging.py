@@ -89,7 +89,7 @@ def opened(recipe: Recipe, max_shard_bytes: int, check: Callable[[Plan], None]) 
     inputs = open_inputs(recipe)
     plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
     check(plan)
-    if any(one.commit is not None for one in (inputs.base, *inputs.models, inputs.tokenizer)):
+    if inputs.on_hub:
         inputs = fetched(recipe, inputs)
         plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
     return inputs, plan

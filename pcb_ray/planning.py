@@ -347,6 +347,11 @@ class Inputs:
     tokenizer: Checkpoint
     """Where the tokenizer is taken from: one of the others."""
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether some are models of the Hub, which `fetched` downloads."""
+        return any(one.commit is not None for one in (self.base, *self.models, self.tokenizer))
+
 
 def open_inputs(recipe: Recipe) -> Inputs:
     """All checkpoints of the recipe, by their headers; each is looked up once. Raises RequestError with all that is wrong with any

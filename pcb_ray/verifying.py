@@ -47,7 +47,9 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
                 "Fix: put that code back, or merge again.",
             )
         )
-    inputs = fetched(recipe, open_inputs(recipe))
+    inputs = open_inputs(recipe)
+    if inputs.on_hub:
+        inputs = fetched(recipe, inputs)
     plan = plan_of(recipe, inputs, max_shard_bytes=receipt.max_shard_bytes, sizes=_sizes(receipt, out))
     _check_facts(plan, receipt, out)
     if problems := _wrong_inputs(plan, receipt) or _wrong_outputs(plan, receipt, out):

@@ -634,12 +634,13 @@ def test_ray_client_is_refused_before_anything(family, tmp_path):
 
 
 @pytest.mark.very_slow
-def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path):
+def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path, caplog):
     """Scored in float32, but written in float16: the merge is refused, what the trials found is kept."""
     out = tmp_path / "out"
     recipe = recipe_of(family, "Norm", {}, metric="norm", budget=8, space={"weight": {"lower": 0.0, "upper": 1e8, "init": 1e8}})
     with pytest.raises(RequestError, match=r"the output: tensor .* that F16 can hold, found one that overflows it"):
         searched(recipe | {"dtype": "float16"}, out)
+    assert "what the trials found is kept in" in caplog.text
     assert not out.exists()
     assert (state_of(out) / "journal.jsonl").read_text().count('"trial ') == 8
 
