@@ -632,3 +632,32 @@ def test_the_candidate_of_a_trial_process_that_died_goes_to_another_unless_it_wa
     assert progress.is_over
     assert [progress.records[k]["config"] for k in (3, 4, 5)] == [first, *others]
     assert "died" in progress.records[3]["error"]
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_waits_for_a_safe_place_and_the_second_does_not(number: signal.Signals) -> None:
+    """Raised anywhere, it left the lock of a logger's queue taken, and the process hung in its last words."""
+    from pcb_ray.searching.tune import _noted
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ledger: Any = SimpleNamespace(interrupted=False)
+    before = signal.signal(number, interrupt)
+    reached: list[str] = []
+    try:
+        with pytest.raises(KeyboardInterrupt), _noted(ledger):
+            signal.raise_signal(number)
+            reached.append("after the first")
+        assert (reached, ledger.interrupted, signal.getsignal(number)) == (["after the first"], True, interrupt)
+        ledger.interrupted = False
+        with pytest.raises(KeyboardInterrupt), _noted(ledger):
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            reached.append("after the second")
+        assert reached == ["after the first"]
+    finally:
+        signal.signal(number, before)

@@ -413,7 +413,7 @@ class StayingTrials(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         if self._progress.interrupted:
-            raise KeyboardInterrupt  # again: where Ctrl-C came first, in a destructor or a callback of Ray, it may have been lost
+            raise KeyboardInterrupt
         trials = tune_controller.get_live_trials()  # those that failed among them
         pending = [t for t in trials if t.status == "PENDING"]
         running = sum(t.status == "RUNNING" for t in trials)
@@ -574,21 +574,31 @@ def _settings(room: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noted(progress: Ledger) -> Iterator[None]:
-    """Ctrl-C sets `progress.interrupted`, and does what it did before."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    """Ctrl-C and SIGTERM set `progress.interrupted`, and Tune's loop ends at the next look for a trial, some 0.1 s later.
+
+    A KeyboardInterrupt that comes wherever the loop is may be lost in a destructor, or leave a lock of a logger's queue taken, for
+    which the process would then wait at its end. The second one ends the run at once, as it did before."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
+        handler = before[signal.Signals(number)]
+        if progress.interrupted and callable(handler):
+            handler(number, frame)
         progress.interrupted = True
-        handler(number, frame)
 
-    signal.signal(signal.SIGINT, note)
+    ours = [number for number, handler in before.items() if callable(handler)]
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield
+        if progress.interrupted:
+            raise KeyboardInterrupt
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def check_loggers(search: Search) -> None:
