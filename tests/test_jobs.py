@@ -168,6 +168,7 @@ def test_a_job_searches_with_the_evaluator_that_was_submitted_with_it(head: Head
     assert receipt_of(out)["workers"] == 2
 
 
+@pytest.mark.very_slow
 def test_a_job_with_a_relative_output_is_refused(head: Head, family: Family, tmp_path: Path) -> None:
     start = time.monotonic()
     job = submit(head, job_folder(tmp_path, family), "merge", "recipe.yaml", "out")

@@ -742,6 +742,7 @@ def near_of(merged: families.StateDict, family: Family) -> float:
     return -sum(float(((t.float() - hidden[name].float()) ** 2).sum()) for name, t in merged.items())
 
 
+@pytest.mark.very_slow
 @on_ray
 def test_the_example_gives_the_same_bytes_on_any_number_of_workers_and_is_verified(large: Family, tmp_path: Path) -> None:
     recipe = with_example(large, tmp_path / "recipes", parameters={"keep": 0.9})
@@ -773,6 +774,7 @@ def test_the_example_gives_the_same_bytes_on_any_number_of_workers_and_is_verifi
     assert re.search(r"merge_method: wanted code that can be read, found .*trimmed_mean.py.*No such file.*Fix: ", run.text)
 
 
+@pytest.mark.very_slow
 @on_ray
 def test_a_killed_merge_by_the_example_goes_on_with_the_same_code_alone(large: Family, tmp_path: Path) -> None:
     recipe, out = with_example(large, tmp_path / "recipes"), tmp_path / "out"
@@ -810,6 +812,7 @@ def test_what_the_code_raises_on_a_worker_is_told_with_its_line(small: Family, t
     assert not state_of(tmp_path / "out").exists()
 
 
+@pytest.mark.very_slow
 @on_ray
 def test_a_search_by_the_example_scores_what_it_merges(small: Family, tmp_path: Path) -> None:
     space = {"lambda": {"lower": 0.5, "upper": 1.5}}
@@ -824,6 +827,7 @@ def test_a_search_by_the_example_scores_what_it_merges(small: Family, tmp_path: 
     assert package.verify(tmp_path / "out", quiet=True).ok
 
 
+@pytest.mark.very_slow
 @on_ray
 def test_a_sweep_by_the_example_scores_the_merges_of_its_grid(small: Family, tmp_path: Path) -> None:
     recipe = with_example(small, tmp_path / "recipes", search=search_of(small), sweep={"lambda": [0.7, 1.0, 1.3]})

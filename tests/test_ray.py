@@ -287,6 +287,7 @@ def test_transformers_loads_the_output(tied: bool, tmp_path: Path) -> None:
 # --- several nodes --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.very_slow
 def test_models_of_the_hub_are_verified_at_the_commits_that_were_merged(family: Family, tmp_path: Path) -> None:
     """Also when their branch has moved since, and from another cache."""
     old, new = commit_of("old"), commit_of("new")

@@ -371,6 +371,7 @@ def test_an_evaluator_that_cant_be_sent_to_trial_processes_is_told(family, tmp_p
     assert not state_of(tmp_path / "out").exists()
 
 
+@pytest.mark.very_slow
 def test_trial_processes_that_cant_load_lose_no_candidate(family, tmp_path):
     """The first three trial processes can't, as where a mount is missing; the base was scored before. The others score all that was
     asked."""
@@ -392,6 +393,7 @@ def test_a_search_whose_trial_processes_cant_load_ends_with_the_reason(family, t
         searched(recipe, tmp_path / "out")
 
 
+@pytest.mark.very_slow
 def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypatch):
     """And an evaluator of the recipe opens what lies beside the recipe, also in trials, whose folders Tune would make the current
     one."""
@@ -415,7 +417,8 @@ def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypat
     assert logging.getLogger("ray.tune").level == level
 
 
-@pytest.mark.parametrize("method", ["pcb", pytest.param("task_arithmetic", marks=pytest.mark.very_slow)])
+@pytest.mark.very_slow
+@pytest.mark.parametrize("method", ["pcb", "task_arithmetic"])
 def test_a_search_interrupted_in_the_merge_of_its_winner_scores_nothing_again(family, tmp_path, monkeypatch, method):
     from pcb_ray.searching import run
 
@@ -478,6 +481,7 @@ def test_a_model_that_was_changed_while_its_merges_were_scored_is_told(family, t
     assert not out.exists()
 
 
+@pytest.mark.very_slow
 def test_a_grid_of_lambda_does_not_take_the_basis_of_one_of_densities(family, tmp_path, monkeypatch):
     """An interrupted sweep is resumed with another grid of as many points: its basis is of the other kind."""
     from pcb_ray.searching import tune
@@ -604,6 +608,7 @@ def test_the_merge_of_the_winner_that_was_killed_goes_on_where_it_was(large, tmp
     assert package.verify(out, quiet=True).ok
 
 
+@pytest.mark.very_slow
 def test_a_volume_of_the_basis_that_was_cut_short_or_changed_is_built_again(large, tmp_path, monkeypatch):
     from pcb_ray.searching import tune
 

@@ -395,6 +395,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.very_slow
 @pytest.mark.slow
 def test_the_environment_is_as_before_when_a_cluster_was_left() -> None:
     names = ("RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_ADDRESS")
