@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
 import signal
 import sys
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -503,23 +500,6 @@ def test_scores_that_never_change_are_told_after_a_generation(family, caplog, sc
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_interrupt_that_was_lost_is_raised_again(family):
-    """As where it came in a destructor, whose exceptions Python drops."""
-    from pcb_ray.searching.tune import StayingTrials, _noted
-
-    asker, progress = asked(*searched(family(2)))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with _noted(progress), contextlib.suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with pytest.raises(KeyboardInterrupt):
-        StayingTrials(asker, progress).choose_trial_to_run(None)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_grid_stops_when_more_than_a_quarter_fails_in_a_row(family):
     from pcb_ray.searching.tune import Ledger, Listed, Searcher
@@ -638,21 +618,26 @@ def test_the_candidate_of_a_trial_process_that_died_goes_to_another_unless_it_wa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_interrupt_waits_for_a_safe_place_and_the_second_does_not(number: signal.Signals) -> None:
-    """Raised anywhere, it left the lock of a logger's queue taken, and the process hung in its last words."""
-    from pcb_ray.searching.tune import _noted
+def test_the_first_interrupt_waits_for_a_safe_place_and_the_second_does_not(family, number: signal.Signals) -> None:
+    """Raised anywhere, it was dropped by a destructor, or left the lock of a logger's queue taken, and the process hung at its
+    end."""
+    from pcb_ray.searching.tune import StayingTrials, _noted
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    ledger: Any = SimpleNamespace(interrupted=False)
+    asker, ledger = asked(*searched(family(2)))
     before = signal.signal(number, interrupt)
     reached: list[str] = []
     try:
         with pytest.raises(KeyboardInterrupt), _noted(ledger):
             signal.raise_signal(number)
             reached.append("after the first")
-        assert (reached, ledger.interrupted, signal.getsignal(number)) == (["after the first"], True, interrupt)
+            StayingTrials(asker, ledger).choose_trial_to_run(None)
+            reached.append("after a look for a trial")
+        assert (reached, signal.getsignal(number)) == (["after the first"], interrupt)
+        with pytest.raises(KeyboardInterrupt), _noted(ledger):
+            pass  # also where Tune was at its end
         ledger.interrupted = False
         with pytest.raises(KeyboardInterrupt), _noted(ledger):
             signal.raise_signal(number)
