@@ -130,5 +130,6 @@ def choice(
     if isinstance(raw, str) and raw in known:
         return raw
     near = equivalents.get(raw) if isinstance(raw, str) else None
+    known = [word for word in known if word]
     problems.append(wrong(where, " | ".join(known) + more, raw, f"`{near}` is the nearest" if near else nearest(raw, known)))
     return ""

@@ -35,7 +35,8 @@ def _recipe_help() -> str:
         users = ", ".join(dict.fromkeys(method.name for method in methods))
         own = "; models may have their own" if known.per_model else ""
         lines.append(f"    {name + ': ' + str(known.default):26} # {known.help} ({users}{own})")
-    lines += [f"    {'variant: ' + next(iter(of)):26} # {' | '.join(of)} ({name})" for name, of in _with_variants().items()]
+    by_method = "; ".join(f"{' | '.join(of)} ({name})" for name, of in _with_variants().items())
+    lines.append(f"    {'variant: ' + METHODS[0].variant:26} # {by_method}")
     table = [
         textwrap.fill(method.formula, 130, initial_indent=f"  {method.name:16} {method.variant:9} ", subsequent_indent=" " * 29)
         for method in METHODS
@@ -126,13 +127,17 @@ def _search_help() -> str:
     for name, parameter in _searched().items():
         bounds = f"{name}: {{lower: {parameter.range[0]:g}, upper: {parameter.range[1]:g}}}"
         lines.append(f"      {bounds:61} # optional; {parameter.help}; init: the recipe's")
-    lines += [f"      {'variant: [' + ', '.join(of) + ']':61} # optional ({name})" for name, of in _with_variants().items()]
+    lines += [
+        f"      {'variant: [' + ', '.join(of) + ']':61} # optional ({name})"
+        for name, of in _with_variants().items()
+        if all(m.linear for m in of.values())
+    ]
     return SEARCH_HELP.replace("PARAMETERS", "\n".join(lines))
 
 
 def _with_variants() -> dict[str, dict[str, Method]]:
-    """By name the methods that have variants."""
-    return {name: of for name in names() if len(of := variants_of(name)) > 1}
+    """By name the methods that have variants to choose from."""
+    return {name: of for name in names() if len(of := {v: m for v, m in variants_of(name).items() if v}) > 1}
 
 
 def _sweep_help() -> str:
@@ -313,10 +318,14 @@ def describe(plan: Plan, worker: int, free: int) -> list[str]:
     copied = [f"{number} {why}" for why, number in facts["tensors_copied"].items()]
     if copied:
         lines.append(f"copied     {', '.join(copied)} (from the base, as they are)")
-        lines += [f"  {c['name']}: {c['why']}, {readable_bytes(c['bytes'])}" for c in facts["copied"][:20]]
-        lines += [f"  ... and {len(facts['copied']) - 20} more"] * (len(facts["copied"]) > 20)
+        lines += _some([f"  {c['name']}: {c['why']}, {readable_bytes(c['bytes'])}" for c in facts["copied"]])
     lines += [f"tied       {name} = {original}" for name, original in plan.tied]
     lines += [f"left out   {name}: excluded, and not in the base" for name in plan.dropped]
+    along = sum(f.size for f in plan.along)
+    lines.append(f"beside     {_number(len(plan.along), 'file')} with the tensors, {readable_bytes(along)}")
+    lines += _some([f"  {f.name}: {readable_bytes(f.size)}" for f in plan.along])
+    lines += ["stays      beside the tensors, and is in no output"] if plan.left_out else []
+    lines += _some([f"  {f.name}: {f.left_out}{f', {readable_bytes(f.size)}' if f.size else ''}" for f in plan.left_out])
     lines += [
         f"reads      {readable_bytes(facts['bytes_read'])}: {_number(plan.method.sweeps, 'sweep')} of "
         f"{readable_bytes(plan.sweep_bytes)} in the usual case",
@@ -326,6 +335,10 @@ def describe(plan: Plan, worker: int, free: int) -> list[str]:
         *(f"note: {note}" for note in plan.notes),
     ]
     return lines
+
+
+def _some(lines: Sequence[str]) -> list[str]:
+    return [*lines[:20], *([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])]
 
 
 def _number(count: int, what: str) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 from pcb_ray.errors import RequestError, RunError, reason_in
 
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # near the smallest that Ray accepts; what does not fit goes to disk
+MAX_TMPDIR = 107 - len("/ray/session_2026-11-27_00-00-00_000000_4194304/sockets/plasma_store.1")
+"""A socket's path has at most 107 bytes; the rest of it is Ray's."""
 AUTH_MODE, ACCELERATORS = "RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 
 
@@ -106,12 +108,30 @@ def choose_workers(workers: int | None, device: str, worker_bytes: int, chunks: 
     return workers
 
 
-def check_address(address: str | None) -> None:
-    """Raises RequestError for a cluster that can only be reached through Ray Client: owners and trials need one to be joined."""
-    if (address or os.environ.get("RAY_ADDRESS") or "").startswith("ray://"):
+def check_cluster(address: str | None) -> None:
+    """Whether a cluster can be joined at this address, or a local one started, as far as that can be told at once.
+
+    Raises RequestError for one that can only be reached through Ray Client, since owners and trials need one to be joined; and for
+    a temporary folder whose path is too long for the sockets of a local one."""
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("ray://"):
         raise RequestError(
             "--address: wanted a cluster to join, found ray://..., which is Ray Client. Fix: use `ray job submit`, or give "
             "HOST:6379 on a node of the cluster."
+        )
+    if address != "local" or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        return
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
+    folder = os.environ[variable] if variable else "/tmp"
+    if len(os.fsencode(folder)) > MAX_TMPDIR:
+        raise RequestError(
+            f"{variable}: wanted a path of at most {MAX_TMPDIR} bytes, since Ray puts sockets below it, whose paths are bounded, "
+            f"found {len(os.fsencode(folder))} bytes ({folder}). Fix: set RAY_TMPDIR to a short path, such as RAY_TMPDIR=/tmp."
+        )
+    if os.path.exists(folder) and not os.access(folder, os.W_OK):
+        raise RequestError(
+            f"{variable or 'the temporary folder'}: wanted a folder that can be written, where Ray puts sockets and logs, found "
+            f"{folder}. Fix: set RAY_TMPDIR to one that can be written."
         )
 
 
@@ -125,6 +145,12 @@ def _join(address: str) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        if address == "local":
+            raise RunError(
+                f"Ray: wanted to start it on this machine, found that it does not start: {reason_in(error)}. Fix: look after "
+                "memory, disk and the number of processes here (its logs lie in `ray` below /tmp, RAY_TMPDIR or TMPDIR), or join a "
+                "cluster with --address."
+            ) from error
         raise RunError(
             f"--address {address}: wanted a Ray cluster, found none: {reason_in(error)}. Fix: start one with `ray start --head`, "
             "set RAY_AUTH_MODE=token if it asks for a token, or leave --address out for a local one."

@@ -12,10 +12,10 @@ from typing import Any
 
 from pcb_ray.analysis import analyse
 from pcb_ray.budget import choose_block
-from pcb_ray.cluster import check_address, cluster
+from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.files.store import open_store
 from pcb_ray.methods import Known
-from pcb_ray.output.companions import side_files
+from pcb_ray.output.companions import side_files, write_side_files
 from pcb_ray.output.place import check_out, check_place
 from pcb_ray.output.state import State, asked_of, is_unfinished
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, fetched, open_inputs, plan_of
@@ -52,7 +52,7 @@ def merge(
     start = time.monotonic()
     recipe, out = Recipe.of(recipe), Path(out)
     check_place(out)
-    check_address(address)
+    check_cluster(address)
     inputs, plan = opened(recipe, max_shard_bytes, lambda plan: check_out(out, plan, overwrite=overwrite, resume=resume))
     files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
     if memory is not None:
@@ -67,6 +67,7 @@ def merge(
         placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, quiet=quiet) as session,
     ):
         startup_s = time.monotonic() - start
+        digests = write_side_files(state.staging, files)
         kept = Kept(state.found, session, start)
         known = kept.analysed(state)
         output = write_from(state.stamps, session, store, known, str(state.staging), state)
@@ -75,7 +76,7 @@ def merge(
             state,
             known,
             output,
-            files,
+            digests,
             sweeps=kept.sweeps(),
             spent=kept.spent(),
             max_shard_bytes=max_shard_bytes,

@@ -29,7 +29,7 @@ from pcb_ray.kernels import choose_kernel
 from pcb_ray.kernels.reference import Loaded, keys
 from pcb_ray.methods import Extrema, Known, Ranks, Sums
 from pcb_ray.methods.method import TensorPlace
-from pcb_ray.planning import Copied, Part, Plan, Segment
+from pcb_ray.planning import Copied, CopiedTensor, Part, Plan, Segment
 from pcb_ray.questions import (
     LARGEST_KEY,
     SAMPLE_SHIFT,
@@ -225,7 +225,9 @@ class Owner:
         for (_, dtype), run in itertools.groupby(part.segments, self._alike):
             segments = list(run)
             for one in segments:
-                if isinstance(one, Copied):
+                if isinstance(one, Copied) and self.plan.copies[one.copy].models:
+                    yield _Output(self._mean(self.plan.copies[one.copy], one), ())
+                elif isinstance(one, Copied):
                     source = self.plan.copies[one.copy].source
                     yield from (
                         _Output(data, ()) for data in self._bytes_of(source.file, source.start + one.start, source.start + one.stop)
@@ -237,6 +239,23 @@ class Owner:
                 if not finite:
                     self._refuse_output(block, rounded_B)
                 yield _Output(rounded_B.cpu().view(torch.uint8).numpy().data, block)
+
+    def _mean(self, tensor: CopiedTensor, part: Copied) -> memoryview:
+        """These bytes of the mean of statistics over the models."""
+        written = DTYPES[tensor.slot.dtype]
+        first, stop = part.start // written.itemsize, part.stop // written.itemsize
+        sum_B = torch.zeros(stop - first)
+        for source in tensor.models:
+            size = DTYPES[source.dtype].itemsize
+            pieces = self._bytes_of(source.file, source.start + first * size, source.start + stop * size)
+            sum_B += torch.cat([torch.frombuffer(piece, dtype=DTYPES[source.dtype]).float() for piece in pieces])
+        mean_B = (sum_B / torch.tensor(float(len(tensor.models)))).to(written)
+        if not bool(torch.isfinite(mean_B).all()):
+            raise InputError(
+                f"tensor {tensor.source.name}: wanted statistics whose mean over the models is a number that {tensor.slot.dtype} "
+                "can hold, found one that is not finite. Fix: repair the checkpoints, or keep the base's tensor with `exclude`."
+            )
+        return mean_B.view(torch.uint8).numpy().data
 
     def _alike(self, segment: Segment | Copied) -> tuple[tuple[float, ...], str]:
         """What neighbours must share to be merged at once: the weights and the output dtype; what is copied has neither."""

@@ -16,18 +16,25 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import fnmatch
-import glob
 import hashlib
-import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from pcb_ray.errors import RequestError
-from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, File, Tensor, open_checkpoint, safetensors_header
+from pcb_ray.files.beside import GENERATION_CONFIG, WEIGHT_SUFFIXES, Beside, has_tokenizer, is_of_tokenizer
+from pcb_ray.files.checkpoint import (
+    DTYPE_BYTES,
+    SHARDED,
+    Checkpoint,
+    File,
+    Tensor,
+    open_checkpoint,
+    safetensors_header,
+)
+from pcb_ray.files.vocabulary import check_vocabularies
+from pcb_ray.matching import match
 from pcb_ray.methods import Method, Ranks, Settings
 from pcb_ray.recipe import DTYPES, Recipe
 
@@ -61,20 +68,6 @@ class Sizes:
         return cls(chunk, sample_stride=min(max(16 * run, D // runs // run * run), 128 * run))
 
 
-# Output heads that share the weights of the input embedding in models with `tie_word_embeddings`.
-HEADS = (
-    "lm_head.weight",
-    "embed_out.weight",
-    "cls.predictions.decoder.weight",
-    "lm_head.decoder.weight",
-    "output_projection.weight",
-)
-EMBEDDINGS = (
-    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight"),
-    *("shared.weight", "embeddings.weight", "embedding.weight"),
-)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
     """Where a tensor goes: the index of its output file, the byte offset in it, the dtype."""
@@ -102,13 +95,26 @@ class MergedTensor:
         return next(source.shape for source in self.sources if source is not None)
 
 
+MEAN = "statistics, the mean over the models"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class CopiedTensor:
-    """A tensor of the base that is written as it is, and why."""
+    """A tensor of the base that is written as it is, and why; or statistics (`models`), of which the mean over these is written: in
+    float32, added in the order of the recipe, whatever lambda and lambda_i."""
 
     source: Tensor
     slot: Slot
     why: str
+    models: tuple[Tensor, ...] = ()
+
+    @property
+    def written_bytes(self) -> int:
+        return self.source.numel * DTYPE_BYTES[self.slot.dtype]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(t.nbytes for t in self.models or (self.source,))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +122,15 @@ class OutputFile:
     name: str
     header: bytes
     size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Along:
+    """A file beside the tensors that goes along into the output: the base's, or the tokenizer's from where that is taken."""
+
+    name: str
+    size: int
+    of_tokenizer: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,7 +153,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Copied:
-    """Bytes start..stop-1 of one copied tensor."""
+    """Bytes start..stop-1 of one copied tensor, or of a mean of statistics as it is written."""
 
     copy: int
     start: int
@@ -167,6 +182,11 @@ class Plan:
     dropped: tuple[str, ...]  # excluded tensors that only models have
     files: tuple[OutputFile, ...]
     sizes: Sizes
+    library: str = "transformers"
+    """Whose loader reads the output; empty if nobody says so."""
+    along: tuple[Along, ...] = ()
+    left_out: tuple[Beside, ...] = ()
+    """Files beside the tensors that stay behind, and why."""
     notes: tuple[str, ...] = dataclasses.field(compare=False, default=())
 
     @property
@@ -195,7 +215,7 @@ class Plan:
 
     @property
     def copied_bytes(self) -> int:
-        return sum(c.source.nbytes for c in self.copies)
+        return sum(c.read_bytes for c in self.copies)
 
     @property
     def written_bytes(self) -> int:
@@ -249,8 +269,8 @@ class Plan:
                 size = (cell.stop - cell.start) * itemsize
                 pieces[tensor.slot.file].append((tensor.slot.start + cell.start * itemsize, size, cell))
         for index, copy in enumerate(self.copies):
-            for start in range(0, copy.source.nbytes, self.sizes.copy_bytes):
-                stop = min(start + self.sizes.copy_bytes, copy.source.nbytes)
+            for start in range(0, copy.written_bytes, self.sizes.copy_bytes):
+                stop = min(start + self.sizes.copy_bytes, copy.written_bytes)
                 pieces[copy.slot.file].append((copy.slot.start + start, stop - start, Copied(index, start, stop)))
         for number, (file, of_file) in enumerate(zip(self.files, pieces, strict=True)):
             start, stop, segments = 0, len(file.header), list[Segment | Copied]()
@@ -330,6 +350,8 @@ class Plan:
             "bytes_per_sweep": self.sweep_bytes,
             "bytes_read": method.sweeps * self.sweep_bytes + self.copied_bytes,
             "bytes_written": self.written_bytes,
+            "files_along": [{"name": f.name, "bytes": f.size} for f in self.along],
+            "files_left_out": [{"name": f.name, "bytes": f.size, "why": f.left_out} for f in self.left_out],
             "output_files": [{"name": f.name, "bytes": f.size} for f in self.files],
             "chunks": self.chunks,
             "parts": len(self.parts),
@@ -407,45 +429,53 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
     """The plan for inputs that are open; pure. `sizes` are those that suit the model, unless given. Raises RequestError."""
     method, n = recipe.method, len(recipe.models)
     checkpoints = (inputs.base, *inputs.models)
-    notes = list(recipe.notes)
+    notes = list(dict.fromkeys([*recipe.notes, *(note for c in (*checkpoints, inputs.tokenizer) for note in c.notes)]))
     unused = [key for key in ("search", "sweep") if getattr(recipe, key) is not None]
     notes += [f"`{key}` has no effect on a merge: it is for `pcb-ray {key}`." for key in unused]
 
-    stored = [_untie(c) for c in checkpoints]
-    merged_names, copied, dropped = _match(recipe, [tensors for tensors, _, _ in stored], [c.source for c in checkpoints], notes)
-    twins = tuple((index, copy, original) for index, (_, _, pairs) in enumerate(stored) for copy, original in pairs)
-    base_tensors, tied, _ = stored[0]
+    matched = match(checkpoints, recipe.exclude, notes)
+    merged_names, copied = matched.merged, matched.copied
+    base_tensors = matched.tensors[0]
 
     D = sum(base_tensors[name].numel for name in merged_names)
     # Output: the tensors in the base's order, cut into files at the wanted size.
-    keep = set(merged_names) | set(copied)
+    keep = {*merged_names, *copied, *matched.averaged}
     dtypes = {name: base_tensors[name].dtype if name in copied else _output_dtype(recipe, base_tensors[name]) for name in keep}
     copied |= {name: "empty" for name in merged_names if base_tensors[name].numel == 0}  # nothing to merge, but the output has it
     order = [name for name in base_tensors if name in keep]
-    files, slots = _lay_out(order, base_tensors, dtypes, max_shard_bytes)
+    files, slots = _lay_out(order, base_tensors, dtypes, max_shard_bytes, inputs.base.stem)
 
     tensors, first = [], 0
     for name in merged_names:
         base = base_tensors[name]
         if name in copied:
             continue
-        sources = tuple(None if k == 0 and not method.has_base else tensors_of[name] for k, (tensors_of, _, _) in enumerate(stored))
+        sources = tuple(None if k == 0 and not method.has_base else of_one[name] for k, of_one in enumerate(matched.tensors))
         weights = tuple(recipe.weight(i, name) for i in range(n))
         tensors.append(MergedTensor(name, first, base.numel, sources, slots[name], weights))
         first += base.numel
     if any(t.dtype == "F64" for tensor in tensors for t in tensor.sources if t is not None):
         notes.append("float64 tensors are read as float32, and written as float32 unless `dtype` says otherwise")
+    along, left_out = _beside(recipe, inputs, notes)
+    if problems := check_vocabularies(inputs.base, inputs.models, inputs.tokenizer, notes):
+        raise RequestError(problems)
     made = Plan(
         recipe=recipe,
         inputs=tuple(Input(c.source, c.commit, c.files) for c in checkpoints),
         D=D,
         tensors=tuple(tensors),
-        copies=tuple(CopiedTensor(base_tensors[name], slots[name], why) for name, why in copied.items()),
-        tied=tuple(tied.items()),
-        twins=twins,
-        dropped=tuple(dropped),
+        copies=(
+            *(CopiedTensor(base_tensors[name], slots[name], why) for name, why in copied.items()),
+            *(CopiedTensor(base_tensors[name], slots[name], MEAN, models) for name, models in matched.averaged.items()),
+        ),
+        tied=tuple(matched.tied.items()),
+        twins=matched.twins,
+        dropped=matched.dropped,
         files=files,
         sizes=sizes or Sizes.of(D),
+        library=inputs.base.library,
+        along=along,
+        left_out=left_out,
         notes=tuple(notes),
     )
     problems = [
@@ -461,6 +491,40 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
     return made
 
 
+def _beside(recipe: Recipe, inputs: Inputs, notes: list[str]) -> tuple[tuple[Along, ...], tuple[Beside, ...]]:
+    """The files beside the tensors that go along, and those that stay behind. Raises RequestError if the tokenizer is nowhere."""
+    base, tokenizer = inputs.base, inputs.tokenizer
+    listed = [(one, False) for one in base.beside]
+    if tokenizer is not base:
+        theirs = [one for one in tokenizer.beside if is_of_tokenizer(one.name)]
+        names = {one.name for one in theirs}
+        if not any(has_tokenizer(one.name) for one in theirs if not one.left_out):
+            raise RequestError(
+                f"tokenizer_source: wanted a model with a tokenizer beside it, found no file of one in {tokenizer.source}. "
+                "Fix: name another model, or write `tokenizer_source: base`."
+            )
+        # What it has of generation settings is taken with it; where it has none the base's stay.
+        replaced = [is_of_tokenizer(one.name) and (one.name != GENERATION_CONFIG or one.name in names) for one in base.beside]
+        why = f"the tokenizer is taken from {tokenizer.source}"
+        listed = [(_left_out(one, why) if gone else one, False) for one, gone in zip(base.beside, replaced, strict=True)]
+        listed += [(one, True) for one in theirs]
+    if recipe.chat_template is not None:  # loaders would prefer the older form
+        listed = [(_left_out(one, "the recipe has another") if one.name == "chat_template.json" else one, k) for one, k in listed]
+    along = tuple(Along(one.name, one.size, theirs) for one, theirs in listed if not one.left_out)
+    left_out = tuple(one for one, _ in listed if one.left_out)
+    notes += [f"{one.name} does not go along: {one.left_out}" for one in left_out if one.is_surprising]
+    notes += [f"{one.name} goes along as the base has it: it is not merged" for one in along if one.name.endswith(WEIGHT_SUFFIXES)]
+    if not any(has_tokenizer(one.name) for one in along):
+        others = [c.source for c in inputs.models if any(has_tokenizer(one.name) for one in c.beside)]
+        if others:
+            notes.append(f"the output has no tokenizer, since the base has none; `tokenizer_source: {others[0]}` takes that one's")
+    return along, left_out
+
+
+def _left_out(one: Beside, why: str) -> Beside:
+    return one if one.left_out else dataclasses.replace(one, left_out=why)
+
+
 def _wrong_ranks(plan: Plan) -> list[str]:
     """Ranks that no element can have."""
     return [
@@ -474,117 +538,6 @@ def _wrong_ranks(plan: Plan) -> list[str]:
     ]
 
 
-def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:
-    """What config.json says about tied embeddings; None if it is silent."""
-    for part in (config or {}), (config or {}).get("text_config"):
-        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return None
-
-
-def _untie(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str], list[tuple[Tensor, Tensor]]]:
-    """The tensors that count, each tied one once; {name left out: name that stands for it}; stored copies that must equal their
-    original."""
-    tensors = dict(checkpoint.tensors)
-    tied: dict[str, str] = {}
-    twins: list[tuple[Tensor, Tensor]] = []
-    for name, original in checkpoint.aliases.items():
-        kept = tied.get(original, original)
-        if ties_word_embeddings(checkpoint.config) is False:
-            tensors[name] = dataclasses.replace(tensors[original], name=name)  # one storage, but the model expects both
-        elif name.endswith(EMBEDDINGS) and kept.endswith(HEADS):  # the embedding is the name that loaders look for
-            tensors[name] = dataclasses.replace(tensors.pop(kept), name=name)
-            tied = {other: name if first == kept else first for other, first in tied.items()} | {kept: name}
-        else:
-            tied[name] = kept
-    if ties_word_embeddings(checkpoint.config):
-        for head in [name for name in tensors if name.endswith(HEADS)]:
-            same = [
-                t for t in tensors.values() if t.name.endswith(EMBEDDINGS) and t.name != head and t.shape == tensors[head].shape
-            ]
-            if same:
-                original_tensor = min(
-                    same, key=lambda t: (EMBEDDINGS.index(next(e for e in EMBEDDINGS if t.name.endswith(e))), t.name)
-                )
-                twins.append((tensors.pop(head), original_tensor))
-                tied[head] = original_tensor.name
-    return tensors, tied, twins
-
-
-def _match(
-    recipe: Recipe, tensors: Sequence[Mapping[str, Tensor]], sources: Sequence[str], notes: list[str]
-) -> tuple[list[str], dict[str, str], list[str]]:
-    """The names to merge (sorted), those to copy from the base and why, and those of models that are left out."""
-    base, models = tensors[0], list(zip(tensors[1:], sources[1:], strict=True))
-    excluded = _matcher(recipe.exclude)
-    merged: list[str] = []
-    copied: dict[str, str] = {}
-    dropped: set[str] = set()
-    wrong: set[str] = set()
-    problems: list[str] = []
-    for name, tensor in sorted(base.items()):
-        if excluded(name):
-            copied[name] = "excluded"
-        elif tensor.dtype not in FLOAT_DTYPES:
-            copied[name] = "integer"
-        else:
-            merged.append(name)
-            for other, source in models:
-                if name not in other:
-                    problems.append(f"{name}: is in {sources[0]} with shape {list(tensor.shape)} but not in {source}")
-                elif other[name].shape != tensor.shape:
-                    problems.append(f"{name}: shape {list(tensor.shape)} in {sources[0]} but {list(other[name].shape)} in {source}")
-                elif other[name].dtype not in FLOAT_DTYPES:
-                    problems.append(f"{name}: dtype {tensor.dtype} in {sources[0]} but {other[name].dtype} in {source}")
-                else:
-                    continue
-                wrong.add(name)
-    for other, source in models:
-        extra = sorted(set(other) - set(base))
-        dropped.update(name for name in extra if excluded(name))
-        for name in extra:
-            if not excluded(name) and other[name].dtype in FLOAT_DTYPES:
-                problems.append(f"{name}: is in {source} with shape {list(other[name].shape)} but not in {sources[0]}")
-                wrong.add(name)
-    if problems:
-        lines = _exclude_lines(wrong, set(base) | {name for other, _ in models for name in other})
-        fix = (
-            "Fix: use models of one base, or keep the base's own tensors (and leave out what the base lacks) with\nexclude:\n"
-            + "\n".join(f"  - {json.dumps(line)}" for line in lines)
-        )
-        raise RequestError(
-            [
-                *problems[:18],
-                *([f"... and {len(problems) - 18} more mismatches"] if len(problems) > 18 else []),
-                fix,
-            ]  # 20 are shown
-        )
-    unused = [
-        pattern for pattern in recipe.exclude if not any(fnmatch.fnmatchcase(name, pattern) for other in tensors for name in other)
-    ]
-    notes += [f"exclude: {pattern!r} matches no tensor" for pattern in unused]
-    if sum(base[name].numel for name in merged) == 0:
-        excluded_count = sum(why == "excluded" for why in copied.values())
-        found = f"{len(copied)} tensors, of which {excluded_count} excluded and the rest of integer type"
-        raise RequestError(f"{sources[0]}: wanted floating-point tensors to merge, found {found}. Fix: exclude fewer tensors.")
-    return merged, copied, sorted(dropped)
-
-
-def _matcher(patterns: Iterable[str]) -> Any:
-    expressions = [re.compile(fnmatch.translate(p)) for p in patterns]
-    return lambda name: any(e.match(name) for e in expressions)
-
-
-def _exclude_lines(wrong: set[str], names: set[str]) -> list[str]:
-    """A few patterns that match these names and no others: layer numbers become `*` where that is safe."""
-    lines = set()
-    for name in wrong:
-        literal = glob.escape(name)
-        pattern = re.sub(r"\d+", "*", literal)
-        lines.add(pattern if {n for n in names if fnmatch.fnmatchcase(n, pattern)} <= wrong else literal)
-    return sorted(lines)
-
-
 def _output_dtype(recipe: Recipe, tensor: Tensor) -> str:
     if recipe.dtype is not None:
         return DTYPES[recipe.dtype]
@@ -592,9 +545,10 @@ def _output_dtype(recipe: Recipe, tensor: Tensor) -> str:
 
 
 def _lay_out(
-    order: Sequence[str], tensors: Mapping[str, Tensor], dtypes: Mapping[str, str], max_shard_bytes: int
+    order: Sequence[str], tensors: Mapping[str, Tensor], dtypes: Mapping[str, str], max_shard_bytes: int, stem: str
 ) -> tuple[tuple[OutputFile, ...], dict[str, Slot]]:
-    """Output files of at most this size (a larger tensor has a file of its own) and each tensor's place."""
+    """Output files of at most this size (a larger tensor has a file of its own) and each tensor's place. There is one file if the
+    base's loader looks for no other."""
 
     def nbytes(name: str) -> int:
         return tensors[name].numel * DTYPE_BYTES[dtypes[name]]
@@ -602,7 +556,7 @@ def _lay_out(
     shards: list[list[str]] = [[]]
     size = 0
     for name in order:
-        if shards[-1] and size + nbytes(name) > max_shard_bytes:
+        if shards[-1] and size + nbytes(name) > max_shard_bytes and stem in SHARDED:
             shards.append([])
             size = 0
         shards[-1].append(name)
@@ -616,6 +570,6 @@ def _lay_out(
         for name in names:
             slots[name] = Slot(index, at, dtypes[name])
             at += nbytes(name)
-        file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         files.append(OutputFile(file, header, at))
     return tuple(files), slots

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from pcb_ray.checks import shown, wrong
 from pcb_ray.errors import RequestError
-from pcb_ray.files.foreign import is_plain_text, strict_json
+from pcb_ray.files.foreign import is_inside, strict_json
 from pcb_ray.planning import Input, Plan
 
 RECEIPT = "pcb_receipt.json"
@@ -149,7 +149,7 @@ class Receipt:
         if len(self.inputs) != self.N + 1:
             problems.append(wrong(f"{where}: inputs", f"the base and {self.N} models", f"{len(self.inputs)} inputs", _FIX))
         names = [*self.files_sha256, *(file.name for file in self.outputs)]
-        problems += [wrong(f"{where}: a file", "a name inside the output", name, _FIX) for name in names if not _is_inside(name)]
+        problems += [wrong(f"{where}: a file", "a name inside the output", name, _FIX) for name in names if not is_inside(name)]
         return problems
 
 
@@ -168,11 +168,6 @@ def _maker(content: Mapping[str, Any]) -> str:
     versions = content.get("versions")
     version = versions.get("pcb_ray") if isinstance(versions, dict) else None
     return f" ({shown(version)})" if isinstance(version, str) else ""
-
-
-def _is_inside(name: str) -> bool:
-    parts = name.split("/")
-    return is_plain_text(name) and len(name) < 1000 and all(p not in ("", ".", "..") and len(p.encode()) < 256 for p in parts)
 
 
 _CALLED = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list", Mapping: "a table"}

@@ -37,7 +37,7 @@ MAX_DIGITS = 1 << 13  # 1:59:59 and so on is a number to YAML, and slow to read
 
 _TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "exclude", "tokenizer_source",
-    "chat_template", "search", "sweep",
+    "chat_template", "search", "sweep", "name",
 )  # fmt: skip
 _PARAMETERS = tuple(dict.fromkeys(name for method in methods.METHODS for name in (*method.parameters, "variant")))
 _HOMES = {
@@ -138,11 +138,14 @@ class Recipe:
         for key, value in checked.items():
             object.__setattr__(self, key, value)
         total = math.fsum(plain) if whole else math.nan
-        if method.has_base and len(models) > 1 and 0.95 <= total <= 1.05:
+        asked_as_there = method.variant and method.variant in method.normalize.variants.values()
+        if method.has_base and len(models) > 1 and 0.95 <= total <= 1.05 and not asked_as_there:
             notes.append(
                 f"the weights sum to {total:.3g}: `weight` is not normalised here, so each model counts for a part only. "
                 "Its default is 1 for each model; `lambda` scales the whole."
             )
+        if method.normalize.unasked and not method.variant and any(value != 1.0 for model in models for _, value in model.weight):
+            notes.append(method.normalize.unasked)
         if code is not None:
             notes.append(f"merge_method runs code of {code.file} (sha256 {code.sha256[:12]}...).")
         object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
@@ -215,16 +218,14 @@ class Recipe:
                 for name in parameters
                 if models and all(name in model.parameters for model in models)
             ]
+        if top.pop("name", None) is not None:
+            notes.append("`name` has no effect: OUT is named on the command line.")
+        top |= {key: _source(top[key], key, problems) for key in ("base_model", "tokenizer_source") if key in top}
         if int8_mask is not None:
             notes.append(_INT8_MASK)
         if normalize is not None:
             _, _, variants = _methods(top.get("merge_method", cls.merge_method), None, Path(folder), [])
-            method = next(iter(variants.values()))
-            if normalize == method.normalize.harmless:
-                notes.append(f"`normalize` has no effect: it asks for what `{method.name}` does anyway.")
-            elif method not in (_ANY_METHOD, _UNREAD_METHOD):
-                wanted = str(method.normalize.harmless).lower()
-                problems.append(wrong("parameters.normalize", wanted, normalize, method.normalize.fix))
+            _normalize(normalize, next(iter(variants.values())), parameters, problems, notes)
         if "dtype" in top and top.get("out_dtype", top["dtype"]) != top["dtype"]:
             notes.append("`out_dtype` sets the output's dtype; `dtype` has no effect, since the arithmetic is float32 always.")
         asked = {
@@ -306,6 +307,7 @@ _ANY_METHOD = Method(
     parameters={name: parameter for method in methods.METHODS for name, parameter in method.parameters.items()},
     has_base=False,
 )
+_VARIANTS = frozenset(method.variant for method in methods.METHODS if method.variant)
 _ANY = {method.variant: _ANY_METHOD for method in methods.METHODS if method.variant}
 _UNREAD_METHOD = dataclasses.replace(_ANY_METHOD)  # of the user's own: nobody knows what its parameters would be
 
@@ -335,14 +337,33 @@ def _parameters(raw: object, where: str, variants: Mapping[str, Method], problem
     given = present(raw)
     found: dict[str, Any] = {}
     default = next(iter(variants))
-    variant = choice(given.pop("variant", default), f"{where}.variant", tuple(variants), problems) if default else ""
+    variant = ""
+    if default or given.get("variant") not in _VARIANTS.difference(variants):  # those of another method are left for a note
+        asked = given.pop("variant", default)
+        variant = choice(asked, f"{where}.variant", tuple(variants), problems) if asked else ""
     method = variants.get(variant, variants[default])
     for name, parameter in method.parameters.items():
         found[name] = _value(parameter, given.pop(name, parameter.default), f"{where}.{name}", problems)
-    if default:
+    if variant or default:
         found["variant"] = variant
     _complain(given, where, method, tuple(method.parameters), problems, notes)
     return found
+
+
+def _normalize(raw: object, method: Method, parameters: dict[str, Any], problems: list[str], notes: list[str]) -> None:
+    """What mergekit's `normalize` asks for: what the method does anyway, or one of its variants, which is then asked for."""
+    means = method.normalize
+    if not isinstance(raw, bool):
+        problems.append(wrong("parameters.normalize", "true or false", raw, "write one of them, without quotes"))
+    elif raw == means.harmless:
+        notes.append(f"`normalize` has no effect: it asks for what `{method.name}` does anyway.")
+    elif raw in means.variants:
+        variant = means.variants[raw]
+        if parameters.setdefault("variant", variant) != variant:
+            which = f"`variant: {variant}`, which `normalize: {str(raw).lower()}` asks for"
+            problems.append(wrong("parameters.variant", which, parameters["variant"], "remove one of the two"))
+    elif method not in (_ANY_METHOD, _UNREAD_METHOD):
+        problems.append(wrong("parameters.normalize", str(means.harmless).lower(), raw, means.fix))
 
 
 def _value(parameter: Parameter, raw: object, where: str, problems: list[str]) -> Any:
@@ -391,7 +412,25 @@ def _entry(entry: object, where: str, default: tuple[Rule, ...], problems: list[
     weight = () if raw_weight is None else _rules(raw_weight, f"{where}.parameters.weight", problems)
     if not _matches_all(weight):  # as in mergekit: where no rule of the model matches, the recipe's own `weight` decides
         weight += default
-    return Model(says.get("model"), weight or Model.weight, own)  # type: ignore[arg-type]
+    return Model(_source(says.get("model"), f"{where}.model", problems), weight or Model.weight, own)  # type: ignore[arg-type]
+
+
+def _source(raw: object, where: str, problems: list[str], depth: int = 0) -> object:
+    """A model as text. mergekit has it in parts too: `{model: org/name, revision: main}`, or that below another `model`."""
+    if not isinstance(raw, Mapping):
+        return raw
+    keys = [key for key in ("model", "path") if raw.get(key) is not None]
+    if len(keys) != 1 or depth > 2:
+        fix = "write it as text, such as `model: org/name@revision`"
+        problems.append(wrong(where, "a model, by `model` or by `path`", raw, fix))
+        return "?"  # of which nobody complains once more
+    says = section(raw, where, ("model", "path", "revision", "lora"), problems)
+    source = _source(says[keys[0]], f"{where}.{keys[0]}", problems, depth + 1)
+    for key, sign in (("revision", "@"), ("lora", "+")):
+        if key in says:
+            part = _source(says[key], f"{where}.{key}", problems, depth + 1)
+            source = f"{source}{sign}{text(part, f'{where}.{key}', problems)}"
+    return source
 
 
 def _matches_all(rules: tuple[Rule, ...]) -> bool:
@@ -518,17 +557,7 @@ def _read_yaml(text: str | bytes) -> Any:
     if len(text) > MAX_TEXT_BYTES:
         raise RequestError(f"recipe: wanted at most {MAX_TEXT_BYTES} bytes, found more. Fix: name the recipe, not a model file.")
     try:
-        # The parser's events do not nest, so they are looked at before anything grows: libyaml's loader ends the process
-        # (a full stack) on deep nesting, aliases multiply, and on a wrong tag constructors raise whatever they like.
-        depth = 0
-        for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH or count > MAX_EVENTS:
-                raise _yaml_error("nested too deep, or too many values", event)
-            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_DIGITS and not event.value.strip("+-.:_0123456789"):
-                raise _yaml_error("a number of too many digits", event)
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
-                raise _yaml_error("aliases and tags are not taken; write the value out", event)
+        _check_events(text)
         return yaml.load(text, Loader=_Loader)
     # YAMLError: not YAML, or refused above. ValueError: a date or number that can't be (2024-99-99, 0x_, 5000 digits), or
     # text that can't be encoded. OverflowError: a date or number out of range (1:59:59 and so on).
@@ -538,3 +567,39 @@ def _read_yaml(text: str | bytes) -> Any:
         what = str(getattr(error, "problem", None) or error).partition("\n")[0]
         fix = "check indentation, colons and brackets, and put odd-looking text in quotes"
         raise RequestError(f"recipe{where}: {what[:200]}. Fix: {fix}.") from None
+
+
+def _check_events(text: str | bytes) -> None:
+    """Raises YAMLError for a text that would take long to read, or more than that.
+
+    The parser's events do not nest, so they are looked at before anything grows: libyaml's loader ends the process (a full stack)
+    on deep nesting, aliases multiply, and on a wrong tag constructors raise whatever they like."""
+    depth, count = 0, -1
+    begun: list[tuple[str, int]] = []  # the anchor of each collection that is open, and the count where it began
+    deepest = [0]  # of each that is open, how deep it goes below itself
+    sizes: dict[str, tuple[int, int]] = {}  # of each anchor what an alias stands for: how many values, how deep
+    for event in yaml.parse(text, Loader=_Loader):
+        count += 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            begun.append((event.anchor or "", count))
+            deepest.append(0)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, first = begun.pop()
+            below = deepest.pop() + 1
+            deepest[-1] = max(deepest[-1], below)
+            sizes[anchor] = (count - first, below)
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise _yaml_error("an alias of what is not known, or of what it stands in", event)
+            values, below = sizes[event.anchor]
+            count += values
+            deepest[-1] = max(deepest[-1], below)
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[event.anchor or ""] = (1, 0)
+            if len(event.value) > MAX_DIGITS and not event.value.strip("+-.:_0123456789"):
+                raise _yaml_error("a number of too many digits", event)
+        depth = len(begun) + deepest[-1]
+        if depth > MAX_DEPTH or count > MAX_EVENTS:
+            raise _yaml_error("nested too deep, or too many values", event)
+        if getattr(event, "tag", None) is not None:
+            raise _yaml_error("tags are not taken; write the value out", event)

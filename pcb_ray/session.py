@@ -80,7 +80,8 @@ class Session:
         size = 0
         for segment in self.plan.parts[number].segments:
             if isinstance(segment, Copied):
-                size += segment.stop - segment.start
+                copy = self.plan.copies[segment.copy]
+                size += copy.read_bytes * (segment.stop - segment.start) // copy.written_bytes
             else:
                 sources = self.plan.tensors[segment.tensor].sources
                 size += sum(t.nbytes * (segment.stop - segment.start) // t.numel for t in sources if t is not None)

@@ -201,7 +201,7 @@ def publish(
     state: State,
     known: Known,
     output: Output,
-    files: Mapping[str, bytes],
+    files_sha256: Mapping[str, str],
     *,
     sweeps: Sequence[Sweep],
     spent: Spent,
@@ -210,8 +210,8 @@ def publish(
     resumed: bool,
     commit: bool = True,
 ) -> Receipt:
-    """Put the files beside the tensors, the card and the receipt into the staging folder, and give it its name (unless it is part
-    of a larger output)."""
+    """Put the card and the receipt into the staging folder, which holds the tensors and other files (with these digests), and give
+    it its name (unless it is part of a larger output)."""
     plan = session.plan
     receipt = Receipt(
         version=VERSION,
@@ -242,8 +242,8 @@ def publish(
         startup_s=round(startup_s, 3),
         elapsed_s=spent.elapsed_s,
     )
-    all_files = {**files, CARD: model_card(plan, receipt.versions["pcb_ray"])}
-    receipt = replace(receipt, files_sha256=write_side_files(state.staging, all_files))
+    card = write_side_files(state.staging, {CARD: model_card(plan, receipt.versions["pcb_ray"])})
+    receipt = replace(receipt, files_sha256={**files_sha256, **card})
     (state.staging / RECEIPT).write_text(receipt.to_json())
     if commit:
         state.commit()

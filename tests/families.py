@@ -18,11 +18,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pcb_ray import Recipe, steps
 from pcb_ray.analysis import analyse
 from pcb_ray.files.store import LocalStore
 from pcb_ray.local import LocalOwners
 from pcb_ray.methods import Known
-from pcb_ray.planning import Plan, Sizes
+from pcb_ray.output.companions import side_files, write_side_files
+from pcb_ray.output.state import State, asked_of
+from pcb_ray.planning import Plan, Sizes, open_inputs, plan_of
 from pcb_ray.questions import WriteParts
 from pcb_ray.session import Session
 
@@ -155,6 +158,20 @@ def merge_locally(
     for _ in session.store("write", WriteParts(known, str(out)), range(len(plan.parts)) if parts is None else parts):
         pass
     return Local({file.name: (out / file.name).read_bytes() for file in plan.files}, session, known)
+
+
+def merged_to(out: Path, recipe: Recipe) -> Path:
+    """`out` as `merge` writes it, without Ray: the same steps."""
+    inputs, store = open_inputs(recipe), LocalStore()
+    made = plan_of(recipe, inputs)
+    with State(out, asked_of(made, steps.ARITHMETIC, {}), {}) as state:
+        files = write_side_files(state.staging, side_files(recipe, made, inputs.base, inputs.tokenizer))
+        session = Session(made, lambda plan: LocalOwners(plan, store), quiet=True)
+        known = analyse(session)
+        output = steps.write(session, store, known, str(state.staging), state)
+        measured: dict[str, Any] = {"sweeps": session.sweeps, "spent": steps.Spent(), "startup_s": 0.0, "resumed": False}
+        steps.publish(session, state, known, output, files, max_shard_bytes=5 * 10**9, **measured)
+    return out
 
 
 def small_sizes(tally_entries: int = 64, chunk_elements: int = 64, sample_run: int = 16) -> Sizes:

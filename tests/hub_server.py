@@ -123,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
                     for name, data in files.items()
                 ]
                 return self._send_json(listing)
-            siblings = [{"rfilename": name} for name in files]
+            with_sizes = "blobs=" in urlsplit(self.path).query
+            siblings = [{"rfilename": name} | ({"size": len(data)} if with_sizes else {}) for name, data in files.items()]
             return self._send_json({"id": match[1], "modelId": match[1], "sha": commit, "siblings": siblings})
         assert file is not None
         if model.gated:

@@ -183,8 +183,28 @@ def merge_ties(
     return torch.where(number_D > 0, base_D + lambda_ * agreed_D / number_D, base_D)
 
 
-def ties_agreement(tau_ND: Tensor, density: float | Sequence[float]) -> Tensor:
-    """bool [N, D]: the task keeps the element, and its tau has the sign of the sum of what all tasks keep (0 is +)."""
+def merge_ties_as_mergekit(
+    base_D: Tensor,
+    models_ND: Tensor | Sequence[Tensor],
+    weights: Weights,
+    lambda_: float,
+    density: float | Sequence[float],
+    *,
+    mean: bool,
+) -> Tensor:
+    """mergekit's `normalize`: theta_pre + lambda * (sum of lambda_i tau_i over the agreeing tasks), over the sum of their lambda_i
+    if `mean` (over 1 where that is 0)."""
+    tau_ND = task_vectors(base_D, models_ND)
+    agrees_ND = ties_agreement(tau_ND, density, weights)
+    agreed_D = add_up(torch.where(agrees_ND[i], weights[i] * tau_ND[i], 0) for i in range(len(tau_ND)))
+    total_D = add_up(torch.where(agrees_ND[i], weights[i] * torch.ones_like(tau_ND[i]), 0) for i in range(len(tau_ND)))
+    divisor_D = torch.where(total_D == 0, 1, total_D) if mean else torch.ones_like(total_D)
+    return torch.where(agrees_ND.any(dim=0), base_D + lambda_ * agreed_D / divisor_D, base_D)
+
+
+def ties_agreement(tau_ND: Tensor, density: float | Sequence[float], weights: Weights | None = None) -> Tensor:
+    """bool [N, D]: the task keeps the element, and its tau (times lambda_i, if weights are given) has the sign of the sum of what
+    all tasks keep (0 is +)."""
     N, D = tau_ND.shape
     r_N = densities(density, N, D)
     kept_ND = torch.empty_like(tau_ND, dtype=torch.bool)
@@ -192,8 +212,9 @@ def ties_agreement(tau_ND: Tensor, density: float | Sequence[float]) -> Tensor:
         magnitude_D = tau_ND[i].abs()
         t = sorted_(magnitude_D)[max(D - int(D * r_N[i]) - 1, 0)]
         kept_ND[i] = (magnitude_D >= t) & (tau_ND[i] != 0)
-    elected_D = torch.where(add_up(torch.where(kept_ND[i], tau_ND[i], 0) for i in range(N)) >= 0, 1.0, -1.0)
-    return kept_ND & (tau_ND.sign() == elected_D)
+    voting_ND = tau_ND if weights is None else torch.stack([weights[i] * tau_ND[i] for i in range(N)])
+    elected_D = torch.where(add_up(torch.where(kept_ND[i], voting_ND[i], 0) for i in range(N)) >= 0, 1.0, -1.0)
+    return kept_ND & (voting_ND.sign() == elected_D)
 
 
 def merge_state_dicts(
@@ -237,6 +258,9 @@ def merge_state_dicts(
     if method == "pcb":
         result = merge_pcb(base_D, models_ND, variant=variant, density=density, weights=lambdas, lambda_=lambda_)
         merged_D, touched_D = result.merged_D, result.kept_ND.any(dim=0)
+    elif method == "ties" and variant in ("weighted_mean", "weighted_sum"):
+        merged_D = merge_ties_as_mergekit(base_D, models_ND, lambdas, lambda_, density, mean=variant == "weighted_mean")
+        touched_D = ties_agreement(models_ND - base_D, density, lambdas).any(dim=0)
     elif method == "ties":
         merged_D = merge_ties(base_D, models_ND, lambdas, lambda_, density)
         touched_D = ties_agreement(models_ND - base_D, density).any(dim=0)

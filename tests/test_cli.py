@@ -18,9 +18,10 @@ import pytest
 import torch
 from families import Family
 
-from pcb_ray import Recipe
+from pcb_ray import Recipe, RequestError
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cli import count, main, size
+from pcb_ray.cluster import check_cluster
 from pcb_ray.methods import METHODS
 from pcb_ray.planning import plan
 
@@ -329,3 +330,19 @@ def test_a_failed_run_in_a_terminal_shows_no_traceback(family):
     assert process.returncode == 2
     assert b"pcb-ray: " in shown
     assert b"Traceback" not in shown
+
+
+def test_a_temporary_folder_where_ray_can_put_no_socket_is_told(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    for folder, part in (("/x" * 30, "wanted a path of at most"), ("/proc/self", "wanted a folder that can be written")):
+        monkeypatch.setenv("TMPDIR", folder)
+        with pytest.raises(RequestError, match=rf"^TMPDIR: {part}.*Fix: set RAY_TMPDIR"):
+            check_cluster(None)
+        check_cluster("head:6379")  # whose folders are elsewhere
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path)[:20])
+        check_cluster(None)
+        monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("RAY_TMPDIR", "/x" * 30)
+    with pytest.raises(RequestError, match=r"^RAY_TMPDIR: wanted a path of at most"):
+        check_cluster("local")

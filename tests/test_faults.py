@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from clusters import (
 from families import Family
 
 import pcb_ray as package
+from pcb_ray.cluster import MAX_TMPDIR
 from pcb_ray.planning import Copied, Plan, plan
 from pcb_ray.recipe import Recipe
 
@@ -164,6 +166,32 @@ def test_without_a_cluster_to_join_there_is_advice_and_no_state(job: Job, tmp_pa
     ), run.text
     assert "Traceback" not in run.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_told_before_anything_and_the_advice_helps(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def folder(length: int) -> str:
+        """A path of so many bytes that is not below the test's own, which may be long itself."""
+        path = Path(tempfile.mkdtemp(prefix="x", dir="/tmp"))
+        path /= "y" * (length - len(str(path)) - 1)
+        path.mkdir()
+        return str(path)
+
+    long, limit = folder(MAX_TMPDIR + 1), folder(MAX_TMPDIR)
+    try:
+        run = pcb_ray("merge", job.recipe, out, env={"TMPDIR": long})
+        assert run.process.returncode == 2, run.text
+        assert f"TMPDIR: wanted a path of at most {MAX_TMPDIR} bytes" in run.text
+        assert "Fix: set RAY_TMPDIR to a short path, such as RAY_TMPDIR=/tmp." in run.text
+        assert "--resume" not in run.text
+        assert list(tmp_path.iterdir()) == []
+        for name, env in (("advice", {"TMPDIR": long, "RAY_TMPDIR": "/tmp"}), ("limit", {"TMPDIR": limit})):
+            run = pcb_ray("merge", job.recipe, tmp_path / name, "--workers", 1, env=env)
+            assert run.process.returncode == 0, (name, run.text)
+    finally:
+        for path in (long, limit):
+            shutil.rmtree(Path(path).parent)
 
 
 # --- the driver -----------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ import torch
 from hub_server import HubServer, Model, commit_of
 from safetensors.torch import save
 
-from pcb_ray.files import companions
 from pcb_ray.files.checkpoint import open_checkpoint
 from pcb_ray.output.companions import side_files
 from pcb_ray.planning import Inputs, plan_of
@@ -95,7 +94,6 @@ def sharded(seed: int) -> dict[str, bytes]:
         **{name: json.dumps({"of": name}).encode() for name in NEEDED},
         "config.json": json.dumps({"seed": seed}).encode(),
         "modeling_custom.py": b"raise SystemExit('never run')",
-        "tokenization_custom.py": b"",
         "pytorch_model.bin": b"not wanted",
         "tf_model.h5": b"not wanted",
         "model-q4.gguf": b"GGUF",
@@ -103,32 +101,22 @@ def sharded(seed: int) -> dict[str, bytes]:
         "onnx/model.onnx": b"not wanted",
         "original/consolidated.00.pth": b"not wanted",
         "original/tokenizer.model": b"not wanted",
-        "additional_chat_templates/run.py": b"not wanted",
+        "checkpoint-10/config.json": b"not wanted",
+        ".gitattributes": b"not wanted",
     }
 
 
-# A file for each pattern of `companions`.
-COMPANION_OF = {
-    "config.json": "config.json",
-    "preprocessor_config.json": "preprocessor_config.json",
-    "processor_config.json": "processor_config.json",
-    "video_preprocessor_config.json": "video_preprocessor_config.json",
-    "generation_config.json": "generation_config.json",
-    "tokenizer*.json": "tokenizer_config.json",
-    "tokenizer*.txt": "tokenizer_words.txt",
-    "special_tokens_map.json": "special_tokens_map.json",
-    "added_tokens.json": "added_tokens.json",
-    "vocab*.json": "vocab.json",
-    "vocab*.txt": "vocab.txt",
-    "merges.txt": "merges.txt",
-    "*.model": "sentencepiece.bpe.model",
-    "*.tiktoken": "qwen.tiktoken",
-    "tekken.json": "tekken.json",
-    "chat_template*.json": "chat_template.json",
-    "chat_template*.jinja": "chat_template.jinja",
-    "additional_chat_templates/*.jinja": "additional_chat_templates/tool.jinja",
-}
-NEEDED = (*COMPANION_OF.values(), "tokenizer.json", "tokenizer.model")
+# What lies beside the tensors and goes along: what many loaders read, and what only the model's own code knows of.
+NEEDED = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "sentencepiece.bpe.model", "qwen.tiktoken", "tekken.json", "chat_template.json",
+    "chat_template.jinja", "additional_chat_templates/tool.jinja", "modeling_custom.py", "tokenization_custom.py", "LICENSE",
+    "1_Pooling/config.json", "voices/one.pt",
+)  # fmt: skip
+
+
+GPTQ = save({"l.qweight": torch.zeros(8, 8, dtype=torch.int32), "l.g_idx": torch.zeros(8, dtype=torch.int32)})
 
 
 def one(files: dict[str, bytes], **settings: Any) -> Model:
@@ -186,7 +174,7 @@ MODELS = {
     "org/local": one({"model.safetensors": save({"x": torch.ones(3)})}),
     "org/gated": one({"model.safetensors": save({"x": torch.ones(3)})}, gated=True),
     "org/adapter": one({"adapter_config.json": b"{}", "adapter_model.safetensors": save({"x": torch.ones(3)})}),
-    "org/gptq": one({"config.json": b'{"quantization_config": {"quant_method": "gptq"}}', "model.safetensors": b""}),
+    "org/gptq": one({"config.json": b'{"quantization_config": {"quant_method": "gptq"}}', "model.safetensors": GPTQ}),
     "org/cut": one({"model.safetensors": save({"x": torch.ones(50_000)})[:-9]}),
     "org/empty": one({"model.safetensors": b""}),
     "org/escape": one({"model.safetensors.index.json": b'{"weight_map": {"x": "../../x.safetensors"}}'}),
@@ -209,7 +197,7 @@ REFUSED = {
     "org/tagged@v9": "no such revision",
     "org/gated": "gated on 127.0.0.1",
     "org/adapter": "LoRA adapter",
-    "org/gptq": "'gptq'",
+    "org/gptq": "quantised by GPTQ",
     "org/cut": "wanted 200000 bytes of data, as in the header, found 199991",
     "org/empty": "of at least 10 bytes, found 0 bytes",
     "org/escape": "'../../x.safetensors'",
@@ -339,14 +327,13 @@ def test_a_download_takes_the_needed_files_only_and_serves_when_the_hub_is_gone(
 
 
 def test_every_file_beside_the_tensors_that_is_fetched_is_copied_too_and_the_other_way_round(opened: Opened) -> None:
-    assert COMPANION_OF.keys() == {*companions.COMPANIONS}
     folder = Path(opened.results["org/whole download"]["folder"])
     fetched = {name for name in opened.hub.fetched("org/whole") if "safetensors" not in name}
     recipe = Recipe.from_dict({"merge_method": "linear", "models": [{"model": str(folder)}]})
     base = open_checkpoint(str(folder))
     copied = side_files(recipe, plan_of(recipe, Inputs(base, (base,), base)), base, base)
     assert copied.keys() - {"pcb_recipe.yaml"} == fetched == {*NEEDED}
-    assert all(copied[name] == (folder / name).read_bytes() for name in fetched - {"config.json"})
+    assert all(copied[name] == folder / name for name in fetched - {"config.json"})
 
 
 def test_a_revision_is_a_branch_a_tag_a_pull_request_or_a_commit(opened: Opened) -> None:

@@ -32,7 +32,7 @@ StateDict = dict[str, Tensor]
 def method_of(name: str) -> dict[str, str]:
     """The arguments of merge_state_dicts (and of the oracle's) for one of METHODS."""
     method, _, variant = name.partition("-")
-    return {"method": method, "variant": variant or "pairwise"}
+    return {"method": method, **({"variant": variant} if variant else {})}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -125,7 +125,7 @@ def assert_is_the_merge(
 ) -> None:
     """All of the base's floating tensors, merged as the oracle merges them; float64 is written as float32 unless `dtype` says
     otherwise."""
-    method, variant = method_of(name).values()
+    method, _, variant = name.partition("-")
     assert list(out) == list(base)
     names = sorted(n for n in base if base[n].is_floating_point())
     for n in names:
@@ -163,9 +163,18 @@ def assert_is_the_merge(
         want_D = oracle.merge_task_arithmetic(base_D, models_ND, weights_ND, lambda_)
         size_D = base_D.abs() + abs(lambda_) * terms_ND.abs().sum(dim=0)
     else:
-        want_D = oracle.merge_ties(base_D, models_ND, weights_ND, lambda_, density)
         size_D = base_D.abs() + abs(lambda_) * terms_ND.abs().sum(dim=0)
-        untouched_D = ~oracle.ties_agreement(models_ND - base_D, density).any(dim=0)
+        if variant:
+            is_mean = variant == "weighted_mean"
+            want_D = oracle.merge_ties_as_mergekit(base_D, models_ND, weights_ND, lambda_, density, mean=is_mean)
+            agrees_ND = oracle.ties_agreement(models_ND - base_D, density, weights_ND)
+            if is_mean:  # weights of unlike signs may nearly cancel
+                total_D = torch.where(agrees_ND, weights_ND, 0.0).sum(dim=0).abs()
+                size_D = size_D / torch.where(total_D == 0, 1.0, total_D).clamp(max=1.0)
+        else:
+            want_D = oracle.merge_ties(base_D, models_ND, weights_ND, lambda_, density)
+            agrees_ND = oracle.ties_agreement(models_ND - base_D, density)
+        untouched_D = ~agrees_ND.any(dim=0)
         rounded_D = torch.cat([base[n].to(out[n].dtype).float().reshape(-1) for n in names])
         assert torch.equal(merged_D[untouched_D].view(torch.int32), rounded_D[untouched_D].view(torch.int32))
     assert ((merged_D - want_D).abs() <= 16 * EPS32 * size_D + ulp + 1e-44).all()
@@ -184,9 +193,7 @@ def small_models(draw: st.DrawFn) -> tuple[StateDict, list[StateDict]]:
     with ties, of one size, zero, sparse."""
     n = draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**40)))
-    shapes = draw(
-        st.lists(st.sampled_from([(), (0,), (1,), (3,), (0, 4), (40,), (7, 5), (2, 3, 4), (60, 9)]), min_size=1, max_size=5)
-    )
+    shapes = draw(st.lists(st.sampled_from([(), (1,), (3,), (0, 4), (40,), (7, 5), (2, 3, 4), (60, 9)]), min_size=1, max_size=5))
     shapes.append(draw(st.sampled_from([(1,), (), (300,), (16, 33)])))  # not all empty
     one_dtype = draw(st.sampled_from([None, torch.float32, torch.bfloat16]))
     kinds = [draw(st.sampled_from(["normal", "grid", "constant", "base", "sparse", "copy"])) for _ in range(n)]

@@ -134,8 +134,25 @@ def test_all_that_is_in_the_way_is_told_at_once(family, monkeypatch):
     assert len(found) == 3
     assert "exists" in found[0]
     assert "inside or around" in found[1]
-    assert f"needs {made.written_bytes:,} bytes" in found[2]
+    assert f"needs {made.written_bytes + sum(f.size for f in made.along):,} bytes" in found[2]
     assert "1,000 free" in found[2]
+
+
+def test_a_mount_point_is_told_with_a_folder_below_it_before_anything_is_computed(family):
+    made, mount = planned(family(1)), Path("/dev/shm")
+    assert mount.is_mount()
+    (problem,) = problems_of(mount, made, overwrite=True)
+    assert "found a mount point, which stays where it is. Fix: name a folder below it, such as /dev/shm/merged" in problem
+    assert "--resume" not in problem
+    assert problems_of(mount / "merged", made) == ()
+
+
+def test_a_name_too_long_for_the_state_beside_it_is_told(family, tmp_path):
+    made = planned(family(1))
+    assert problems_of(tmp_path / ("x" * 246), made) == ()
+    (problem,) = problems_of(tmp_path / ("x" * 247), made)
+    assert "has at most 255 bytes, found 256. Fix: choose a shorter name" in problem
+    assert len(problems_of(tmp_path / ("x" * 300), made)) == 1
 
 
 def test_what_a_resumed_run_has_on_disk_counts_as_room(family, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from families import Family, merge_locally, small_engine
+from families import Family, merge_locally, merged_to, small_engine
 from torch import Tensor
 
 from pcb_ray import Recipe, RequestError, merge_state_dicts, verify
@@ -28,15 +28,12 @@ from pcb_ray.files.store import LocalStore
 from pcb_ray.kernels.reference import TorchKernel
 from pcb_ray.local import LocalOwners
 from pcb_ray.methods import METHODS, Settings
-from pcb_ray.output.companions import side_files
-from pcb_ray.output.state import State, asked_of
 from pcb_ray.owner import Owner
 from pcb_ray.planning import open_inputs, plan, plan_of
 from pcb_ray.progress import readable_bytes
 from pcb_ray.searching.building import CheckLinear
 from pcb_ray.searching.run import LINEAR_WITHIN
 from pcb_ray.session import Session
-from pcb_ray.steps import ARITHMETIC, Spent, publish, write
 
 HEAD = "import torch\nfrom pcb_ray.methods import *\n"
 ROOT = Path(__file__).parent.parent
@@ -301,20 +298,6 @@ own = Method(
 
 def trimmed(noise: str = "1.0", tolerance: float = 0.0) -> str:
     return TRIMMED.replace("NOISE", noise).replace("TOLERANCE", str(tolerance))
-
-
-def merged_to(out: Path, recipe: Recipe) -> Path:
-    """`out` as `merge` writes it, without Ray: the same steps."""
-    inputs, store = open_inputs(recipe), LocalStore()
-    made = plan_of(recipe, inputs)
-    with State(out, asked_of(made, ARITHMETIC, {}), {}) as state:
-        session = Session(made, lambda plan: LocalOwners(plan, store))
-        known = analyse(session)
-        output = write(session, store, known, str(state.staging), state)
-        files = side_files(recipe, made, inputs.base, inputs.tokenizer)
-        measured: dict[str, Any] = {"sweeps": session.sweeps, "spent": Spent(), "startup_s": 0.0, "resumed": False}
-        publish(session, state, known, output, files, max_shard_bytes=5 * 10**9, **measured)
-    return out
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from pcb_ray import Recipe, RequestError
 from pcb_ray.budget import CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK, choose_block, worker_bytes
 from pcb_ray.files.checkpoint import DTYPE_BYTES
-from pcb_ray.methods import variants_of
+from pcb_ray.methods import names, variants_of
 from pcb_ray.planning import Plan, Sizes, plan
 
 
@@ -80,6 +80,38 @@ def test_segments_cover_every_element_once_in_order(family):
                 assert 0 <= segment.start < segment.stop <= tensor.numel
                 at = tensor.first + segment.stop
             assert at == stop
+
+
+def empties(state: dict[str, torch.Tensor], shape: tuple[int, ...] = (0,)) -> dict[str, torch.Tensor]:
+    """What ZeRO-3 saves of what was not gathered."""
+    return {name: torch.empty(shape, dtype=t.dtype) if t.ndim == 2 else t for name, t in state.items()}
+
+
+@pytest.mark.parametrize("method", names())
+@pytest.mark.parametrize("broken", ["base", "model1"])
+@pytest.mark.parametrize("shape", [(0,), (0, 32)])
+def test_tensors_without_elements_are_a_broken_checkpoint(tmp_path, method, broken, shape):
+    base, models = families.fine_tuned(2)
+    if broken == "base":
+        base = empties(base, shape)
+    else:
+        models[1] = empties(models[1], shape)
+    one = Family(tmp_path, base, models)
+    with pytest.raises(RequestError) as caught:
+        plan(one.recipe(merge_method=method))
+    (problem,) = caught.value.problems
+    assert f"/{broken}: wanted whole tensors, found 8 of 11 without elements (" in problem
+    assert "it is broken. Fix: gather its weights and save it again" in problem
+    assert "exclude" not in problem
+
+
+def test_a_whole_family_saved_without_gathering_is_broken_too(tmp_path):
+    base, models = families.fine_tuned(2)
+    one = Family(tmp_path, empties(base), [empties(model) for model in models])
+    with pytest.raises(RequestError, match="it is broken") as caught:
+        plan(one.recipe())
+    assert len(caught.value.problems) == 3
+    plan(one.recipe(exclude=["*proj*", "*embed*", "*head*"]))  # who says that they are to stay as they are, may
 
 
 def test_integers_excluded_and_empty_tensors_are_copied_and_told_apart(family, tmp_path):
@@ -200,8 +232,8 @@ def test_the_proposed_exclude_lines_make_the_plan_succeed_and_exclude_no_more_th
 
 
 def test_a_hundred_mismatches_still_show_the_lines_that_mend_them(family):
-    shapes = {f"layers.{k}.{part}.weight": (4,) for k in range(50) for part in ("q", "k", "v")}
-    one = family(1, shapes=shapes)
+    shapes = {f"layers.{k}.{part}.weight": (4,) for k in range(50) for part in ("q", "k")}
+    one = family(1, shapes=shapes | {f"layers.{k}.v.weight": (2, 2) for k in range(50)})
     for k in range(50):
         del one.models[0][f"layers.{k}.q.weight"]
         one.models[0][f"layers.{k}.k.weight"] = torch.ones(5)

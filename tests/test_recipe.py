@@ -307,15 +307,69 @@ def test_out_dtype_decides_and_differing_dtypes_are_noted():
     assert read(out_dtype="fp16").dtype == "float16"
 
 
+def test_a_model_in_parts_as_mergekit_has_it_is_the_same_as_one_line():
+    parts = layout(
+        base_model={"model": {"path": "org/base", "revision": "main"}},
+        models=[{"model": {"model": "org/a", "revision": "v1"}}, {"model": {"path": "org/b"}}, "c"],
+        tokenizer_source={"model": "org/b"},
+    )
+    line = layout(base_model="org/base@main", models=["org/a@v1", "org/b", "c"], tokenizer_source="org/b")
+    assert Recipe.from_dict(parts) == Recipe.from_dict(line)
+    assert Recipe.from_dict(layout(models=[{"model": {"model": "a", "lora": {"path": "l"}}}])).models[0].source == "a+l"
+
+
+def test_anchors_and_merge_keys_are_read():
+    text = """
+    base_model: b
+    name: my-merge
+    models:
+      - model: a
+        parameters: &own {weight: 0.5}
+      - model: c
+        parameters: {<<: *own}
+      - {model: d, parameters: *own}
+    """
+    recipe = Recipe.from_yaml(text)
+    assert [model.weight for model in recipe.models] == [((None, 0.5),)] * 3
+    assert any("`name` has no effect" in note for note in recipe.notes)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [False, True])
-def test_normalize_passes_only_where_it_asks_for_what_is_done(method: str, value: bool):
+def test_normalize_is_what_mergekit_means_by_it_or_is_refused(method: str, value: bool):
     asked = layout(merge_method=method, parameters={"normalize": value})
-    if value == (method == "linear"):
+    if method == "ties":
+        assert Recipe.from_dict(asked).method.variant == ("weighted_mean" if value else "weighted_sum")
+    elif value == (method == "linear"):
         assert "normalize" in "\n".join(Recipe.from_dict(asked).notes)
     else:
         assert "normalize" in the_problem(asked)
-    assert "normalize" in the_problem(asked | {"parameters": {"normalize": "yes"}})
+    for wrong in ("yes", 1, [True]):
+        assert "normalize: wanted true or false, found" in the_problem(asked | {"parameters": {"normalize": wrong}})
+
+
+def test_normalize_of_ties_and_a_variant_may_not_contradict_each_other():
+    same = Recipe.from_dict(layout(merge_method="ties", parameters={"normalize": True, "variant": "weighted_mean"}))
+    assert same == Recipe.from_dict(layout(merge_method="ties", parameters={"variant": "weighted_mean"}))
+    assert Recipe.from_yaml(same.to_yaml()) == same
+    asked = layout(merge_method="ties", parameters={"normalize": True, "variant": "weighted_sum"})
+    assert "wanted `variant: weighted_mean`, which `normalize: true` asks for, found 'weighted_sum'" in the_problem(asked)
+    assert "wanted weighted_mean | weighted_sum, found 'median'" in the_problem(
+        layout(merge_method="ties", parameters={"variant": "median"})
+    )
+
+
+def test_ties_without_normalize_says_how_it_differs_from_mergekits():
+    weighted = [{"model": "a", "parameters": {"weight": 0.5}}, {"model": "b"}]
+    note = "In mergekit `normalize: true` (its default) divides by the sum of their weights"
+    assert note in "\n".join(Recipe.from_dict(layout(merge_method="ties", models=weighted)).notes)
+    halves = [{"model": name, "parameters": {"weight": 0.5}} for name in "ab"]
+    for value in (True, False):
+        assert Recipe.from_dict(layout(merge_method="ties", models=halves, parameters={"normalize": value})).notes == ()
+    for models, parameters in ((weighted, {"normalize": True}), (weighted, {"normalize": False}), (["a", "b"], {})):
+        recipe = Recipe.from_dict(layout(merge_method="ties", models=models, parameters=parameters))
+        assert note not in "\n".join(recipe.notes)
+    assert "variant" not in Recipe.from_dict(layout(merge_method="ties")).parameters
 
 
 # --------------------------------------------------------------------------------------- what is refused
@@ -412,8 +466,8 @@ def test_a_key_in_the_wrong_place_is_told_where_it_belongs(asked: dict[str, Any]
         (layout(dtype="float64"), "float32"),
         (layout(out_dtype="float64"), "float32"),
         (layout(dtype="int8"), "bfloat16"),
-        (layout(base_model={"model": "x"}), "on one line"),
-        (layout(models=[{"model": {"path": "x"}}]), "on one line"),
+        (layout(base_model={"name": "x"}), "write it as text, such as `model: org/name@revision`"),
+        (layout(models=[{"model": {"path": "x", "model": "y"}}]), "write it as text"),
         (layout(merge_method="dare_ties"), "`ties` is the nearest"),
         (layout(merge_method="slerp"), "`linear` is the nearest"),
         (layout(merge_method="linaer"), "`linear`"),
@@ -540,7 +594,8 @@ def test_messages_show_neither_huge_values_nor_secrets():
         ("a: 'x", 1, 6),
         ("a: *x", 1, 4),
         ("x: 1\na: &a [*a]", 2, 8),
-        ("a: &a 1\nb: *a", 2, 4),
+        ("a: &a [*a]", 1, 8),
+        ("b: *a", 1, 4),
         ("models: [a]\nx: !!python/object/apply:os.system [ls]", 2, 4),
         ("x: !!set {a}", 1, 4),
         ("x: !!binary aGk=", 1, 4),

@@ -11,17 +11,19 @@ import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pcb_ray.errors import RequestError
 from pcb_ray.files import hub
+from pcb_ray.files.beside import CONFIG, Beside, beside, sizes_in
 from pcb_ray.files.foreign import (
     ANEW,
     MAX_JSON_BYTES,
     clip,
+    is_inside,
     is_plain_text,
     mismatch,
     open_regular,
@@ -30,6 +32,7 @@ from pcb_ray.files.foreign import (
     some,
     strict_json,
 )
+from pcb_ray.files.quantised import parts_of, quantisation_in, quantised
 from pcb_ray.files.safetensors import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
@@ -50,9 +53,13 @@ __all__ = [
 
 _HUB_FIRST_BYTES = 1 << 16  # The first request for a file asks for so many: a header of these describes some 500 tensors.
 _HUB_CONNECTIONS = 8
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 _T = TypeVar("_T")
+
+
+def _nothing(name: str) -> bytes:
+    raise RequestError(f"{name}: {mismatch('a file beside the tensors', 'a model that has none', 'give a folder')}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,23 @@ class Checkpoint:
     files: tuple[File, ...]
     config: dict[str, Any] | None
     commit: str | None
+    beside: tuple[Beside, ...] = ()
+    """The other files of its folder, those that are left out of an output included."""
+    notes: tuple[str, ...] = ()
+    """What is odd about it, and no mistake."""
+    stem: str = "model"
+    """Of the name that its loader looks for: `stem.safetensors`, or numbered parts of it."""
+    read: Callable[[str], bytes] = field(default=_nothing, repr=False, compare=False)
+    """The content of a small file of it, by its path in it. Raises RequestError."""
+
+    @property
+    def library(self) -> str:
+        """Whose loader reads its config: transformers, diffusers, or another (empty)."""
+        if self.config is None:
+            return ""
+        if "_class_name" in self.config or "_diffusers_version" in self.config:
+            return "diffusers"
+        return "" if {"model_type", "architectures", "auto_map"}.isdisjoint(self.config) else "transformers"
 
 
 # ---------------------------------------------------------------------------------------------------- opening
@@ -110,7 +134,7 @@ def open_checkpoint(source: str, relative_to: Path = Path("."), *, download: boo
     if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
         fix = "name a file of these, or a folder"
         raise RequestError(f"{path}: {mismatch('a .safetensors or .bin file', f'the suffix {path.suffix!r}', fix)}")
-    return _checkpoint(source, None, [_read_file(path)], None, None, [])
+    return _checkpoint(source, None, [_read_file(path)], None, None, [], [], [], path.stem, _nothing)
 
 
 def _open_folder(folder: Path, source: str, commit: str | None) -> Checkpoint:
@@ -118,12 +142,20 @@ def _open_folder(folder: Path, source: str, commit: str | None) -> Checkpoint:
         names = {name for name in os.listdir(folder) if os.path.isfile(folder / name)}
     except OSError as error:
         raise RequestError(os_problem(folder, error)) from None
-    problems, config, layout = _survey(str(folder), names, lambda name: _read_small(folder / name))
+    read = partial(_read_within, folder)
+    survey = _survey(str(folder), names, read)
+    problems, layout = survey.problems, survey.layout
     contents: list[FileContents] = []
+    notes: list[str] = []
     if layout is not None:
         contents = _gather(problems, (partial(_read_file, folder / name) for name in layout.files))
-        problems += _index_problems(str(folder), layout, contents)
-    return _checkpoint(source, folder, contents, config, commit, problems)
+        contents = _by_index(str(folder), layout, contents, survey.config, problems, notes)
+    others: list[Beside] = []
+    for sizes, lead_out in _gather(problems, [partial(sizes_in, folder)]):
+        others += (one for one in lead_out if one.name not in survey.own_files)
+        others += beside(sizes, survey.own_files, survey.parts)
+    stem = "" if layout is None else layout.stem
+    return _checkpoint(source, folder, contents, survey.config, commit, problems, others, notes, stem, read)
 
 
 def _open_hub(source: str, path: Path, download: bool) -> Checkpoint:
@@ -159,22 +191,22 @@ def _open_hub(source: str, path: Path, download: bool) -> Checkpoint:
         tensors, _, raw = parse_header(where, size, partial(read_range, 0))
         return contents_of(where, tensors, raw)
 
-    problems, config, layout = _survey(model.where, set(model.names), read_small)
-    problems += _kind_problems(source, [], config)
-    absent = [name for name in layout.files if name not in model.names] if layout else []
+    survey = _survey(model.where, set(model.sizes), read_small)
+    problems, layout = survey.problems, survey.layout
+    absent = [name for name in layout.files if name not in model.sizes] if layout else []
     problems += [
         f"{model.where}: {mismatch(f'{show(name)}, which its index names', 'no such file', 'mend the index')}" for name in absent
     ]
     if problems or layout is None:
         raise RequestError(problems)
+    others, notes = beside(model.sizes, survey.own_files, survey.parts), list[str]()
     if download:
-        names = layout.files if layout.index_name is None else [*layout.files, layout.index_name]
-        folder = model.download(names, parts[2])
+        folder = model.download([*survey.own_files, *(one.name for one in others if not one.left_out)], parts[2])
         return _open_folder(folder, source, folder.name)
     with ThreadPoolExecutor(_HUB_CONNECTIONS) as pool:
         contents = _gather(problems, [pool.submit(read_contents, name).result for name in layout.files])
-    problems += _index_problems(model.where, layout, contents)
-    return _checkpoint(source, None, contents, config, model.commit, problems)
+    contents = _by_index(model.where, layout, contents, survey.config, problems, notes)
+    return _checkpoint(source, None, contents, survey.config, model.commit, problems, others, notes, layout.stem, read_small)
 
 
 def _checkpoint(
@@ -184,6 +216,10 @@ def _checkpoint(
     config: dict[str, Any] | None,
     commit: str | None,
     problems: Sequence[str],
+    others: Sequence[Beside],
+    notes: Sequence[str],
+    stem: str,
+    read: Callable[[str], bytes],
 ) -> Checkpoint:
     """Make the checkpoint of these files, or raise the problems found so far with those that its kind has."""
     tensors = {name: tensor for one in contents for name, tensor in one.tensors.items()}
@@ -193,36 +229,29 @@ def _checkpoint(
         problems.append(f"model {source}: {mismatch('tensors', 'none at all', 'name a model that holds some')}")
     if problems:
         raise RequestError(problems)
-    return Checkpoint(source, folder, tensors, aliases, tuple(one.file for one in contents), config, commit)
+    files = tuple(one.file for one in contents)
+    notes = list(notes)
+    if method := quantisation_in(config):
+        notes.append(
+            f"{source}: config.json says that it is quantised ({show(method)}), which no tensor is: it is taken as left over from "
+            "a training, and is not in the output's"
+        )
+    return Checkpoint(source, folder, tensors, aliases, files, config, commit, tuple(others), tuple(notes), stem, read)
 
 
 def _kind_problems(source: str, tensors: Collection[Tensor], config: dict[str, Any] | None) -> list[str]:
-    problems: list[str] = []
-    wanted, fix = "floating-point tensors", "give the model in bfloat16, float16 or float32"
-    quantised = _quantization(config)
-    if quantised is not None:
-        found = f"a quantised model ({show(quantised)} in the quantization_config of config.json), which is not supported"
-        problems.append(f"model {source}: {mismatch(wanted, found, fix)}")
-    packed = [t for t in tensors if t.name.endswith(_PACKED_SUFFIXES) and t.dtype not in FLOAT_DTYPES]
-    if packed and quantised is None:
-        found = f"{len(packed)} of packed integers (first: {show(packed[0].name)}), a quantised model, which is not supported"
-        problems.append(f"model {source}: {mismatch(wanted, found, fix)}")
+    problems = [] if (problem := quantised(source, tensors, config)) is None else [problem]
+    if states := [t for t in tensors if _OF_OPTIMIZER.search(t.name)]:
+        found = f"states of an optimizer among them (first: {show(states[0].name)})"
+        fix = "save the model apart from its training (transformers: save_pretrained), and give that"
+        problems.append(f"model {source}: {mismatch('tensors of a model', found, fix)}")
     if lora := [t for t in tensors if _LORA_NAME.search(t.name)]:
         problems.append(_adapter_problem(source, f" ({len(lora)} of its tensors, first: {show(lora[0].name)})"))
     return problems
 
 
-_PACKED_SUFFIXES = (".qweight", ".qzeros", ".weight_packed", ".SCB", ".absmax")
+_OF_OPTIMIZER = re.compile(r"(^|[./])(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|optimizer|optimizer_state)([./]|$)")
 _LORA_NAME = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
-
-
-def _quantization(config: dict[str, Any] | None) -> str | None:
-    """Return the method that a config's quantization_config names (also a text part's), or None where there is none."""
-    for part in (config or {}, (config or {}).get("text_config")):
-        if isinstance(part, dict) and part.get("quantization_config"):
-            settings = part["quantization_config"]
-            return str(settings.get("quant_method", "no method named") if isinstance(settings, dict) else "not a table")
-    return None
 
 
 def _adapter_problem(source: str, which: str = "") -> str:
@@ -244,14 +273,52 @@ class _Layout(NamedTuple):
     files: list[str]
     index_name: str | None
     weight_map: dict[str, str]
+    stem: str
 
 
-def _survey(where: str, names: set[str], read: Callable[[str], bytes]) -> tuple[list[str], dict[str, Any] | None, _Layout | None]:
-    """Tell problems, config and layout of a folder or Hub model with files of these names, from its small files."""
+class _Survey(NamedTuple):
+    """What the small files of a model say, and what is wrong with them."""
+
+    problems: list[str]
+    config: dict[str, Any] | None
+    layout: _Layout | None
+    parts: tuple[str, ...]
+    """The subfolders that its loader reads too."""
+
+    @property
+    def own_files(self) -> list[str]:
+        """The files that hold its tensors, and their index."""
+        if self.layout is None:
+            return []
+        return [*self.layout.files, *([] if self.layout.index_name is None else [self.layout.index_name])]
+
+
+def _survey(where: str, names: set[str], read: Callable[[str], bytes]) -> _Survey:
+    """Tell what a folder or Hub model with files of these names holds, from its small files."""
     problems: list[str] = []
-    configs = _gather(problems, [partial(_read_config, where, read)] if "config.json" in names else [])
+    configs = _gather(problems, [partial(_read_config, where, read)] if CONFIG in names else [])
     layouts = _gather(problems, [partial(_choose_files, where, names, read)])
-    return problems, configs[0] if configs else None, layouts[0] if layouts else None
+    parts = _gather(problems, [partial(_read_modules, where, read)] if _MODULES in names else [])
+    return _Survey(problems, configs[0] if configs else None, layouts[0] if layouts else None, parts[0] if parts else ())
+
+
+_MODULES = "modules.json"
+
+
+def _read_modules(where: str, read: Callable[[str], bytes]) -> tuple[str, ...]:
+    """The subfolders of sentence-transformers' list of modules: `[{"idx": 1, "path": "1_Pooling", "type": ...}, ...]`."""
+    modules = strict_json(f"{where}/{_MODULES}", read(_MODULES))
+    wanted = "a list of modules, each with the `path` of its folder"
+    if not isinstance(modules, list):
+        raise RequestError(f"{where}/{_MODULES}: {mismatch(wanted, show(modules), ANEW)}")
+    paths: list[str] = []
+    for module in modules:
+        path = module.get("path") if isinstance(module, dict) else None
+        path = path.removeprefix("./").removesuffix("/") if isinstance(path, str) else None
+        if path is None or not (path == "" or is_inside(path)):
+            raise RequestError(f"{where}/{_MODULES}: {mismatch(wanted, show(module), ANEW)}")
+        paths += [path] if path else []
+    return tuple(paths)
 
 
 def _read_config(where: str, read: Callable[[str], bytes]) -> dict[str, Any]:
@@ -261,28 +328,38 @@ def _read_config(where: str, read: Callable[[str], bytes]) -> dict[str, Any]:
     return config
 
 
+# By the stem of its safetensors file, the file of torch.save that stands for it: transformers, diffusers, and Mistral's own.
+SHARDED = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model", "consolidated": ""}
+"""Stems of files that loaders also look for in parts, with an index that names them."""
+
+
 def _choose_files(where: str, names: set[str], read: Callable[[str], bytes]) -> _Layout:
-    """Choose one format among the files of a model's folder, safetensors before `.bin`; never both."""
+    """Choose one layout among the files of a model's folder, safetensors before files of torch.save; never two."""
     top = {name for name in names if "/" not in name and is_plain_text(name)}
-    for single, suffix in (("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin")):
-        index = f"{single}.index.json"
-        if index in top:
-            weight_map = _read_index(f"{where}/{index}", read(index), suffix)
-            files = sorted(set(weight_map.values()))
-            if single in top and single not in files:
-                found = f"both {single} and {index}"
-                raise RequestError(f"{where}: {mismatch('one model', found, 'remove the one that is not meant')}")
-            return _Layout(files, index, weight_map)
-        if single in top:
-            return _Layout([single], None, {})
+    for suffix in (".safetensors", ".bin"):
+        for stem, of_torch in SHARDED.items():
+            single = f"{stem if suffix == '.safetensors' else of_torch}{suffix}"
+            index = f"{single}.index.json"
+            if index in top:
+                weight_map = _read_index(f"{where}/{index}", read(index), suffix)
+                files = sorted(set(weight_map.values()))
+                if single in top and single not in files:
+                    found = f"both {single} and {index}"
+                    raise RequestError(f"{where}: {mismatch('one model', found, 'remove the one that is not meant')}")
+                return _Layout(files, index, weight_map, stem)
+            if single in top:
+                return _Layout([single], None, {}, stem)
         if suffix == ".safetensors":
             others = sorted(n for n in top if n.endswith(suffix) and not n.startswith("adapter_model."))
-            shard = len(others) == 1 and re.search(r"-(\d+)-of-(\d+)\.safetensors$", others[0])
-            if len(others) == 1 and not (shard and int(shard[2]) > 1):
-                return _Layout(others, None, {})
+            shard = re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", others[0]) if len(others) == 1 else None
+            if len(others) == 1 and not (shard and int(shard[3]) > 1):
+                return _Layout(others, None, {}, shard[1] if shard else others[0].removesuffix(suffix))
             if others and not top & {"pytorch_model.bin", "pytorch_model.bin.index.json"}:
                 found = f"{len(others)} .safetensors files ({some(others)}) and none that says which belong together"
-                raise RequestError(f"{where}: {mismatch(index, found, 'add the index, or name one file')}")
+                raise RequestError(f"{where}: {mismatch('model.safetensors.index.json', found, 'add the index, or name one file')}")
+    if "model_index.json" in top:
+        found, fix = "a pipeline of diffusers", "name the folder of the part that is to be merged, such as `unet` or `transformer`"
+        raise RequestError(f"{where}: {mismatch('a model', found, f'{fix} below it, in the base and in the models')}")
     if "adapter_config.json" in top or any(name.startswith("adapter_model.") for name in top):
         raise RequestError(_adapter_problem(where))
     if any(name.endswith(".gguf") for name in top):
@@ -299,7 +376,7 @@ def _read_index(where: str, raw: bytes, suffix: str) -> dict[str, str]:
     problems = []
     for file in {v: None for v in weight_map.values() if isinstance(v, str)}:
         # A name is judged by its text, and links are followed: in the Hub's cache every file is a link to `../../blobs`.
-        if not is_plain_text(file) or "\\" in file or {"", ".", ".."} & set(file.split("/")):
+        if not is_inside(file):
             problems.append(f"{where}: {mismatch('shards in its own folder or below it', show(file), 'mend the index')}")
         elif not file.endswith(suffix):
             problems.append(f"{where}: {mismatch(f'{suffix} files', show(file), 'mend the index')}")
@@ -313,25 +390,73 @@ def _read_index(where: str, raw: bytes, suffix: str) -> dict[str, str]:
     return weight_map
 
 
-def _index_problems(where: str, layout: _Layout, read: Sequence[FileContents]) -> list[str]:
-    """Tell where the index and the files (those that could be read) disagree."""
+def _by_index(
+    where: str,
+    layout: _Layout,
+    read: Sequence[FileContents],
+    config: dict[str, Any] | None,
+    problems: list[str],
+    notes: list[str],
+) -> list[FileContents]:
+    """The tensors that the index names, each from the file that it names: it is the authority, as it is for loaders."""
     if layout.index_name is None:
-        return []
-    problems: list[tuple[str, str]] = []
-    held = {one.file.path.removeprefix(f"{where}/"): {*one.tensors, *one.aliases} for one in read}
-    holder: dict[str, str] = {}
-    for file, names in held.items():
-        for name in sorted(names):
-            if name in holder:
-                problems.append((name, mismatch("it in one file", f"it in {holder[name]} and in {file}", "remove one of them")))
-            elif name not in layout.weight_map:
-                problems.append((name, mismatch("it in the index", f"it in {file} alone", "add it to the index, or remove it")))
-            holder.setdefault(name, file)
+        return list(read)
+    names_in = {one.file.path.removeprefix(f"{where}/"): {*one.tensors, *one.aliases} for one in read}
+    index, taken = f"{where}/{layout.index_name}", {file: set[str]() for file in names_in}
+    held = {name for names in names_in.values() for name in names}
+    moved, lost = [], []
     for name, file in layout.weight_map.items():
-        if file in held and name not in held[file]:
-            found = f"it in {holder[name]}" if name in holder else "it in no file that could be read"
-            problems.append((name, mismatch(f"it in {file}", found, "mend the index")))
-    return [f"{where}/{layout.index_name}: tensor {show(name)}: {problem}" for name, problem in problems]
+        if file not in names_in:  # it could not be read
+            continue
+        holders = [file] if name in names_in[file] else [other for other, names in names_in.items() if name in names]
+        if len(holders) > 1:
+            found = f"it in {some(sorted(holders))}"
+            problems.append(f"{index}: tensor {show(name)}: {mismatch(f'it in {file}', found, 'mend the index')}")
+        elif holders:
+            taken[holders[0]].add(name)
+            moved += [name] if holders[0] != file else []
+        else:
+            lost.append(name)
+    kinds = {_kind(name) for name in held}
+    if needed := sorted(name for name in lost if _kind(name) in kinds and _is_of_a_layer(name, config)):
+        found = f"{len(needed)} of them ({some(needed)}) in no file"
+        problems.append(f"{index}: {mismatch('all tensors that it names', found, f'{ANEW}, for the model is not whole')}")
+    unnamed = sorted(held - set(layout.weight_map))
+    for names, what in (
+        (lost, "that no file holds: they are taken for no part of the model"),
+        (moved, "in another file than it says"),
+        (unnamed, "fewer than its files hold: these are taken for no part of the model"),
+    ):
+        if names and len(names_in) == len(layout.files):
+            notes.append(f"{index}: names {len(names)} tensors {what} ({some(sorted(names))})")
+    return [_only(one, taken[one.file.path.removeprefix(f"{where}/")]) for one in read]
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _is_of_a_layer(name: str, config: dict[str, Any] | None) -> bool:
+    """Whether the model has this layer: those beyond its config (as for the prediction of several tokens) can be done without."""
+    number = re.search(r"\d+", name)
+    layers = next((part["num_hidden_layers"] for part in parts_of(config) if type(part.get("num_hidden_layers")) is int), None)
+    return number is not None and (layers is None or int(number[0]) < layers)
+
+
+def _only(contents: FileContents, names: Collection[str]) -> FileContents:
+    """A file with these of its tensors only."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    stands_for: dict[str, str] = {}  # by the name of a storage, the name that is kept for it
+    for name, first in ((name, contents.aliases.get(name, name)) for name in (*contents.tensors, *contents.aliases)):
+        if name not in names:
+            continue
+        if first in stands_for:
+            aliases[name] = stands_for[first]
+        else:
+            stands_for[first] = name
+            tensors[name] = replace(contents.tensors[first], name=name)
+    return contents._replace(tensors=dict(sorted(tensors.items(), key=lambda item: item[1].start)), aliases=aliases)
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -342,6 +467,10 @@ def _read_file(path: Path) -> FileContents:
         return read_torch_file(path)
     tensors, _, raw = read_header(path)
     return contents_of(str(path), tensors, raw)
+
+
+def _read_within(folder: Path, name: str) -> bytes:
+    return _read_small(folder / name)
 
 
 def _read_small(path: Path) -> bytes:

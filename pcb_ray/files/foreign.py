@@ -89,6 +89,16 @@ def is_plain_text(text: str) -> bool:
     return not re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text)
 
 
+def is_inside(name: str) -> bool:
+    """Tell whether a name that some file gives is one of a file or folder below its own, by its text."""
+    parts = name.split("/")
+    return is_plain_text(name) and "\\" not in name and len(name) < 1000 and all(map(_is_file_name, parts))
+
+
+def _is_file_name(part: str) -> bool:
+    return part not in ("", ".", "..") and len(part.encode()) < 256
+
+
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 100
 _BRIEF.maxlist = _BRIEF.maxtuple = 8

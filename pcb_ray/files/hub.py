@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pcb_ray.errors import RequestError
-from pcb_ray.files import companions
 from pcb_ray.files.foreign import mismatch, show
 
 _TIMEOUT_S = 10
@@ -35,7 +35,8 @@ class HubModel:
     host: str
     repo: str
     commit: str
-    names: frozenset[str]
+    sizes: Mapping[str, int]
+    """Of its files, by name."""
 
     @property
     def where(self) -> str:
@@ -72,13 +73,12 @@ class HubModel:
         fix = f"fetch the model with `hf download {self.repo} --revision {self.commit}`, and name the folder that this prints"
         raise RequestError(f"{self.where}/{name}: {mismatch(f'its bytes {start} to {stop}', found, fix)}")
 
-    def download(self, names: list[str], revision: str | None) -> Path:
-        """Put these files, and config and tokenizer files, into the Hub's cache; `revision` is noted there."""
+    def download(self, names: Sequence[str], revision: str | None) -> Path:
+        """Put these files into the Hub's cache; `revision` is noted there."""
         from huggingface_hub import snapshot_download
 
-        wanted = [*names, *companions.among(self.names, companions.COMPANIONS)]
         try:
-            folder = Path(snapshot_download(self.repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
+            folder = Path(snapshot_download(self.repo, revision=revision, allow_patterns=[glob.escape(name) for name in names]))
         except _failures() as error:
             raise RequestError(_problem(self.source, self.path, self.host, error, " while downloading")) from None
         if folder.name != self.commit:
@@ -95,9 +95,9 @@ def find_model(source: str, path: Path, repo: str, revision: str | None) -> HubM
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        info = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_S)
-        names = frozenset(file.rfilename for file in info.siblings or ())
-        return HubModel(source, path, host, repo, str(info.sha), names)
+        info = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_S, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        return HubModel(source, path, host, repo, str(info.sha), sizes)
     except _failures() as error:
         problem = _problem(source, path, host, error)
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:

@@ -39,6 +39,10 @@ OF_TORCH: dict[str, str] = {
     "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0",
     "float4_e2m1fn_x2": "F4", "complex32": "C32", "complex64": "C64", "complex128": "C128",
 }  # fmt: skip
+_DEQUANTISE = (
+    "load it with transformers and quantization_config=FineGrainedFP8Config(dequantize=True) or the like, save_pretrained, and "
+    "give that folder; or give the model that it was made from, in bfloat16, float16 or float32"
+)
 _QUANTISED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0")
 _COMPLEX_DTYPES = ("C32", "C64", "C128")
 
@@ -196,7 +200,7 @@ def dtype_problems(where: str, dtypes: Mapping[str, str]) -> list[str]:
     problems, known = [], f"dtypes among {', '.join(DTYPE_BYTES)}"
     for dtype, names in refused.items():
         if dtype in _QUANTISED_DTYPES:
-            kind, fix = "quantised", "give the model in bfloat16, float16 or float32"
+            kind, fix = "quantised, which is not supported", _DEQUANTISE
         elif dtype in _COMPLEX_DTYPES:
             kind, fix = "complex", "split it into real tensors"
         else:

@@ -300,9 +300,11 @@ def _read_archive(
 
 def _locate(where: str, value: Any, records: dict[str, tuple[int, int]]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of an unpickled state dict, by place, and the aliases among them."""
-    if isinstance(value, dict) and len(value) == 1:
+    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]  # a training's record is beside it
+    elif isinstance(value, dict) and len(value) == 1:
         key, inner = next(iter(value.items()))
-        value = inner if key in ("state_dict", "model", "module") and isinstance(inner, dict) else value
+        value = inner if key in ("model", "module") and isinstance(inner, dict) else value
     if not isinstance(value, dict):
         raise RequestError(f"{where}: {mismatch('tensors by name, a state dict', _kind(value), AS_SAFETENSORS)}")
     problems: list[str] = []

@@ -36,7 +36,7 @@ from pcb_ray.methods.method import (
 )
 from pcb_ray.methods.pcb import PAIRWISE, PAPER, RELEASED
 from pcb_ray.methods.task_arithmetic import TASK_ARITHMETIC
-from pcb_ray.methods.ties import TIES
+from pcb_ray.methods.ties import TIES, TIES_MEAN, TIES_SUM
 from pcb_ray.user_code import UserCode, load_object
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "sum_over_tasks", "tanh", "variants_of",
 ]  # fmt: skip
 
-METHODS: tuple[Method, ...] = (PAIRWISE, RELEASED, PAPER, TIES, TASK_ARITHMETIC, LINEAR)
+METHODS: tuple[Method, ...] = (PAIRWISE, RELEASED, PAPER, TIES, TIES_MEAN, TIES_SUM, TASK_ARITHMETIC, LINEAR)
 
 
 def names() -> tuple[str, ...]:

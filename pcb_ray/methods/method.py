@@ -280,11 +280,14 @@ class Native:
 
 @dataclasses.dataclass(frozen=True)
 class Normalize:
-    """What mergekit's `normalize` means for a method: the value that asks for what the method does anyway, and the way to have the
-    other."""
+    """What mergekit's `normalize` means for a method: the value that asks for what the method does anyway, if one does; the
+    variants that do what the others ask for; and where there is none, the way to have it."""
 
-    harmless: bool = False
+    harmless: bool | None = False
     fix: str = "remove it, and scale the weights by hand"
+    variants: Mapping[bool, str] = dataclasses.field(default_factory=dict)
+    unasked: str = ""
+    """What to say where a recipe asks for neither, and has other weights than 1."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pcb_ray.errors import RequestError, RunError
-from pcb_ray.files import companions
+from pcb_ray.errors import RunError
+from pcb_ray.files.beside import CONFIG
 from pcb_ray.files.checkpoint import Checkpoint
+from pcb_ray.files.quantised import without_settings
 from pcb_ray.planning import Plan, Slot
 from pcb_ray.receipt import RECEIPT, names_of_inputs
 from pcb_ray.recipe import DTYPES, Recipe
@@ -20,22 +21,25 @@ RECIPE, CARD = "pcb_recipe.yaml", "README.md"
 DTYPE_NAMES = {short: name for name, short in DTYPES.items()}
 
 
-def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoint) -> dict[str, bytes]:
-    """Config, generation config, tokenizer files, index and recipe by name. Raises RequestError if the vocabularies don't match."""
-    files: dict[str, bytes] = {}
-    if tokenizer is not base:
-        _check_vocabularies(base, tokenizer)
-    if base.config is not None:
-        files[companions.CONFIG] = _as_json(_config(base.config, plan, recipe))
-    for folder, patterns in ((base.folder, companions.OF_BASE), (tokenizer.folder, companions.OF_TOKENIZER)):
+SideFile = bytes | Path
+"""What a file beside the tensors will hold: these bytes, or what the file at a path holds."""
+
+
+def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoint) -> dict[str, SideFile]:
+    """All files beside the tensors by name, but for the card and the receipt, which tell what was done."""
+    files: dict[str, SideFile] = {}
+    for one in plan.along:
+        folder = tokenizer.folder if one.of_tokenizer else base.folder
         if folder is not None:
-            files |= {name: (folder / name).read_bytes() for name in companions.in_folder(folder, patterns)}
+            files[one.name] = folder / one.name
+    if base.config is not None and base.library == "transformers":  # the others' stays as it is
+        files[CONFIG] = _as_json(_config(base.config, plan, recipe))
     if recipe.chat_template is not None:
         files["chat_template.jinja"] = recipe.chat_template.encode()
     if len(plan.files) > 1:
         where = {name: plan.files[slot.file].name for name, slot in slots_of(plan).items()}
         total = sum(f.size - len(f.header) for f in plan.files)
-        files["model.safetensors.index.json"] = _as_json(
+        files[f"{base.stem}.safetensors.index.json"] = _as_json(
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         )
     files[RECIPE] = _pinned(recipe.resolved(), plan).to_yaml().encode()
@@ -59,8 +63,8 @@ def slots_of(plan: Plan) -> dict[str, Slot]:
 
 
 def _config(config: Mapping[str, Any], plan: Plan, recipe: Recipe) -> dict[str, Any]:
-    """The base's config with the dtype of the output."""
-    result = json.loads(json.dumps(config))
+    """The base's config with the dtype of the output, which is not quantised."""
+    result = without_settings(json.loads(json.dumps(config)))
     sizes: dict[str, int] = {}
     for tensor in plan.tensors:
         sizes[tensor.slot.dtype] = sizes.get(tensor.slot.dtype, 0) + tensor.numel
@@ -74,34 +78,6 @@ def _config(config: Mapping[str, Any], plan: Plan, recipe: Recipe) -> dict[str, 
     return dict(result)
 
 
-def _check_vocabularies(base: Checkpoint, tokenizer: Checkpoint) -> None:
-    for name in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model"):
-        paths = [c.folder / name if c.folder is not None else None for c in (base, tokenizer)]
-        if not all(p is not None and p.is_file() for p in paths):
-            continue
-        first, second = (_vocabulary(p) for p in paths if p is not None)
-        if first != second:
-            sizes = [f"{len(v)} entries" for v in (first, second)]
-            raise RequestError(
-                f"tokenizer_source: the vocabulary of {tokenizer.source} ({sizes[1]}) differs from the base's ({sizes[0]}) in "
-                f"{name}, and merged embeddings follow the base's. "
-                "Fix: write `tokenizer_source: base`, or merge models that share it."
-            )
-
-
-def _vocabulary(path: Path) -> Any:
-    if path.suffix != ".json":
-        return path.read_bytes()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RequestError(f"{path}: is not JSON: {error}. Fix: fetch or save the tokenizer's files anew.") from None
-    if path.name == "tokenizer.json" and isinstance(content, dict):
-        model = content.get("model") or {}
-        return (model.get("vocab"), [t.get("content") for t in content.get("added_tokens") or []])
-    return content
-
-
 def _as_json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -113,7 +89,7 @@ def model_card(plan: Plan, version: str) -> bytes:
     recipe = plan.recipe
     hub_ids = [i.source.split("@")[0] for i in plan.inputs if i.commit is not None]
     metadata: dict[str, Any] = {
-        "library_name": "transformers",
+        **({"library_name": plan.library} if plan.library else {}),
         "tags": ["merge", plan.method.tag],
     }
     if hub_ids:
@@ -127,9 +103,9 @@ def model_card(plan: Plan, version: str) -> bytes:
         "",
     ]
     lines += [f"{plan.method.full_name}: {plan.method.formula}.", plan.method.source, ""] if plan.method.formula else []
-    base, *models = _public_names(plan)
-    rows = [(base, "base", "")] if recipe.base_model is not None else []
-    for k, name in enumerate(models):
+    shown = [_linked(name) if one.commit else name for name, one in zip(_public_names(plan), plan.inputs, strict=True)]
+    rows = [(shown[0], "base", "")] if recipe.base_model is not None else []
+    for k, name in enumerate(shown[1:]):
         weights = recipe.models[k].weight
         weight = f"{weights[0][1]:g}" if len(weights) == 1 and weights[0][0] is None else "by tensor"
         values = {key: plan.settings.of_model[k][key] for key, p in plan.method.parameters.items() if p.per_model}
@@ -143,6 +119,11 @@ def model_card(plan: Plan, version: str) -> bytes:
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _linked(name: str) -> str:
+    """A Hub id with its commit, as a link."""
+    return f"[{name}](https://huggingface.co/{name.replace('@', '/tree/')})"
 
 
 def _public_names(plan: Plan) -> list[str]:
@@ -172,15 +153,28 @@ def _named(recipe: Recipe, plan: Plan) -> Recipe:
     )
 
 
-def write_side_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, str]:
+def write_side_files(folder: Path, files: Mapping[str, SideFile]) -> dict[str, str]:
     """Write them; their sha256 by name. Raises RunError."""
-    for name, data in files.items():
-        path = folder / name
+    digests = {}
+    for name, content in files.items():
+        path, sha256 = folder / name, hashlib.sha256()
         try:
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(data)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as target:
+                for piece in _pieces(content):
+                    sha256.update(piece)
+                    target.write(piece)
         except OSError as error:
-            raise RunError(
-                f"{path}: wanted to write {len(data):,} bytes, found: {error.strerror}. Fix: mend that and run it again."
-            ) from None
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+            what = f"to copy {content}" if isinstance(content, Path) else f"to write {len(content):,} bytes"
+            raise RunError(f"{path}: wanted {what}, found: {error.strerror}. Fix: mend that and run it again.") from None
+        digests[name] = sha256.hexdigest()
+    return digests
+
+
+def _pieces(content: SideFile) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as source:
+        while piece := source.read(1 << 20):
+            yield piece

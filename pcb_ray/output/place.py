@@ -11,6 +11,9 @@ from pcb_ray.output.publish import kind_of
 from pcb_ray.output.state import is_unfinished, state_folder
 from pcb_ray.planning import Input, Plan
 
+MAX_NAME_BYTES = 255
+"""Of a file or folder, on all file systems of Linux."""
+
 
 def check_place(out: Path) -> None:
     """A relative OUT inside a Ray job is a wrong request."""
@@ -26,13 +29,24 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bo
 
     Raises RequestError with all that is in the way."""
     problems = []
-    state, unfinished = state_folder(out), is_unfinished(out)
+    state = state_folder(out)
+    if (size := len(os.fsencode(state.name))) > MAX_NAME_BYTES:  # nothing can be asked about such a path
+        raise RequestError(
+            f"{out}: wanted a name so short that `.NAME.pcb-ray`, where the run keeps its state, has at most {MAX_NAME_BYTES} "
+            f"bytes, found {size}. Fix: choose a shorter name."
+        )
+    unfinished = is_unfinished(out)
     if os.path.lexists(out) and not overwrite:
         problems.append(_exists(out, resume=resume, unfinished=unfinished))
     if os.path.lexists(out) and overwrite and not out.is_dir():
         problems.append(
             f"{out}: wanted a directory to replace, found {kind_of(out)} that is not a directory. "
             "Fix: move it away, or choose another name."
+        )
+    if os.path.ismount(out.resolve()):
+        problems.append(
+            f"{out}: wanted a name that a finished folder can be given, found a mount point, which stays where it is. "
+            f"Fix: name a folder below it, such as {out / 'merged'}."
         )
     problems += _overlaps(out, plan)
     parent = existing_parent(out.resolve())
@@ -42,7 +56,7 @@ def check_out(out: Path, plan: Plan, *, overwrite: bool, resume: bool, model: bo
         )
     else:
         there = sum(f.lstat().st_blocks * 512 for f in state.rglob("*")) if resume or overwrite else 0
-        needed, free = plan.written_bytes * model + beside, shutil.disk_usage(parent).free
+        needed, free = plan.written_bytes * model + sum(one.size for one in plan.along) + beside, shutil.disk_usage(parent).free
         if free + there < needed:
             what = f" ({beside:,} of them for the basis, until it is done)" if beside else ""
             narrower = "a smaller density" if beside else "a narrower `dtype`"

@@ -16,6 +16,7 @@ from pcb_ray.errors import RunError
 from pcb_ray.files.store import fsync_file, fsync_folder
 
 REPLACED = "replaced"
+_NOT_MOVABLE = (errno.EXDEV, errno.EBUSY)  # a layer of a container's file system, a mount point
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -33,6 +34,11 @@ def publish(staging: Path, out: Path, *, overwrite: bool) -> None:
         staging.rename(out)
     except OSError as error:
         restore(out, staging.parent / REPLACED)
+        if error.errno in _NOT_MOVABLE:
+            raise RunError(
+                f"{out}: wanted to move what is there aside and give its name to what is finished now, found: {error.strerror}. "
+                f"The work is kept in {staging.parent}. Fix: move {out} away by hand, and finish with --resume."
+            ) from None
         if error.errno not in _IN_THE_WAY or not os.path.lexists(out):
             raise
         replace = ", or replace it with --resume --overwrite" if kind_of(out) == "a folder" else ""

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from pcb_ray.budget import choose_block, worker_bytes
-from pcb_ray.cluster import check_address, cluster
+from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.files.checkpoint import Checkpoint
+from pcb_ray.files.foreign import some
 from pcb_ray.files.store import open_store
 from pcb_ray.merging import Kept, opened
 from pcb_ray.methods import Known
-from pcb_ray.output.companions import RECIPE, side_files, write_side_files
+from pcb_ray.output.companions import RECIPE, SideFile, side_files, write_side_files
 from pcb_ray.output.place import check_out, check_place
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, plan_of
@@ -204,9 +205,10 @@ def _prepared(
     scored = request.scored if scored is None else scored
     check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
     check_place(out)
-    check_address(how.address)
+    check_cluster(how.address)
 
     def check(plan: Plan) -> None:
+        check_follows(plan)
         check_out(out, plan, overwrite=how.overwrite, resume=how.resume, model=model)
 
     inputs, plan = opened(_analysed(recipe, request, variants[0]), how.max_shard_bytes, check)
@@ -251,6 +253,17 @@ def _prepared(
             yield _Run(how, state, job, inputs, base)
 
 
+def check_follows(plan: Plan) -> None:
+    """Raises RequestError if a merge has tensors that a candidate, which is the loaded base with an update, would not have."""
+    averaged = [copy.source.name for copy in plan.copies if copy.models]
+    if averaged:
+        lines = "\n".join(f"  - {json.dumps(line)}" for line in sorted({f"*.{name.rpartition('.')[2]}" for name in averaged}))
+        raise RequestError(
+            f"search: wanted a model whose candidates are the base with an update, found {len(averaged)} tensors of statistics "
+            f"({some(averaged)}), which are averaged over the models. Fix: keep the base's with\nexclude:\n{lines}"
+        )
+
+
 def model_bytes(plan: Plan) -> int:
     """The bytes of the model in float32, as a trial on CPUs holds it."""
     return 4 * (plan.D + sum(math.prod(c.source.shape) for c in plan.copies))
@@ -261,6 +274,7 @@ def announced(plan: Plan) -> dict[str, Any]:
     recipe, section = plan.recipe, plan.recipe.search
     request = Search.of(recipe, has_evaluator=not (isinstance(section, Mapping) and "evaluator" in section))
     check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
+    check_follows(plan)
     space = Space.of(request, recipe, plan)
     scored = request.scored
     recipes = [_analysed(recipe, request, variant) for variant in request.variants or (_variant(recipe),)]
@@ -321,7 +335,7 @@ def _check_picklable(evaluator: Any) -> None:
         ) from error
 
 
-def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, bytes]) -> None:
+def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, SideFile]) -> None:
     """The base as an evaluator loads it: its tensors by link, with the config and tokenizer that the merge will have."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -483,13 +497,14 @@ def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
     with placed([plan], workers=how.workers, memory=how.memory, writes_to=state.staging, quiet=how.quiet) as session:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
         with _trials_kept(state, "the winner could not be merged"):
+            digests = write_side_files(state.staging, side_files(winner, plan, run.inputs.base, run.inputs.tokenizer))
             output = write_from(state.stamps, session, store, known, str(state.staging), state, label)
             return publish(
                 session,
                 state,
                 known,
                 output,
-                side_files(winner, plan, run.inputs.base, run.inputs.tokenizer),
+                digests,
                 sweeps=kept.sweeps(),
                 spent=kept.spent(),
                 max_shard_bytes=how.max_shard_bytes,

@@ -1,0 +1,315 @@
+"""Which tensors of the inputs belong together: by name, or by the name that another way of saving gives them.
+
+What has no counterpart is told of with its likeliest reason, and never by advice that would leave nothing to merge.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pcb_ray.errors import RequestError
+from pcb_ray.files.checkpoint import FLOAT_DTYPES, Checkpoint, Tensor
+from pcb_ray.files.foreign import mismatch, some
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The tensors of the base and of each model under the base's names, and what becomes of them."""
+
+    tensors: tuple[Tensors, ...]
+    merged: tuple[str, ...]
+    """Sorted."""
+    copied: dict[str, str]
+    """Tensors of the base that are written as they are, and why."""
+    averaged: dict[str, tuple[Tensor, ...]]
+    """Statistics, of which the mean over the models is written; those of the models that have one."""
+    dropped: tuple[str, ...]
+    """Excluded tensors that only models have."""
+    tied: dict[str, str]
+    """By the name that is left out, the name that stands for it."""
+    twins: tuple[tuple[int, Tensor, Tensor], ...]
+    """Stored copies of tied tensors: input, copy, original; they must be equal."""
+
+
+def match(inputs: Sequence[Checkpoint], exclude: Sequence[str], notes: list[str]) -> Matched:
+    """Match the tensors of the models (from the second input on) with those of the base. Raises RequestError with all that has no
+    counterpart."""
+    stored = [_untied(one) for one in inputs]
+    sources = [one.source for one in inputs]
+    tensors: list[dict[str, Tensor]] = [stored[0][0]]
+    for (of_one, _, _), source in zip(stored[1:], sources[1:], strict=True):
+        tensors.append(_renamed(tensors[0], of_one, source, notes))
+    merged, copied, averaged, dropped = _matched(tensors, sources, exclude, notes)
+    twins = tuple((index, copy, original) for index, (_, _, pairs) in enumerate(stored) for copy, original in pairs)
+    return Matched(tuple(tensors), tuple(merged), copied, averaged, tuple(dropped), stored[0][1], twins)
+
+
+# --- tied tensors -----------------------------------------------------------------------------------------------------------------
+
+# Output heads that share the weights of the input embedding in models with `tie_word_embeddings`.
+HEADS = (
+    "lm_head.weight",
+    "embed_out.weight",
+    "cls.predictions.decoder.weight",
+    "lm_head.decoder.weight",
+    "output_projection.weight",
+)
+EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight"),
+    *("shared.weight", "embeddings.weight", "embedding.weight"),
+)
+
+
+def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:
+    """What config.json says about tied embeddings; None if it is silent."""
+    for part in (config or {}), (config or {}).get("text_config"):
+        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def _untied(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str], list[tuple[Tensor, Tensor]]]:
+    """The tensors that count, each tied one once; {name left out: name that stands for it}; stored copies that must equal their
+    original."""
+    tensors = dict(checkpoint.tensors)
+    tied: dict[str, str] = {}
+    twins: list[tuple[Tensor, Tensor]] = []
+    for name, original in checkpoint.aliases.items():
+        kept = tied.get(original, original)
+        if ties_word_embeddings(checkpoint.config) is False:
+            tensors[name] = replace(tensors[original], name=name)  # one storage, but the model expects both
+        elif name.endswith(EMBEDDINGS) and kept.endswith(HEADS):  # the embedding is the name that loaders look for
+            tensors[name] = replace(tensors.pop(kept), name=name)
+            tied = {other: name if first == kept else first for other, first in tied.items()} | {kept: name}
+        else:
+            tied[name] = kept
+    if ties_word_embeddings(checkpoint.config):
+        for head in [name for name in tensors if name.endswith(HEADS)]:
+            same = [
+                t for t in tensors.values() if t.name.endswith(EMBEDDINGS) and t.name != head and t.shape == tensors[head].shape
+            ]
+            if same:
+                original_tensor = min(
+                    same, key=lambda t: (EMBEDDINGS.index(next(e for e in EMBEDDINGS if t.name.endswith(e))), t.name)
+                )
+                twins.append((tensors.pop(head), original_tensor))
+                tied[head] = original_tensor.name
+    return tensors, tied, twins
+
+
+# --- the same tensors under other names -------------------------------------------------------------------------------------------
+
+# What wraps a module puts these into the names of what it wraps, at the beginning or in the middle.
+_WRAPPERS = re.compile(r"(?:^module\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|^base_model\.model\.")
+# A model of text and pictures as it is saved on the Hub, and as its modules are nested; the first is what the second becomes here.
+_NESTED = (
+    (re.compile(r"^model\.language_model\."), "language_model.model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^model\.(visual|vision_tower|vision_model|multi_modal_projector|connector|audio_tower|image_newline)\b"), r"\1"),
+)
+
+
+def _unwrapped(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def _as_norms_are_called(name: str) -> str:
+    """Old checkpoints have gamma and beta for what is weight and bias of a normalisation."""
+    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", _unwrapped(name)))
+
+
+def _as_on_the_hub(name: str) -> str:
+    name = _as_norms_are_called(name)
+    for pattern, instead in _NESTED:
+        name = pattern.sub(instead, name)
+    return name
+
+
+_FORMS: tuple[Callable[[str], str], ...] = (str, _unwrapped, _as_norms_are_called, _as_on_the_hub)
+"""Ways to write names so that the same tensor has one name, the least change first."""
+
+
+def _renamed(base: Tensors, model: Tensors, source: str, notes: list[str]) -> dict[str, Tensor]:
+    """The model's tensors under the base's names, if one renaming gives more of them a counterpart of the same shape than theirs
+    do."""
+    best: dict[str, str] = {}
+    fitting = sum(name in base and base[name].shape == tensor.shape for name, tensor in model.items())
+    for form in _FORMS:
+        ours, theirs = _by_form(base, form), _by_form(model, form)
+        if ours is None or theirs is None:
+            continue
+        for prefixed in _prefixes(ours, theirs):
+            names = {name: ours[prefixed(formed)] for formed, name in theirs.items() if prefixed(formed) in ours}
+            count = sum(base[new].shape == model[name].shape for name, new in names.items())
+            if count > fitting and len(set(names.values())) == len(names):
+                best, fitting = names, count
+    if changed := sorted((name, new) for name, new in best.items() if name != new):
+        name, new = changed[0]
+        notes.append(f"{source}: {len(changed)} tensors are taken under the base's names, as {name} for {new}")
+    return {best.get(name, name): replace(tensor, name=best.get(name, name)) for name, tensor in model.items()}
+
+
+def _by_form(tensors: Tensors, form: Callable[[str], str]) -> dict[str, str] | None:
+    """By the form of their names, the names; None if two would be one."""
+    found = {form(name): name for name in tensors}
+    return found if len(found) == len(tensors) else None
+
+
+def _prefixes(ours: Collection[str], theirs: Collection[str]) -> Iterator[Callable[[str], str]]:
+    """Ways to come from their names to ours: as they are, with a prefix less where they have it, with one more where we have it."""
+    yield str
+    lost = sorted(set(theirs) - set(ours), key=len)
+    free = sorted(set(ours) - set(theirs), key=len)
+    if not lost or not free:
+        return
+    for long, short, is_less in ((lost[0], free, True), (free[0], lost, False)):
+        parts = long.split(".")
+        for count in range(1, len(parts)):
+            if ".".join(parts[count:]) in short:
+                yield _changer(".".join(parts[:count]) + ".", is_less, frozenset(ours))
+
+
+def _changer(prefix: str, is_less: bool, ours: Collection[str]) -> Callable[[str], str]:
+    if is_less:
+        return lambda name: name.removeprefix(prefix)
+    return lambda name: prefix + name if prefix + name in ours else name
+
+
+# --- what belongs together --------------------------------------------------------------------------------------------------------
+
+_BUFFERS = re.compile(r"(?:^|\.)(?:attn|attention|self_attention)\.(?:bias|masked_bias)$|(?:^|\.)(?:inv_freq|position_ids)$")
+
+_STATISTICS = re.compile(r"(?:^|\.)(?:running_(?:mean|var|std)|moving_(?:mean|var|variance))$")
+"""What a normalisation has counted of its data: no weight, and a variance that is extrapolated may fall below 0."""
+
+
+def _is_buffer(tensor: Tensor) -> bool:
+    """Whether it is a mask or a table that a model makes by itself, which only some ways of saving write."""
+    return _BUFFERS.search(tensor.name) is not None and (len(tensor.shape) in (0, 4) or not tensor.name.endswith("bias"))
+
+
+def _matched(
+    tensors: Sequence[Tensors], sources: Sequence[str], exclude: Sequence[str], notes: list[str]
+) -> tuple[list[str], dict[str, str], dict[str, tuple[Tensor, ...]], list[str]]:
+    """The names to merge (sorted), those to copy from the base and why, statistics with those of the models, and the names of
+    models that are left out."""
+    base, models = tensors[0], list(zip(tensors[1:], sources[1:], strict=True))
+    excluded = _matcher(exclude)
+    if broken := _without_elements(tensors, sources, excluded):
+        raise RequestError(broken)
+    merged: list[str] = []
+    copied: dict[str, str] = {}
+    averaged: dict[str, tuple[Tensor, ...]] = {}
+    dropped: set[str] = set()
+    wrong: set[str] = set()
+    problems: list[str] = []
+    for name, tensor in sorted(base.items()):
+        if excluded(name):
+            copied[name] = "excluded"
+        elif tensor.dtype not in FLOAT_DTYPES:
+            copied[name] = "integer"
+        elif _is_buffer(tensor) and not all(name in other and other[name].shape == tensor.shape for other, _ in models):
+            copied[name] = "buffer"
+        elif _STATISTICS.search(name) and all(name not in other or _is_like(other[name], tensor) for other, _ in models):
+            having = tuple(other[name] for other, _ in models if name in other)
+            averaged |= {name: having} if having else {}
+            copied |= {} if having else {name: "buffer"}
+        else:
+            merged.append(name)
+            for other, source in models:
+                if name not in other:
+                    problems.append(f"{name}: is in {sources[0]} with shape {list(tensor.shape)} but not in {source}")
+                elif other[name].shape != tensor.shape:
+                    problems.append(f"{name}: shape {list(tensor.shape)} in {sources[0]} but {list(other[name].shape)} in {source}")
+                elif other[name].dtype not in FLOAT_DTYPES:
+                    problems.append(f"{name}: dtype {tensor.dtype} in {sources[0]} but {other[name].dtype} in {source}")
+                else:
+                    continue
+                wrong.add(name)
+    for other, source in models:
+        extra = sorted(name for name in set(other) - set(base) if not _is_buffer(other[name]) and not _STATISTICS.search(name))
+        dropped.update(name for name in extra if excluded(name))
+        for name in extra:
+            if not excluded(name) and other[name].dtype in FLOAT_DTYPES:
+                problems.append(f"{name}: is in {source} with shape {list(other[name].shape)} but not in {sources[0]}")
+                wrong.add(name)
+    if problems:
+        more = [f"... and {len(problems) - 18} more mismatches"] if len(problems) > 18 else []
+        raise RequestError([*problems[:18], *more, _fix(tensors, sources, merged, wrong)])  # 20 are shown
+    unused = [pattern for pattern in exclude if not any(fnmatch.fnmatchcase(name, pattern) for other in tensors for name in other)]
+    notes += [f"exclude: {pattern!r} matches no tensor" for pattern in unused]
+    if sum(base[name].numel for name in merged) == 0:
+        excluded_count = sum(why == "excluded" for why in copied.values())
+        found = f"{len(copied)} tensors, of which {excluded_count} excluded and the rest of integer type"
+        raise RequestError(f"{sources[0]}: wanted floating-point tensors to merge, found {found}. Fix: exclude fewer tensors.")
+    return merged, copied, averaged, sorted(dropped)
+
+
+def _is_like(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape == other.shape and tensor.dtype in FLOAT_DTYPES
+
+
+def _fix(tensors: Sequence[Tensors], sources: Sequence[str], merged: Sequence[str], wrong: set[str]) -> str:
+    """What to do about these mismatches. To exclude them is no advice where that would leave no matrix to merge, or would keep old
+    values of what is a copy."""
+    base, models = tensors[0], tensors[1:]
+    alike = "Fix: use models of one base, saved in one way"
+    for name in sorted(wrong.intersection(base)):
+        like = [t.name for t in base.values() if (t.shape, t.dtype) == (base[name].shape, base[name].dtype) and t.name not in wrong]
+        if len(like) == 1 and len(base[name].shape) >= 2 and all(name not in model and like[0] in model for model in models):
+            return (
+                f"Fix: {name} looks like a stored copy of {like[0]}, to which models tie it. If it is one, save {sources[0]} again "
+                "with transformers (from_pretrained, save_pretrained), which stores it once, and give that folder. To exclude it "
+                "would keep the base's old values."
+            )
+    if not any(len(base[name].shape) >= 2 and base[name].numel for name in merged if name not in wrong):
+        common = [set(base) & set(model) for model in models]
+        if not all(common):
+            source = sources[1 + common.index(set())]
+            return f"{alike}: {source} and {sources[0]} have no tensor name in common. Is it of the same architecture?"
+        return f"{alike}: hardly a matrix has the same name and shape in all. Are they of the same architecture and size?"
+    lines = "\n".join(f"  - {json.dumps(line)}" for line in _exclude_lines(wrong, {name for of_one in tensors for name in of_one}))
+    return (
+        f"{alike}; or keep the base's own tensors, lose what a model has trained in these, and leave out what the base lacks, "
+        f"with\nexclude:\n{lines}"
+    )
+
+
+def _without_elements(tensors: Sequence[Tensors], sources: Sequence[str], excluded: Callable[[str], bool]) -> list[str]:
+    """Inputs whose tensors were saved without their elements: of shape [0], as DeepSpeed's ZeRO-3 leaves what it holds elsewhere,
+    or with none where another input has some."""
+    full = {t.name for of_one in tensors for t in of_one.values() if t.numel}
+    problems = []
+    for of_one, source in zip(tensors, sources, strict=True):
+        empty = [
+            t.name for t in of_one.values()
+            if not t.numel and (t.shape == (0,) or t.name in full) and t.dtype in FLOAT_DTYPES and not excluded(t.name)
+        ]  # fmt: skip
+        if empty:
+            found = f"{len(empty)} of {len(of_one)} without elements ({some(sorted(empty))}): it is broken"
+            fix = "gather its weights and save it again (after ZeRO-3: zero_to_fp32.py, from the training's checkpoint)"
+            problems.append(f"model {source}: {mismatch('whole tensors', found, fix)}")
+    return list(dict.fromkeys(problems))
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
+    expressions = [re.compile(fnmatch.translate(p)) for p in patterns]
+    return lambda name: any(e.match(name) is not None for e in expressions)
+
+
+def _exclude_lines(wrong: set[str], names: set[str]) -> list[str]:
+    """A few patterns that match these names and no others: layer numbers become `*` where that is safe."""
+    lines = set()
+    for name in wrong:
+        literal = glob.escape(name)
+        pattern = re.sub(r"\d+", "*", literal)
+        lines.add(pattern if {n for n in names if fnmatch.fnmatchcase(n, pattern)} <= wrong else literal)
+    return sorted(lines)

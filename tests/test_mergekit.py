@@ -1,0 +1,49 @@
+"""What recipes of mergekit mean there they mean here: held against values that mergekit 0.1.5 computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import Family, merged_to
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pcb_ray import Recipe, merge_state_dicts
+
+# Its `ties` at density 1, where the scope of the threshold does not matter; int8_mask changed none of these values.
+VALUES = Path(__file__).parent / "data" / "mergekit_0.1.5_ties.safetensors"
+with safe_open(VALUES, "pt") as _file:
+    CASES: list[dict[str, Any]] = json.loads(_file.metadata()["cases"])
+TENSORS = load_file(VALUES)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda k: json.dumps(CASES[k]))
+def test_normalize_of_ties_gives_the_values_of_mergekit(number: int) -> None:
+    case = CASES[number]
+    merged = merge_state_dicts(
+        {"w": TENSORS["base"]},
+        [{"w": model} for model in TENSORS["models"]],
+        method="ties",
+        variant="weighted_mean" if case["normalize"] else "weighted_sum",
+        density=1.0,
+        weights=case["weights"],
+        lambda_=case["lambda"],
+    )["w"]
+    torch.testing.assert_close(merged, TENSORS[f"out.{number}"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_recipe_of_mergekit_with_normalize_false_sums_the_agreeing_models(tmp_path: Path) -> None:
+    def full(value: float) -> families.StateDict:
+        return {"w": torch.full((256, 256), value)}
+
+    one = Family(tmp_path, full(0.0), [full(1.0), full(1.0)])
+    half = {"density": 1.0, "weight": 0.5}
+    models = [{"model": str(one.folder / f"model{k}"), "parameters": half} for k in range(2)]
+    parameters = {"normalize": False, "int8_mask": True}
+    out = merged_to(tmp_path / "out", Recipe.from_dict(one.recipe(merge_method="ties", models=models, parameters=parameters)))
+    assert torch.equal(load_file(out / "model.safetensors")["w"], torch.ones(256, 256))
