@@ -311,7 +311,11 @@ def describe(plan: Plan, worker: int, free: int) -> list[str]:
     for k, one in enumerate(facts["inputs"]):
         role = "base" if k == 0 and plan.recipe.base_model is not None else "layout" if k == 0 else f"model {k}"
         commit = f" at {one['commit'][:12]}" if one["commit"] else ""
-        lines.append(f"  {role:8} {one['source']}{commit}: {_number(one['files'], 'file')}, {readable_bytes(one['bytes'])}")
+        told = f": {_number(one['files'], 'file')}, {readable_bytes(one['bytes'])}"
+        if k and plan.relation is not None:
+            change, untouched = plan.relation.change[k - 1], plan.relation.untouched[k - 1]
+            told += f"; differs from the base by {change:.2g} of its length, {untouched:.0%} untouched (sampled)"
+        lines.append(f"  {role:8} {one['source']}{commit}{told}")
     for name, parameter in plan.method.parameters.items():
         values = dict.fromkeys(f"{value:g}" if isinstance(value, float) else str(value) for value in plan.settings.each(name))
         lines.append(f"{name:10} {', '.join(values)}: {parameter.help}")

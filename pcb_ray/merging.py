@@ -18,7 +18,7 @@ from pcb_ray.methods import Known
 from pcb_ray.output.companions import side_files, write_side_files
 from pcb_ray.output.place import check_out, check_place
 from pcb_ray.output.state import State, asked_of, is_unfinished
-from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, fetched, open_inputs, plan_of
+from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, fetched, open_inputs, plan_of, related
 from pcb_ray.questions import shown_digest
 from pcb_ray.receipt import Receipt, Sweep
 from pcb_ray.recipe import Recipe
@@ -93,7 +93,7 @@ def opened(recipe: Recipe, max_shard_bytes: int, check: Callable[[Plan], None]) 
     if inputs.on_hub:
         inputs = fetched(recipe, inputs)
         plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
-    return inputs, plan
+    return inputs, related(plan, open_store())
 
 
 class Kept:

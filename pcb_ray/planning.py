@@ -33,10 +33,12 @@ from pcb_ray.files.checkpoint import (
     open_checkpoint,
     safetensors_header,
 )
+from pcb_ray.files.store import Store, open_store
 from pcb_ray.files.vocabulary import check_vocabularies
 from pcb_ray.matching import match
 from pcb_ray.methods import Method, Ranks, Settings
 from pcb_ray.recipe import DTYPES, Recipe
+from pcb_ray.relation import Relation, notes_on, relation_of
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
 
@@ -187,6 +189,8 @@ class Plan:
     along: tuple[Along, ...] = ()
     left_out: tuple[Beside, ...] = ()
     """Files beside the tensors that stay behind, and why."""
+    relation: Relation | None = dataclasses.field(compare=False, default=None)
+    """How the models stand to the base, on a sample; None until it was looked at."""
     notes: tuple[str, ...] = dataclasses.field(compare=False, default=())
 
     @property
@@ -350,6 +354,7 @@ class Plan:
             "bytes_per_sweep": self.sweep_bytes,
             "bytes_read": method.sweeps * self.sweep_bytes + self.copied_bytes,
             "bytes_written": self.written_bytes,
+            "relation": None if self.relation is None else self.relation.as_json(),
             "files_along": [{"name": f.name, "bytes": f.size} for f in self.along],
             "files_left_out": [{"name": f.name, "bytes": f.size, "why": f.left_out} for f in self.left_out],
             "output_files": [{"name": f.name, "bytes": f.size} for f in self.files],
@@ -417,12 +422,24 @@ def _opened(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Inputs:
 
 
 def plan(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
-    """The plan of a recipe (or of its file, or of the dictionary that such a file holds), from headers alone.
+    """The plan of a recipe (or of its file, or of the dictionary that such a file holds), from headers, and a sample of models that
+    lie on disk.
 
     Raises RequestError with everything that is wrong with the inputs.
     """
     recipe = Recipe.of(recipe)
-    return plan_of(recipe, open_inputs(recipe), max_shard_bytes=max_shard_bytes)
+    inputs = open_inputs(recipe)
+    made = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
+    return made if inputs.on_hub else related(made, open_store())
+
+
+def related(plan: Plan, store: Store) -> Plan:
+    """The plan with how its models stand to the base, from a sample of inputs that lie on disk. Raises RequestError for models that
+    are no fine-tunes of the base, unless the recipe allows them."""
+    relation = relation_of(plan, store)
+    if relation is None:
+        return plan
+    return dataclasses.replace(plan, relation=relation, notes=(*plan.notes, *notes_on(plan, relation)))
 
 
 def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, sizes: Sizes | None = None) -> Plan:

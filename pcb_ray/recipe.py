@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from pcb_ray import methods
-from pcb_ray.checks import choice, nearest, number, present, section, shown, text, wrong
+from pcb_ray.checks import choice, flag, nearest, number, present, section, shown, text, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.methods import Method, Parameter
 from pcb_ray.methods.method import SHARED_PARAMETERS
@@ -38,6 +38,7 @@ MAX_DIGITS = 1 << 13  # 1:59:59 and so on is a number to YAML, and slow to read
 _TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "exclude", "tokenizer_source",
     "chat_template", "search", "sweep", "name",
+    "allow_unrelated",
 )  # fmt: skip
 _PARAMETERS = tuple(dict.fromkeys(name for method in methods.METHODS for name in (*method.parameters, "variant")))
 _HOMES = {
@@ -95,6 +96,8 @@ class Recipe:
     """`base`, or one of the models."""
     chat_template: str | None = None
     """A Jinja template; None: the one among the tokenizer files is copied."""
+    allow_unrelated: bool = False
+    """Whether models may be merged that are no fine-tunes of the base, as far as their weights tell."""
     search: Mapping[str, Any] | None = field(default=None, compare=False)
     """What a search of coefficients is to do (`search.request`): no part of the merge."""
     sweep: Mapping[str, Any] | None = field(default=None, compare=False)
@@ -126,6 +129,7 @@ class Recipe:
             "exclude": tuple(text(pattern, f"exclude[{i}]", problems) for i, pattern in enumerate(exclude)),
             "tokenizer_source": _tokenizer_source(self.tokenizer_source, models, base, folder, problems),
             "chat_template": None if self.chat_template is None else _template(self.chat_template, problems),
+            "allow_unrelated": flag(self.allow_unrelated, "allow_unrelated", problems),
             "folder": folder,
             "code": code,
         }
@@ -263,6 +267,7 @@ class Recipe:
             "exclude": list(self.exclude),
             "tokenizer_source": self.tokenizer_source,
             "chat_template": self.chat_template,
+            "allow_unrelated": self.allow_unrelated or None,
         }
         # default_flow_style=None puts innermost lists and mappings on one line: `parameters: {weight: 1.0}`.
         text: str = yaml.safe_dump(present(layout), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)

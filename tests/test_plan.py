@@ -348,7 +348,7 @@ def write_bin(folder: Path, state: dict[str, torch.Tensor], config: dict[str, An
 def test_names_that_share_storage_in_a_bin_count_once_under_the_embeddings_name(tmp_path, order):
     config = {"model_type": "t5"}
     for k, folder in enumerate(("base", "model0")):
-        shared = torch.randn(32, 8, generator=torch.Generator().manual_seed(k))
+        shared = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)) * (1 + k / 10)
         names = ["lm_head.weight", "decoder.embed_tokens.weight", "shared.weight", "encoder.embed_tokens.weight"]
         state = dict.fromkeys(names if order == "head first" else names[::-1], shared)
         write_bin(tmp_path / folder, state | {"norm.weight": torch.ones(8) * k}, config)

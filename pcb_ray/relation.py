@@ -1,0 +1,131 @@
+"""Are the models fine-tunes of this base? A sample of their weights tells, before anything is computed.
+
+Merging models over another base than theirs (the plain one for tunes of its -Instruct sibling, another version of equal shapes, an
+unrelated model) works without an error and gives garbage."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcb_ray.errors import RequestError
+from pcb_ray.files.checkpoint import DTYPE_BYTES, Tensor
+from pcb_ray.files.store import Store
+
+if TYPE_CHECKING:
+    from pcb_ray.planning import MergedTensor, Plan
+
+RUNS, RUN_ELEMENTS = 64, 4096
+"""The sample: so many runs of elements, at places that depend on the shapes of the matrices alone."""
+UNRELATED_BELOW = 0.3
+"""Weights of unrelated models have a cosine near 0 (their difference is the square root of 2 as long as they are), those of a
+fine-tune and its base one near 1."""
+ALIKE_ABOVE = 0.8
+"""Task vectors of independent tasks have a cosine near 0; a part that all share brings it up."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How the models stand to the base, on the sample."""
+
+    change: tuple[float, ...]
+    """||tau_i|| / ||theta_pre||, the median over the runs."""
+    cosine_to_base: tuple[float, ...]
+    """cos(theta_i, theta_pre), likewise."""
+    untouched: tuple[float, ...]
+    """The share of tau_i that is 0."""
+    cosines: tuple[tuple[int, int, float], ...]
+    """(i, j, cos(tau_i, tau_j)) for each pair of models, over all runs."""
+
+    def as_json(self) -> dict[str, list[Any]]:
+        """As JSON values."""
+        return {name: [list(one) if isinstance(one, tuple) else one for one in values] for name, values in vars(self).items()}
+
+
+def relation_of(plan: Plan, store: Store) -> Relation | None:
+    """Compare the models with the base on a sample of their matrices; None where there is no base, or nothing to compare."""
+    n = plan.N
+    changes: list[list[float]] = [[] for _ in range(n)]
+    to_base: list[list[float]] = [[] for _ in range(n)]
+    zeros, dots, seen = np.zeros(n), np.zeros((n, n)), 0
+    for tensor, start, stop in _runs(plan):
+        theta_B, *models = (_values(store, source, start, stop) for source in tensor.sources if source is not None)
+        length = float(np.linalg.norm(theta_B))
+        if length == 0 or not all(np.isfinite(values).all() for values in (theta_B, *models)):
+            continue  # what is not finite is told by whoever reads all of it
+        tau_NB = np.stack([model - theta_B for model in models])
+        seen += stop - start
+        zeros += (tau_NB == 0).sum(axis=1)
+        dots += tau_NB @ tau_NB.T
+        for i, model in enumerate(models):
+            changes[i].append(float(np.linalg.norm(tau_NB[i])) / length)
+            own = float(np.linalg.norm(model))
+            to_base[i].append(float(model @ theta_B) / (own * length) if own else 0.0)
+    if not seen:
+        return None
+    lengths = np.sqrt(np.diag(dots))
+    return Relation(
+        tuple(map(statistics.median, changes)),
+        tuple(map(statistics.median, to_base)),
+        tuple(float(count) / seen for count in zeros),
+        tuple(
+            (i, j, float(dots[i, j] / (lengths[i] * lengths[j])) if lengths[i] and lengths[j] else 0.0)
+            for i, j in itertools.combinations(range(n), 2)
+        ),
+    )
+
+
+def _runs(plan: Plan) -> Iterator[tuple[MergedTensor, int, int]]:
+    """The runs of the sample: a tensor, and the first and last of its elements, at equal steps over all matrices."""
+    matrices = [tensor for tensor in plan.tensors if len(tensor.shape) >= 2 and tensor.sources[0] is not None]
+    ends = list(itertools.accumulate(tensor.numel for tensor in matrices))
+    total = ends[-1] if ends else 0
+    count = min(RUNS, -(-total // RUN_ELEMENTS))
+    for run in range(count):
+        at = run * total // count
+        index = bisect.bisect_right(ends, at)
+        start = at - (ends[index] - matrices[index].numel)
+        yield matrices[index], start, min(start + RUN_ELEMENTS, matrices[index].numel)
+
+
+def notes_on(plan: Plan, relation: Relation) -> list[str]:
+    """What is odd about models that hardly were meant. Raises RequestError for those that are no fine-tunes of the base, unless the
+    recipe allows them."""
+    base, *models = (one.source for one in plan.inputs)
+    far = [k for k, cosine in enumerate(relation.cosine_to_base) if not cosine > UNRELATED_BELOW]
+    if far and not plan.recipe.allow_unrelated:
+        raise RequestError(
+            [
+                f"{models[k]}: wanted a fine-tune of {base}, found weights that have nothing to do with it: a cosine of "
+                f"{relation.cosine_to_base[k]:.2f}, and a difference {relation.change[k]:.2f} times as long as the base's weights "
+                f"(unrelated models: {math.sqrt(2):.2f}). Fix: name the base that it was tuned from, or write "
+                "`allow_unrelated: true`."
+                for k in far
+            ]
+        )
+    notes = []
+    if relation.cosines and all(cosine > ALIKE_ABOVE for _, _, cosine in relation.cosines):
+        least = min(cosine for _, _, cosine in relation.cosines)
+        notes.append(
+            f"all task vectors point the same way (cosines of {least:.2f} and more): the models share an ancestor later than "
+            f"{base}, which should be `base_model`"
+        )
+    return notes
+
+
+def _values(store: Store, tensor: Tensor, start: int, stop: int) -> NDArray[np.float64]:
+    """Elements of a tensor in float64."""
+    itemsize = DTYPE_BYTES[tensor.dtype]
+    raw = np.empty((stop - start) * itemsize, dtype=np.uint8)
+    store.read(tensor.file, tensor.start + start * itemsize, raw.data)
+    if tensor.dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[tensor.dtype]).astype(np.float64)
