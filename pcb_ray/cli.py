@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -246,6 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"pcb-ray: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         kept = "; what was finished is kept: --resume goes on" if "resume" in options else ""
         where = f"{error.filename}: " if error.filename else ""

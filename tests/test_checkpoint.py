@@ -720,8 +720,8 @@ def test_dtypes_of_torch_that_cannot_be_merged_are_told_together_and_by_their_ki
     problems = dtype_problems("models[1]", {name: OF_TORCH.get(dtype, dtype) for name, dtype in names.items()})
     assert [problem.partition("found ")[2] for problem in problems] == [
         "2 tensors ('e4', 'e4 too') of 'F8_E4M3', quantised, which is not supported. Fix: load it with transformers and "
-        "quantization_config=FineGrainedFP8Config(dequantize=True) or the like, save_pretrained, and give that folder; or give the "
-        "model that it was made from, in bfloat16, float16 or float32.",
+        "quantization_config=FineGrainedFP8Config(dequantize=True) or the like, call save_pretrained(FOLDER, "
+        "save_original_format=False), and give that folder; or give the model that it was made from.",
         "1 tensors ('c') of 'C64', complex. Fix: split it into real tensors.",
         "1 tensors ('q') of 'quint8', not a known dtype. Fix: convert it to one of them.",
     ]

@@ -346,3 +346,13 @@ def test_a_temporary_folder_where_ray_can_put_no_socket_is_told(monkeypatch, tmp
     monkeypatch.setenv("RAY_TMPDIR", "/x" * 30)
     with pytest.raises(RequestError, match=r"^RAY_TMPDIR: wanted a path of at most"):
         check_cluster("local")
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault_of_the_disk(tmp_path):
+    from families import fine_tuned
+
+    shapes = {f"layer.{k}.weight": (4, 4) for k in range(3000)}  # more than a pipe holds
+    recipe = Family(tmp_path, *fine_tuned(1, shapes=shapes)).recipe_file(exclude=["*1*"])
+    command = f"{sys.executable} -m pcb_ray plan --json {recipe} | head -1"
+    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("{\n", "", 128 + signal.SIGPIPE)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
-from families import Family, merged_to
-from safetensors.torch import save_file
+from families import Family, StateDict, merged_to
+from safetensors.torch import load_file, save_file
 
 from pcb_ray import Recipe, RequestError
 from pcb_ray.files.checkpoint import open_checkpoint
@@ -61,6 +63,79 @@ def test_a_model_of_quantised_tensors_is_refused_by_the_name_of_its_scheme(
         if said == config:
             assert all(part in problem for part in parts), problem
             assert "which is not supported. Fix: " in problem
+
+
+def fp8(folder: Path) -> StateDict:
+    """A small Llama in blocks of 8-bit floats with their scales, as transformers reads it; what it stands for."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False)).bfloat16().save_pretrained(folder)
+    whole = load_file(folder / "model.safetensors")
+    stored: StateDict = {}
+    for name, tensor in whole.items():
+        if "proj" not in name:
+            stored[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        blocks = tensor.float().reshape(rows // 128, 128, columns // 128, 128)
+        scale = blocks.abs().amax(dim=(1, 3)) / 448
+        stored[name] = (blocks / scale[:, None, :, None]).reshape(rows, columns).to(torch.float8_e4m3fn)
+        stored[name.replace(".weight", ".weight_scale_inv")] = scale
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return whole
+
+
+def mxfp4(folder: Path) -> StateDict:
+    """A small gpt-oss with its experts in 4-bit blocks and scales; the names and shapes that it stands for."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GptOssConfig(**sizes, num_key_value_heads=2, head_dim=32, num_local_experts=2, num_experts_per_tok=1)
+    GptOssForCausalLM(config).bfloat16().save_pretrained(folder)
+    whole = load_file(folder / "model.safetensors")
+    stored: StateDict = {}
+    for name, tensor in whole.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inner, outer = tensor.shape
+            stored[f"{name}_blocks"] = torch.randint(0, 255, (experts, outer, inner // 32, 16), dtype=torch.uint8)
+            stored[f"{name}_scales"] = torch.full((experts, outer, inner // 32), 120, dtype=torch.uint8)
+        else:
+            stored[name] = tensor
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | {"quantization_config": {"quant_method": "mxfp4"}}))
+    return whole
+
+
+@pytest.mark.very_slow
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("make", [fp8, mxfp4])
+def test_the_advice_for_a_quantised_model_works_when_it_is_followed(tmp_path: Path, make: Callable[[Path], StateDict]) -> None:
+    import transformers
+
+    whole = make(tmp_path / "quantised")
+    with pytest.raises(RequestError) as caught:
+        open_checkpoint(str(tmp_path / "quantised"))
+    asked = re.search(
+        r"quantization_config=(\w+)\(dequantize=True\).* save_pretrained\(FOLDER, save_original_format=False\)", str(caught.value)
+    )
+    assert asked is not None
+    settings = getattr(transformers, asked[1])(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "quantised", quantization_config=settings, dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / "whole", save_original_format=False)
+    found = open_checkpoint(str(tmp_path / "whole"))
+    assert {n: (t.dtype, t.shape) for n, t in found.tensors.items()} == {n: ("BF16", tuple(t.shape)) for n, t in whole.items()}
+    assert found.notes == ()
+    if make is fp8:
+        saved = load_file(tmp_path / "whole" / "model.safetensors")
+        for name, tensor in whole.items():
+            assert (saved[name].float() - tensor.float()).abs().max() <= 0.07 * tensor.float().abs().max(), name
 
 
 def test_masks_ids_and_counters_are_no_quantised_weights(tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 """What a config says of it; an output has none of these."""
 
 ANOTHER_FORM = "give the model that it was made from, in bfloat16, float16 or float32"
-_LOADED = "load it with transformers and quantization_config={}(dequantize=True), save_pretrained, and give that folder"
+_LOADED = (
+    "load it with transformers and quantization_config={}(dequantize=True), call save_pretrained(FOLDER, "
+    "save_original_format=False), and give that folder"
+)
 
 
 class _Scheme(NamedTuple):

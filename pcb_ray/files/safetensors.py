@@ -40,8 +40,8 @@ OF_TORCH: dict[str, str] = {
     "float4_e2m1fn_x2": "F4", "complex32": "C32", "complex64": "C64", "complex128": "C128",
 }  # fmt: skip
 _DEQUANTISE = (
-    "load it with transformers and quantization_config=FineGrainedFP8Config(dequantize=True) or the like, save_pretrained, and "
-    "give that folder; or give the model that it was made from, in bfloat16, float16 or float32"
+    "load it with transformers and quantization_config=FineGrainedFP8Config(dequantize=True) or the like, call "
+    "save_pretrained(FOLDER, save_original_format=False), and give that folder; or give the model that it was made from"
 )
 _QUANTISED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0")
 _COMPLEX_DTYPES = ("C32", "C64", "C128")
