@@ -37,7 +37,7 @@ from pcb_ray.files.store import Store, open_store
 from pcb_ray.files.vocabulary import check_vocabularies
 from pcb_ray.matching import match
 from pcb_ray.methods import Method, Ranks, Settings
-from pcb_ray.recipe import DTYPES, Recipe
+from pcb_ray.recipe import DTYPES, Recipe, depths_of
 from pcb_ray.relation import Relation, notes_on, relation_of
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
@@ -462,13 +462,14 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
     order = [name for name in base_tensors if name in keep]
     files, slots = _lay_out(order, base_tensors, dtypes, max_shard_bytes, inputs.base.stem)
 
+    depths = depths_of(merged_names)
     tensors, first = [], 0
     for name in merged_names:
         base = base_tensors[name]
         if name in copied:
             continue
         sources = tuple(None if k == 0 and not method.has_base else of_one[name] for k, of_one in enumerate(matched.tensors))
-        weights = tuple(recipe.weight(i, name) for i in range(n))
+        weights = tuple(recipe.weight(i, name, depths[name]) for i in range(n))
         tensors.append(MergedTensor(name, first, base.numel, sources, slots[name], weights))
         first += base.numel
     if any(t.dtype == "F64" for tensor in tensors for t in tensor.sources if t is not None):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from pcb_ray.user_code import UserCode, names_code, read_code
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-Rule = tuple[str | None, float]
+Gradient = tuple[float, ...]
+"""Values over the layers, the first for the first and the last for the last; between two it is interpolated."""
+Rule = tuple[str | None, float | Gradient]
 """(filter, value): the value for tensors whose name contains the filter; None matches every name."""
 
 # What bounds the time of reading, whatever is in the text.
@@ -133,7 +136,7 @@ class Recipe:
             "folder": folder,
             "code": code,
         }
-        plain = [model.weight[0][1] for model in models if len(model.weight) == 1]
+        plain = [model.weight[0][1] for model in models if len(model.weight) == 1 and isinstance(model.weight[0][1], float)]
         whole = len(plain) == len(models)
         if models and whole and (problem := method.wrong_weights(plain)):
             problems.append(f"models: {problem}. Fix: change a weight.")
@@ -255,8 +258,9 @@ class Recipe:
         """
         models = []
         for model in self.models:
-            rules = [{"value": value} if part is None else {"filter": part, "value": value} for part, value in model.weight]
-            own: dict[str, object] = {"weight": rules if len(rules) > 1 else model.weight[0][1], **model.parameters}
+            values = [(part, list(value) if isinstance(value, tuple) else value) for part, value in model.weight]
+            rules = [{"value": value} if part is None else {"filter": part, "value": value} for part, value in values]
+            own: dict[str, object] = {"weight": rules if len(rules) > 1 else values[0][1], **model.parameters}
             models.append({"model": model.source, "parameters": own})
         layout = {
             "merge_method": self.merge_method,
@@ -292,9 +296,31 @@ class Recipe:
             tokenizer_source="base" if self.tokenizer_source == "base" else absolute(self.tokenizer_source),
         )
 
-    def weight(self, model_index: int, tensor_name: str) -> float:
-        """lambda_i of the model for the tensor: the value of the first rule that matches its name."""
-        return next(value for part, value in self.models[model_index].weight if part is None or part in tensor_name)
+    def weight(self, model_index: int, tensor_name: str, depth: float = 0.0) -> float:
+        """lambda_i of the model for a tensor, whose depth `depths_of` tells: the value of the first rule that matches its name."""
+        value = next(value for part, value in self.models[model_index].weight if part is None or part in tensor_name)
+        if not isinstance(value, tuple):
+            return value
+        place = depth * (len(value) - 1)
+        first = int(place)
+        last = min(first + 1, len(value) - 1)
+        return (1 - (place - first)) * value[first] + (place - first) * value[last]
+
+
+def depths_of(names: Iterable[str]) -> dict[str, float]:
+    """How deep in the model each tensor lies, as mergekit counts it for gradients: 0 in the first layer, 1 in the last (and in the
+    only one); 0 for what is in no layer."""
+    layer_of: dict[str, tuple[str, int]] = {}
+    last: dict[str, int] = {}
+    for name in names:
+        if found := re.search(r"(?:^|\.)(\d+)\.", name):
+            stack, layer = name[: found.start()], int(found[1])
+            layer_of[name] = (stack, layer)
+            last[stack] = max(last.get(stack, 0), layer)
+    return {
+        name: (1.0 if last[layer_of[name][0]] == 0 else layer_of[name][1] / last[layer_of[name][0]]) if name in layer_of else 0.0
+        for name in names
+    }
 
 
 def _path(source: str, folder: Path) -> Path:
@@ -469,10 +495,9 @@ def _tokenizer_source(raw: object, models: Sequence[Model], base: str | None, fo
 
 def _rules(raw: object, where: str, problems: list[str]) -> tuple[Rule, ...]:
     """A `weight` in one form: from a number, a rule, or a list of rules, each a mapping or a pair; () if it is wrong."""
-    items = raw if isinstance(raw, (list, tuple)) else [raw if isinstance(raw, Mapping) else (None, raw)]
+    items = raw if isinstance(raw, (list, tuple)) and not _is_gradient(raw) else [raw if isinstance(raw, Mapping) else (None, raw)]
     if not items or not all(isinstance(item, Mapping) or (isinstance(item, tuple) and len(item) == 2) for item in items):
-        fix = f"lists of numbers over the layers are not known; {_BY_NAME}"
-        problems.append(wrong(where, "a number or a list of rules", raw, fix))
+        problems.append(wrong(where, "a number, a list of numbers over the layers, or a list of rules", raw, _BY_NAME))
         return ()
     before = len(problems)
     rules: list[Rule] = []
@@ -487,8 +512,18 @@ def _rules(raw: object, where: str, problems: list[str]) -> tuple[Rule, ...]:
             problems.append(wrong(f"{at}.filter", "a part of a tensor name", part, "remove the `*`: a part matches anywhere"))
         if rules and rules[-1][0] is None:
             problems.append(f"{at}: never reached, since the rule before it matches every name. Fix: exchange them.")
-        rules.append((part, number(value, at, problems)))
+        if _is_gradient(value):
+            rules.append((part, tuple(number(one, f"{at}[{k}]", problems) for k, one in enumerate(value))))
+        else:
+            rules.append((part, number(value, at, problems)))
     return tuple(rules) if len(problems) == before else ()
+
+
+def _is_gradient(raw: object) -> bool:
+    """Whether it is a list of numbers, and no rule or list of rules."""
+    return (
+        isinstance(raw, (list, tuple)) and bool(raw) and all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in raw)
+    )
 
 
 def _models(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from pcb_ray import methods
 from pcb_ray.errors import RequestError
-from pcb_ray.recipe import DTYPES, Model, Recipe
+from pcb_ray.recipe import DTYPES, Model, Recipe, depths_of
 
 METHODS = methods.names()
 WITH_BASE = [name for name in METHODS if all(record.has_base for record in methods.variants_of(name).values())]
@@ -318,6 +318,41 @@ def test_a_model_in_parts_as_mergekit_has_it_is_the_same_as_one_line():
     assert Recipe.from_dict(layout(models=[{"model": {"model": "a", "lora": {"path": "l"}}}])).models[0].source == "a+l"
 
 
+@pytest.mark.parametrize(
+    ("layers", "gradient", "wanted"),
+    [
+        (5, [0.0, 1.0, 4.0], [0.0, 0.5, 1.0, 2.5, 4.0]),
+        (3, [1.0, 0.5], [1.0, 0.75, 0.5]),
+        (1, [1.0, 0.5], [0.5]),
+        (4, [0.7], [0.7] * 4),
+        (2, [1.0, 2.0, 3.0, 4.0], [1.0, 4.0]),
+    ],
+)
+def test_a_list_of_numbers_is_a_gradient_over_the_layers_as_in_mergekit(layers: int, gradient: list[float], wanted: list[float]):
+    """There: t = layer / (layers - 1), 1 in the only layer and 0 outside of layers; between two numbers it is interpolated."""
+    names = [f"model.layers.{k}.mlp.experts.{e}.weight" for k in range(layers) for e in range(3)]
+    depths = depths_of([*names, "model.embed_tokens.weight", "lm_head.weight"])
+    for weight in (gradient, [{"value": gradient}], [{"filter": "mlp", "value": gradient}, {"value": 9.0}]):
+        recipe = Recipe.from_dict(layout(models=[{"model": "a", "parameters": {"weight": weight}}]))
+        found = [recipe.weight(0, name, depths[name]) for name in names]
+        assert found == pytest.approx([value for value in wanted for _ in range(3)])
+        outside = 9.0 if isinstance(weight[0], dict) and "filter" in weight[0] else gradient[0]
+        assert recipe.weight(0, "lm_head.weight", depths["lm_head.weight"]) == pytest.approx(outside)
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_stacks_of_layers_have_depths_of_their_own():
+    found = depths_of(["vision.blocks.0.w", "vision.blocks.1.w", "text.h.0.w", "text.h.1.w", "text.h.2.w", "norm.w"])
+    assert list(found.values()) == [0.0, 1.0, 0.0, 0.5, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("density", [[0.1, 0.5], [{"filter": "mlp", "value": 0.5}, {"value": 0.1}]])
+@pytest.mark.parametrize("method", ["pcb", "ties"])
+def test_a_density_by_layer_or_name_is_refused_with_the_reason(method: str, density: object):
+    for asked in ({"parameters": {"density": density}}, {"models": [{"model": "a", "parameters": {"density": density}}]}):
+        assert "the threshold is one over the whole model" in the_problem(layout(merge_method=method, **asked))
+
+
 def test_anchors_and_merge_keys_are_read():
     text = """
     base_model: b
@@ -462,7 +497,7 @@ def test_a_key_in_the_wrong_place_is_told_where_it_belongs(asked: dict[str, Any]
         (layout(chat_template="auto"), "remove the line"),
         (layout(chat_template="chatml"), "remove the line"),
         (layout(parameters={"rescale": True}), "lambda"),
-        (layout(models=weighted([0, 0.5, 1])), "layers.0."),
+        (layout(models=weighted([0, "half", 1])), "layers.0."),
         (layout(dtype="float64"), "float32"),
         (layout(out_dtype="float64"), "float32"),
         (layout(dtype="int8"), "bfloat16"),
@@ -525,7 +560,7 @@ base_model: base
 models:
   - 3
   - model: a
-    parameters: {weight: [0, 1], density: 0, wieght: 2}
+    parameters: {weight: [0, one], density: 0, wieght: 2}
   - ./a
 density: 0.3
 slices: 1

@@ -61,6 +61,15 @@ number = checks.number
 fraction = partial(checks.number, is_fraction=True)
 
 
+def share_of_model(raw: object, where: str, problems: list[str]) -> float:
+    """A fraction of the whole model: by layer or by name, as mergekit has it too, it would have no meaning."""
+    if isinstance(raw, (list, tuple, Mapping)):
+        fix = "write one number: the threshold is one over the whole model, and leaves to each tensor what is large in it"
+        problems.append(checks.wrong(where, "a number in (0, 1]", raw, fix))
+        return 1.0
+    return fraction(raw, where, problems)
+
+
 def lambda_parameter(default: float = 1.0) -> Parameter:
     """`lambda`, for methods in which it multiplies the merged task vector."""
     return Parameter(default, number, "scales the merged task vector", searched="scale", range=(0.0, 2.0))

@@ -49,8 +49,8 @@ from pcb_ray.methods.method import (
     Settings,
     Sums,
     column,
-    fraction,
     lambda_parameter,
+    share_of_model,
     spans_of,
 )
 
@@ -277,7 +277,9 @@ def _paper_arrays(known: Known, settings: Settings) -> Mapping[str, NDArray[Any]
 
 
 PARAMETERS = {
-    "density": Parameter(0.1, fraction, "the fraction of all parameters that is kept", True, searched="share", range=(0.01, 0.5)),
+    "density": Parameter(
+        0.1, share_of_model, "the fraction of all parameters that is kept", True, searched="share", range=(0.01, 0.5)
+    ),
     "lambda": lambda_parameter(),
 }
 

@@ -23,8 +23,8 @@ from pcb_ray.methods.method import (
     Ranks,
     Settings,
     column,
-    fraction,
     lambda_parameter,
+    share_of_model,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ TIES = Method(
     formula="trim by size over the whole model, elect signs, disjoint mean",
     source="Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023",
     parameters={
-        "density": Parameter(0.1, fraction, "the fraction of all parameters that is kept", per_model=True),
+        "density": Parameter(0.1, share_of_model, "the fraction of all parameters that is kept", per_model=True),
         "lambda": lambda_parameter(),
     },
     passes=(Ranks(MAGNITUDE, {"low": lambda D, own: max(D - int(D * own["density"]) - 1, 0)}),),

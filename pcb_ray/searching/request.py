@@ -20,7 +20,7 @@ from pcb_ray.checks import choice, number, section, shown, size_of, text, whole,
 from pcb_ray.errors import RequestError
 from pcb_ray.methods import METHODS, Method, variants_of
 from pcb_ray.planning import Plan
-from pcb_ray.recipe import Recipe
+from pcb_ray.recipe import Recipe, depths_of
 
 BUILT_IN = ("causal_lm", "classification", "lm_eval", "command")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
@@ -420,10 +420,11 @@ class Space:
             if within.init is None and not within.lower <= of_recipe <= within.upper:
                 outside.append(name)
 
+        depths = depths_of(names)
         for i, label in enumerate(labels):
             of_group: dict[str, list[float]] = {group: [] for group in groups}
             for tensor, group in zip(names, group_names, strict=True):
-                of_group[group].append(recipe.weight(i, tensor))
+                of_group[group].append(recipe.weight(i, tensor, depths[tensor]))
             for group, weights in of_group.items():
                 mean = weights[0] if len(set(weights)) == 1 else statistics.fmean(weights)
                 search_for(weight_name(label, group, groups), search.weight, mean)
@@ -494,7 +495,8 @@ class Space:
     def lambdas(self, candidate: Candidate) -> list[tuple[float, ...]]:
         """lambda_i of each tensor of the plan."""
         if candidate.lambdas is None:
-            return [tuple(self.recipe.weight(i, name) for i in range(len(self.labels))) for name in self.names]
+            depths = depths_of(self.names)
+            return [tuple(self.recipe.weight(i, name, depths[name]) for i in range(len(self.labels))) for name in self.names]
         return [candidate.lambdas[g] for g in self.group_of]
 
     def recipe_of(self, candidate: Candidate) -> Recipe:
