@@ -9,6 +9,7 @@ import fnmatch
 import glob
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from pcb_ray.files.checkpoint import FLOAT_DTYPES, Checkpoint, Tensor
 from pcb_ray.files.foreign import mismatch, some
 
 Tensors = Mapping[str, Tensor]
+_NUMBERS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _renamed(base: Tensors, model: Tensors, source: str, notes: list[str]) -> di
         for prefixed in _prefixes(ours, theirs):
             names = {name: ours[prefixed(formed)] for formed, name in theirs.items() if prefixed(formed) in ours}
             count = sum(base[new].shape == model[name].shape for name, new in names.items())
-            if count > fitting and len(set(names.values())) == len(names):
+            if count > fitting and len({names.get(name, name) for name in model}) == len(model):  # none takes another's place
                 best, fitting = names, count
     if changed := sorted((name, new) for name, new in best.items() if name != new):
         name, new = changed[0]
@@ -164,17 +166,18 @@ def _by_form(tensors: Tensors, form: Callable[[str], str]) -> dict[str, str] | N
 
 
 def _prefixes(ours: Collection[str], theirs: Collection[str]) -> Iterator[Callable[[str], str]]:
-    """Ways to come from their names to ours: as they are, with a prefix less where they have it, with one more where we have it."""
+    """Ways to come from their names to ours: as they are, and with a prefix less or more, those first that most names speak for."""
     yield str
-    lost = sorted(set(theirs) - set(ours), key=len)
-    free = sorted(set(ours) - set(theirs), key=len)
-    if not lost or not free:
-        return
-    for long, short, is_less in ((lost[0], free, True), (free[0], lost, False)):
-        parts = long.split(".")
-        for count in range(1, len(parts)):
-            if ".".join(parts[count:]) in short:
-                yield _changer(".".join(parts[:count]) + ".", is_less, frozenset(ours))
+    lost, free = set(theirs).difference(ours), set(ours).difference(theirs)
+    votes: Counter[tuple[str, bool]] = Counter()
+    for long_names, short_names, is_less in ((lost, free, True), (free, lost, False)):
+        for name in long_names:
+            parts = name.split(".")
+            votes.update(
+                (".".join(parts[:count]) + ".", is_less) for count in range(1, len(parts)) if ".".join(parts[count:]) in short_names
+            )
+    for (prefix, is_less), _ in votes.most_common(3):
+        yield _changer(prefix, is_less, frozenset(ours))
 
 
 def _changer(prefix: str, is_less: bool, ours: Collection[str]) -> Callable[[str], str]:
@@ -262,8 +265,12 @@ def _fix(tensors: Sequence[Tensors], sources: Sequence[str], merged: Sequence[st
     values of what is a copy."""
     base, models = tensors[0], tensors[1:]
     alike = "Fix: use models of one base, saved in one way"
+    right: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for tensor in base.values():
+        if tensor.name not in wrong:
+            right.setdefault((tensor.shape, tensor.dtype), []).append(tensor.name)
     for name in sorted(wrong.intersection(base)):
-        like = [t.name for t in base.values() if (t.shape, t.dtype) == (base[name].shape, base[name].dtype) and t.name not in wrong]
+        like = right.get((base[name].shape, base[name].dtype), [])
         if len(like) == 1 and len(base[name].shape) >= 2 and all(name not in model and like[0] in model for model in models):
             return (
                 f"Fix: {name} looks like a stored copy of {like[0]}, to which models tie it. If it is one, save {sources[0]} again "
@@ -307,9 +314,14 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
 
 def _exclude_lines(wrong: set[str], names: set[str]) -> list[str]:
     """A few patterns that match these names and no others: layer numbers become `*` where that is safe."""
-    lines = set()
-    for name in wrong:
-        literal = glob.escape(name)
-        pattern = re.sub(r"\d+", "*", literal)
-        lines.add(pattern if {n for n in names if fnmatch.fnmatchcase(n, pattern)} <= wrong else literal)
+    of_kind: dict[str, set[str]] = {}
+    for name in names | wrong:
+        of_kind.setdefault(_NUMBERS.sub("*", glob.escape(name)), set()).add(name)
+    # Patterns hold no digits, so one name of a kind stands for all others of it.
+    right = [next(iter(alike - wrong)) for alike in of_kind.values() if not alike <= wrong]
+    lines: set[str] = set()
+    for pattern, alike in of_kind.items():
+        if concerned := alike & wrong:
+            is_safe = concerned == alike and not any(fnmatch.fnmatchcase(name, pattern) for name in right)
+            lines |= {pattern} if is_safe else {glob.escape(name) for name in concerned}
     return sorted(lines)

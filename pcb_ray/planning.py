@@ -23,7 +23,16 @@ from functools import cached_property
 from typing import Any
 
 from pcb_ray.errors import RequestError
-from pcb_ray.files.beside import GENERATION_CONFIG, WEIGHT_SUFFIXES, Beside, has_tokenizer, is_of_tokenizer
+from pcb_ray.files.beside import (
+    CONFIG,
+    GENERATION_CONFIG,
+    LEADS_NOWHERE,
+    LEADS_OUT,
+    WEIGHT_SUFFIXES,
+    Beside,
+    has_tokenizer,
+    is_of_tokenizer,
+)
 from pcb_ray.files.checkpoint import (
     DTYPE_BYTES,
     SHARDED,
@@ -528,6 +537,14 @@ def _beside(recipe: Recipe, inputs: Inputs, notes: list[str]) -> tuple[tuple[Alo
         listed += [(one, True) for one in theirs]
     if recipe.chat_template is not None:  # loaders would prefer the older form
         listed = [(_left_out(one, "the recipe has another") if one.name == "chat_template.json" else one, k) for one, k in listed]
+    needed = [
+        f"{(tokenizer if theirs else base).source}/{one.name}: wanted a file that can go along into the output, which can't be "
+        f"loaded without it, found {one.left_out}. Fix: put the file itself there (`cp -rL` follows links)."
+        for one, theirs in listed
+        if one.left_out in (LEADS_OUT, LEADS_NOWHERE) and _is_needed(one.name, base)
+    ]
+    if needed:
+        raise RequestError(needed)
     along = tuple(Along(one.name, one.size, theirs) for one, theirs in listed if not one.left_out)
     left_out = tuple(one for one, _ in listed if one.left_out)
     notes += [f"{one.name} does not go along: {one.left_out}" for one in left_out if one.is_surprising]
@@ -537,6 +554,11 @@ def _beside(recipe: Recipe, inputs: Inputs, notes: list[str]) -> tuple[tuple[Alo
         if others:
             notes.append(f"the output has no tokenizer, since the base has none; `tokenizer_source: {others[0]}` takes that one's")
     return along, left_out
+
+
+def _is_needed(name: str, base: Checkpoint) -> bool:
+    """Whether loaders of the output look for the file: a tokenizer's, code, a config that is not written anew."""
+    return has_tokenizer(name) or name.endswith(".py") or (name == CONFIG and base.library != "transformers")
 
 
 def _left_out(one: Beside, why: str) -> Beside:

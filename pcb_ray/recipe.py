@@ -455,7 +455,8 @@ def _source(raw: object, where: str, problems: list[str], depth: int = 0) -> obj
         fix = "write it as text, such as `model: org/name@revision`"
         problems.append(wrong(where, "a model, by `model` or by `path`", raw, fix))
         return "?"  # of which nobody complains once more
-    says = section(raw, where, ("model", "path", "revision", "lora"), problems)
+    given = {key: value for key, value in raw.items() if value is not None}  # mergekit writes out what it has not, as null
+    says = section(given, where, ("model", "path", "revision", "lora"), problems)
     source = _source(says[keys[0]], f"{where}.{keys[0]}", problems, depth + 1)
     for key, sign in (("revision", "@"), ("lora", "+")):
         if key in says:
@@ -579,13 +580,21 @@ _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is
 class _Loader(_SafeLoader):  # type: ignore[misc]
     """PyYAML's safe loader, but a key that is given twice is an error: by itself it takes the last."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def flatten_mapping(self, node: Any) -> None:
+        """Keys are looked at once, as they were written: what `<<` brings is put into the node itself, in the place of its own."""
+        if id(node) in self._flattened:
+            return
+        self._flattened[id(node)] = node  # it lives on, so that no other node gets its number
         keys = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in keys:
                 raise _yaml_error(f"key {shown(key.value)} is given twice", key)
             keys.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._flattened: dict[int, Any] = {}
 
 
 def _yaml_error(problem: str, at: Any) -> yaml.YAMLError:

@@ -141,6 +141,52 @@ def test_a_link_that_leads_out_of_the_folder_stays_behind_with_a_note(tmp_path: 
     assert not (tmp_path / "out" / "inside.json").is_symlink()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "modeling_toy.py", "chat_template.jinja", "spm.model"])
+@pytest.mark.parametrize("where", ["out", "nowhere"])
+def test_a_file_that_loaders_need_and_that_only_a_link_leads_to_is_asked_for(tmp_path: Path, name: str, where: str) -> None:
+    one = Family(tmp_path, *families.fine_tuned(1))
+    put(tmp_path, "elsewhere")
+    (one.folder / "base" / name).symlink_to(tmp_path / ("elsewhere" if where == "out" else "none"))
+    recipe = Recipe.from_dict(one.recipe(**SUM))
+    with pytest.raises(
+        RequestError, match=rf"base/{name}: wanted a file that can go along into the output.* Fix: put the file itself"
+    ):
+        plan_of(recipe, open_inputs(recipe))
+
+
+def test_a_link_to_a_folder_of_the_model_is_one_of_its_folders(tmp_path: Path) -> None:
+    one = Family(tmp_path, *families.fine_tuned(1))
+    put(one.folder / "base", "pool/config.json", '{"pool": 1}')
+    (one.folder / "base" / "1_Pooling").symlink_to("pool")
+    (one.folder / "base" / "pool" / "up").symlink_to("..")  # for ever, if it were followed
+    out = merged_to(tmp_path / "out", Recipe.from_dict(one.recipe(**SUM)))
+    assert {"1_Pooling/config.json", "pool/config.json"} < merged_names(out)
+    assert (out / "1_Pooling" / "config.json").read_text() == '{"pool": 1}'
+
+
+def test_a_folder_that_can_not_be_read_and_folders_left_out_of_any_size_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Family(tmp_path, *families.fine_tuned(1))
+    monkeypatch.setattr(beside, "MAX_FILES", 20)
+    for k in range(30):
+        put(one.folder / "base" / "checkpoint-1", str(k))
+    put(one.folder / "base", "lost+found/x")
+    scandir = os.scandir
+
+    def refusing(path: object) -> object:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(beside.os, "scandir", refusing)
+    recipe = Recipe.from_dict(one.recipe(**SUM))
+    assert (
+        "lost+found/ does not go along: a folder that can't be read: Permission denied"
+        in plan_of(recipe, open_inputs(recipe)).notes
+    )
+
+
 def test_what_is_so_large_that_nobody_can_have_meant_it_stays_behind_with_a_note(tmp_path: Path) -> None:
     one = Family(tmp_path, *families.fine_tuned(1))
     with (one.folder / "base" / "data.jsonl").open("wb") as file:

@@ -222,8 +222,8 @@ def test_bin_shards_are_read_by_their_index_and_safetensors_win_over_them(tmp_pa
     shards = {"a.bin": {"x": torch.randn(3)}, "sub/b.bin": {"y": torch.randn(2, 2)}}
     write_shards(tmp_path, shards, "bin")
     assert_holds(open_checkpoint(str(tmp_path)), {**shards["a.bin"], **shards["sub/b.bin"]})
-    save_file({"z": torch.ones(1)}, tmp_path / "weights.safetensors")
-    assert_holds(open_checkpoint(str(tmp_path)), {"z": torch.ones(1)})
+    save_file({"z": torch.ones(1)}, tmp_path / "value_head.safetensors")  # of whatever it is, not of the model
+    assert_holds(open_checkpoint(str(tmp_path)), {**shards["a.bin"], **shards["sub/b.bin"]})
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     assert_holds(open_checkpoint(str(tmp_path)), {"w": torch.ones(1)})
 

@@ -182,3 +182,18 @@ def test_files_that_cannot_be_written_are_told(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(RunError, match=r"config\.json: wanted to write 2 bytes, found: Is a directory\. Fix:"):
         write_side_files(tmp_path, {"config.json": b"{}"})
+
+
+@pytest.mark.parametrize(
+    ("weight", "shown"),
+    [
+        (0.5, "weight 0.5"),
+        ([0.1, 0.9], "weight by layer"),
+        ([{"filter": "mlp", "value": [0.1, 1]}, {"value": 1}], "weight by tensor"),
+    ],
+)
+def test_the_card_and_the_output_of_a_gradient(family, tmp_path, weight, shown):
+    one = family(2)
+    models = [{"model": str(one.folder / "model0"), "parameters": {"weight": weight}}, str(one.folder / "model1")]
+    out = families.merged_to(tmp_path / "out", Recipe.from_dict(one.recipe(merge_method="ties", models=models)))
+    assert f"| model0 | model | {shown}" in (out / "README.md").read_text()

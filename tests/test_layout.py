@@ -130,3 +130,17 @@ def test_of_two_layouts_in_one_folder_that_of_transformers_is_merged_and_the_oth
         (one.folder / name / "params.json").write_text(json.dumps({"dim": 32}))
     out = merged_to(tmp_path / "out", recipe(one))
     assert files_in(out) == {"model.safetensors", "config.json", "params.json"}
+
+
+def test_a_stray_file_of_tensors_is_not_taken_for_the_model(tmp_path: Path) -> None:
+    one = family(tmp_path, dict(families.CONFIG))
+    for name, state in zip(NAMES, (one.base, *one.models), strict=True):
+        folder = one.folder / name
+        (folder / "model.safetensors").unlink()
+        torch.save(state, folder / "pytorch_model.bin")
+        save_file({"v_head.weight": torch.ones(2)}, folder / "value_head.safetensors")
+    asked = recipe(one)
+    made = plan_of(asked, open_inputs(asked))
+    assert {t.name for t in made.tensors} == one.base.keys()
+    assert [f.name for f in made.files] == ["model.safetensors"]
+    assert any(note.startswith("value_head.safetensors does not go along") for note in made.notes)

@@ -12,6 +12,8 @@ import torch
 from families import Family, StateDict, merged_to
 
 from pcb_ray import Recipe, RequestError
+from pcb_ray.files.checkpoint import Checkpoint, Tensor
+from pcb_ray.matching import match
 from pcb_ray.planning import Plan, open_inputs, plan_of
 
 
@@ -89,6 +91,46 @@ def test_the_same_tensors_under_other_names_are_merged_under_the_bases(tmp_path:
     wanted = families.load(plain)
     named = rename if which == "base" else str
     assert {n: t.tolist() for n, t in out.items()} == {named(n): t.tolist() for n, t in wanted.items()}
+
+
+@pytest.mark.parametrize("prefixed", ["base", "models"])
+def test_a_prefix_is_found_though_one_side_has_a_head(tmp_path: Path, prefixed: str) -> None:
+    shapes = {f"roberta.encoder.layer.{k}.weight": (16, 16) for k in range(3)} | {
+        "lm_head.bias": (8,),
+        "lm_head.dense.weight": (8, 16),
+    }
+    base, models = families.fine_tuned(1, shapes=shapes)
+
+    def plain(state: StateDict) -> StateDict:
+        return {name.removeprefix("roberta."): t for name, t in state.items() if not name.startswith("lm_head")}
+
+    one = Family(tmp_path, base, [plain(models[0])]) if prefixed == "base" else Family(tmp_path, plain(base), models)
+    made = planned(one, exclude=["lm_head.*"])
+    assert made.D == 3 * 256
+    assert "3 tensors are taken under the base's names" in made.notes[0]
+
+
+def test_fifty_thousand_names_are_matched_and_complained_of() -> None:
+    """In quadratic time it would take longer than a test may."""
+
+    def model(stem: str, count: int = 50_000) -> Checkpoint:
+        tensors = {
+            n: Tensor(n, "BF16", (4, 4), "f", 32 * k) for k, n in enumerate(f"l.{k % 60}.{stem}.{k}.w" for k in range(count))
+        }
+        return Checkpoint(stem, None, tensors, {}, (), None, None)
+
+    with pytest.raises(RequestError):
+        match([model("mlp.experts"), model("moe.experts")], (), [])
+    with pytest.raises(RequestError):
+        match([model("mlp.experts"), model("mlp.experts", 25_000)], (), [])
+    assert len(match([model("a"), model("a")], (), []).merged) == 50_000
+
+
+def test_a_renaming_in_which_a_tensor_would_take_anothers_place_is_none(tmp_path: Path) -> None:
+    base, models = families.fine_tuned(1, shapes={f"model.layers.{k}.w.weight": (8, 8) for k in range(3)})
+    stray = {"model.layers.1.w.weight": models[0]["model.layers.1.w.weight"].clone()}
+    told = problems_of(Family(tmp_path, base, [renamed(models[0], lambda name: f"model.{name}") | stray]))
+    assert "model.layers.0.w.weight: is in" in told
 
 
 def test_names_that_agree_are_left_alone(tmp_path: Path) -> None:

@@ -315,7 +315,26 @@ def test_a_model_in_parts_as_mergekit_has_it_is_the_same_as_one_line():
     )
     line = layout(base_model="org/base@main", models=["org/a@v1", "org/b", "c"], tokenizer_source="org/b")
     assert Recipe.from_dict(parts) == Recipe.from_dict(line)
+    spelled = {"model": {"path": "org/a", "revision": None}, "lora": None, "override_architecture": None}
+    assert Recipe.from_dict(layout(models=[{"model": spelled}])).models[0].source == "org/a"
     assert Recipe.from_dict(layout(models=[{"model": {"model": "a", "lora": {"path": "l"}}}])).models[0].source == "a+l"
+
+
+def test_what_a_merge_key_brings_may_be_overridden_and_merged_again():
+    text = """
+    merge_method: ties
+    base_model: base
+    models:
+      - {model: a, parameters: &p {weight: 0.5, density: 0.2}}
+      - {model: b, parameters: &q {<<: *p, weight: 0.7}}
+      - {model: c, parameters: {<<: *q}}
+    """
+    assert [(m.weight[0][1], m.parameters["density"]) for m in Recipe.from_yaml(text).models] == [
+        (0.5, 0.2),
+        (0.7, 0.2),
+        (0.7, 0.2),
+    ]
+    assert "key 'weight' is given twice" in the_problem(text.replace("weight: 0.7}", "weight: 0.7, weight: 0.8}"))
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def files_of(kind: str, tokens: list[str], added: dict[str, int]) -> dict[str, b
 
 
 KINDS = ("tokenizer.json", "unigram", "vocab.json", "vocab.txt", "spm.model", "tekken.json", "tiktoken")
-TEXTS = KINDS[:5]
+TEXTS = KINDS[:4]
 
 
 def put(folder: Path, files: dict[str, bytes]) -> None:
@@ -161,7 +161,47 @@ def test_a_token_that_is_special_for_one_alone_is_noted(tmp_path: Path) -> None:
 
 def test_what_can_not_be_compared_is_noted(tmp_path: Path) -> None:
     one = family_of(tmp_path, files_of("vocab.json", WORDS, {}), files_of("tiktoken", WORDS, {}))
-    assert "can't be held against the base's" in told(one)[1][0]
+    assert "can't be held against the base's: they are in files of other kinds" in told(one)[1][0]
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs", b"[]", b'{"model": {"vocab": {"a": 0, "b": 0}}}', b"{}", b'{"model": null}']
+)
+@pytest.mark.parametrize("source", ["base", "model1"])
+def test_a_vocabulary_that_can_not_be_read_is_noted_and_stops_nothing(tmp_path: Path, content: bytes, source: str) -> None:
+    one = family_of(tmp_path, files_of("tokenizer.json", WORDS, {}), {"tokenizer.json": content})
+    problems, (note,) = told(one, source)
+    assert problems == ()
+    assert "/model1: its vocabulary can't be held against the base's: " in note
+
+
+@pytest.mark.parametrize("config", [b"[]", b'{"added_tokens_decoder": [1]}', b'{"added_tokens_decoder": {"x": {}}}', b"{"])
+def test_odd_files_beside_a_vocabulary_stop_nothing(tmp_path: Path, config: bytes) -> None:
+    one = family_of(
+        tmp_path, files_of("vocab.txt", WORDS, {}), files_of("vocab.txt", WORDS, {}) | {"tokenizer_config.json": config}
+    )
+    assert told(one)[0] == ()
+
+
+def test_of_the_same_vocabulary_file_only_what_is_added_is_compared(tmp_path: Path) -> None:
+    """Sentencepiece ids that a tokenizer shifts, or texts that stand twice, are no difference from themselves."""
+    twice = [*WORDS, WORDS[0]]
+    base, other = files_of("vocab.txt", twice, {"<x>": 20}), files_of("vocab.txt", twice, {"<x>": 20, "<y>": 21})
+    assert told(family_of(tmp_path / "a", base, other)) == ((), ())
+    assert "found 1 ids beyond the 21 rows" in told(family_of(tmp_path / "b", base, other, rows=21))[0][0]
+    shifted = {"spm.model": files_of("spm.model", WORDS, {})["spm.model"]}
+    both = family_of(tmp_path / "c", shifted, shifted | {"tokenizer_config.json": decoder({"a": 1, "b": 2})})
+    assert told(both) == ((), ())
+
+
+def test_a_token_with_a_meaning_is_not_replaced_though_it_is_special(tmp_path: Path) -> None:
+    base, other = files_of("tokenizer.json", WORDS, {"</s>": 20}), files_of("tokenizer.json", WORDS, {"banana": 20})
+    assert "found 1 ids with other tokens in" in told(family_of(tmp_path, base, other))[0][0]
+
+
+def test_a_long_token_is_looked_at_quickly(tmp_path: Path) -> None:
+    base, other = Vocabulary("a", {5: "<reserved" + "1" * 1_000_000}, ()), Vocabulary("b", {5: "x"}, ())
+    assert len(compare(base, other).replaced) == 1
 
 
 def test_the_order_of_added_tokens_and_of_keys_does_not_matter(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pcb_ray.errors import RequestError
-from pcb_ray.files.foreign import clip, is_plain_text, mismatch, os_problem
+from pcb_ray.files.foreign import is_plain_text, mismatch
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
@@ -68,11 +68,12 @@ _OF_THE_BASE = {"README.md": "the base's own card"} | dict.fromkeys(
 OTHER_WEIGHTS = "weights that are not merged"
 # In a subfolder these are what a loader looks for; at the top, where the model's own lie, all with these suffixes are weights.
 _WEIGHTS = (
-    "model*.safetensors", "pytorch_model*", "*diffusion_pytorch_model*", "consolidated*", "open_clip_*", "model*.bin", "model*.pt",
-    "*.safetensors.index.json", "*.bin.index.json",
+    *(f"{stem}*{suffix}" for stem in ("model", "pytorch_model", "diffusion_pytorch_model", "consolidated", "open_clip_")
+      for suffix in (".safetensors", ".bin", ".pt", ".pth")),
+    "*.safetensors.index*.json", "*.bin.index*.json",
 )  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
-LEADS_OUT = "a link that leads out of the model's folder"
+LEADS_OUT, LEADS_NOWHERE = "a link that leads out of the model's folder", "a link that leads nowhere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def _file(name: str, size: int, parts: Collection[str]) -> Beside:
         return Beside(name, 0, why)
     if _is_part(name, parts):
         return Beside(name, 0)
-    if not folders and file.lower().endswith(WEIGHT_SUFFIXES):
+    if not folders and (_is_weights(name) or file.lower().endswith(WEIGHT_SUFFIXES)):
         return Beside(name, 0, OTHER_WEIGHTS, is_surprising=not _is_weights(name))
     if size > MAX_FILE_BYTES:
         return Beside(name, 0, f"larger than {MAX_FILE_BYTES:,} bytes", is_surprising=True)
@@ -159,12 +160,13 @@ def _is_part(name: str, parts: Collection[str]) -> bool:
 
 
 def sizes_in(folder: Path) -> tuple[dict[str, int], tuple[Beside, ...]]:
-    """The regular files of a folder and below it with their sizes, by their paths in it; and apart from them those that are links
-    which lead elsewhere (but to the Hub's cache, where every file is such a link). Raises RequestError."""
+    """The regular files of a folder and below it with their sizes, by their paths in it; folders that are left out as a whole are
+    one name with a `/` at its end. Apart from them those that can't be taken: links which lead elsewhere (but to the Hub's cache,
+    where every file is such a link), and folders that can't be read. Raises RequestError."""
     home = folder.resolve()
     sizes: dict[str, int] = {}
-    leads_out: list[Beside] = []
-    for count, (name, entry) in enumerate(_walk(folder, "")):
+    not_taken: list[Beside] = []
+    for count, (name, entry) in enumerate(_walk(home, folder, "", not_taken)):
         if count == MAX_FILES:
             found = f"more than {MAX_FILES:,} files in it"
             raise RequestError(f"{folder}: {mismatch('the folder of one model', found, 'give the model a folder of its own')}")
@@ -172,30 +174,38 @@ def sizes_in(folder: Path) -> tuple[dict[str, int], tuple[Beside, ...]]:
             target = Path(entry.path).resolve() if entry.is_symlink() else None
             status = entry.stat()
         except (OSError, RuntimeError):  # a link to nothing, or to itself
-            leads_out.append(Beside(name, 0, "a link that leads nowhere", True))
+            not_taken.append(Beside(name, 0, LEADS_NOWHERE, True))
             continue
         if target is not None and not target.is_relative_to(home) and not _in_hub_cache(target):
-            leads_out.append(Beside(name, status.st_size, LEADS_OUT, True))
+            not_taken.append(Beside(name, status.st_size, LEADS_OUT, True))
         elif name.endswith("/"):
             sizes[name] = 0
         elif stat.S_ISREG(status.st_mode):
             sizes[name] = status.st_size
-    return sizes, tuple(leads_out)
+    return sizes, tuple(not_taken)
 
 
-def _walk(folder: Path | str, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """All but folders, in no order; of hidden folders only their names. A link to a folder counts as a file."""
+def _walk(home: Path, folder: Path | str, prefix: str, not_taken: list[Beside]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """All but folders, in no order; of folders that are left out as a whole only their names. A link to a folder of the model is
+    one of its folders, and one to a folder elsewhere counts as a file."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
+                is_own = entry.is_dir(follow_symlinks=False) or (entry.is_dir() and _is_below(Path(entry.path), home))
+                if not is_own:
                     yield f"{prefix}{entry.name}", entry
-                elif entry.name.startswith("."):
+                elif entry.name.startswith(".") or _matching(entry.name, 1):
                     yield f"{prefix}{entry.name}/", entry
                 else:
-                    yield from _walk(entry.path, f"{prefix}{entry.name}/")
+                    yield from _walk(home, entry.path, f"{prefix}{entry.name}/", not_taken)
     except OSError as error:
-        raise RequestError(os_problem(Path(clip(str(folder))), error)) from None
+        not_taken.append(Beside(prefix or "./", 0, f"a folder that can't be read: {error.strerror}", True))
+
+
+def _is_below(link: Path, home: Path) -> bool:
+    """Whether a link leads to a folder of the model that it does not lie in itself."""
+    target = link.resolve()
+    return target.is_relative_to(home) and not link.parent.resolve().is_relative_to(target)
 
 
 def _in_hub_cache(target: Path) -> bool:

@@ -349,12 +349,12 @@ def _choose_files(where: str, names: set[str], read: Callable[[str], bytes]) -> 
                 return _Layout(files, index, weight_map, stem)
             if single in top:
                 return _Layout([single], None, {}, stem)
-        if suffix == ".safetensors":
+        if suffix == ".safetensors" and not top & {"pytorch_model.bin", "pytorch_model.bin.index.json"}:
             others = sorted(n for n in top if n.endswith(suffix) and not n.startswith("adapter_model."))
             shard = re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", others[0]) if len(others) == 1 else None
             if len(others) == 1 and not (shard and int(shard[3]) > 1):
                 return _Layout(others, None, {}, shard[1] if shard else others[0].removesuffix(suffix))
-            if others and not top & {"pytorch_model.bin", "pytorch_model.bin.index.json"}:
+            if others:
                 found = f"{len(others)} .safetensors files ({some(others)}) and none that says which belong together"
                 raise RequestError(f"{where}: {mismatch('model.safetensors.index.json', found, 'add the index, or name one file')}")
     if "model_index.json" in top:
@@ -417,6 +417,9 @@ def _by_index(
             moved += [name] if holders[0] != file else []
         else:
             lost.append(name)
+    if held and lost and not any(taken.values()):
+        wanted, found = "tensors of its files", f"other names alone ({some(sorted(lost))}; its files have {some(sorted(held))})"
+        problems.append(f"{index}: {mismatch(wanted, found, 'mend the index, or save the model again')}")
     kinds = {_kind(name) for name in held}
     if needed := sorted(name for name in lost if _kind(name) in kinds and _is_of_a_layer(name, config)):
         found = f"{len(needed)} of them ({some(needed)}) in no file"
@@ -439,8 +442,8 @@ def _kind(name: str) -> str:
 def _is_of_a_layer(name: str, config: dict[str, Any] | None) -> bool:
     """Whether the model has this layer: those beyond its config (as for the prediction of several tokens) can be done without."""
     number = re.search(r"\d+", name)
-    layers = next((part["num_hidden_layers"] for part in parts_of(config) if type(part.get("num_hidden_layers")) is int), None)
-    return number is not None and (layers is None or int(number[0]) < layers)
+    layers = [part["num_hidden_layers"] for part in parts_of(config) if type(part.get("num_hidden_layers")) is int]
+    return number is not None and (not layers or int(number[0]) < max(layers))
 
 
 def _only(contents: FileContents, names: Collection[str]) -> FileContents:

@@ -6,9 +6,10 @@ They are read from whatever files a tokenizer has, within bounds, and nothing of
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pcb_ray.errors import RequestError
@@ -19,8 +20,11 @@ from pcb_ray.files.quantised import parts_of
 MAX_TOKENS = 1 << 24
 _ADDED = "added_tokens.json"
 _BESIDE = (_ADDED, "tokenizer_config.json")
-# Tokens that nothing was trained on, kept for those who come after; `[unused7]`, `<|reserved_special_token_3|>`, `<extra_id_9>`.
-_RESERVED = re.compile(r"^[<\[|]+(reserved|unused|extra|special|pad|dummy|placeholder|blank)[\w ]*\d*[>\]|]+$", re.IGNORECASE)
+# Tokens that nothing was trained on, kept for those who come after: `[unused7]`, `<|reserved_special_token_3|>`, `<extra_id_9>`.
+_RESERVED = re.compile(
+    r"[<\[|]+(?:reserved|unused|extra|special|dummy|placeholder|blank|control|madeupword|pad)[\w ]*\d[>\]|]+", re.IGNORECASE
+)
+_LONGEST_RESERVED = 64
 
 
 class Vocabulary(NamedTuple):
@@ -60,16 +64,15 @@ def compare(base: Vocabulary, other: Vocabulary) -> Compared:
     found = Compared([], [], [], [], [], [])
     for number, text in other.tokens.items():
         before = base.tokens.get(number)
-        at = ids_of_base.get(text)
-        if at is not None and at != number:
-            found.moved.append(f"{show(text)} ({at} in the base, {number} here)")
+        if before == text:
+            if (number in base.special) != (number in other.special):
+                found.kinds.append(show(text))
+        elif text in ids_of_base:
+            found.moved.append(f"{show(text)} ({ids_of_base[text]} in the base, {number} here)")
         elif before is None:
             found.more.append(number)
-        elif before != text:
-            is_free = number in base.special or _RESERVED.match(before)
-            (found.renamed if is_free else found.replaced).append(f"{number}: {show(before)} is {show(text)} here")
-        elif (number in base.special) != (number in other.special):
-            found.kinds.append(show(text))
+        else:
+            (found.renamed if _is_reserved(before) else found.replaced).append(f"{number}: {show(before)} is {show(text)} here")
     found.missing.extend(
         show(text) for text, number in ids_of_base.items() if text not in ids_of_other and number not in other.tokens
     )
@@ -82,16 +85,15 @@ def check_vocabularies(base: Checkpoint, models: Sequence[Checkpoint], tokenizer
     problems: list[str] = []
     others = {id(one): one for one in (tokenizer, *models) if one is not base}
     for other in others.values():
-        formats = _formats(base, other)
-        if formats is None:
-            if other is tokenizer:
-                notes.append(f"tokenizer_source: the vocabulary of {other.source} can't be held against the base's, in other files")
+        pair, why = _pair(base, other)
+        if pair is None:
+            if why:
+                notes.append(f"{other.source}: its vocabulary can't be held against the base's: {why}")
             continue
-        if _are_same(base, other, *formats):
-            continue
-        ours, theirs = _read(base, formats[0]), _read(other, formats[1])
-        found = compare(ours, theirs)
+        theirs, found = pair[1], compare(*pair)
         rows = next((part["vocab_size"] for part in parts_of(base.config) if type(part.get("vocab_size")) is int), None)
+        if theirs.where in _BESIDE:  # of the tokens in these files no one must list all
+            found = found._replace(more=[number for number in found.more if rows is not None and number >= rows], missing=[])
         beyond = [str(number) for number in found.more if rows is not None and number >= rows]
         differences = [
             (found.moved, "tokens at other ids"),
@@ -118,26 +120,37 @@ def check_vocabularies(base: Checkpoint, models: Sequence[Checkpoint], tokenizer
     return problems
 
 
-def _formats(base: Checkpoint, other: Checkpoint) -> tuple[str, str] | None:
-    """A format of each that can be held against the other's: the same, or another that has tokens as texts."""
+def _pair(base: Checkpoint, other: Checkpoint) -> tuple[tuple[Vocabulary, Vocabulary] | None, str]:
+    """The two vocabularies; None where they are the same, or (then with the reason) where they can't be compared.
+
+    What can be compared is read from files of one format, or of two that have the tokens of the model as texts. Where the
+    vocabularies themselves are the same file, what is added to them is compared."""
     ours, theirs = ([p for p in _READERS if _file_of(one, p)] for one in (base, other))
+    if not ours or not theirs:
+        return None, ""
     shared = [pattern for pattern in ours if pattern in theirs]
-    if shared:
-        return shared[0], shared[0]
     texts = [[pattern for pattern in formats if pattern in _TEXTS] for formats in (ours, theirs)]
-    return (texts[0][0], texts[1][0]) if all(texts) else None
+    if not shared and not all(texts):
+        return None, "they are in files of other kinds"
+    first, second = (shared[0], shared[0]) if shared else (texts[0][0], texts[1][0])
+    is_same = first == second and _are_same(base, other, (_file_of(base, first), _file_of(other, second)))
+    if is_same and (_READERS[first] is _tokenizer_json or _are_same(base, other, _BESIDE)):
+        return None, ""
+    try:
+        if is_same:
+            return (_added_to(base), _added_to(other)), ""
+        return (_read(base, first), _read(other, second)), ""
+    except RequestError as error:
+        return None, str(error).partition(" Fix: ")[0]
 
 
 def _file_of(one: Checkpoint, pattern: str) -> str:
     return min((file.name for file in one.beside if re.fullmatch(pattern, file.name)), default="")
 
 
-def _are_same(base: Checkpoint, other: Checkpoint, ours: str, theirs: str) -> bool:
-    """Whether the files of both are the same, as far as can be told without fetching them from the Hub."""
-    sizes = [
-        {file.name: file.size for file in one.beside if file.name in (_file_of(one, pattern), *_BESIDE)}
-        for one, pattern in ((base, ours), (other, theirs))
-    ]
+def _are_same(base: Checkpoint, other: Checkpoint, names: Collection[str]) -> bool:
+    """Whether files of these names are the same in both, as far as can be told without fetching them from the Hub."""
+    sizes = [{file.name: file.size for file in one.beside if file.name in names} for one in (base, other)]
     if sizes[0] != sizes[1]:
         return False
     on_disk = base.folder is not None and other.folder is not None
@@ -148,6 +161,10 @@ def _some(listed: Sequence[str]) -> str:
     return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")
 
 
+def _is_reserved(text: str) -> bool:
+    return len(text) <= _LONGEST_RESERVED and _RESERVED.fullmatch(text) is not None
+
+
 # ---------------------------------------------------------------------------------------------------- reading
 
 
@@ -155,21 +172,36 @@ def _read(one: Checkpoint, pattern: str) -> Vocabulary:
     """The vocabulary of a model in one format. Raises RequestError for a file that is not what its name says."""
     name = _file_of(one, pattern)
     place, reader = f"{one.source}/{name}", _READERS[pattern]
-    try:
+    with _told(place):
         tokens, special = reader(place, one.read(name))
-        if reader is not _tokenizer_json:  # which says all by itself
-            for beside in _BESIDE:
-                if any(file.name == beside for file in one.beside):
-                    added = _added(f"{one.source}/{beside}", one.read(beside))
-                    tokens |= added
-                    special |= set(added)
+    if reader is not _tokenizer_json:  # which says all by itself
+        added = _added_to(one).tokens
+        tokens, special = {**tokens, **added}, {*special, *added}
+    if not tokens or not 0 <= min(tokens) <= max(tokens) < MAX_TOKENS:
+        raise RequestError(f"{place}: {mismatch(f'tokens with ids from 0 to {MAX_TOKENS}', 'none, or others', ANEW)}")
+    return Vocabulary(name, tokens, frozenset(special))
+
+
+def _added_to(one: Checkpoint) -> Vocabulary:
+    """The tokens that files beside a vocabulary add to it. Raises RequestError."""
+    tokens: dict[int, str] = {}
+    for beside in _BESIDE:
+        if any(file.name == beside for file in one.beside):
+            place = f"{one.source}/{beside}"
+            with _told(place):
+                tokens |= _added(place, one.read(beside))
+    return Vocabulary(_BESIDE[-1], tokens, frozenset(tokens))
+
+
+@contextlib.contextmanager
+def _told(place: str) -> Iterator[None]:
+    """Whatever a file that is no vocabulary leads to is told as that."""
+    try:
+        yield
     except RequestError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise RequestError(f"{place}: {mismatch('a vocabulary', f'something else ({show(str(error))})', ANEW)}") from None
-    if not tokens or not 0 <= min(tokens) <= max(tokens) < MAX_TOKENS:
-        raise RequestError(f"{place}: {mismatch(f'tokens with ids from 0 to {MAX_TOKENS}', 'none, or others', ANEW)}")
-    return Vocabulary(name, tokens, frozenset(special))
 
 
 Tokens = tuple[dict[int, str], set[int]]
@@ -281,4 +313,5 @@ _READERS: Mapping[str, Callable[[str, bytes], Tokens]] = {
     r"tekken\.json": _tekken,
     r"[^/]*\.tiktoken": _tiktoken,
 }
-_TEXTS = tuple(_READERS)[:4]
+# Of a sentencepiece model the ids are not always those of the model: some shift them.
+_TEXTS = tuple(_READERS)[:3]

@@ -107,7 +107,8 @@ def model_card(plan: Plan, version: str) -> bytes:
     rows = [(shown[0], "base", "")] if recipe.base_model is not None else []
     for k, name in enumerate(shown[1:]):
         weights = recipe.models[k].weight
-        weight = f"{weights[0][1]:g}" if len(weights) == 1 and weights[0][0] is None else "by tensor"
+        value = weights[0][1] if len(weights) == 1 else None
+        weight = f"{value:g}" if isinstance(value, float) else "by tensor" if value is None else "by layer"
         values = {key: plan.settings.of_model[k][key] for key, p in plan.method.parameters.items() if p.per_model}
         own = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()]
         rows.append((name, "model", ", ".join([f"weight {weight}", *own])))
