@@ -406,7 +406,7 @@ def indexed(folder: Path, shards: dict[str, dict[str, torch.Tensor]], weight_map
 def test_an_entry_that_no_file_holds_is_a_note_where_the_model_can_do_without(tmp_path: Path) -> None:
     shards = {"one.safetensors": {f"model.layers.{k}.w": torch.ones(2) for k in range(2)}}
     named = dict.fromkeys(shards["one.safetensors"], "one.safetensors")
-    for lost in ("mtp.fc.weight", "model.layers.2.w"):
+    for lost in ("mtp.fc.weight", "model.mtp.fc.weight", "lm_head.weight", "model.layers.2.w"):
         folder = indexed(tmp_path, shards, {**named, lost: "one.safetensors"}, num_hidden_layers=2)
         (note,) = open_checkpoint(str(folder)).notes
         assert f"names 1 tensors that no file holds: they are taken for no part of the model ('{lost}')" in note
@@ -414,6 +414,18 @@ def test_an_entry_that_no_file_holds_is_a_note_where_the_model_can_do_without(tm
     for config in ({"num_hidden_layers": 3}, {"text_config": {"num_hidden_layers": 3}}, {}):
         folder = indexed(tmp_path, shards, {**named, "model.layers.2.w": "one.safetensors"}, **config)
         problem_of(folder, "wanted all tensors that it names, found 1 of them ('model.layers.2.w') in no file")
+
+
+def test_an_entry_of_the_model_itself_that_no_file_holds_tells_that_it_is_not_whole(tmp_path: Path) -> None:
+    shards = {"one.safetensors": {f"model.layers.{k}.w": torch.ones(2) for k in range(2)}}
+    named = dict.fromkeys(shards["one.safetensors"], "one.safetensors")
+    for lost in ("model.norm.weight", "model.embed_tokens.weight"):
+        folder = indexed(tmp_path, shards, {**named, lost: "one.safetensors"}, num_hidden_layers=2)
+        problem_of(folder, f"wanted all tensors that it names, found 1 of them ('{lost}') in no file")
+    config = {"audio_config": {"num_hidden_layers": 1}, "text_config": {"num_hidden_layers": 3}}
+    problem_of(indexed(tmp_path, shards, {**named, "model.layers.2.w": "one.safetensors"}, **config), "found 1 of them")
+    strangers = {f"module.{name}": file for name, file in named.items()}
+    problem_of(indexed(tmp_path, shards, strangers), "index.json: wanted tensors of its files, found other names alone")
 
 
 def test_of_a_tensor_in_several_files_that_counts_which_the_index_names(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ over all its files and raised at once as a `RequestError`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
@@ -421,7 +422,9 @@ def _by_index(
         wanted, found = "tensors of its files", f"other names alone ({some(sorted(lost))}; its files have {some(sorted(held))})"
         problems.append(f"{index}: {mismatch(wanted, found, 'mend the index, or save the model again')}")
     kinds = {_kind(name) for name in held}
-    if needed := sorted(name for name in lost if _kind(name) in kinds and _is_of_a_layer(name, config)):
+    modules = {prefix for name in held for prefix in itertools.accumulate(name.split("."), "{}.{}".format)}
+    needed = sorted(name for name in lost if _is_needed(name, kinds, modules, config))
+    if needed:
         found = f"{len(needed)} of them ({some(needed)}) in no file"
         problems.append(f"{index}: {mismatch('all tensors that it names', found, f'{ANEW}, for the model is not whole')}")
     unnamed = sorted(held - set(layout.weight_map))
@@ -439,11 +442,18 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _is_of_a_layer(name: str, config: dict[str, Any] | None) -> bool:
-    """Whether the model has this layer: those beyond its config (as for the prediction of several tokens) can be done without."""
+def _is_needed(name: str, kinds: Collection[str], modules: Collection[str], config: dict[str, Any] | None) -> bool:
+    """Whether a model can hardly be loaded without the tensor: it is of one of the layers, which have others of its kind, or lies
+    in a module beside others.
+
+    Layers beyond those of the config, and modules of which nothing is held (as for the prediction of several tokens), can be done
+    without, and a head may be tied."""
     number = re.search(r"\d+", name)
+    if number is None:
+        around = name.rpartition(".")[0].rpartition(".")[0]
+        return around in modules
     layers = [part["num_hidden_layers"] for part in parts_of(config) if type(part.get("num_hidden_layers")) is int]
-    return number is not None and (not layers or int(number[0]) < max(layers))
+    return _kind(name) in kinds and (not layers or int(number[0]) < max(layers))
 
 
 def _only(contents: FileContents, names: Collection[str]) -> FileContents:
