@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,11 +15,13 @@ import families
 import pytest
 import torch
 from families import Family, merged_to
+from junk import mutate_bytes, mutate_json
 from safetensors.torch import load_file, save_file
 
 from pcb_ray import Recipe, RequestError, verify
 from pcb_ray.files import beside
 from pcb_ray.files.checkpoint import open_checkpoint
+from pcb_ray.files.foreign import is_inside
 from pcb_ray.planning import open_inputs, plan_of
 
 SUM = {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}}
@@ -327,3 +331,22 @@ def test_the_paths_of_modules_lie_in_the_models_folder(tmp_path: Path, path: obj
         return
     with pytest.raises(RequestError, match=r"modules\.json: wanted a list of modules, each with the `path` of its folder, found"):
         open_checkpoint(str(one.folder / "base"))
+
+
+@pytest.mark.parametrize("mutants", [500, pytest.param(10_000, marks=pytest.mark.very_slow)])
+def test_mutated_lists_of_modules_are_read_or_refused(tmp_path: Path, mutants: int) -> None:
+    rng = random.Random(mutants)
+    one = Family(tmp_path, *families.fine_tuned(0))
+    base = one.folder / "base"
+    right = [{"idx": k, "name": str(k), "path": path, "type": "x"} for k, path in enumerate(("", "1_Pooling", "./2_Dense/"))]
+    put(base, "1_Pooling/config.json")
+    put(base, "2_Dense/model.safetensors", "weights")
+    read = 0
+    for number in range(mutants):
+        raw = json.dumps(mutate_json(rng, mutate_json(rng, right)) if number % 2 else right).encode()
+        (base / "modules.json").write_bytes(raw if number % 2 else mutate_bytes(rng, raw, raw))
+        with contextlib.suppress(RequestError):
+            found = open_checkpoint(str(base)).beside
+            assert all(f.left_out or is_inside(f.name) for f in found)
+            read += 1
+    assert mutants / 50 < read < mutants

@@ -901,8 +901,9 @@ def test_ten_thousand_mutated_headers_are_read_as_the_library_reads_them_or_refu
     assert min(read, refused) > 500, (read, refused)
 
 
-def test_two_thousand_mutated_indices_are_read_right_or_refused(tmp_path: Path) -> None:
-    rng = random.Random(7)
+@pytest.mark.parametrize("mutants", [1_000, pytest.param(10_000, marks=pytest.mark.very_slow)])
+def test_mutated_indices_are_read_right_or_refused(tmp_path: Path, mutants: int) -> None:
+    rng = random.Random(mutants)
     shards = {
         "one.safetensors": {"x": torch.ones(3), "y": torch.zeros(2)},
         "sub/two.safetensors": {"z": torch.ones(1)},
@@ -912,7 +913,7 @@ def test_two_thousand_mutated_indices_are_read_right_or_refused(tmp_path: Path) 
     index = tmp_path / "model.safetensors.index.json"
     right = json.loads(index.read_bytes())
     read = 0
-    for round_ in range(2_000):
+    for round_ in range(mutants):
         raw = json.dumps(mutate_json(rng, mutate_json(rng, right)) if round_ % 2 else right).encode()
         raw = raw if round_ % 2 else mutate_bytes(rng, raw, raw)
         index.write_bytes(raw)
@@ -925,7 +926,7 @@ def test_two_thousand_mutated_indices_are_read_right_or_refused(tmp_path: Path) 
         files = {*weight_map.values()}
         places = {name: Path(tensor.file).relative_to(tmp_path) for name, tensor in checkpoint.tensors.items()}
         assert places == {name: Path(holds[name]) for name in weight_map if holds.get(name) in files}, (round_, raw)
-    assert 20 < read < 1_000
+    assert mutants / 100 < read < mutants / 2
 
 
 def test_a_thousand_mutated_bin_files_are_read_as_torch_reads_them_or_refused(tmp_path: Path) -> None:
