@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 RUNS, RUN_ELEMENTS = 64, 4096
 """The sample: so many runs of elements, at places that depend on the shapes of the matrices alone."""
+LEAST_ELEMENTS = RUN_ELEMENTS
+"""Of fewer nothing is concluded: they are an example, and no model."""
 UNRELATED_BELOW = 0.3
 """Weights of unrelated models have a cosine near 0 (their difference is the square root of 2 as long as they are), those of a
 fine-tune and its base one near 1."""
@@ -36,6 +38,8 @@ ALIKE_ABOVE = 0.8
 class Relation:
     """How the models stand to the base, on the sample."""
 
+    elements: int
+    """Of the base, that were looked at."""
     change: tuple[float, ...]
     """||tau_i|| / ||theta_pre||, the median over the runs."""
     cosine_to_base: tuple[float, ...]
@@ -45,9 +49,11 @@ class Relation:
     cosines: tuple[tuple[int, int, float], ...]
     """(i, j, cos(tau_i, tau_j)) for each pair of models, over all runs."""
 
-    def as_json(self) -> dict[str, list[Any]]:
+    def as_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {name: [list(one) if isinstance(one, tuple) else one for one in values] for name, values in vars(self).items()}
+        lists = {name: values for name, values in vars(self).items() if isinstance(values, tuple)}
+        listed = {name: [list(one) if isinstance(one, tuple) else one for one in values] for name, values in lists.items()}
+        return {"elements": self.elements, **listed}
 
 
 def relation_of(plan: Plan, store: Store) -> Relation | None:
@@ -73,6 +79,7 @@ def relation_of(plan: Plan, store: Store) -> Relation | None:
         return None
     lengths = np.sqrt(np.diag(dots))
     return Relation(
+        seen,
         tuple(map(statistics.median, changes)),
         tuple(map(statistics.median, to_base)),
         tuple(float(count) / seen for count in zeros),
@@ -99,6 +106,8 @@ def _runs(plan: Plan) -> Iterator[tuple[MergedTensor, int, int]]:
 def notes_on(plan: Plan, relation: Relation) -> list[str]:
     """What is odd about models that hardly were meant. Raises RequestError for those that are no fine-tunes of the base, unless the
     recipe allows them."""
+    if relation.elements < LEAST_ELEMENTS:
+        return []
     base, *models = (one.source for one in plan.inputs)
     far = [k for k, cosine in enumerate(relation.cosine_to_base) if not cosine > UNRELATED_BELOW]
     if far and not plan.recipe.allow_unrelated:

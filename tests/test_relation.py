@@ -115,3 +115,16 @@ def test_a_base_of_zeros_constants_and_what_is_not_finite_decide_nothing(tmp_pat
     assert planned(tmp_path / "same", base, [dict(base)]).relation.change == (0.0,)
     linear = Recipe.from_dict(Family(tmp_path / "linear", base, models).recipe(merge_method="linear"))
     assert plan(linear).relation is None, "nothing is merged over a base"
+
+
+def test_of_a_few_elements_nothing_is_concluded(tmp_path: Path) -> None:
+    base, _ = families.fine_tuned(1, shapes={"w": (63, 65)})
+    stranger, _ = families.fine_tuned(1, shapes={"w": (63, 65)}, seed=5)
+    made = planned(tmp_path / "few", base, [stranger])
+    assert made.relation is not None
+    assert made.relation.elements == 4095
+    assert made.relation.change[0] > 1.2
+    base, _ = families.fine_tuned(1, shapes={"w": (64, 64)})
+    stranger, _ = families.fine_tuned(1, shapes={"w": (64, 64)}, seed=5)
+    with pytest.raises(RequestError, match="wanted a fine-tune of"):
+        planned(tmp_path / "enough", base, [stranger])
