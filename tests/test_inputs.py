@@ -46,8 +46,14 @@ def cut_short(path: Path) -> None:
             "ranks of beta", edit_and_hide, "wanted the bytes that the first sweep read, found others", id="a bit, hidden"
         ),
         pytest.param("write", replace, "wanted the file as it was when the run began", id="replaced"),
-        pytest.param("sample of beta", os.utime, "wanted the file as it was when the run began", id="touched"),
-        pytest.param("ranks of beta", cut_short, r"model1/model.safetensors: wanted data up to byte", id="cut short"),
+        pytest.param(
+            *("sample of beta", os.utime, "wanted the file as it was when the run began"), id="touched", marks=pytest.mark.very_slow
+        ),
+        pytest.param(
+            *("ranks of beta", cut_short, r"model1/model.safetensors: wanted data up to byte"),
+            id="cut short",
+            marks=pytest.mark.very_slow,
+        ),
     ],
 )
 def test_an_input_that_is_edited_during_the_run_ends_it_and_leaves_nothing(
@@ -98,7 +104,11 @@ def test_an_input_that_is_edited_between_two_runs_of_a_merge_ends_the_second(tmp
 @pytest.mark.parametrize(
     ("command", "trials", "hidden", "told"),
     [
-        pytest.param("search", 8, True, "model1: wanted the bytes that the first sweep read, found others", id="a bit, hidden"),
+        pytest.param(
+            *("search", 8, True, "model1: wanted the bytes that the first sweep read, found others"),
+            id="a bit, hidden",
+            marks=pytest.mark.very_slow,
+        ),
         pytest.param("sweep", 2, False, "wanted the file as it was when the run began", id="sweep", marks=pytest.mark.very_slow),
     ],
 )
@@ -177,6 +187,7 @@ def test_a_merge_in_a_process_that_runs_ray_leaves_its_environment_alone(tmp_pat
     assert ray.is_initialized()
 
 
+@pytest.mark.very_slow
 @pytest.mark.ray
 def test_several_recipes_over_one_session_share_what_their_analyses_share(tmp_path: Path) -> None:
     """Ten lambdas and two densities are a loop: |tau| is ranked once, beta once for each density, and each output is that of a

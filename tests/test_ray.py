@@ -185,6 +185,7 @@ def test_ray_merges_as_in_memory_and_as_the_oracle_says(family: Family, name: st
     assert package.verify(out, quiet=True).ok
 
 
+@pytest.mark.very_slow
 @pytest.mark.slow
 def test_a_local_ray_with_the_native_kernel_makes_the_same_bytes(family: Family, merged: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("pcb_ray.kernels._native") is None:
