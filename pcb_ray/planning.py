@@ -1,4 +1,4 @@
-"""What a merge will do, known from headers alone: a pure function of the recipe and the files, comparable with ==.
+"""What a merge will do, known from headers and small files: a function of the recipe and the inputs alone, comparable with ==.
 
 `open_inputs` opens every checkpoint (headers only), `plan_of` matches the tensors and lays out the output; whatever is wrong with
 any of them is raised at once. Owners, the driver and `verify` then only execute the plan.
@@ -452,7 +452,7 @@ def related(plan: Plan, store: Store) -> Plan:
 
 
 def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, sizes: Sizes | None = None) -> Plan:
-    """The plan for inputs that are open; pure. `sizes` are those that suit the model, unless given. Raises RequestError."""
+    """The plan for inputs that are open; of these only vocabularies that differ are read, and nothing else is done. `sizes` are those that suit the model, unless given. Raises RequestError."""
     method, n = recipe.method, len(recipe.models)
     checkpoints = (inputs.base, *inputs.models)
     notes = list(dict.fromkeys([*recipe.notes, *(note for c in (*checkpoints, inputs.tokenizer) for note in c.notes)]))

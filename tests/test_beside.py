@@ -168,6 +168,17 @@ def test_a_link_to_a_folder_of_the_model_is_one_of_its_folders(tmp_path: Path) -
     assert (out / "1_Pooling" / "config.json").read_text() == '{"pool": 1}'
 
 
+def test_a_link_to_itself_hides_no_other_file(tmp_path: Path) -> None:
+    one = Family(tmp_path, *families.fine_tuned(1))
+    for name in ("a.json", "m.json", "z.json"):
+        put(one.folder / "base", name)
+    (one.folder / "base" / "loop").symlink_to("loop")
+    recipe = Recipe.from_dict(one.recipe(**SUM))
+    plan = plan_of(recipe, open_inputs(recipe))
+    assert {f.name for f in plan.along} == {"config.json", "a.json", "m.json", "z.json"}
+    assert "loop does not go along: a link that leads nowhere" in plan.notes
+
+
 def test_a_folder_that_can_not_be_read_and_folders_left_out_of_any_size_stop_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,8 +191,7 @@ def _walk(home: Path, folder: Path | str, prefix: str, not_taken: list[Beside]) 
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                is_own = entry.is_dir(follow_symlinks=False) or (entry.is_dir() and _is_below(Path(entry.path), home))
-                if not is_own:
+                if not entry.is_dir(follow_symlinks=False) and not _is_own_folder(Path(entry.path), home):
                     yield f"{prefix}{entry.name}", entry
                 elif entry.name.startswith(".") or _matching(entry.name, 1):
                     yield f"{prefix}{entry.name}/", entry
@@ -202,10 +201,13 @@ def _walk(home: Path, folder: Path | str, prefix: str, not_taken: list[Beside]) 
         not_taken.append(Beside(prefix or "./", 0, f"a folder that can't be read: {error.strerror}", True))
 
 
-def _is_below(link: Path, home: Path) -> bool:
+def _is_own_folder(link: Path, home: Path) -> bool:
     """Whether a link leads to a folder of the model that it does not lie in itself."""
-    target = link.resolve()
-    return target.is_relative_to(home) and not link.parent.resolve().is_relative_to(target)
+    try:
+        target = link.resolve()
+        return target.is_dir() and target.is_relative_to(home) and not link.parent.resolve().is_relative_to(target)
+    except (OSError, RuntimeError):  # a link to itself, of which `sizes_in` tells
+        return False
 
 
 def _in_hub_cache(target: Path) -> bool:
