@@ -452,8 +452,8 @@ def related(plan: Plan, store: Store) -> Plan:
 
 
 def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, sizes: Sizes | None = None) -> Plan:
-    """The plan for inputs that are open; only vocabularies that differ are read for it. `sizes` are those that suit the model, unless
-    given. Raises RequestError."""
+    """The plan for inputs that are open; only vocabularies that differ are read for it. `sizes` are those that suit the model,
+    unless given. Raises RequestError."""
     method, n = recipe.method, len(recipe.models)
     checkpoints = (inputs.base, *inputs.models)
     notes = list(dict.fromkeys([*recipe.notes, *(note for c in (*checkpoints, inputs.tokenizer) for note in c.notes)]))
