@@ -12,6 +12,7 @@ from pcb_ray.methods import Extrema, Known, Ranks, Sums
 from pcb_ray.questions import LARGEST_KEY, AddUp, CountKeys, DifferingTwins, FindExtremes, SampleKeys, value_of_key
 from pcb_ray.selection import Bracket
 from pcb_ray.session import Session
+from pcb_ray.tied import Apart
 
 log = logging.getLogger("pcb_ray")
 
@@ -25,9 +26,14 @@ def analyse(session: Session, known: Known | None = None, keep: Callable[[Known]
     Raises InputError if what was found shows that the inputs can't be merged, or if stored copies of tied tensors differ."""
     plan, method = session.plan, session.plan.method
     known = dict(known or {})
-    if not known and TWINS not in session.found:
-        _check_twins(session)
-        session.found[TWINS] = {}
+    if not known and (apart := differing(session)):
+        raise InputError(
+            [
+                f"{plan.inputs[one.input].source}: wanted {one.copy} equal to {one.original}, as in a sample of both, found copies "
+                f'that differ elsewhere. Fix: add "{one.copy}" to `exclude`, or save the model anew with one of them.'
+                for one in sorted(apart)
+            ]
+        )
     for step, wanted in enumerate(method.passes):
         if all(name in known for name in wanted.gives):
             continue
@@ -48,10 +54,18 @@ def analyse(session: Session, known: Known | None = None, keep: Callable[[Known]
     return known
 
 
-def _check_twins(session: Session) -> None:
-    problems = [p for _, answer in session.owners.ask(DifferingTwins(), range(len(session.plan.twins))) for p in answer]
-    if problems:
-        raise InputError(problems)
+def differing(session: Session) -> frozenset[Apart]:
+    """The stored copies that differ after all, by all of their bytes: found once for a session. Raises InputError for those that
+    the model's own config declares to be one."""
+    twins = session.plan.twins
+    if TWINS in session.found or not twins:
+        return frozenset()
+    numbers = sorted(n for _, answer in session.owners.ask(DifferingTwins(), range(len(twins))) for n in answer)
+    if wrong := [twins[n].complaint(session.plan.inputs[twins[n].input].source) for n in numbers if twins[n].declared]:
+        raise InputError(wrong)
+    if not numbers:
+        session.found[TWINS] = {}  # it holds for all plans that read the same
+    return frozenset(Apart(twins[n].input, twins[n].copy.name, twins[n].original.name) for n in numbers)
 
 
 def _decided_by(session: Session, step: int, known: Known) -> object:

@@ -328,6 +328,8 @@ def describe(plan: Plan, worker: int, free: int) -> list[str]:
         lines.append(f"copied     {', '.join(copied)} (from the base, as they are)")
         lines += _some([f"  {c['name']}: {c['why']}, {readable_bytes(c['bytes'])}" for c in facts["copied"]])
     lines += [f"tied       {name} = {original}" for name, original in plan.tied]
+    lines += [f"copy       {name} = {original}, in the output too" for name, original in facts["copies"].items()]
+    lines += [f"untied     {name}" for name in plan.untied]
     lines += [f"left out   {name}: excluded, and not in the base" for name in plan.dropped]
     along = sum(f.size for f in plan.along)
     lines.append(f"beside     {_number(len(plan.along), 'file')} with the tensors, {readable_bytes(along)}")

@@ -23,6 +23,7 @@ from pcb_ray.planning import Inputs, plan_of
 from pcb_ray.recipe import Model, Recipe
 from pcb_ray.session import Session
 from pcb_ray.steps import write
+from pcb_ray.tied import Samples
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +71,9 @@ def merge_state_dicts(
     arrays: dict[str, NDArray[np.uint8]] = {}
     named = [("base", base), *((model.source, state) for model, state in zip(recipe.models, models, strict=True))]
     opened = [_opened(name, state, arrays) for name, state in named]
-    plan = plan_of(recipe, Inputs(opened[0], tuple(opened[1:]), opened[0]), max_shard_bytes=1 << 62)
     store = MemoryStore(arrays)
+    inputs = Inputs(opened[0], tuple(opened[1:]), opened[0], Samples(store))
+    plan = plan_of(recipe, inputs, max_shard_bytes=1 << 62)
     session = Session(plan, lambda plan: LocalOwners(plan, store))
     known = analyse(session)
     write(session, store, known, "")

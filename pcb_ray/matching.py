@@ -12,11 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import FLOAT_DTYPES, Checkpoint, Tensor
 from pcb_ray.files.foreign import mismatch, some
+from pcb_ray.tied import HEADS, Apart, Samples, Ties, embedding_of, tie, ties_word_embeddings
 
 Tensors = Mapping[str, Tensor]
 _NUMBERS = re.compile(r"\d+")
@@ -24,7 +24,7 @@ _NUMBERS = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Matched:
-    """The tensors of the base and of each model under the base's names, and what becomes of them."""
+    """The tensors of the base and of each model under the base's names, each tied one once, and what becomes of them."""
 
     tensors: tuple[Tensors, ...]
     merged: tuple[str, ...]
@@ -35,76 +35,28 @@ class Matched:
     """Statistics, of which the mean over the models is written; those of the models that have one."""
     dropped: tuple[str, ...]
     """Excluded tensors that only models have."""
-    tied: dict[str, str]
-    """By the name that is left out, the name that stands for it."""
-    twins: tuple[tuple[int, Tensor, Tensor], ...]
-    """Stored copies of tied tensors: input, copy, original; they must be equal."""
+    ties: Ties
 
 
-def match(inputs: Sequence[Checkpoint], exclude: Sequence[str], notes: list[str]) -> Matched:
+def match(
+    inputs: Sequence[Checkpoint], exclude: Sequence[str], samples: Samples, apart: Collection[Apart], notes: list[str]
+) -> Matched:
     """Match the tensors of the models (from the second input on) with those of the base. Raises RequestError with all that has no
     counterpart."""
-    stored = [_untied(one) for one in inputs]
+    base, *models = (_stored(one) for one in inputs)
     sources = [one.source for one in inputs]
-    tensors: list[dict[str, Tensor]] = [stored[0][0]]
-    for (of_one, _, _), source in zip(stored[1:], sources[1:], strict=True):
-        tensors.append(_renamed(tensors[0], of_one, source, notes))
-    merged, copied, averaged, dropped = _matched(tensors, sources, exclude, notes)
-    twins = tuple((index, copy, original) for index, (_, _, pairs) in enumerate(stored) for copy, original in pairs)
-    return Matched(tuple(tensors), tuple(merged), copied, averaged, tuple(dropped), stored[0][1], twins)
+    stored = [base, *(_renamed(base, model, source, notes) for model, source in zip(models, sources[1:], strict=True))]
+    excluded = _matcher(exclude)
+    if broken := _without_elements(stored, sources, excluded):
+        raise RequestError(broken)
+    ties = tie(inputs, stored, counts=_counts, excluded=excluded, samples=samples, apart=apart, notes=notes)
+    return _matched(ties, inputs, stored, exclude, notes)
 
 
-# --- tied tensors -----------------------------------------------------------------------------------------------------------------
-
-# Output heads that share the weights of the input embedding in models with `tie_word_embeddings`.
-HEADS = (
-    "lm_head.weight",
-    "embed_out.weight",
-    "cls.predictions.decoder.weight",
-    "lm_head.decoder.weight",
-    "output_projection.weight",
-)
-EMBEDDINGS = (
-    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight"),
-    *("shared.weight", "embeddings.weight", "embedding.weight"),
-)
-
-
-def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:
-    """What config.json says about tied embeddings; None if it is silent."""
-    for part in (config or {}), (config or {}).get("text_config"):
-        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return None
-
-
-def _untied(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str], list[tuple[Tensor, Tensor]]]:
-    """The tensors that count, each tied one once; {name left out: name that stands for it}; stored copies that must equal their
-    original."""
-    tensors = dict(checkpoint.tensors)
-    tied: dict[str, str] = {}
-    twins: list[tuple[Tensor, Tensor]] = []
-    for name, original in checkpoint.aliases.items():
-        kept = tied.get(original, original)
-        if ties_word_embeddings(checkpoint.config) is False:
-            tensors[name] = replace(tensors[original], name=name)  # one storage, but the model expects both
-        elif name.endswith(EMBEDDINGS) and kept.endswith(HEADS):  # the embedding is the name that loaders look for
-            tensors[name] = replace(tensors.pop(kept), name=name)
-            tied = {other: name if first == kept else first for other, first in tied.items()} | {kept: name}
-        else:
-            tied[name] = kept
-    if ties_word_embeddings(checkpoint.config):
-        for head in [name for name in tensors if name.endswith(HEADS)]:
-            same = [
-                t for t in tensors.values() if t.name.endswith(EMBEDDINGS) and t.name != head and t.shape == tensors[head].shape
-            ]
-            if same:
-                original_tensor = min(
-                    same, key=lambda t: (EMBEDDINGS.index(next(e for e in EMBEDDINGS if t.name.endswith(e))), t.name)
-                )
-                twins.append((tensors.pop(head), original_tensor))
-                tied[head] = original_tensor.name
-    return tensors, tied, twins
+def _stored(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Its tensors under all their names."""
+    tensors = checkpoint.tensors
+    return {**tensors, **{name: replace(tensors[first], name=name) for name, first in checkpoint.aliases.items()}}
 
 
 # --- the same tensors under other names -------------------------------------------------------------------------------------------
@@ -199,15 +151,17 @@ def _is_buffer(tensor: Tensor) -> bool:
     return _BUFFERS.search(tensor.name) is not None and (len(tensor.shape) in (0, 4) or not tensor.name.endswith("bias"))
 
 
+def _counts(tensor: Tensor) -> bool:
+    """Whether it may be one that is merged."""
+    return not _is_buffer(tensor) and _STATISTICS.search(tensor.name) is None
+
+
 def _matched(
-    tensors: Sequence[Tensors], sources: Sequence[str], exclude: Sequence[str], notes: list[str]
-) -> tuple[list[str], dict[str, str], dict[str, tuple[Tensor, ...]], list[str]]:
-    """The names to merge (sorted), those to copy from the base and why, statistics with those of the models, and the names of
-    models that are left out."""
-    base, models = tensors[0], list(zip(tensors[1:], sources[1:], strict=True))
-    excluded = _matcher(exclude)
-    if broken := _without_elements(tensors, sources, excluded):
-        raise RequestError(broken)
+    ties: Ties, inputs: Sequence[Checkpoint], stored: Sequence[Tensors], exclude: Sequence[str], notes: list[str]
+) -> Matched:
+    """What becomes of each tensor of the base; the inputs have others (`stored`) than count (`ties`)."""
+    sources, excluded = [one.source for one in inputs], _matcher(exclude)
+    base, models = ties.tensors[0], list(zip(ties.tensors[1:], sources[1:], strict=True))
     merged: list[str] = []
     copied: dict[str, str] = {}
     averaged: dict[str, tuple[Tensor, ...]] = {}
@@ -215,7 +169,7 @@ def _matched(
     wrong: set[str] = set()
     problems: list[str] = []
     for name, tensor in sorted(base.items()):
-        if excluded(name):
+        if excluded(name) or name in ties.excluded:
             copied[name] = "excluded"
         elif tensor.dtype not in FLOAT_DTYPES:
             copied[name] = "integer"
@@ -239,43 +193,38 @@ def _matched(
                 wrong.add(name)
     for other, source in models:
         extra = sorted(name for name in set(other) - set(base) if not _is_buffer(other[name]) and not _STATISTICS.search(name))
-        dropped.update(name for name in extra if excluded(name))
         for name in extra:
             if not excluded(name) and other[name].dtype in FLOAT_DTYPES:
                 problems.append(f"{name}: is in {source} with shape {list(other[name].shape)} but not in {sources[0]}")
                 wrong.add(name)
     if problems:
         more = [f"... and {len(problems) - 18} more mismatches"] if len(problems) > 18 else []
-        raise RequestError([*problems[:18], *more, _fix(tensors, sources, merged, wrong)])  # 20 are shown
-    unused = [pattern for pattern in exclude if not any(fnmatch.fnmatchcase(name, pattern) for other in tensors for name in other)]
+        raise RequestError([*problems[:18], *more, _fix(ties.tensors, inputs, merged, wrong)])  # 20 are shown
+    unused = [pattern for pattern in exclude if not any(fnmatch.fnmatchcase(name, pattern) for other in stored for name in other)]
     notes += [f"exclude: {pattern!r} matches no tensor" for pattern in unused]
     if sum(base[name].numel for name in merged) == 0:
         excluded_count = sum(why == "excluded" for why in copied.values())
         found = f"{len(copied)} tensors, of which {excluded_count} excluded and the rest of integer type"
         raise RequestError(f"{sources[0]}: wanted floating-point tensors to merge, found {found}. Fix: exclude fewer tensors.")
-    return merged, copied, averaged, sorted(dropped)
+    dropped.update(name for other in stored[1:] for name in other if excluded(name) and name not in base and name not in stored[0])
+    return Matched(ties.tensors, tuple(merged), copied, averaged, tuple(sorted(dropped)), ties)
 
 
 def _is_like(tensor: Tensor, other: Tensor) -> bool:
     return tensor.shape == other.shape and tensor.dtype in FLOAT_DTYPES
 
 
-def _fix(tensors: Sequence[Tensors], sources: Sequence[str], merged: Sequence[str], wrong: set[str]) -> str:
-    """What to do about these mismatches. To exclude them is no advice where that would leave no matrix to merge, or would keep old
-    values of what is a copy."""
-    base, models = tensors[0], tensors[1:]
+def _fix(tensors: Sequence[Tensors], inputs: Sequence[Checkpoint], merged: Sequence[str], wrong: set[str]) -> str:
+    """What to do about these mismatches. To exclude them is no advice where that would leave no matrix to merge."""
+    base, models, sources = tensors[0], tensors[1:], [one.source for one in inputs]
     alike = "Fix: use models of one base, saved in one way"
-    right: dict[tuple[tuple[int, ...], str], list[str]] = {}
-    for tensor in base.values():
-        if tensor.name not in wrong:
-            right.setdefault((tensor.shape, tensor.dtype), []).append(tensor.name)
-    for name in sorted(wrong.intersection(base)):
-        like = right.get((base[name].shape, base[name].dtype), [])
-        if len(like) == 1 and len(base[name].shape) >= 2 and all(name not in model and like[0] in model for model in models):
+    heads = sorted(name for name in wrong if name.endswith(HEADS) and name not in base)
+    if heads and ties_word_embeddings(inputs[0].config) is None:
+        (source, head), *_ = ((one, t) for of_one, one in zip(models, sources[1:], strict=True) if (t := of_one.get(heads[0])))
+        if (embedding := embedding_of(base, head)) is not None:
             return (
-                f"Fix: {name} looks like a stored copy of {like[0]}, to which models tie it. If it is one, save {sources[0]} again "
-                "with transformers (from_pretrained, save_pretrained), which stores it once, and give that folder. To exclude it "
-                "would keep the base's old values."
+                f"Fix: {source} has trained {head.name} apart. If {sources[0]} ties it to {embedding}, say so in its config.json "
+                f'("tie_word_embeddings": true), and they are merged apart; to exclude it loses what {source} has trained there.'
             )
     if not any(len(base[name].shape) >= 2 and base[name].numel for name in merged if name not in wrong):
         common = [set(base) & set(model) for model in models]

@@ -6,11 +6,11 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pcb_ray.analysis import analyse
+from pcb_ray.analysis import analyse, differing
 from pcb_ray.budget import choose_block
 from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.files.store import open_store
@@ -24,6 +24,7 @@ from pcb_ray.receipt import Receipt, Sweep
 from pcb_ray.recipe import Recipe
 from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, Spent, placed, publish, stamps_of, write_from
+from pcb_ray.tied import Apart
 
 log = logging.getLogger("pcb_ray")
 
@@ -54,7 +55,6 @@ def merge(
     check_place(out)
     check_cluster(address)
     inputs, plan = opened(recipe, max_shard_bytes, lambda plan: check_out(out, plan, overwrite=overwrite, resume=resume))
-    files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
     if memory is not None:
         choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
     for note in () if resume and is_unfinished(out) else plan.notes:  # told when it began
@@ -67,7 +67,8 @@ def merge(
         placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, quiet=quiet) as session,
     ):
         startup_s = time.monotonic() - start
-        digests = write_side_files(state.staging, files)
+        inputs = settled(recipe, inputs, max_shard_bytes, session, state)
+        digests = write_side_files(state.staging, side_files(recipe, session.plan, inputs.base, inputs.tokenizer))
         kept = Kept(state.found, session, start)
         known = kept.analysed(state)
         output = write_from(state.stamps, session, store, known, str(state.staging), state)
@@ -94,6 +95,25 @@ def opened(recipe: Recipe, max_shard_bytes: int, check: Callable[[Plan], None]) 
         inputs = fetched(recipe, inputs)
         plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
     return inputs, related(plan, open_store())
+
+
+def settled(recipe: Recipe, inputs: Inputs, max_shard_bytes: int, session: Session, state: State) -> Inputs:
+    """The inputs with the copies that differ after all, which the sample of the plan has missed: if there are any, the session goes
+    on with a plan that has them apart. The state remembers them. Raises InputError, or RequestError if they can't be merged so."""
+    known = "apart" in state.found or "thresholds" in state.found
+    found = frozenset(Apart(**one) for one in state.found.get("apart", ())) if known else differing(session)
+    while found:
+        for one in sorted(found):
+            source = session.plan.inputs[one.input].source
+            log.warning("note: %s: %s differs from %s after all: they are merged apart", source, one.copy, one.original)
+        inputs = replace(inputs, apart=inputs.apart | found)
+        state.found["apart"] = [asdict(one) for one in sorted(inputs.apart)]
+        relation = session.plan.relation
+        session.begin(replace(plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes), relation=relation))
+        found = frozenset() if known else differing(session)
+    if inputs.apart:
+        state.save()
+    return inputs
 
 
 class Kept:

@@ -49,6 +49,7 @@ from pcb_ray.questions import (
 )
 from pcb_ray.selection import Sample, Tally
 from pcb_ray.sources import DTYPES, CellDigests, Reader, Wanted
+from pcb_ray.tied import Twin
 
 PassT = TypeVar("PassT", Ranks, Extrema, Sums)
 
@@ -199,30 +200,25 @@ class Owner:
                 at += len(data)
         return result
 
-    def differing_twins(self, numbers: Sequence[int]) -> list[str]:
-        problems = []
-        for index, copied, original in (self.plan.twins[number] for number in numbers):
-            same = copied.dtype == original.dtype and copied.nbytes == original.nbytes
-            if same:
-                pairs = zip(
-                    self._bytes_of(copied.file, copied.start, copied.stop),
-                    self._bytes_of(original.file, original.start, original.stop),
-                    strict=True,
-                )
-                same = all(one == other for one, other in pairs)
-            if not same:
-                problems.append(
-                    f"{self.plan.inputs[index].source}: wanted {copied.name} equal to {original.name}, which config.json ties it "
-                    'to, found stored copies that differ. Fix: set "tie_word_embeddings": false in its config if they are meant '
-                    "to differ, or remove the copy that is wrong."
-                )
-        return problems
+    def differing_twins(self, numbers: Sequence[int]) -> list[int]:
+        return [number for number in numbers if not self._are_equal(self.plan.twins[number])]
+
+    def _are_equal(self, twin: Twin) -> bool:
+        copy, original = twin.copy, twin.original
+        if copy.dtype != original.dtype or copy.nbytes != original.nbytes:
+            return False
+        pairs = zip(
+            self._bytes_of(copy.file, copy.start, copy.stop),
+            self._bytes_of(original.file, original.start, original.stop),
+            strict=True,
+        )
+        return all(one == other for one, other in pairs)
 
     def _outputs(self, part: Part, known: Known, digests: Sequence[CellDigests] | None) -> Iterator[_Output]:
         """The bytes of a part, made from the inputs."""
         if part.start == 0:
             yield _Output(memoryview(self.plan.files[part.file].header), ())
-        for (_, dtype), run in itertools.groupby(part.segments, self._alike):
+        for (_, dtype, again), run in itertools.groupby(part.segments, self._alike):
             segments = list(run)
             for one in segments:
                 if isinstance(one, Copied) and self.plan.copies[one.copy].models:
@@ -235,7 +231,8 @@ class Owner:
             merged = [one for one in segments if isinstance(one, Segment)]
             for block in self._cut(merged):
                 weights = self.plan.tensors[block[0].tensor].weights
-                rounded_B, finite = self.kernel.merge(self.load(block, digests), known, weights, DTYPES[dtype])
+                loaded = self.load(block, None if again else digests)  # what is written twice is read twice, and counts once
+                rounded_B, finite = self.kernel.merge(loaded, known, weights, DTYPES[dtype])
                 if not finite:
                     self._refuse_output(block, rounded_B)
                 yield _Output(rounded_B.cpu().view(torch.uint8).numpy().data, block)
@@ -257,12 +254,13 @@ class Owner:
             )
         return mean_B.view(torch.uint8).numpy().data
 
-    def _alike(self, segment: Segment | Copied) -> tuple[tuple[float, ...], str]:
-        """What neighbours must share to be merged at once: the weights and the output dtype; what is copied has neither."""
+    def _alike(self, segment: Segment | Copied) -> tuple[tuple[float, ...], str, bool]:
+        """What neighbours must share to be merged at once: the weights, the output dtype, and whether it is a second time; what is
+        copied has none of them."""
         if isinstance(segment, Copied):
-            return (), ""
+            return (), "", False
         tensor = self.plan.tensors[segment.tensor]
-        return tensor.weights, tensor.slot.dtype
+        return tensor.weights, tensor.slot.dtype, segment.again
 
     def _are_close(self, data: memoryview, held: memoryview, segments: Sequence[Segment], folder: str) -> bool:
         """Whether merged bytes are the held ones within the method's tolerance."""

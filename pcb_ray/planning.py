@@ -17,6 +17,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
+import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -48,6 +50,7 @@ from pcb_ray.matching import match
 from pcb_ray.methods import Method, Ranks, Settings
 from pcb_ray.recipe import DTYPES, Recipe, depths_of
 from pcb_ray.relation import Relation, notes_on, relation_of
+from pcb_ray.tied import Apart, Samples, Twin
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
 
@@ -129,6 +132,15 @@ class CopiedTensor:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class WrittenAgain:
+    """A copy of a merged tensor, which the output holds under this name too: its index, and where it goes."""
+
+    name: str
+    tensor: int
+    slot: Slot
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class OutputFile:
     name: str
     header: bytes
@@ -160,6 +172,8 @@ class Segment:
     tensor: int
     start: int
     stop: int
+    again: bool = False
+    """They are written a second time, as a copy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -189,7 +203,10 @@ class Plan:
     tensors: tuple[MergedTensor, ...]
     copies: tuple[CopiedTensor, ...]
     tied: tuple[tuple[str, str], ...]  # (name left out, name that is written)
-    twins: tuple[tuple[int, Tensor, Tensor], ...]  # stored copies of tied tensors: input, copy, original; they must be equal
+    again: tuple[WrittenAgain, ...]
+    untied: tuple[str, ...]  # heads that are merged apart from the embedding that the base ties them to
+    twins: tuple[Twin, ...]  # stored copies of tied tensors: they must be equal
+    apart: tuple[Apart, ...]  # copies that are not, although the sample finds them equal
     dropped: tuple[str, ...]  # excluded tensors that only models have
     files: tuple[OutputFile, ...]
     sizes: Sizes
@@ -285,6 +302,12 @@ class Plan:
             for start in range(0, copy.written_bytes, self.sizes.copy_bytes):
                 stop = min(start + self.sizes.copy_bytes, copy.written_bytes)
                 pieces[copy.slot.file].append((copy.slot.start + start, stop - start, Copied(index, start, stop)))
+        for copied in self.again:
+            itemsize = DTYPE_BYTES[copied.slot.dtype]
+            for cell in self._cells_of_tensor(copied.tensor):
+                piece = dataclasses.replace(cell, again=True)
+                size = (cell.stop - cell.start) * itemsize
+                pieces[copied.slot.file].append((copied.slot.start + cell.start * itemsize, size, piece))
         for number, (file, of_file) in enumerate(zip(self.files, pieces, strict=True)):
             start, stop, segments = 0, len(file.header), list[Segment | Copied]()
             for first, size, segment in sorted(of_file, key=lambda piece: piece[0]):
@@ -358,12 +381,14 @@ class Plan:
             "tensors_copied": why,
             "copied": [{"name": c.source.name, "why": c.why, "bytes": c.source.nbytes} for c in self.copies],
             "tied": dict(self.tied),
+            "copies": {one.name: self.tensors[one.tensor].name for one in self.again},
+            "untied": list(self.untied),
             "dropped": list(self.dropped),
             "sweeps": method.sweeps,
             "bytes_per_sweep": self.sweep_bytes,
             "bytes_read": method.sweeps * self.sweep_bytes + self.copied_bytes,
             "bytes_written": self.written_bytes,
-            "relation": None if self.relation is None else self.relation.as_json(),
+            "relation": None if self.relation is None else json.loads(json.dumps(dataclasses.asdict(self.relation))),
             "files_along": [{"name": f.name, "bytes": f.size} for f in self.along],
             "files_left_out": [{"name": f.name, "bytes": f.size, "why": f.left_out} for f in self.left_out],
             "output_files": [{"name": f.name, "bytes": f.size} for f in self.files],
@@ -382,6 +407,10 @@ class Inputs:
     models: tuple[Checkpoint, ...]
     tokenizer: Checkpoint
     """Where the tokenizer is taken from: one of the others."""
+    samples: Samples = dataclasses.field(default_factory=lambda: Samples(open_store()), compare=False)
+    """Compares tensors that may be copies of each other."""
+    apart: frozenset[Apart] = frozenset()
+    """Those that are known to differ, although the sample finds them equal."""
 
     @property
     def on_hub(self) -> bool:
@@ -460,7 +489,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
     unused = [key for key in ("search", "sweep") if getattr(recipe, key) is not None]
     notes += [f"`{key}` has no effect on a merge: it is for `pcb-ray {key}`." for key in unused]
 
-    matched = match(checkpoints, recipe.exclude, notes)
+    matched = match(checkpoints, recipe.exclude, inputs.samples, inputs.apart, notes)
     merged_names, copied = matched.merged, matched.copied
     base_tensors = matched.tensors[0]
 
@@ -469,8 +498,11 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
     keep = {*merged_names, *copied, *matched.averaged}
     dtypes = {name: base_tensors[name].dtype if name in copied else _output_dtype(recipe, base_tensors[name]) for name in keep}
     copied |= {name: "empty" for name in merged_names if base_tensors[name].numel == 0}  # nothing to merge, but the output has it
-    order = [name for name in base_tensors if name in keep]
-    files, slots = _lay_out(order, base_tensors, dtypes, max_shard_bytes, inputs.base.stem)
+    again = {name: original for name, original in matched.ties.copies.items() if original in keep}
+    dtypes |= {name: dtypes[original] for name, original in again.items()}
+    order = [name for name in matched.ties.order if name in dtypes]
+    shapes = {name: base_tensors[again.get(name, name)].shape for name in order}
+    files, slots = _lay_out(order, shapes, dtypes, max_shard_bytes, inputs.base.stem)
 
     depths = depths_of(merged_names)
     tensors, first = [], 0
@@ -484,6 +516,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
         first += base.numel
     if any(t.dtype == "F64" for tensor in tensors for t in tensor.sources if t is not None):
         notes.append("float64 tensors are read as float32, and written as float32 unless `dtype` says otherwise")
+    index = {tensor.name: k for k, tensor in enumerate(tensors)}
     along, left_out = _beside(recipe, inputs, notes)
     if problems := check_vocabularies(inputs.base, inputs.models, inputs.tokenizer, notes):
         raise RequestError(problems)
@@ -496,8 +529,11 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
             *(CopiedTensor(base_tensors[name], slots[name], why) for name, why in copied.items()),
             *(CopiedTensor(base_tensors[name], slots[name], MEAN, models) for name, models in matched.averaged.items()),
         ),
-        tied=tuple(matched.tied.items()),
-        twins=matched.twins,
+        tied=tuple(matched.ties.left_out.items()),
+        again=tuple(WrittenAgain(name, index[original], slots[name]) for name, original in again.items()),
+        untied=matched.ties.untied,
+        twins=matched.ties.twins,
+        apart=tuple(sorted(inputs.apart)),
         dropped=matched.dropped,
         files=files,
         sizes=sizes or Sizes.of(D),
@@ -586,13 +622,13 @@ def _output_dtype(recipe: Recipe, tensor: Tensor) -> str:
 
 
 def _lay_out(
-    order: Sequence[str], tensors: Mapping[str, Tensor], dtypes: Mapping[str, str], max_shard_bytes: int, stem: str
+    order: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], max_shard_bytes: int, stem: str
 ) -> tuple[tuple[OutputFile, ...], dict[str, Slot]]:
     """Output files of at most this size (a larger tensor has a file of its own) and each tensor's place. There is one file if the
     base's loader looks for no other."""
 
     def nbytes(name: str) -> int:
-        return tensors[name].numel * DTYPE_BYTES[dtypes[name]]
+        return math.prod(shapes[name]) * DTYPE_BYTES[dtypes[name]]
 
     shards: list[list[str]] = [[]]
     size = 0
@@ -606,7 +642,7 @@ def _lay_out(
     for index, names in enumerate(shards):
         # Wide types first: then every tensor lies aligned to its type, as readers like it.
         names.sort(key=lambda name: -DTYPE_BYTES[dtypes[name]])
-        header = safetensors_header([(name, dtypes[name], tensors[name].shape) for name in names], {"format": "pt"})
+        header = safetensors_header([(name, dtypes[name], shapes[name]) for name in names], {"format": "pt"})
         at = len(header)
         for name in names:
             slots[name] = Slot(index, at, dtypes[name])

@@ -279,5 +279,5 @@ class CompareParts:
 class DifferingTwins:
     """Which of these stored copies of tied tensors (their numbers in `plan.twins`) differ from their originals."""
 
-    def answer(self, owner: Owner, items: Sequence[int]) -> list[str]:
+    def answer(self, owner: Owner, items: Sequence[int]) -> list[int]:
         return owner.differing_twins(items)

@@ -21,9 +21,11 @@ from pcb_ray.checks import shown, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.files.foreign import is_inside, strict_json
 from pcb_ray.planning import Input, Plan
+from pcb_ray.relation import Relation
+from pcb_ray.tied import Apart
 
 RECEIPT = "pcb_receipt.json"
-VERSION = 2
+VERSION = 3
 MAX_BYTES = 1 << 26
 _FIX = "restore it as pcb-ray merge wrote it, or merge again"
 
@@ -90,6 +92,8 @@ class Receipt:
     sizes: Mapping[str, int]
     max_shard_bytes: int
     inputs: tuple[MergedInput, ...]
+    relation: Relation | None
+    apart: tuple[Apart, ...]
     outputs: tuple[WrittenFile, ...]
     output_digest: str
     files_sha256: Mapping[str, str]

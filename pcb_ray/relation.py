@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,14 +46,8 @@ class Relation:
     """cos(theta_i, theta_pre), likewise."""
     untouched: tuple[float, ...]
     """The share of tau_i that is 0."""
-    cosines: tuple[tuple[int, int, float], ...]
-    """(i, j, cos(tau_i, tau_j)) for each pair of models, over all runs."""
-
-    def as_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        lists = {name: values for name, values in vars(self).items() if isinstance(values, tuple)}
-        listed = {name: [list(one) if isinstance(one, tuple) else one for one in values] for name, values in lists.items()}
-        return {"elements": self.elements, **listed}
+    cosines: tuple[tuple[float, ...], ...]
+    """cos(tau_i, tau_j), row by row, over all runs; 0 for one that is 0."""
 
 
 def relation_of(plan: Plan, store: Store) -> Relation | None:
@@ -83,10 +77,7 @@ def relation_of(plan: Plan, store: Store) -> Relation | None:
         tuple(map(statistics.median, changes)),
         tuple(map(statistics.median, to_base)),
         tuple(float(count) / seen for count in zeros),
-        tuple(
-            (i, j, float(dots[i, j] / (lengths[i] * lengths[j])) if lengths[i] and lengths[j] else 0.0)
-            for i, j in itertools.combinations(range(n), 2)
-        ),
+        tuple(tuple(float(dots[i, j] / (lengths[i] * lengths[j] or math.inf)) for j in range(n)) for i in range(n)),
     )
 
 
@@ -121,8 +112,9 @@ def notes_on(plan: Plan, relation: Relation) -> list[str]:
             ]
         )
     notes = []
-    if relation.cosines and all(cosine > ALIKE_ABOVE for _, _, cosine in relation.cosines):
-        least = min(cosine for _, _, cosine in relation.cosines)
+    pairs = [cosine for i, row in enumerate(relation.cosines) for cosine in row[:i]]
+    if pairs and min(pairs) > ALIKE_ABOVE:
+        least = min(pairs)
         notes.append(
             f"all task vectors point the same way (cosines of {least:.2f} and more): the models share an ancestor later than "
             f"{base}, which should be `base_model`"

@@ -235,6 +235,8 @@ def publish(
         sizes=asdict(plan.sizes),
         max_shard_bytes=max_shard_bytes,
         inputs=inputs_of_receipt(plan, [shown_digest(d) for d in session.inputs]),
+        relation=plan.relation,
+        apart=plan.apart,
         outputs=tuple(WrittenFile(f.name, f.size, hashlib.sha256(f.header).hexdigest()) for f in plan.files),
         output_digest=shown_digest(output.digest),
         files_sha256={},

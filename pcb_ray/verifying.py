@@ -50,6 +50,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     inputs = open_inputs(recipe)
     if inputs.on_hub:
         inputs = fetched(recipe, inputs)
+    inputs = dataclasses.replace(inputs, apart=frozenset(receipt.apart))
     plan = plan_of(recipe, inputs, max_shard_bytes=receipt.max_shard_bytes, sizes=_sizes(receipt, out))
     _check_facts(plan, receipt, out)
     if problems := _wrong_inputs(plan, receipt) or _wrong_outputs(plan, receipt, out):

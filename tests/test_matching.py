@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import families
+import numpy as np
 import pytest
 import torch
 from families import Family, StateDict, merged_to
 
 from pcb_ray import Recipe, RequestError
 from pcb_ray.files.checkpoint import Checkpoint, Tensor
+from pcb_ray.files.store import MemoryStore
 from pcb_ray.matching import match
 from pcb_ray.planning import Plan, open_inputs, plan_of
+from pcb_ray.tied import Samples
 
 
 def recipe(one: Family, **changes: object) -> Recipe:
@@ -119,11 +122,12 @@ def test_fifty_thousand_names_are_matched_and_complained_of() -> None:
         }
         return Checkpoint(stem, None, tensors, {}, (), None, None)
 
+    samples = Samples(MemoryStore({"f": np.random.default_rng(0).integers(0, 255, 32 * 50_000, dtype=np.uint8)}))
     with pytest.raises(RequestError):
-        match([model("mlp.experts"), model("moe.experts")], (), [])
+        match([model("mlp.experts"), model("moe.experts")], (), samples, (), [])
     with pytest.raises(RequestError):
-        match([model("mlp.experts"), model("mlp.experts", 25_000)], (), [])
-    assert len(match([model("a"), model("a")], (), []).merged) == 50_000
+        match([model("mlp.experts"), model("mlp.experts", 25_000)], (), samples, (), [])
+    assert len(match([model("a"), model("a")], (), samples, (), []).merged) == 50_000
 
 
 def test_a_renaming_in_which_a_tensor_would_take_anothers_place_is_none(tmp_path: Path) -> None:
@@ -180,16 +184,6 @@ def test_to_exclude_is_no_advice_where_no_matrix_would_be_left(tmp_path: Path) -
     wide = {name: torch.cat([t, t]) for name, t in models[0].items()}
     told = problems_of(Family(tmp_path / "c", base, [wide]))
     assert "Are they of the same architecture and size?" in told
-
-
-@pytest.mark.parametrize("names", [("lm_head.weight",), ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")])
-def test_a_stored_copy_that_models_tie_is_told_as_one_and_not_to_be_excluded(tmp_path: Path, names: tuple[str, ...]) -> None:
-    shapes = {"shared.weight": (64, 16), "layer.q.weight": (16, 16), "layer.k.weight": (16, 16)}
-    base, models = families.fine_tuned(2, shapes=shapes)
-    base |= {name: base["shared.weight"].clone() for name in names}
-    told = problems_of(Family(tmp_path, base, models, config={"model_type": "x"}))
-    assert f"{min(names)} looks like a stored copy of shared.weight, to which models tie it" in told
-    assert "exclude:" not in told
 
 
 def test_what_a_model_has_trained_and_loses_by_exclusion_is_said(tmp_path: Path) -> None:

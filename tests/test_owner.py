@@ -291,20 +291,3 @@ def test_a_file_cut_while_it_is_read_is_named(family, tmp_path):
         stream.truncate(20000)
     with pytest.raises(InputError, match=r"model0/model\.safetensors: wanted .*, found its end at byte 20000: it was changed"):
         owner.count([0], CountKeys(0, {}, ((Bracket(0, 1),),)))
-
-
-def test_twins_that_differ_are_told_before_anything_is_computed(family, tmp_path):
-    config = families.CONFIG | {"tie_word_embeddings": True}
-    shapes = {"model.embed_tokens.weight": (64, 16), "lm_head.weight": (64, 16), "model.norm.weight": (16,)}
-    one = family(2, shapes=shapes, config=config)
-    for state in (one.base, *one.models):
-        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    one.models[1]["lm_head.weight"][63, 15] += 1
-    one = families.Family(one.folder, one.base, one.models, config=config)
-    made = plan(Recipe.from_dict(one.recipe()))
-    assert len(made.twins) == 3
-    (problem,) = owner_of(made).differing_twins(range(3))
-    assert problem.startswith(
-        f"{one.folder / 'model1'}: wanted lm_head.weight equal to model.embed_tokens.weight, which config.json ties it to, found"
-    )
-    assert "tie_word_embeddings" in problem

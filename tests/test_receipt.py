@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from pcb_ray import Recipe, RequestError
 from pcb_ray.planning import plan
 from pcb_ray.receipt import RECEIPT, VERSION, MergedFile, MergedInput, Receipt, Sweep, Verified, WrittenFile, inputs_of_receipt
+from pcb_ray.relation import Relation
+from pcb_ray.tied import Apart
 
 RECEIPT_OF_TESTS = Receipt(
     version=VERSION,
@@ -41,6 +43,8 @@ RECEIPT_OF_TESTS = Receipt(
     sizes={"chunk_elements": 64},
     max_shard_bytes=5 * 10**9,
     inputs=tuple(MergedInput(name, None, "ab", (MergedFile("model.safetensors", 10, "cd"),)) for name in ("base", "model0")),
+    relation=Relation(4096, (0.01,), (0.99,), (0.5,), ((1.0,),)),
+    apart=(Apart(1, "lm_head.weight", "embed.weight"),),
     outputs=(WrittenFile("model.safetensors", 10, "ef"),),
     output_digest="01",
     files_sha256={"config.json": "23", "additional_chat_templates/tool.jinja": "45"},
@@ -66,7 +70,7 @@ def problems_of(content: Any) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"version": 1}, "version: wanted 2, found 1. Fix: use the pcb_ray that wrote it ('1.2.3'), or merge again."),
+        ({"version": 1}, "version: wanted 3, found 1. Fix: use the pcb_ray that wrote it ('1.2.3'), or merge again."),
         ({"N": "1"}, "N: wanted a whole number, found '1'. Fix:"),
         ({"N": True}, "N: wanted a whole number, found true. Fix:"),
         ({"N": 2}, "inputs: wanted the base and 2 models, found '2 inputs'. Fix:"),

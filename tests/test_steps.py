@@ -160,18 +160,6 @@ def test_a_bit_that_is_changed_while_a_basis_is_built_is_told(tmp_path: Path, me
         built(Meddled(one.file, after, lambda path: flip(path, one.first)), "changed")
 
 
-def test_an_analysis_refuses_tied_copies_that_differ(tmp_path: Path) -> None:
-    """Whoever takes the steps by hand is told as `merge` tells."""
-    base, models = families.fine_tuned(2)
-    for state in (base, *models):
-        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    models[1]["lm_head.weight"][0, 0] += 1
-    family = Family(tmp_path / "family", base, models, config={**families.CONFIG, "tie_word_embeddings": True})
-    made = plan(family.recipe(merge_method="task_arithmetic"))
-    with pytest.raises(InputError, match=r"model1: wanted lm_head\.weight equal to model\.embed_tokens\.weight"):
-        analyse(Session(made, lambda plan: LocalOwners(plan, LocalStore())))
-
-
 def test_a_local_model_that_is_replaced_while_others_are_downloaded_is_opened_again(tmp_path: Path) -> None:
     family = Family(tmp_path / "family", *families.fine_tuned(2))
     recipe = Recipe.from_dict(family.recipe())

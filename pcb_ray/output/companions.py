@@ -59,12 +59,16 @@ def _pinned(recipe: Recipe, plan: Plan) -> Recipe:
 
 def slots_of(plan: Plan) -> dict[str, Slot]:
     """The place of every tensor of the output by name."""
-    return {t.name: t.slot for t in plan.tensors} | {c.source.name: c.slot for c in plan.copies}
+    tensors = {t.name: t.slot for t in plan.tensors} | {c.source.name: c.slot for c in plan.copies}
+    return tensors | {one.name: one.slot for one in plan.again}
 
 
 def _config(config: Mapping[str, Any], plan: Plan, recipe: Recipe) -> dict[str, Any]:
-    """The base's config with the dtype of the output, which is not quantised."""
+    """The base's config with the dtype of the output, which is not quantised, and tied only if the merge is."""
     result = without_settings(json.loads(json.dumps(config)))
+    if plan.untied:
+        for part in (result, *(v for v in result.values() if isinstance(v, dict) and "tie_word_embeddings" in v)):
+            part["tie_word_embeddings"] = False
     sizes: dict[str, int] = {}
     for tensor in plan.tensors:
         sizes[tensor.slot.dtype] = sizes.get(tensor.slot.dtype, 0) + tensor.numel

@@ -255,6 +255,13 @@ def _prepared(
 
 def check_follows(plan: Plan) -> None:
     """Raises RequestError if a merge has tensors that a candidate, which is the loaded base with an update, would not have."""
+    if plan.untied:
+        lines = "\n".join(f"  - {json.dumps(name)}" for name in plan.untied)
+        raise RequestError(
+            f"search: wanted a model whose candidates are the base with an update, found {some(plan.untied)} merged apart from the "
+            "embedding to which the base ties it. Fix: keep them tied, which loses what was trained there, with\n"
+            f"exclude:\n{lines}"
+        )
     averaged = [copy.source.name for copy in plan.copies if copy.models]
     if averaged:
         lines = "\n".join(f"  - {json.dumps(line)}" for line in sorted({f"*.{name.rpartition('.')[2]}" for name in averaged}))
@@ -266,7 +273,8 @@ def check_follows(plan: Plan) -> None:
 
 def model_bytes(plan: Plan) -> int:
     """The bytes of the model in float32, as a trial on CPUs holds it."""
-    return 4 * (plan.D + sum(math.prod(c.source.shape) for c in plan.copies))
+    again = sum(plan.tensors[one.tensor].numel for one in plan.again)
+    return 4 * (plan.D + again + sum(math.prod(c.source.shape) for c in plan.copies))
 
 
 def announced(plan: Plan) -> dict[str, Any]:

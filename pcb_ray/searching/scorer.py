@@ -74,8 +74,10 @@ class Scorer:
             )
         shapes = {t.name: t.shape for t in self._plan.tensors}
         # What the plan counts once may be twice in a module that knows no ties, such as that of `command`.
-        tied = {name: original for name, original in self._plan.tied if original in shapes}
+        again = {one.name: self._plan.tensors[one.tensor].name for one in self._plan.again}
+        tied = {name: original for name, original in self._plan.tied if original in shapes} | again
         self.parameters = match(module, shapes, optional={name: shapes[original] for name, original in tied.items()})
+        _check_apart({name: self.parameters[name] for name in shapes})
         self._twins = [(self.parameters.pop(name), self.parameters[tied[name]]) for name in tied if name in self.parameters]
 
     def score(self, candidate: Candidate, split: str) -> tuple[Metrics, dict[str, float]]:
@@ -132,6 +134,18 @@ class Scorer:
                 "Fix: return numbers, such as float(x)."
             )
         return {str(k): float(v) for k, v in found.items()}
+
+
+def _check_apart(parameters: Mapping[str, Any]) -> None:
+    """Raises RequestError for a module that ties what is merged apart: a candidate would be none of its merges."""
+    held: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        other = held.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
+        if other != name:
+            raise RequestError(
+                f"search.evaluator: wanted a module with {name} apart from {other}, as they are merged, found one that ties them. "
+                f'Fix: load it untied, or keep them tied in the merge with `exclude: ["{name}"]`.'
+            )
 
 
 def within(seconds: float | None, call: Callable[[], T]) -> T:
