@@ -44,6 +44,7 @@ from pcb_ray.files.checkpoint import (
     open_checkpoint,
     safetensors_header,
 )
+from pcb_ray.files.foreign import some
 from pcb_ray.files.store import Store, open_store
 from pcb_ray.files.vocabulary import check_vocabularies
 from pcb_ray.matching import match
@@ -502,7 +503,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
     dtypes |= {name: dtypes[original] for name, original in again.items()}
     order = [name for name in matched.ties.order if name in dtypes]
     shapes = {name: base_tensors[again.get(name, name)].shape for name in order}
-    files, slots = _lay_out(order, shapes, dtypes, max_shard_bytes, inputs.base.stem)
+    files, slots = _lay_out(order, shapes, dtypes, max_shard_bytes, inputs.base)
 
     depths = depths_of(merged_names)
     tensors, first = [], 0
@@ -559,42 +560,74 @@ def _beside(recipe: Recipe, inputs: Inputs, notes: list[str]) -> tuple[tuple[Alo
     """The files beside the tensors that go along, and those that stay behind. Raises RequestError if the tokenizer is nowhere."""
     base, tokenizer = inputs.base, inputs.tokenizer
     listed = [(one, False) for one in base.beside]
+
+    def of_tokenizer(name: str) -> bool:
+        return name.startswith(base.inner) and is_of_tokenizer(name.removeprefix(base.inner))
+
     if tokenizer is not base:
-        theirs = [one for one in tokenizer.beside if is_of_tokenizer(one.name)]
+        theirs = [dataclasses.replace(one, name=base.inner + one.name) for one in tokenizer.own if is_of_tokenizer(one.name)]
         names = {one.name for one in theirs}
-        if not any(has_tokenizer(one.name) for one in theirs if not one.left_out):
+        if not any(has_tokenizer(one.name) for one in tokenizer.own if not one.left_out):
             raise RequestError(
                 f"tokenizer_source: wanted a model with a tokenizer beside it, found no file of one in {tokenizer.source}. "
                 "Fix: name another model, or write `tokenizer_source: base`."
             )
         # What it has of generation settings is taken with it; where it has none the base's stay.
-        replaced = [is_of_tokenizer(one.name) and (one.name != GENERATION_CONFIG or one.name in names) for one in base.beside]
+        own_settings = base.inner + GENERATION_CONFIG
+        replaced = [of_tokenizer(one.name) and (one.name != own_settings or one.name in names) for one in base.beside]
         why = f"the tokenizer is taken from {tokenizer.source}"
         listed = [(_left_out(one, why) if gone else one, False) for one, gone in zip(base.beside, replaced, strict=True)]
         listed += [(one, True) for one in theirs]
     if recipe.chat_template is not None:  # loaders would prefer the older form
-        listed = [(_left_out(one, "the recipe has another") if one.name == "chat_template.json" else one, k) for one, k in listed]
+        older = base.inner + "chat_template.json"
+        listed = [(_left_out(one, "the recipe has another") if one.name == older else one, k) for one, k in listed]
     needed = [
         f"{(tokenizer if theirs else base).source}/{one.name}: wanted a file that can go along into the output, which can't be "
         f"loaded without it, found {one.left_out}. Fix: put the file itself there (`cp -rL` follows links)."
         for one, theirs in listed
-        if one.left_out in (LEADS_OUT, LEADS_NOWHERE) and _is_needed(one.name, base)
+        if one.left_out in (LEADS_OUT, LEADS_NOWHERE) and _loaders_need(one.name, base)
     ]
     if needed:
         raise RequestError(needed)
     along = tuple(Along(one.name, one.size, theirs) for one, theirs in listed if not one.left_out)
     left_out = tuple(one for one, _ in listed if one.left_out)
     notes += [f"{one.name} does not go along: {one.left_out}" for one in left_out if one.is_surprising]
-    notes += [f"{one.name} goes along as the base has it: it is not merged" for one in along if one.name.endswith(WEIGHT_SUFFIXES)]
-    if not any(has_tokenizer(one.name) for one in along):
-        others = [c.source for c in inputs.models if any(has_tokenizer(one.name) for one in c.beside)]
+    notes += _kept_parts(inputs, [one.name for one in along if one.name.endswith(WEIGHT_SUFFIXES)])
+    if not any(has_tokenizer(one.name.removeprefix(base.inner)) for one in along):
+        others = [c.source for c in inputs.models if any(has_tokenizer(one.name) for one in c.own)]
         if others:
             notes.append(f"the output has no tokenizer, since the base has none; `tokenizer_source: {others[0]}` takes that one's")
     return along, left_out
 
 
-def _is_needed(name: str, base: Checkpoint) -> bool:
+def _kept_parts(inputs: Inputs, names: Sequence[str]) -> list[str]:
+    """Notes on weights that go along as the base has them, and on models that have others there: what they trained is lost."""
+    notes = [f"{name} goes along as the base has it: it is not merged" for name in names]
+    sizes = {one.name: one.size for one in inputs.base.beside}
+    for model in inputs.models:
+        theirs = {one.name: one.size for one in model.beside}
+        differing = [
+            name
+            for name in names
+            if name in theirs and (theirs[name] != sizes[name] or not _are_alike(inputs, model, name, sizes[name]))
+        ]
+        notes += [f"{model.source}: has another {some(differing)}, which is not merged: what it trained there is lost"] * bool(
+            differing
+        )
+    return notes
+
+
+def _are_alike(inputs: Inputs, model: Checkpoint, name: str, size: int) -> bool:
+    """Whether a file of a model and the base's are the same, as far as a sample tells and both are here."""
+    if inputs.base.folder is None or model.folder is None:
+        return True
+    ours, theirs = (Tensor(name, "U8", (size,), str(one.folder / name), 0) for one in (inputs.base, model) if one.folder)
+    return inputs.samples.are_equal(ours, theirs) is not False
+
+
+def _loaders_need(name: str, base: Checkpoint) -> bool:
     """Whether loaders of the output look for the file: a tokenizer's, code, a config that is not written anew."""
+    name = name.removeprefix(base.inner)
     return has_tokenizer(name) or name.endswith(".py") or (name == CONFIG and base.library != "transformers")
 
 
@@ -622,7 +655,7 @@ def _output_dtype(recipe: Recipe, tensor: Tensor) -> str:
 
 
 def _lay_out(
-    order: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], max_shard_bytes: int, stem: str
+    order: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], max_shard_bytes: int, base: Checkpoint
 ) -> tuple[tuple[OutputFile, ...], dict[str, Slot]]:
     """Output files of at most this size (a larger tensor has a file of its own) and each tensor's place. There is one file if the
     base's loader looks for no other."""
@@ -633,12 +666,12 @@ def _lay_out(
     shards: list[list[str]] = [[]]
     size = 0
     for name in order:
-        if shards[-1] and size + nbytes(name) > max_shard_bytes and stem in SHARDED:
+        if shards[-1] and size + nbytes(name) > max_shard_bytes and base.stem in SHARDED:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += nbytes(name)
-    files, slots = [], {}
+    files, slots, stem = [], {}, base.inner + base.stem
     for index, names in enumerate(shards):
         # Wide types first: then every tensor lies aligned to its type, as readers like it.
         names.sort(key=lambda name: -DTYPE_BYTES[dtypes[name]])

@@ -99,7 +99,10 @@ def write(session: Session, store: Store, known: Known, folder: str, state: Stat
     Raises InputError if the inputs are no longer what the analysis has read."""
     plan = session.plan
     for file in plan.files:
-        store.create(os.path.join(folder, file.name), file.size)
+        path = os.path.join(folder, file.name)
+        if os.path.dirname(file.name):  # a part of a pipeline has a folder of its own
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        store.create(path, file.size)
     written = {} if state is None else _written_before(session, folder, state, label)
     todo = [number for number in range(len(plan.parts)) if number not in written]
     for _, answer in session.store("write", WriteParts(known, folder), todo):

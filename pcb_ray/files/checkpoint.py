@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -86,8 +86,17 @@ class Checkpoint:
     """What is odd about it, and no mistake."""
     stem: str = "model"
     """Of the name that its loader looks for: `stem.safetensors`, or numbered parts of it."""
+    inner: str = ""
+    """The folder in it, with a `/` at its end, where the tensors and their config lie, if they don't lie beside the rest: a part of
+    a pipeline, or the first of sentence-transformers' modules. The output has it too, with the rest of the model around it."""
     read: Callable[[str], bytes] = field(default=_nothing, repr=False, compare=False)
-    """The content of a small file of it, by its path in it. Raises RequestError."""
+    """The content of a small file beside the tensors, by its path from there. Raises RequestError."""
+
+    @property
+    def own(self) -> tuple[Beside, ...]:
+        """What lies beside the tensors, by its path from there; not the rest of the model around that folder."""
+        inner = len(self.inner)
+        return tuple(replace(one, name=one.name[inner:]) for one in self.beside if one.name.startswith(self.inner))
 
     @property
     def library(self) -> str:
@@ -135,28 +144,32 @@ def open_checkpoint(source: str, relative_to: Path = Path("."), *, download: boo
     if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
         fix = "name a file of these, or a folder"
         raise RequestError(f"{path}: {mismatch('a .safetensors or .bin file', f'the suffix {path.suffix!r}', fix)}")
-    return _checkpoint(source, None, [_read_file(path)], None, None, [], [], [], path.stem, _nothing)
+    survey = _Survey([], None, _Layout([path.name], None, {}, path.stem))
+    return _checkpoint(source, None, [_read_file(path)], survey, None, [], [], _nothing)
 
 
 def _open_folder(folder: Path, source: str, commit: str | None) -> Checkpoint:
-    try:
-        names = {name for name in os.listdir(folder) if os.path.isfile(folder / name)}
-    except OSError as error:
-        raise RequestError(os_problem(folder, error)) from None
-    read = partial(_read_within, folder)
-    survey = _survey(str(folder), names, read)
+    def names_in(inner: str) -> set[str]:
+        where = folder / inner
+        try:
+            return {name for name in os.listdir(where) if os.path.isfile(where / name)}
+        except OSError as error:
+            raise RequestError(os_problem(where, error)) from None
+
+    survey = _survey(str(folder), names_in, partial(_read_within, folder))
     problems, layout = survey.problems, survey.layout
     contents: list[FileContents] = []
     notes: list[str] = []
     if layout is not None:
-        contents = _gather(problems, (partial(_read_file, folder / name) for name in layout.files))
-        contents = _by_index(str(folder), layout, contents, survey.config, problems, notes)
+        own = folder / survey.inner
+        contents = _gather(problems, (partial(_read_file, own / name) for name in layout.files))
+        contents = _by_index(str(own), layout, contents, survey.config, problems, notes)
     others: list[Beside] = []
     for sizes, lead_out in _gather(problems, [partial(sizes_in, folder)]):
         others += (one for one in lead_out if one.name not in survey.own_files)
-        others += beside(sizes, survey.own_files, survey.parts)
-    stem = "" if layout is None else layout.stem
-    return _checkpoint(source, folder, contents, survey.config, commit, problems, others, notes, stem, read)
+        others += survey.beside(sizes)
+    read = partial(_read_within, folder / survey.inner)
+    return _checkpoint(source, folder, contents, survey, commit, others, notes, read)
 
 
 def _open_hub(source: str, path: Path, download: bool) -> Checkpoint:
@@ -192,52 +205,66 @@ def _open_hub(source: str, path: Path, download: bool) -> Checkpoint:
         tensors, _, raw = parse_header(where, size, partial(read_range, 0))
         return contents_of(where, tensors, raw)
 
-    survey = _survey(model.where, set(model.sizes), read_small)
-    problems, layout = survey.problems, survey.layout
-    absent = [name for name in layout.files if name not in model.sizes] if layout else []
+    def names_in(inner: str) -> set[str]:
+        return {name[len(inner) :] for name in model.sizes if name.startswith(inner)}
+
+    survey = _survey(model.where, names_in, read_small)
+    problems, layout, inner = survey.problems, survey.layout, survey.inner
+    absent = [name for name in layout.files if inner + name not in model.sizes] if layout else []
     problems += [
         f"{model.where}: {mismatch(f'{show(name)}, which its index names', 'no such file', 'mend the index')}" for name in absent
     ]
     if problems or layout is None:
         raise RequestError(problems)
-    others, notes = beside(model.sizes, survey.own_files, survey.parts), list[str]()
+    others, notes = survey.beside(model.sizes), list[str]()
     if download:
         folder = model.download([*survey.own_files, *(one.name for one in others if not one.left_out)], parts[2])
         return _open_folder(folder, source, folder.name)
     with ThreadPoolExecutor(_HUB_CONNECTIONS) as pool:
-        contents = _gather(problems, [pool.submit(read_contents, name).result for name in layout.files])
-    contents = _by_index(model.where, layout, contents, survey.config, problems, notes)
-    return _checkpoint(source, None, contents, survey.config, model.commit, problems, others, notes, layout.stem, read_small)
+        contents = _gather(problems, [pool.submit(read_contents, inner + name).result for name in layout.files])
+    where = f"{model.where}/{inner}".removesuffix("/")
+    contents = _by_index(where, layout, contents, survey.config, problems, notes)
+    return _checkpoint(source, None, contents, survey, model.commit, others, notes, lambda name: read_small(inner + name))
 
 
 def _checkpoint(
     source: str,
     folder: Path | None,
     contents: Sequence[FileContents],
-    config: dict[str, Any] | None,
+    survey: _Survey,
     commit: str | None,
-    problems: Sequence[str],
     others: Sequence[Beside],
     notes: Sequence[str],
-    stem: str,
     read: Callable[[str], bytes],
 ) -> Checkpoint:
     """Make the checkpoint of these files, or raise the problems found so far with those that its kind has."""
     tensors = {name: tensor for one in contents for name, tensor in one.tensors.items()}
     aliases = {name: first for one in contents for name, first in one.aliases.items()}
-    problems = [*problems, *_kind_problems(source, tensors.values(), config)]
+    problems = [*survey.problems, *_kind_problems(source, tensors.values(), survey.config)]
     if not problems and not tensors:
         problems.append(f"model {source}: {mismatch('tensors', 'none at all', 'name a model that holds some')}")
-    if problems:
+    if problems or survey.layout is None:
         raise RequestError(problems)
-    files = tuple(one.file for one in contents)
-    notes = list(notes)
-    if method := quantisation_in(config):
-        notes.append(
+    if method := quantisation_in(survey.config):
+        notes = [
+            *notes,
             f"{source}: config.json says that it is quantised ({show(method)}), which no tensor is: it is taken as left over from "
-            "a training, and is not in the output's"
-        )
-    return Checkpoint(source, folder, tensors, aliases, files, config, commit, tuple(others), tuple(notes), stem, read)
+            "a training, and is not in the output's",
+        ]
+    return Checkpoint(
+        source=source,
+        folder=folder,
+        tensors=tensors,
+        aliases=aliases,
+        files=tuple(one.file for one in contents),
+        config=survey.config,
+        commit=commit,
+        beside=tuple(others),
+        notes=tuple(notes),
+        stem=survey.layout.stem,
+        inner=survey.inner,
+        read=read,
+    )
 
 
 def _kind_problems(source: str, tensors: Collection[Tensor], config: dict[str, Any] | None) -> list[str]:
@@ -283,27 +310,96 @@ class _Survey(NamedTuple):
     problems: list[str]
     config: dict[str, Any] | None
     layout: _Layout | None
-    parts: tuple[str, ...]
+    parts: tuple[str, ...] = ()
     """The subfolders that its loader reads too."""
+    inner: str = ""
+    """The one, with a `/`, that holds its tensors; its layout is told from there."""
 
     @property
     def own_files(self) -> list[str]:
         """The files that hold its tensors, and their index."""
         if self.layout is None:
             return []
-        return [*self.layout.files, *([] if self.layout.index_name is None else [self.layout.index_name])]
+        names = [*self.layout.files, *([] if self.layout.index_name is None else [self.layout.index_name])]
+        return [self.inner + name for name in names]
+
+    def beside(self, sizes: Mapping[str, int]) -> list[Beside]:
+        """What lies beside them among these files."""
+        inner, own_files = len(self.inner), self.own_files
+        around = {name: size for name, size in sizes.items() if not (self.inner and name.startswith(self.inner))}
+        found = list(beside(around, own_files, self.parts))
+        if self.inner:
+            own = {name[inner:]: size for name, size in sizes.items() if name.startswith(self.inner)}
+            found += (replace(one, name=self.inner + one.name) for one in beside(own, [name[inner:] for name in own_files]))
+        return found
 
 
-def _survey(where: str, names: set[str], read: Callable[[str], bytes]) -> _Survey:
-    """Tell what a folder or Hub model with files of these names holds, from its small files."""
+def _survey(where: str, names_in: Callable[[str], set[str]], read: Callable[[str], bytes]) -> _Survey:
+    """Tell what a folder or Hub model holds, from its small files. `names_in` gives the files of it, or of a folder in it."""
     problems: list[str] = []
-    configs = _gather(problems, [partial(_read_config, where, read)] if CONFIG in names else [])
-    layouts = _gather(problems, [partial(_choose_files, where, names, read)])
-    parts = _gather(problems, [partial(_read_modules, where, read)] if _MODULES in names else [])
-    return _Survey(problems, configs[0] if configs else None, layouts[0] if layouts else None, parts[0] if parts else ())
+    top = _gather(problems, [partial(names_in, "")])
+    names = top[0] if top else set[str]()
+    inner, parts = "", tuple[str, ...]()
+    for found in _gather(problems, [partial(_read_parts, where, names, names_in, read)]):
+        inner, parts = found
+    if problems and (_PIPELINE in names or not names):  # then nobody can tell which files to look at
+        return _Survey(problems, None, None)
+    if inner:
+        where, names = f"{where}/{inner}".removesuffix("/"), names_in(inner)
+    read_own = partial(_read_below, read, inner)
+    configs = _gather(problems, [partial(_read_config, where, read_own)] if CONFIG in names else [])
+    layouts = _gather(problems, [partial(_choose_files, where, names, read_own)])
+    return _Survey(problems, configs[0] if configs else None, layouts[0] if layouts else None, parts, inner)
 
 
-_MODULES = "modules.json"
+def _read_below(read: Callable[[str], bytes], inner: str, name: str) -> bytes:
+    return read(inner + name)
+
+
+_MODULES, _PIPELINE = "modules.json", "model_index.json"
+_DENOISER = re.compile(r"(?:unet|transformer)(?:_\w+)?", flags=re.ASCII)
+"""The part of a pipeline of diffusers that is trained, and merged."""
+
+
+def _read_parts(
+    where: str, names: set[str], names_in: Callable[[str], set[str]], read: Callable[[str], bytes]
+) -> tuple[str, tuple[str, ...]]:
+    """Of a model that consists of parts in subfolders, the one that is merged (with a `/`; empty if that is the folder itself), and
+    the others. Raises RequestError."""
+    if _PIPELINE in names:
+        parts = _read_pipeline(where, read)
+        merged = [part for part in parts if _DENOISER.fullmatch(part)]
+        if len(merged) != 1:
+            found = some(merged) or f"none ({some(parts)})"
+            part = (merged or parts or ["unet"])[0]
+            fix = f"name the folder of the part that is to be merged ({where}/{part}), and likewise of the models"
+            raise RequestError(f"{where}: {mismatch('a pipeline with one `unet` or `transformer`', found, fix)}")
+        return f"{merged[0]}/", tuple(part for part in parts if part != merged[0])
+    if _MODULES in names:
+        paths = _read_modules(where, read)
+        # Older models of sentence-transformers have the Transformer in `0_Transformer`.
+        is_outside = not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names)
+        inner = next((path for path in paths if is_outside and CONFIG in _or_none(names_in, f"{path}/")), None)
+        return ("" if inner is None else f"{inner}/"), tuple(path for path in paths if path != inner)
+    return "", ()
+
+
+def _or_none(names_in: Callable[[str], set[str]], inner: str) -> set[str]:
+    try:
+        return names_in(inner)
+    except RequestError:  # a module without files has no folder
+        return set()
+
+
+def _read_pipeline(where: str, read: Callable[[str], bytes]) -> list[str]:
+    """The folders of a pipeline's parts: `{"unet": ["diffusers", "UNet2DConditionModel"], ...}`, null for what it does without."""
+    index = strict_json(f"{where}/{_PIPELINE}", read(_PIPELINE))
+    if not isinstance(index, dict):
+        raise RequestError(f"{where}/{_PIPELINE}: {mismatch('a table of the parts of a pipeline', show(index), ANEW)}")
+    parts = [name for name, of in index.items() if isinstance(of, list) and len(of) == 2 and all(isinstance(x, str) for x in of)]
+    if wrong := [name for name in parts if "/" in name or not is_inside(name)]:
+        raise RequestError(f"{where}/{_PIPELINE}: {mismatch('names of folders in it', some(wrong), ANEW)}")
+    return parts
 
 
 def _read_modules(where: str, read: Callable[[str], bytes]) -> tuple[str, ...]:
@@ -358,9 +454,6 @@ def _choose_files(where: str, names: set[str], read: Callable[[str], bytes]) -> 
             if others:
                 found = f"{len(others)} .safetensors files ({some(others)}) and none that says which belong together"
                 raise RequestError(f"{where}: {mismatch('model.safetensors.index.json', found, 'add the index, or name one file')}")
-    if "model_index.json" in top:
-        found, fix = "a pipeline of diffusers", "name the folder of the part that is to be merged, such as `unet` or `transformer`"
-        raise RequestError(f"{where}: {mismatch('a model', found, f'{fix} below it, in the base and in the models')}")
     if "adapter_config.json" in top or any(name.startswith("adapter_model.") for name in top):
         raise RequestError(_adapter_problem(where))
     if any(name.endswith(".gguf") for name in top):

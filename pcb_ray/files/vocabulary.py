@@ -145,12 +145,12 @@ def _pair(base: Checkpoint, other: Checkpoint) -> tuple[tuple[Vocabulary, Vocabu
 
 
 def _file_of(one: Checkpoint, pattern: str) -> str:
-    return min((file.name for file in one.beside if re.fullmatch(pattern, file.name)), default="")
+    return min((file.name for file in one.own if re.fullmatch(pattern, file.name)), default="")
 
 
 def _are_same(base: Checkpoint, other: Checkpoint, names: Collection[str]) -> bool:
     """Whether files of these names are the same in both, as far as can be told without fetching them from the Hub."""
-    sizes = [{file.name: file.size for file in one.beside if file.name in names} for one in (base, other)]
+    sizes = [{file.name: file.size for file in one.own if file.name in names} for one in (base, other)]
     if sizes[0] != sizes[1]:
         return False
     on_disk = base.folder is not None and other.folder is not None
@@ -186,7 +186,7 @@ def _added_to(one: Checkpoint) -> Vocabulary:
     """The tokens that files beside a vocabulary add to it. Raises RequestError."""
     tokens: dict[int, str] = {}
     for beside in _BESIDE:
-        if any(file.name == beside for file in one.beside):
+        if any(file.name == beside for file in one.own):
             place = f"{one.source}/{beside}"
             with _told(place):
                 tokens |= _added(place, one.read(beside))

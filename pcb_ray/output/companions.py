@@ -12,7 +12,7 @@ from typing import Any
 from pcb_ray.errors import RunError
 from pcb_ray.files.beside import CONFIG
 from pcb_ray.files.checkpoint import Checkpoint
-from pcb_ray.files.quantised import without_settings
+from pcb_ray.files.quantised import quantisation_in, without_settings
 from pcb_ray.planning import Plan, Slot
 from pcb_ray.receipt import RECEIPT, names_of_inputs
 from pcb_ray.recipe import DTYPES, Recipe
@@ -29,17 +29,20 @@ def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoi
     """All files beside the tensors by name, but for the card and the receipt, which tell what was done."""
     files: dict[str, SideFile] = {}
     for one in plan.along:
-        folder = tokenizer.folder if one.of_tokenizer else base.folder
-        if folder is not None:
-            files[one.name] = folder / one.name
-    if base.config is not None and base.library == "transformers":  # the others' stays as it is
-        files[CONFIG] = _as_json(_config(base.config, plan, recipe))
+        source = tokenizer if one.of_tokenizer else base
+        if source.folder is not None:
+            own = one.name.removeprefix(base.inner)
+            files[one.name] = source.folder / (source.inner + own if one.of_tokenizer else one.name)
+    if base.config is not None and base.library == "transformers":
+        files[base.inner + CONFIG] = _as_json(_config(base.config, plan, recipe))
+    elif base.config is not None and quantisation_in(base.config):  # else it stays as it is
+        files[base.inner + CONFIG] = _as_json(without_settings(base.config))
     if recipe.chat_template is not None:
-        files["chat_template.jinja"] = recipe.chat_template.encode()
+        files[base.inner + "chat_template.jinja"] = recipe.chat_template.encode()
     if len(plan.files) > 1:
-        where = {name: plan.files[slot.file].name for name, slot in slots_of(plan).items()}
+        where = {name: plan.files[slot.file].name.removeprefix(base.inner) for name, slot in slots_of(plan).items()}
         total = sum(f.size - len(f.header) for f in plan.files)
-        files[f"{base.stem}.safetensors.index.json"] = _as_json(
+        files[f"{base.inner}{base.stem}.safetensors.index.json"] = _as_json(
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         )
     files[RECIPE] = _pinned(recipe.resolved(), plan).to_yaml().encode()

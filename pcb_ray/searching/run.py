@@ -21,6 +21,7 @@ from typing import Any
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
+from pcb_ray.files.beside import WEIGHT_SUFFIXES
 from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.files.foreign import some
 from pcb_ray.files.store import open_store
@@ -351,11 +352,13 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, SideFile
     if base.folder is None:
         (folder / f"model{stored[0].suffix}").symlink_to(stored[0].absolute())
     else:
-        for path in (*stored, *base.folder.glob("*.index.json")):
+        parts = [path for path in files.values() if isinstance(path, Path) and path.name.endswith(WEIGHT_SUFFIXES)]
+        for path in (*stored, *(base.folder / base.inner).glob("*.index.json"), *parts):
             link = folder / path.relative_to(base.folder)  # where the index says; that may be in a subfolder
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.absolute())
-    write_side_files(folder, {n: d for n, d in files.items() if n != RECIPE and not n.endswith(".index.json")})
+    others = {name: content for name, content in files.items() if name != RECIPE and not (folder / name).is_symlink()}
+    write_side_files(folder, {name: content for name, content in others.items() if not name.endswith(".index.json")})
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------------------
