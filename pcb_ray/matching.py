@@ -8,13 +8,15 @@ from __future__ import annotations
 import fnmatch
 import glob
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pcb_ray.conversions import Conversions, conversions_of
 from pcb_ray.errors import RequestError
-from pcb_ray.files.checkpoint import FLOAT_DTYPES, Checkpoint, Tensor
+from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor
 from pcb_ray.files.foreign import mismatch, some
 from pcb_ray.tied import HEADS, Apart, Samples, Ties, embedding_of, tie, ties_word_embeddings
 
@@ -36,6 +38,16 @@ class Matched:
     dropped: tuple[str, ...]
     """Excluded tensors that only models have."""
     ties: Ties
+    parts: dict[str, Part]
+    """Of tensors that the base has packed in larger ones, in which the output has them too."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor is part of one that the base stores, from this element on."""
+
+    of: str
+    first: int
 
 
 def match(
@@ -43,14 +55,20 @@ def match(
 ) -> Matched:
     """Match the tensors of the models (from the second input on) with those of the base. Raises RequestError with all that has no
     counterpart."""
-    base, *models = (_stored(one) for one in inputs)
     sources = [one.source for one in inputs]
-    stored = [base, *(_renamed(base, model, source, notes) for model, source in zip(models, sources[1:], strict=True))]
-    excluded = _matcher(exclude)
+    by_pattern = _matcher(exclude)
+    stored, parts = _aligned(inputs, by_pattern, notes)
+
+    def excluded(name: str) -> bool:
+        return by_pattern(parts[name].of if name in parts else name)
+
     if broken := _without_elements(stored, sources, excluded):
         raise RequestError(broken)
     ties = tie(inputs, stored, counts=_counts, excluded=excluded, samples=samples, apart=apart, notes=notes)
-    return _matched(ties, inputs, stored, exclude, notes)
+    names = {name for one in (*stored, *map(_stored, inputs)) for name in one}
+    unused = [pattern for pattern in exclude if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+    notes += [f"exclude: {pattern!r} matches no tensor" for pattern in unused]
+    return _matched(ties, inputs, stored, parts, excluded)
 
 
 def _stored(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -91,12 +109,91 @@ _FORMS: tuple[Callable[[str], str], ...] = (str, _unwrapped, _as_norms_are_calle
 """Ways to write names so that the same tensor has one name, the least change first."""
 
 
-def _renamed(base: Tensors, model: Tensors, source: str, notes: list[str]) -> dict[str, Tensor]:
+def _aligned(
+    inputs: Sequence[Checkpoint], is_excluded: Callable[[str], bool], notes: list[str]
+) -> tuple[list[Mapping[str, Tensor]], dict[str, Part]]:
+    """The tensors of all inputs under the base's names, packed ones in their parts where an input has those apart; and what is part
+    of a packed tensor of the base."""
+    stored: list[Mapping[str, Tensor]] = [_stored(one) for one in inputs]
+    sources = [one.source for one in inputs]
+    found, told = _renamed(stored, sources, _FORMS)
+    is_unlike = any(_lacks(found[0], model) and _lacks(model, found[0]) for model in found[1:])
+    conversions = _conversions_of(inputs) if is_unlike else None  # to ask transformers takes seconds
+    if conversions is None:
+        notes += told
+        return found, {}
+    saved_as = conversions.saved_as
+    unpacked, parts = _unpacked(stored, sources, conversions, is_excluded, notes)
+    forms = (*_FORMS, lambda name: saved_as.get(_unwrapped(name), _unwrapped(name)))
+    found, told = _renamed(unpacked, sources, forms)
+    notes += told
+    return found, parts
+
+
+def _lacks(one: Tensors, other: Tensors) -> bool:
+    """Whether one has not all weights of the other."""
+    return any(name not in one and not _is_buffer(tensor) for name, tensor in other.items())
+
+
+def _conversions_of(inputs: Sequence[Checkpoint]) -> Conversions | None:
+    return next((found for one in inputs if (found := conversions_of(one.config)) is not None), None)
+
+
+def _unpacked(
+    stored: Sequence[Tensors],
+    sources: Sequence[str],
+    conversions: Conversions,
+    is_excluded: Callable[[str], bool],
+    notes: list[str],
+) -> tuple[list[Mapping[str, Tensor]], dict[str, Part]]:
+    """The inputs with packed tensors in their parts, where another input has these apart."""
+    names = [{_unwrapped(name): name for name in of_one} for of_one in stored]
+    parts: dict[str, Part] = {}
+    found = [dict(of_one) for of_one in stored]
+    taken: list[list[str]] = [[] for _ in stored]
+    for packed, pieces in conversions.pieces.items():
+        if not any(piece in own for own in names for piece in pieces):
+            continue
+        for k, own in enumerate(names):
+            if packed not in own:
+                continue
+            tensor = stored[k][own[packed]]
+            if k == 0:
+                parts |= {name: Part(tensor.name, piece.first) for name, piece in pieces.items()}
+                if is_excluded(tensor.name):  # it is copied as it is
+                    continue
+            if tensor.numel == sum(math.prod(piece.shape) for piece in pieces.values()):
+                itemsize = DTYPE_BYTES[tensor.dtype]
+                del found[k][tensor.name]
+                found[k] |= {
+                    name: Tensor(name, tensor.dtype, piece.shape, tensor.file, tensor.start + piece.first * itemsize)
+                    for name, piece in pieces.items()
+                }
+                taken[k].append(tensor.name)
+    for source, packed_names in zip(sources, taken, strict=True):
+        if packed_names:
+            notes.append(f"{source}: {len(packed_names)} packed tensors are taken in their parts, as {packed_names[0]}")
+    return list(found), parts
+
+
+def _renamed(
+    stored: Sequence[Tensors], sources: Sequence[str], forms: Sequence[Callable[[str], str]]
+) -> tuple[list[Mapping[str, Tensor]], list[str]]:
+    """The inputs with the models' tensors under the base's names, and notes on it."""
+    notes: list[str] = []
+    base, *models = stored
+    found = [_under_names_of(base, model, source, forms, notes) for model, source in zip(models, sources[1:], strict=True)]
+    return [base, *found], notes
+
+
+def _under_names_of(
+    base: Tensors, model: Tensors, source: str, forms: Sequence[Callable[[str], str]], notes: list[str]
+) -> dict[str, Tensor]:
     """The model's tensors under the base's names, if one renaming gives more of them a counterpart of the same shape than theirs
     do."""
     best: dict[str, str] = {}
     fitting = sum(name in base and base[name].shape == tensor.shape for name, tensor in model.items())
-    for form in _FORMS:
+    for form in forms:
         ours, theirs = _by_form(base, form), _by_form(model, form)
         if ours is None or theirs is None:
             continue
@@ -157,10 +254,14 @@ def _counts(tensor: Tensor) -> bool:
 
 
 def _matched(
-    ties: Ties, inputs: Sequence[Checkpoint], stored: Sequence[Tensors], exclude: Sequence[str], notes: list[str]
+    ties: Ties,
+    inputs: Sequence[Checkpoint],
+    stored: Sequence[Tensors],
+    parts: dict[str, Part],
+    excluded: Callable[[str], bool],
 ) -> Matched:
     """What becomes of each tensor of the base; the inputs have others (`stored`) than count (`ties`)."""
-    sources, excluded = [one.source for one in inputs], _matcher(exclude)
+    sources = [one.source for one in inputs]
     base, models = ties.tensors[0], list(zip(ties.tensors[1:], sources[1:], strict=True))
     merged: list[str] = []
     copied: dict[str, str] = {}
@@ -200,18 +301,19 @@ def _matched(
     if problems:
         more = [f"... and {len(problems) - 18} more mismatches"] if len(problems) > 18 else []
         raise RequestError([*problems[:18], *more, _fix(ties.tensors, inputs, merged, wrong)])  # 20 are shown
-    unused = [pattern for pattern in exclude if not any(fnmatch.fnmatchcase(name, pattern) for other in stored for name in other)]
-    notes += [f"exclude: {pattern!r} matches no tensor" for pattern in unused]
     if sum(base[name].numel for name in merged) == 0:
         excluded_count = sum(why == "excluded" for why in copied.values())
         found = f"{len(copied)} tensors, of which {excluded_count} excluded and the rest of integer type"
         raise RequestError(f"{sources[0]}: wanted floating-point tensors to merge, found {found}. Fix: exclude fewer tensors.")
     dropped.update(name for other in stored[1:] for name in other if excluded(name) and name not in base and name not in stored[0])
-    return Matched(ties.tensors, tuple(merged), copied, averaged, tuple(sorted(dropped)), ties)
+    return Matched(ties.tensors, tuple(merged), copied, averaged, tuple(sorted(dropped)), ties, parts)
 
 
 def _is_like(tensor: Tensor, other: Tensor) -> bool:
     return tensor.shape == other.shape and tensor.dtype in FLOAT_DTYPES
+
+
+_EXPERTS = re.compile(r"(?:^|\.)experts\.(?:\d+\.|(?:gate_up|down|up)_proj$)")
 
 
 def _fix(tensors: Sequence[Tensors], inputs: Sequence[Checkpoint], merged: Sequence[str], wrong: set[str]) -> str:
@@ -226,6 +328,15 @@ def _fix(tensors: Sequence[Tensors], inputs: Sequence[Checkpoint], merged: Seque
                 f"Fix: {source} has trained {head.name} apart. If {sources[0]} ties it to {embedding}, say so in its config.json "
                 f'("tie_word_embeddings": true), and they are merged apart; to exclude it loses what {source} has trained there.'
             )
+    experts = [name for name in sorted(wrong) if _EXPERTS.search(name)]
+    packed = [name for name in experts if name.endswith("_proj")]
+    if packed and len(packed) < len(experts):
+        apart = next(name for name in experts if name not in packed)
+        return (
+            f"{alike}: some have their experts packed ({packed[0]}) and some one by one ({apart}). Save them again with "
+            "transformers (from_pretrained, save_pretrained), which stores them one by one; or install it here (`pip install "
+            "'pcb-ray[search]'`), and they are taken apart, if it knows the model."
+        )
     if not any(len(base[name].shape) >= 2 and base[name].numel for name in merged if name not in wrong):
         common = [set(base) & set(model) for model in models]
         if not all(common):

@@ -104,6 +104,8 @@ class MergedTensor:
     slot: Slot
     weights: tuple[float, ...]
     """lambda_i."""
+    part_of: str = ""
+    """The packed tensor of the output that it is a part of; empty if it is one of its own."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -208,6 +210,7 @@ class Plan:
     untied: tuple[str, ...]  # heads that are merged apart from the embedding that the base ties them to
     twins: tuple[Twin, ...]  # stored copies of tied tensors: they must be equal
     apart: tuple[Apart, ...]  # copies that are not, although the sample finds them equal
+    packed: tuple[tuple[str, Slot], ...]  # tensors of the output that consist of merged ones
     dropped: tuple[str, ...]  # excluded tensors that only models have
     files: tuple[OutputFile, ...]
     sizes: Sizes
@@ -501,9 +504,16 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
     copied |= {name: "empty" for name in merged_names if base_tensors[name].numel == 0}  # nothing to merge, but the output has it
     again = {name: original for name, original in matched.ties.copies.items() if original in keep}
     dtypes |= {name: dtypes[original] for name, original in again.items()}
-    order = [name for name in matched.ties.order if name in dtypes]
-    shapes = {name: base_tensors[again.get(name, name)].shape for name in order}
+    shapes = {name: base_tensors[again.get(name, name)].shape for name in dtypes}
+    parts = {name: part for name, part in matched.parts.items() if name in dtypes}
+    for part in parts.values():
+        packed = inputs.base.tensors[part.of]
+        dtypes[part.of], shapes[part.of] = _output_dtype(recipe, packed), packed.shape
+    order = list(dict.fromkeys(parts[name].of if name in parts else name for name in matched.ties.order if name in dtypes))
     files, slots = _lay_out(order, shapes, dtypes, max_shard_bytes, inputs.base)
+    for name, part in parts.items():
+        whole = slots[part.of]
+        slots[name] = Slot(whole.file, whole.start + part.first * DTYPE_BYTES[whole.dtype], whole.dtype)
 
     depths = depths_of(merged_names)
     tensors, first = [], 0
@@ -512,8 +522,9 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
         if name in copied:
             continue
         sources = tuple(None if k == 0 and not method.has_base else of_one[name] for k, of_one in enumerate(matched.tensors))
-        weights = tuple(recipe.weight(i, name, depths[name]) for i in range(n))
-        tensors.append(MergedTensor(name, first, base.numel, sources, slots[name], weights))
+        part_of = parts[name].of if name in parts else ""
+        weights = tuple(recipe.weight(i, part_of or name, depths[name]) for i in range(n))
+        tensors.append(MergedTensor(name, first, base.numel, sources, slots[name], weights, part_of))
         first += base.numel
     if any(t.dtype == "F64" for tensor in tensors for t in tensor.sources if t is not None):
         notes.append("float64 tensors are read as float32, and written as float32 unless `dtype` says otherwise")
@@ -535,6 +546,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
         untied=matched.ties.untied,
         twins=matched.ties.twins,
         apart=tuple(sorted(inputs.apart)),
+        packed=tuple((name, slots[name]) for name in dict.fromkeys(part.of for part in parts.values())),
         dropped=matched.dropped,
         files=files,
         sizes=sizes or Sizes.of(D),

@@ -239,8 +239,8 @@ def test_diffusers_loads_the_pipeline(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("layout", ["beside", "subfolder"])
 def test_sentence_transformers_loads_the_model_with_its_pooling(tmp_path: Path, layout: str) -> None:
     import sentence_transformers
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     import transformers
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "merge", "of", "models"]

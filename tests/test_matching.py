@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import families
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 from families import Family, StateDict, merged_to
 
-from pcb_ray import Recipe, RequestError
+from pcb_ray import Recipe, RequestError, verify
+from pcb_ray.conversions import conversions_of
 from pcb_ray.files.checkpoint import Checkpoint, Tensor
 from pcb_ray.files.store import MemoryStore
 from pcb_ray.matching import match
@@ -196,3 +198,133 @@ def test_what_a_model_has_trained_and_loses_by_exclusion_is_said(tmp_path: Path)
     assert 'exclude:\n  - "lm_head.weight"' in told
     assert "lose what a model has trained in these" in told
     planned(Family(tmp_path / "b", base, models), exclude=["lm_head.weight"])
+
+
+# --- what transformers renames and packs ------------------------------------------------------------------------------------------
+
+
+PACKED = ("mixtral", "qwen3 moe", "nomic bert")
+
+
+def mixture(kind: str) -> Any:
+    import transformers as t
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "mixtral":
+        return t.MixtralForCausalLM(t.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=3))
+    if kind == "qwen3 moe":
+        return t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**sizes, num_key_value_heads=2, num_experts=3, moe_intermediate_size=8))
+    if kind == "vit":
+        image = {"image_size": 8, "patch_size": 4}
+        return t.ViTForImageClassification(t.ViTConfig(**{k: v for k, v in sizes.items() if k != "vocab_size"}, **image))
+    if kind == "nomic bert":  # q, k and v are one tensor in files, and three in memory
+        return t.NomicBertForMaskedLM(t.NomicBertConfig(**sizes, pad_token_id=0))
+    vision = {k: v for k, v in sizes.items() if k != "vocab_size"} | {"image_size": 28, "patch_size": 14}
+    text = sizes | {"num_key_value_heads": 2, "head_dim": 8}
+    return t.Gemma3ForConditionalGeneration(t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+
+
+def saved_in_two_ways(folder: Path, kind: str, as_in_memory: tuple[str, ...]) -> Any:
+    """A family, of which these lie in files as they do in memory."""
+    model = mixture(kind)
+    for k, name in enumerate(("base", "model0", "model1")):
+        if k:
+            torch.manual_seed(k)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn(parameter.shape) * 0.02)
+        for form in ("files", "memory"):
+            model.save_pretrained(folder / form / name, save_original_format=form == "files")
+        (folder / "mixed").mkdir(exist_ok=True)
+        (folder / "mixed" / name).symlink_to(folder / ("memory" if name in as_in_memory else "files") / name)
+    return type(model)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3 moe", "gemma3", "vit", "nomic bert"])
+@pytest.mark.parametrize("as_in_memory", [("model1",), ("base",), ("base", "model0")])
+def test_what_transformers_renames_and_packs_is_one_model(tmp_path: Path, kind: str, as_in_memory: tuple[str, ...]) -> None:
+    loader = saved_in_two_ways(tmp_path, kind, as_in_memory)
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": ["model0", "model1"],
+        "parameters": {"lambda": 0.5},
+    }
+    mixed = Recipe.from_dict(content, folder=tmp_path / "mixed")
+    inputs = open_inputs(mixed)
+    made = plan_of(mixed, inputs)
+    assert any("packed tensors are taken in their parts" in note for note in made.notes) == (kind in PACKED)
+    out = merged_to(tmp_path / "out", mixed)
+    plain = merged_to(tmp_path / "plain", Recipe.from_dict(content, folder=tmp_path / "files"))
+    assert families.load(out).keys() == inputs.base.tensors.keys()
+    merged, expected = (loader.from_pretrained(folder, output_loading_info=True) for folder in (out, plain))
+    assert not any(merged[1].values())
+    own = expected[0].state_dict()
+    for name, tensor in merged[0].state_dict().items():
+        assert torch.equal(tensor, own[name]), name
+    assert verify(out, quiet=True).ok
+
+
+def test_the_share_that_is_kept_is_one_of_the_whole_model_however_it_is_packed(tmp_path: Path) -> None:
+    """Also in parts of the output so small that they cut packed tensors, and in several files."""
+    loader = saved_in_two_ways(tmp_path, "mixtral", ("base", "model1"))
+    content = {"merge_method": "pcb", "base_model": "base", "models": ["model0", "model1"], "parameters": {"density": 0.3}}
+    states = []
+    with families.small_engine():
+        for form in ("mixed", "files"):
+            asked = Recipe.from_dict(content, folder=tmp_path / form)
+            out = merged_to(tmp_path / f"out-{form}", asked)
+            states.append(loader.from_pretrained(out).state_dict())
+            assert verify(out, quiet=True).ok
+            made = plan_of(asked, open_inputs(asked), max_shard_bytes=4000)
+            assert len(made.files) > 4
+            families.merge_locally(made, tmp_path / f"cut-{form}")
+            whole = families.load(out)
+            assert all(torch.equal(tensor, whole[name]) for name, tensor in families.load(tmp_path / f"cut-{form}").items())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("as_in_memory", [("model1",), ("base",)])
+def test_packed_experts_are_excluded_by_the_names_of_the_base(tmp_path: Path, as_in_memory: tuple[str, ...]) -> None:
+    saved_in_two_ways(tmp_path, "mixtral", as_in_memory)
+    content = {"merge_method": "linear", "base_model": "base", "models": ["model0", "model1"], "exclude": ["*.experts.*"]}
+    asked = Recipe.from_dict(content, folder=tmp_path / "mixed")
+    out = families.load(merged_to(tmp_path / "out", asked))
+    base = families.load(tmp_path / "mixed" / "base")
+    assert out.keys() == base.keys()
+    for name, tensor in base.items():
+        assert torch.equal(out[name], tensor) == (".experts." in name), name
+
+
+def test_weights_by_name_hold_for_packed_tensors(tmp_path: Path) -> None:
+    saved_in_two_ways(tmp_path, "mixtral", ("base",))
+    weight = [{"filter": "experts.gate_up_proj", "value": 0.25}, {"value": 1.0}]
+    models = [{"model": "model0", "parameters": {"weight": weight}}, {"model": "model1"}]
+    asked = Recipe.from_dict({"merge_method": "linear", "base_model": "base", "models": models}, folder=tmp_path / "mixed")
+    weights = {tensor.part_of or tensor.name: tensor.weights for tensor in plan_of(asked, open_inputs(asked)).tensors}
+    assert weights["model.layers.1.mlp.experts.gate_up_proj"] == (0.25, 1.0)
+    assert weights["model.layers.1.mlp.experts.down_proj"] == (1.0, 1.0)
+
+
+def test_experts_in_two_forms_are_told_as_that_where_nobody_knows_the_model(tmp_path: Path) -> None:
+    saved_in_two_ways(tmp_path, "mixtral", ("model1",))
+    for name in ("base", "model0", "model1"):
+        (tmp_path / "mixed" / name / "config.json").unlink()
+    content = {"merge_method": "linear", "base_model": "base", "models": ["model0", "model1"]}
+    asked = Recipe.from_dict(content, folder=tmp_path / "mixed")
+    with pytest.raises(RequestError, match=r"experts packed \(model\.layers\.0\.mlp\.experts\.down_proj\)") as caught:
+        plan_of(asked, open_inputs(asked))
+    assert "exclude" not in str(caught.value)
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [None, {}, {"model_type": 3}, LLAMA | {"architectures": ["os.system"]}, LLAMA | {"architectures": ["LlamaConfig"]},
+     LLAMA | {"hidden_size": "wide"}, LLAMA | {"model_type": "nobody's"}, LLAMA | {"architectures": []}],
+)  # fmt: skip
+def test_a_config_that_transformers_does_not_know_gives_no_conversions(config: dict[str, object] | None) -> None:
+    assert conversions_of(config) is None

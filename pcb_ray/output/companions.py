@@ -62,8 +62,8 @@ def _pinned(recipe: Recipe, plan: Plan) -> Recipe:
 
 def slots_of(plan: Plan) -> dict[str, Slot]:
     """The place of every tensor of the output by name."""
-    tensors = {t.name: t.slot for t in plan.tensors} | {c.source.name: c.slot for c in plan.copies}
-    return tensors | {one.name: one.slot for one in plan.again}
+    tensors = {t.name: t.slot for t in plan.tensors if not t.part_of} | {c.source.name: c.slot for c in plan.copies}
+    return tensors | {one.name: one.slot for one in plan.again} | dict(plan.packed)
 
 
 def _config(config: Mapping[str, Any], plan: Plan, recipe: Recipe) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from pcb_ray import checks
+from pcb_ray.conversions import as_saved
 from pcb_ray.errors import RequestError, with_place
 from pcb_ray.recipe import DTYPES
 
@@ -705,17 +706,9 @@ def _as_saved(module: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> dict[
 
     On loading, transformers renames some and fuses others (the experts of a mixture become one parameter); its way back is run here
     on the parameters themselves. What it can't give back without a copy is left out, since an update of a copy would be lost."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class Uncopied(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return args[0] if func in (torch.Tensor.contiguous, torch.Tensor.clone) else func(*args, **(kwargs or {}))
-
     if "transformers" not in sys.modules:
         return {}
     from transformers import PreTrainedModel
-    from transformers.core_model_loading import revert_weight_conversion
 
     result: dict[str, torch.Tensor] = {}
     storages = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
@@ -724,8 +717,7 @@ def _as_saved(module: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> dict[
         if isinstance(part, PreTrainedModel) and not any(prefix.startswith(outer) for outer in outermost):
             outermost.append(f"{prefix}." if prefix else "")
             tensors = {name.removeprefix(outermost[-1]): t.detach() for name, t in own.items() if name.startswith(outermost[-1])}
-            with Uncopied():
-                saved = revert_weight_conversion(part, tensors)
+            saved = as_saved(part, tensors)
             result |= {outermost[-1] + name: t for name, t in saved.items() if t.untyped_storage().data_ptr() in storages}
     return result
 
