@@ -322,7 +322,9 @@ def describe(plan: Plan, worker: int, free: int) -> list[str]:
         lines.append(f"  {role:8} {one['source']}{commit}{told}")
     for name, parameter in plan.method.parameters.items():
         values = dict.fromkeys(f"{value:g}" if isinstance(value, float) else str(value) for value in plan.settings.each(name))
-        lines.append(f"{name:10} {', '.join(values)}: {parameter.help}")
+        if name == plan.method.scale and plan.recipe.lambda_by_tensor:
+            values = dict.fromkeys(f"{value:g}" for value in sorted({t.lambda_ for t in plan.tensors}))
+        lines.append(f"{name:10} {', '.join(_some_of(list(values)))}: {parameter.help}")
     copied = [f"{number} {why}" for why, number in facts["tensors_copied"].items()]
     if copied:
         lines.append(f"copied     {', '.join(copied)} (from the base, as they are)")
@@ -349,6 +351,10 @@ def describe(plan: Plan, worker: int, free: int) -> list[str]:
 
 def _some(lines: Sequence[str]) -> list[str]:
     return [*lines[:20], *([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])]
+
+
+def _some_of(values: list[str]) -> list[str]:
+    return values if len(values) <= 6 else [*values[:3], "...", values[-1]]
 
 
 def _number(count: int, what: str) -> str:

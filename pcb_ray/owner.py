@@ -218,7 +218,7 @@ class Owner:
         """The bytes of a part, made from the inputs."""
         if part.start == 0:
             yield _Output(memoryview(self.plan.files[part.file].header), ())
-        for (_, dtype, again), run in itertools.groupby(part.segments, self._alike):
+        for (_, lambda_, dtype, again), run in itertools.groupby(part.segments, self._alike):
             segments = list(run)
             for one in segments:
                 if isinstance(one, Copied) and self.plan.copies[one.copy].models:
@@ -232,7 +232,7 @@ class Owner:
             for block in self._cut(merged):
                 weights = self.plan.tensors[block[0].tensor].weights
                 loaded = self.load(block, None if again else digests)  # what is written twice is read twice, and counts once
-                rounded_B, finite = self.kernel.merge(loaded, known, weights, DTYPES[dtype])
+                rounded_B, finite = self.kernel.merge(loaded, known, weights, lambda_, DTYPES[dtype])
                 if not finite:
                     self._refuse_output(block, rounded_B)
                 yield _Output(rounded_B.cpu().view(torch.uint8).numpy().data, block)
@@ -254,13 +254,13 @@ class Owner:
             )
         return mean_B.view(torch.uint8).numpy().data
 
-    def _alike(self, segment: Segment | Copied) -> tuple[tuple[float, ...], str, bool]:
-        """What neighbours must share to be merged at once: the weights, the output dtype, and whether it is a second time; what is
-        copied has none of them."""
+    def _alike(self, segment: Segment | Copied) -> tuple[tuple[float, ...], float, str, bool]:
+        """What neighbours must share to be merged at once: the coefficients, the output dtype, and whether it is a second time;
+        what is copied has none of them."""
         if isinstance(segment, Copied):
-            return (), "", False
+            return (), 0.0, "", False
         tensor = self.plan.tensors[segment.tensor]
-        return tensor.weights, tensor.slot.dtype, segment.again
+        return tensor.weights, tensor.lambda_, tensor.slot.dtype, segment.again
 
     def _are_close(self, data: memoryview, held: memoryview, segments: Sequence[Segment], folder: str) -> bool:
         """Whether merged bytes are the held ones within the method's tolerance."""

@@ -104,6 +104,7 @@ class MergedTensor:
     slot: Slot
     weights: tuple[float, ...]
     """lambda_i."""
+    lambda_: float
     part_of: str = ""
     """The packed tensor of the output that it is a part of; empty if it is one of its own."""
 
@@ -374,7 +375,8 @@ class Plan:
         return {
             "method": method.full_name,
             "parameters": {name: list(self.settings.each(name)) for name, p in method.parameters.items() if p.per_model}
-            | {name: self.settings[name] for name, p in method.parameters.items() if not p.per_model},
+            | {name: self.settings[name] for name, p in method.parameters.items() if not p.per_model}
+            | ({method.scale: sorted({t.lambda_ for t in self.tensors})} if self.recipe.lambda_by_tensor else {}),
             "N": self.N,
             "D": self.D,
             "inputs": [
@@ -524,7 +526,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
         sources = tuple(None if k == 0 and not method.has_base else of_one[name] for k, of_one in enumerate(matched.tensors))
         part_of = parts[name].of if name in parts else ""
         weights = tuple(recipe.weight(i, part_of or name, depths[name]) for i in range(n))
-        tensors.append(MergedTensor(name, first, base.numel, sources, slots[name], weights, part_of))
+        lambda_ = recipe.lambda_(part_of or name, depths[name])
+        tensors.append(MergedTensor(name, first, base.numel, sources, slots[name], weights, lambda_, part_of))
         first += base.numel
     if any(t.dtype == "F64" for tensor in tensors for t in tensor.sources if t is not None):
         notes.append("float64 tensors are read as float32, and written as float32 unless `dtype` says otherwise")

@@ -99,6 +99,8 @@ class Recipe:
     """`base`, or one of the models."""
     chat_template: str | None = None
     """A Jinja template; None: the one among the tokenizer files is copied."""
+    lambda_by_tensor: tuple[Rule, ...] = ()
+    """lambda by tensor name, as `weight` has it, in the place of the one number in `parameters`; empty where that is for all."""
     allow_unrelated: bool = False
     """Whether models may be merged that are no fine-tunes of the base, as far as their weights tell."""
     search: Mapping[str, Any] | None = field(default=None, compare=False)
@@ -116,8 +118,13 @@ class Recipe:
         notes = list(self.notes)
         folder = Path(self.folder)
         name, code, variants = _methods(self.merge_method, self.code, folder, problems)
-        parameters = _parameters(self.parameters, "parameters", variants, problems, notes)
+        given, by_tensor = _lambda_apart(self.parameters, self.lambda_by_tensor, problems)
+        parameters = _parameters(given, "parameters", variants, problems, notes)
         method = variants.get(parameters.get("variant", ""), next(iter(variants.values())))
+        if by_tensor and not method.scale:
+            by_tensor = ()
+            if method not in (_ANY_METHOD, _UNREAD_METHOD):
+                _complain({"lambda": None}, "parameters", method, tuple(method.parameters), problems, notes)
         base = None if self.base_model is None else text(self.base_model, "base_model", problems)
         if base is None and method.has_base:
             problems.append(wrong("base_model", "the model that all others come from", None, "add `base_model: PATH`"))
@@ -132,6 +139,7 @@ class Recipe:
             "exclude": tuple(text(pattern, f"exclude[{i}]", problems) for i, pattern in enumerate(exclude)),
             "tokenizer_source": _tokenizer_source(self.tokenizer_source, models, base, folder, problems),
             "chat_template": None if self.chat_template is None else _template(self.chat_template, problems),
+            "lambda_by_tensor": by_tensor,
             "allow_unrelated": flag(self.allow_unrelated, "allow_unrelated", problems),
             "folder": folder,
             "code": code,
@@ -258,15 +266,14 @@ class Recipe:
         """
         models = []
         for model in self.models:
-            values = [(part, list(value) if isinstance(value, tuple) else value) for part, value in model.weight]
-            rules = [{"value": value} if part is None else {"filter": part, "value": value} for part, value in values]
-            own: dict[str, object] = {"weight": rules if len(rules) > 1 else values[0][1], **model.parameters}
+            own: dict[str, object] = {"weight": _written(model.weight), **model.parameters}
             models.append({"model": model.source, "parameters": own})
+        parameters = {**self.parameters, **({"lambda": _written(self.lambda_by_tensor)} if self.lambda_by_tensor else {})}
         layout = {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
             "models": models,
-            "parameters": dict(self.parameters) or None,
+            "parameters": parameters or None,
             "dtype": self.dtype,
             "exclude": list(self.exclude),
             "tokenizer_source": self.tokenizer_source,
@@ -298,13 +305,24 @@ class Recipe:
 
     def weight(self, model_index: int, tensor_name: str, depth: float = 0.0) -> float:
         """lambda_i of the model for a tensor, whose depth `depths_of` tells: the value of the first rule that matches its name."""
-        value = next(value for part, value in self.models[model_index].weight if part is None or part in tensor_name)
-        if not isinstance(value, tuple):
-            return value
-        place = depth * (len(value) - 1)
-        first = int(place)
-        last = min(first + 1, len(value) - 1)
-        return (1 - (place - first)) * value[first] + (place - first) * value[last]
+        return _value_of(self.models[model_index].weight, tensor_name, depth)
+
+    def lambda_(self, tensor_name: str, depth: float = 0.0) -> float:
+        """lambda for a tensor, likewise; 1 for a method that has none."""
+        if self.lambda_by_tensor:
+            return _value_of(self.lambda_by_tensor, tensor_name, depth)
+        return float(self.parameters.get(self.method.scale, 1.0))
+
+
+def _value_of(rules: Sequence[Rule], tensor_name: str, depth: float) -> float:
+    """The value of the first rule that matches a tensor's name."""
+    value = next(value for part, value in rules if part is None or part in tensor_name)
+    if not isinstance(value, tuple):
+        return value
+    place = depth * (len(value) - 1)
+    first = int(place)
+    last = min(first + 1, len(value) - 1)
+    return (1 - (place - first)) * value[first] + (place - first) * value[last]
 
 
 def depths_of(names: Iterable[str]) -> dict[str, float]:
@@ -379,6 +397,31 @@ def _parameters(raw: object, where: str, variants: Mapping[str, Method], problem
         found["variant"] = variant
     _complain(given, where, method, tuple(method.parameters), problems, notes)
     return found
+
+
+def _lambda_apart(raw: object, rules: object, problems: list[str]) -> tuple[object, tuple[Rule, ...]]:
+    """Parameters with a `lambda` that is a number or none, and what it is by tensor if that is more than one number for all."""
+    given = raw.get("lambda") if isinstance(raw, Mapping) else None
+    if isinstance(given, (Mapping, list, tuple)):
+        rules = given
+    if rules == () or not isinstance(raw, Mapping):
+        return raw, ()
+    if given is not rules and given not in (None, 1.0):
+        problems.append(wrong("parameters.lambda", "one number, or rules by tensor", given, "remove one of the two"))
+    found = _rules(rules, "parameters.lambda", problems)
+    if not _matches_all(found) and found:
+        found = (*found, (None, 1.0))  # its default, as in mergekit
+    others = {key: value for key, value in raw.items() if key != "lambda"}
+    if len(found) == 1 and not isinstance(found[0][1], tuple):
+        return {**others, "lambda": found[0][1]}, ()
+    return others, found
+
+
+def _written(rules: Sequence[Rule]) -> object:
+    """Rules as a recipe has them: a number or a list of numbers where one rule matches all."""
+    values = [(part, list(value) if isinstance(value, tuple) else value) for part, value in rules]
+    written = [{"value": value} if part is None else {"filter": part, "value": value} for part, value in values]
+    return written if len(written) > 1 else values[0][1]
 
 
 def _normalize(raw: object, method: Method, parameters: dict[str, Any], problems: list[str], notes: list[str]) -> None:

@@ -187,7 +187,7 @@ def assert_same_merges(method: str, block: Sequence[Tensor | None], known: Known
     n = len(block) - 1
     native, plain = kernels_for(method, n, lambda_=lambda_)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        a, b = (kernel.merge(Loaded(block), known, weights[:n], dtype) for kernel in (native, plain))
+        a, b = (kernel.merge(Loaded(block), known, weights[:n], kernel.settings.lambda_, dtype) for kernel in (native, plain))
         assert a[1] == b[1]
         if a[1]:
             assert_same_bits(a[0], b[0])
@@ -258,7 +258,7 @@ def test_native_paper_has_the_bits_of_torch(block, D, weights):
     assert_same_bits(values(native, block, beta_of("pcb-paper"), known), beta_NB)
     known = known | {"t": tuple(x_B.median().item() for x_B in beta_NB), "beta_max": tuple(beta_NB.amax(1).tolist())}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = (kernel.merge(Loaded(block), known, weights[:n], dtype) for kernel in (native, plain))
+        a, b = (kernel.merge(Loaded(block), known, weights[:n], kernel.settings.lambda_, dtype) for kernel in (native, plain))
         assert a[1] == b[1]
         if a[1]:
             assert_same_bits(a[0], b[0])
@@ -277,7 +277,7 @@ def test_native_scores_of_many_tasks_have_the_bits_of_torch(n):
 
 def written(kernel: TorchKernel, x_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """x as a merge writes it: the linear merge of one model of weight 1."""
-    return kernel.merge(Loaded([None, x_B]), {}, [1.0], dtype)
+    return kernel.merge(Loaded([None, x_B]), {}, [1.0], 1.0, dtype)
 
 
 @needs_native
@@ -388,6 +388,6 @@ def test_a_task_that_does_not_vary_or_has_no_score_above_t_contributes_nothing(k
     known = {"low": (0.5, 0.125), "high": (0.5, 0.5), "t": (-1.0, 0.7), "beta_max": (1.0, 0.7)}
     assert pcb.spans(known) == [math.inf, math.inf]
     for method in FUSED:
-        merged_B, finite = kernel_of(kernel, method, 2, 4).merge(Loaded(block), known, (1.0, 1.0), torch.float32)
+        merged_B, finite = kernel_of(kernel, method, 2, 4).merge(Loaded(block), known, (1.0, 1.0), 1.0, torch.float32)
         assert finite
         assert_same_bits(merged_B, theta_B)

@@ -9,11 +9,13 @@ from typing import Any
 import families
 import pytest
 import torch
-from families import Family, merged_to
+from families import Family, StateDict, merged_to
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pcb_ray import Recipe, merge_state_dicts
+import pcb_ray
+from pcb_ray import Recipe, RequestError, merge_state_dicts, verify
+from pcb_ray.recipe import depths_of
 
 # Its `ties` at density 1, where the scope of the threshold does not matter; int8_mask changed none of these values.
 VALUES = Path(__file__).parent / "data" / "mergekit_0.1.5_ties.safetensors"
@@ -47,3 +49,42 @@ def test_a_recipe_of_mergekit_with_normalize_false_sums_the_agreeing_models(tmp_
     parameters = {"normalize": False, "int8_mask": True}
     out = merged_to(tmp_path / "out", Recipe.from_dict(one.recipe(merge_method="ties", models=models, parameters=parameters)))
     assert torch.equal(load_file(out / "model.safetensors")["w"], torch.ones(256, 256))
+
+
+@pytest.mark.parametrize(
+    ("method", "variant"),
+    [("task_arithmetic", ""), ("pcb", "pairwise"), ("pcb", "paper"), ("ties", ""), ("ties", "weighted_mean")],
+)
+@pytest.mark.parametrize("value", [[{"filter": "mlp", "value": 0.5}, {"filter": "self_attn", "value": [0.25, 2.0]}], [0.5, 1.5]])
+def test_lambda_by_tensor_is_the_merge_with_that_lambda_tensor_by_tensor(
+    tmp_path: Path, method: str, variant: str, value: list[Any]
+) -> None:
+    one = Family(tmp_path / "f", *families.fine_tuned(3))
+    own = {"variant": variant} if variant else {}
+
+    def merged(lambda_: object, name: str) -> StateDict:
+        asked = Recipe.from_dict(one.recipe(merge_method=method, parameters={**own, "lambda": lambda_}))
+        return families.load(merged_to(tmp_path / name, asked))
+
+    found = merged(value, "by-tensor")
+    assert verify(tmp_path / "by-tensor", quiet=True).ok
+    recipe = Recipe.from_dict(one.recipe(merge_method=method, parameters={**own, "lambda": value}))
+    depths = depths_of(found)
+    lambdas = {name: recipe.lambda_(name, depths[name]) for name in found}
+    assert len(set(lambdas.values())) >= 2
+    for lambda_ in set(lambdas.values()):
+        plain = merged(lambda_, f"plain-{lambda_}")
+        assert all(torch.equal(found[name], plain[name]) for name in found if lambdas[name] == lambda_)
+
+
+@pytest.mark.parametrize("command", ["search", "sweep"])
+def test_a_recipe_whose_lambda_is_no_number_is_not_searched(tmp_path: Path, command: str) -> None:
+    one = Family(tmp_path / "f", *families.fine_tuned(2))
+    section = {"density": [0.1, 0.2]} if command == "sweep" else {}
+    path = one.recipe_file(
+        parameters={"lambda": [0.5, 1.0]},
+        search={"evaluator": {"command": {"run": "echo {model}"}}, "metric": "x"},
+        **({"sweep": section} if section else {}),
+    )
+    with pytest.raises(RequestError, match="wanted one number in a recipe that is searched"):
+        getattr(pcb_ray, command)(path, tmp_path / "out", quiet=True)

@@ -790,12 +790,14 @@ def recipes(draw: st.DrawFn) -> Recipe:
     parameters = {name: draw(values[name]) for name in method.parameters} | ({"variant": method.variant} if method.variant else {})
     own = st.fixed_dictionaries({}, optional={name: values[name] for name, known in method.parameters.items() if known.per_model})
     models = tuple(draw(st.builds(Model, st.just(source), weights(), own)) for source in sources[1:])
+    rules = draw(st.just(()) | weights()) if method.scale else ()
     template = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\t\r "), max_size=40)
     return Recipe(
         models=models,
         base_model=sources[0],
         merge_method=method.name,
-        parameters=parameters,
+        parameters={name: value for name, value in parameters.items() if not rules or name != "lambda"},
+        lambda_by_tensor=rules,
         dtype=draw(st.none() | st.sampled_from(list(DTYPES))),
         exclude=tuple(draw(st.lists(TEXTS, max_size=3))),
         tokenizer_source=draw(st.sampled_from(["base", *(source for source in sources[1:] if source != "union")])),
@@ -998,3 +1000,36 @@ def test_mutated_bytes_of_a_file_are_read_right_or_refused(tmp_path: Path):
         file.write_bytes(data)
         read_count += read_or_refused(lambda: Recipe.from_file(file)) is not None
     assert 50 < read_count < 1_400
+
+
+# --- lambda by tensor or layer ----------------------------------------------------------------------------------------------------
+
+
+BY_TENSOR = [{"filter": "mlp", "value": 0.5}, {"filter": "attn", "value": [0.0, 2.0]}, {"value": 0.9}]
+
+
+@pytest.mark.parametrize("value", [BY_TENSOR, [0.1, 0.9], {"filter": "mlp", "value": 2.0}, [{"value": 0.3}]])
+def test_lambda_may_be_given_by_tensor_and_by_layer_as_in_mergekit(value: object):
+    recipe = Recipe.from_dict(layout(parameters={"lambda": value}))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert Recipe.from_yaml(recipe.to_yaml()).to_yaml() == recipe.to_yaml()
+    if value is BY_TENSOR:
+        assert [recipe.lambda_("x.mlp.w"), recipe.lambda_("x.attn.w", 0.75), recipe.lambda_("norm")] == [0.5, 1.5, 0.9]
+    if isinstance(value, dict):
+        assert [recipe.lambda_("x.mlp.w"), recipe.lambda_("norm")] == [2.0, 1.0]
+
+
+def test_lambda_of_a_recipe_without_one_by_tensor_is_its_number_or_one():
+    assert Recipe.from_dict(layout(parameters={"lambda": 0.7})).lambda_("any") == 0.7
+    assert Recipe.from_dict(layout(merge_method="linear")).lambda_("any") == 1.0
+
+
+@pytest.mark.parametrize("value", [[], {}, [{"filter": "a"}], [{"value": "x"}], {"value": float("nan")}, [1.0, "x"], [[1.0]]])
+def test_a_lambda_by_tensor_that_is_none_is_refused(value: object):
+    assert "parameters.lambda" in the_problem(layout(parameters={"lambda": value}))
+
+
+def test_lambda_by_tensor_has_no_effect_where_lambda_has_none():
+    recipe = Recipe.from_dict(layout(merge_method="linear", parameters={"lambda": BY_TENSOR}))
+    assert recipe.lambda_by_tensor == ()
+    assert any("`lambda` has no effect" in note for note in recipe.notes)

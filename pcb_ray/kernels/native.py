@@ -154,10 +154,12 @@ class NativeKernel(TorchKernel):
         getattr(self._library, wanted.native)(block, self._known_in_c(known), out.data_ptr())
         return out
 
-    def merge(self, loaded: Loaded, known: Known, weights: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, bool]:
+    def merge(
+        self, loaded: Loaded, known: Known, weights: Sequence[float], lambda_: float, dtype: torch.dtype
+    ) -> tuple[Tensor, bool]:
         native = self.method.native
         if native is None:
-            return super().merge(loaded, known, weights, dtype)
+            return super().merge(loaded, known, weights, lambda_, dtype)
         block = self._in_c(loaded)
         size, bfloat16 = self._block.size, dtype == torch.bfloat16
         if self._rounded.numel() < size or (self._rounded.dtype == torch.bfloat16) != bfloat16:
@@ -168,7 +170,7 @@ class NativeKernel(TorchKernel):
             self._known_in_c(known),
             native.question,
             weights_N.data_ptr(),
-            native.factor(weights, self.settings.lambda_),
+            native.factor(weights, lambda_),
             native.floor,
             bfloat16,
             rounded_B.data_ptr(),

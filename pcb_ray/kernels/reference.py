@@ -99,9 +99,12 @@ class TorchKernel:
 
     # --- merging ------------------------------------------------------------------------------------------------------------------
 
-    def merge(self, loaded: Loaded, known: Known, weights: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """The merged block [B], rounded once to dtype (nearest, ties to even), and whether all of it is finite."""
-        merged_B = self._merged(self.load(loaded, weights), known, self.settings)
+    def merge(
+        self, loaded: Loaded, known: Known, weights: Sequence[float], lambda_: float, dtype: torch.dtype
+    ) -> tuple[Tensor, bool]:
+        """The merged block [B] by these lambda_i and lambda, rounded once to dtype (nearest, ties to even), and whether all of it
+        is finite."""
+        merged_B = self._merged(self.load(loaded, weights), known, self._scaled_by(lambda_))
         rounded_B = merged_B.to(dtype)
         return rounded_B, bool(torch.isfinite(rounded_B).all())
 

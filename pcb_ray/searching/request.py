@@ -406,6 +406,11 @@ class Space:
                 f"search.space.groups.layers: wanted at most {stack} parts, one for each layer, found {search.layers}. "
                 f"Fix: write {stack} or less."
             )
+        if recipe.lambda_by_tensor:
+            problems.append(
+                "parameters.lambda: wanted one number in a recipe that is searched, found one by tensor. Fix: write one number; "
+                "`space.groups` gives groups of tensors weights of their own."
+            )
         notes = [
             f"the {name} of {label} is not used: one is searched for all models"
             for label, model in zip(labels, recipe.models, strict=True)
