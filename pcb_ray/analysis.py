@@ -95,8 +95,8 @@ def _ranks(session: Session, step: int, wanted: Ranks, known: Known) -> dict[str
     largest: list[int] = []
     while open_ranks:
         asked = [_distinct([b for (i, _), b in open_ranks.items() if i == model]) for model in range(plan.N)]
-        counted = session.total(wanted.title, CountKeys(step, known, tuple(map(tuple, asked))))
-        session.saw_inputs(counted.digests, wanted.title)
+        counted = session.total(wanted.title, CountKeys(step, known, tuple(map(tuple, asked)), session.relates))
+        session.saw_inputs(counted.digests, wanted.title, counted.gram)
         largest = largest or counted.largest
         for (i, name), bracket in list(open_ranks.items()):
             answer = counted.tallies[i][asked[i].index(bracket)].select(places[i][name], smallest_key, largest_key)
@@ -115,15 +115,15 @@ def _distinct(brackets: Sequence[Bracket]) -> list[Bracket]:
 
 
 def _extrema(session: Session, step: int, wanted: Extrema, known: Known) -> dict[str, tuple[float, ...]]:
-    found = session.total(wanted.title, FindExtremes(step, known))
-    session.saw_inputs(found.digests, wanted.title)
+    found = session.total(wanted.title, FindExtremes(step, known, session.relates))
+    session.saw_inputs(found.digests, wanted.title, found.gram)
     return {wanted.smallest: tuple(found.smallest), wanted.largest: tuple(found.largest)}
 
 
 def _sums(session: Session, step: int, wanted: Sums, known: Known) -> dict[str, tuple[float, ...]]:
     plan = session.plan
-    found = session.total(wanted.title, AddUp(step, known))
-    session.saw_inputs(found.digests, wanted.title)
+    found = session.total(wanted.title, AddUp(step, known, session.relates))
+    session.saw_inputs(found.digests, wanted.title, found.gram)
     if wanted.per == "model":
         of_all = [_exact_sums(found.of_piece.values())]
     else:

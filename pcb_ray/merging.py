@@ -22,6 +22,7 @@ from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, fetched, open_in
 from pcb_ray.questions import shown_digest
 from pcb_ray.receipt import Receipt, Sweep
 from pcb_ray.recipe import Recipe
+from pcb_ray.relation import Relation
 from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, Spent, placed, publish, stamps_of, write_from
 from pcb_ray.tied import Apart
@@ -126,6 +127,8 @@ class Kept:
         self._spent = Spent(**found.get("spent", {}))
         if "inputs" in found:
             session.inputs = tuple(int(digest, 16) for digest in found["inputs"])
+        if (one := found.get("relation")) is not None:
+            session.relation = Relation.from_json(one)
 
     def analysed(self, state: State) -> Known:
         """What the method must know; each pass is kept as soon as it is found. Raises InputError as `analyse` does."""
@@ -135,6 +138,7 @@ class Kept:
             self._found.update(
                 thresholds=dict(known),
                 inputs=[shown_digest(digest) for digest in self._session.inputs],
+                relation=None if self._session.relation is None else asdict(self._session.relation),
                 sweeps=[asdict(sweep) for sweep in self.sweeps()],
                 spent=asdict(self.spent()),
             )

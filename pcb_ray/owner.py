@@ -40,6 +40,7 @@ from pcb_ray.questions import (
     Digest,
     Extremes,
     FindExtremes,
+    Gram,
     OwnerState,
     Sampled,
     SampleKeys,
@@ -118,9 +119,10 @@ class Owner:
     def count(self, chunks: Sequence[int], question: CountKeys) -> Counted:
         quantity, entries = self._pass(question.step, Ranks).quantity, self.plan.sizes.tally_entries
         tallies = [[Tally(b, entries) for b in of_model] for of_model in question.brackets]
-        largest, digests = [-(1 << 63)] * self.plan.N, self._digests()
+        largest, digests, gram = [-(1 << 63)] * self.plan.N, self._digests(), self._gram(question.relate)
         for segments in itertools.chain.from_iterable(map(self.blocks, chunks)):
             loaded = self.load(segments, digests)
+            self._relate(loaded, gram)
             of_block, counted = self.kernel.count(loaded, quantity, question.known, question.brackets)
             for i in range(self.plan.N):
                 largest[i] = max(largest[i], of_block[i])
@@ -129,20 +131,22 @@ class Owner:
             if max(of_block) >= LARGEST_KEY[quantity.bits]:  # an infinity or a NaN
                 self.refuse_non_finite(segments, quantity.name)
         self.note_memory()
-        return Counted(tallies, largest, _totals(digests))
+        return Counted(tallies, largest, _totals(digests), gram)
 
     def extremes(self, chunks: Sequence[int], question: FindExtremes) -> Extremes:
-        wanted, digests = self._pass(question.step, Extrema), self._digests()
+        wanted, digests, gram = self._pass(question.step, Extrema), self._digests(), self._gram(question.relate)
         smallest: list[float] = []
         largest: list[float] = []
         for segments in itertools.chain.from_iterable(map(self.blocks, chunks)):
-            if not self.kernel.extremes(self.load(segments, digests), wanted, question.known, smallest, largest):
+            loaded = self.load(segments, digests)
+            self._relate(loaded, gram)
+            if not self.kernel.extremes(loaded, wanted, question.known, smallest, largest):
                 self.refuse_non_finite(segments, wanted.title)
         self.note_memory()
-        return Extremes(smallest, largest, _totals(digests))
+        return Extremes(smallest, largest, _totals(digests), gram)
 
     def sums(self, chunks: Sequence[int], question: AddUp) -> Summed:
-        wanted, digests = self._pass(question.step, Sums), self._digests()
+        wanted, digests, gram = self._pass(question.step, Sums), self._digests(), self._gram(question.relate)
         is_first = question.step == 0  # then nobody has looked at the inputs yet
         of_piece: dict[int, tuple[float, ...]] = {}
         for chunk in chunks:
@@ -153,13 +157,14 @@ class Owner:
                 runs: list[list[float]] = []
                 for segments in blocks:
                     loaded = self.load(segments, digests)
+                    self._relate(loaded, gram)
                     if is_first and not self.kernel.are_finite(loaded):
                         self.refuse_non_finite(segments, wanted.title)
                     found = [_sums_of_runs(x_B) for x_B in self.kernel.rows(loaded, wanted, question.known)]
                     runs = [before + more for before, more in zip(runs, found, strict=True)] if runs else found
                 of_piece[piece] = tuple(math.fsum(run) for run in runs)
         self.note_memory()
-        return Summed(of_piece, _totals(digests))
+        return Summed(of_piece, _totals(digests), gram)
 
     # --- the output ---------------------------------------------------------------------------------------------------------------
 
@@ -167,11 +172,12 @@ class Owner:
         result = {}
         for number in parts:
             part, digests, digest = self.plan.parts[number], self._digests(), xxhash.xxh3_128(seed=number)
+            gram = self._gram(question.relate)
             with self.store.part(self._out_file(question.folder, part), part.start, part.stop) as out:
-                for data, _ in self._outputs(part, question.known, digests):
+                for data, _ in self._outputs(part, question.known, digests, gram):
                     out.write(data)
                     digest.update(data)
-            result[number] = Written(digest.intdigest(), _totals(digests))
+            result[number] = Written(digest.intdigest(), _totals(digests), gram)
         self.note_memory()
         return result
 
@@ -214,7 +220,9 @@ class Owner:
         )
         return all(one == other for one, other in pairs)
 
-    def _outputs(self, part: Part, known: Known, digests: Sequence[CellDigests] | None) -> Iterator[_Output]:
+    def _outputs(
+        self, part: Part, known: Known, digests: Sequence[CellDigests] | None, gram: Gram | None = None
+    ) -> Iterator[_Output]:
         """The bytes of a part, made from the inputs."""
         if part.start == 0:
             yield _Output(memoryview(self.plan.files[part.file].header), ())
@@ -232,6 +240,7 @@ class Owner:
             for block in self._cut(merged):
                 weights = self.plan.tensors[block[0].tensor].weights
                 loaded = self.load(block, None if again else digests)  # what is written twice is read twice, and counts once
+                self._relate(loaded, None if again else gram)
                 rounded_B, finite = self.kernel.merge(loaded, known, weights, lambda_, DTYPES[dtype])
                 if not finite:
                     self._refuse_output(block, rounded_B)
@@ -372,6 +381,15 @@ class Owner:
                 cell = self.plan.cell_of(segment) if digests is not None else -1
                 wanted.append(Wanted(tensor, segment.start, segment.stop, cell))
         return reader.block(wanted, digests)
+
+    def _gram(self, relate: bool) -> Gram | None:
+        n = self.plan.N
+        return Gram(np.zeros((n + 1) * (n + 2) // 2), [0] * n) if relate else None
+
+    def _relate(self, loaded: Loaded, gram: Gram | None) -> None:
+        """Add a block to what is found of how the models stand to the base, if that is asked for."""
+        if gram is not None:
+            gram.merge(Gram(*self.kernel.gram(loaded)))
 
     def _digests(self) -> list[CellDigests]:
         return [CellDigests() for _ in range(self.plan.N + 1)]

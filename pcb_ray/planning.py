@@ -50,7 +50,7 @@ from pcb_ray.files.vocabulary import check_vocabularies
 from pcb_ray.matching import match
 from pcb_ray.methods import Method, Ranks, Settings
 from pcb_ray.recipe import DTYPES, Recipe, depths_of
-from pcb_ray.relation import Relation, notes_on, relation_of
+from pcb_ray.relation import Relation, notes_on, other_bases, relation_of
 from pcb_ray.tied import Apart, Samples, Twin
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
@@ -417,6 +417,10 @@ class Inputs:
     """Compares tensors that may be copies of each other."""
     apart: frozenset[Apart] = frozenset()
     """Those that are known to differ, although the sample finds them equal."""
+    notes: tuple[str, ...] = ()
+    """What the files beside the tensors tell: of vocabularies, and of the base that a model was tuned from."""
+    problems: tuple[str, ...] = ()
+    """What is wrong with the tokenizer that the output would have."""
 
     @property
     def on_hub(self) -> bool:
@@ -462,7 +466,12 @@ def _opened(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Inputs:
             problems += error.problems
     if problems:
         raise RequestError(problems)
-    return Inputs(found[base], tuple(found[m.source] for m in recipe.models), found[tokenizer])
+    inputs = Inputs(found[base], tuple(found[m.source] for m in recipe.models), found[tokenizer])
+    notes: list[str] = []
+    wrong = check_vocabularies(inputs.base, inputs.models, inputs.tokenizer, notes)
+    if recipe.method.has_base:
+        notes += other_bases(inputs.base, inputs.models)
+    return dataclasses.replace(inputs, notes=tuple(notes), problems=tuple(wrong))
 
 
 def plan(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
@@ -487,15 +496,18 @@ def related(plan: Plan, store: Store) -> Plan:
 
 
 def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, sizes: Sizes | None = None) -> Plan:
-    """The plan for inputs that are open; only vocabularies that differ are read for it. `sizes` are those that suit the model,
-    unless given. Raises RequestError."""
+    """The plan for inputs that are open; of their tensors, only samples of those that may be copies are read for it. `sizes` are
+    those that suit the model, unless given. Raises RequestError."""
     method, n = recipe.method, len(recipe.models)
     checkpoints = (inputs.base, *inputs.models)
     notes = list(dict.fromkeys([*recipe.notes, *(note for c in (*checkpoints, inputs.tokenizer) for note in c.notes)]))
     unused = [key for key in ("search", "sweep") if getattr(recipe, key) is not None]
     notes += [f"`{key}` has no effect on a merge: it is for `pcb-ray {key}`." for key in unused]
 
-    matched = match(checkpoints, recipe.exclude, inputs.samples, inputs.apart, notes)
+    try:
+        matched = match(checkpoints, recipe.exclude, inputs.samples, inputs.apart, notes)
+    except RequestError as error:
+        raise RequestError([*error.problems, *inputs.problems]) from None
     merged_names, copied = matched.merged, matched.copied
     base_tensors = matched.tensors[0]
 
@@ -533,8 +545,9 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
         notes.append("float64 tensors are read as float32, and written as float32 unless `dtype` says otherwise")
     index = {tensor.name: k for k, tensor in enumerate(tensors)}
     along, left_out = _beside(recipe, inputs, notes)
-    if problems := check_vocabularies(inputs.base, inputs.models, inputs.tokenizer, notes):
-        raise RequestError(problems)
+    notes += inputs.notes
+    if inputs.problems:
+        raise RequestError(inputs.problems)
     made = Plan(
         recipe=recipe,
         inputs=tuple(Input(c.source, c.commit, c.files) for c in checkpoints),

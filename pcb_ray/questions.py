@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pcb_ray.methods import Known
 from pcb_ray.selection import Bracket, Sample, Tally
@@ -141,12 +142,33 @@ class SampleKeys:
 
 
 @dataclasses.dataclass
+class Gram:
+    """The products of theta and the tau_i with each other, summed over some elements: each with itself and those after it, row by
+    row; and how many elements of each tau_i are 0."""
+
+    products: NDArray[np.float64]
+    zeros: list[int]
+
+    def merge(self, other: Gram) -> None:
+        self.products = self.products + other.products
+        self.zeros = [sum(pair) for pair in zip(self.zeros, other.zeros, strict=True)]
+
+
+def merged_gram(one: Gram | None, other: Gram | None) -> Gram | None:
+    """Both together; None if it was not asked for."""
+    if one is not None and other is not None:
+        one.merge(other)
+    return one
+
+
+@dataclasses.dataclass
 class Counted:
     """For each model its tallies (one per bracket) and largest key; of each input (base first) the sum of its cells' digests."""
 
     tallies: list[list[Tally]]
     largest: list[int]
     digests: tuple[Digest, ...]
+    gram: Gram | None
 
     def merge(self, other: Counted) -> None:
         for mine, theirs in zip(self.tallies, other.tallies, strict=True):
@@ -154,15 +176,18 @@ class Counted:
                 tally.merge(part)
         self.largest = [max(pair) for pair in zip(self.largest, other.largest, strict=True)]
         self.digests = add_digests(self.digests, other.digests)
+        self.gram = merged_gram(self.gram, other.gram)
 
 
 @dataclasses.dataclass(frozen=True)
 class CountKeys:
-    """Counts of the keys of the quantity of pass `step` against each model's brackets."""
+    """Counts of the keys of the quantity of pass `step` against each model's brackets; with `relate` also how the models stand to
+    the base."""
 
     step: int
     known: Known
     brackets: tuple[tuple[Bracket, ...], ...]
+    relate: bool = False
 
     def answer(self, owner: Owner, items: Sequence[int]) -> Counted:
         return owner.count(items, self)
@@ -175,11 +200,13 @@ class Extremes:
     smallest: list[float]
     largest: list[float]
     digests: tuple[Digest, ...]
+    gram: Gram | None
 
     def merge(self, other: Extremes) -> None:
         self.smallest = [min(pair) for pair in zip(self.smallest, other.smallest, strict=True)]
         self.largest = [max(pair) for pair in zip(self.largest, other.largest, strict=True)]
         self.digests = add_digests(self.digests, other.digests)
+        self.gram = merged_gram(self.gram, other.gram)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +215,7 @@ class FindExtremes:
 
     step: int
     known: Known
+    relate: bool = False
 
     def answer(self, owner: Owner, items: Sequence[int]) -> Extremes:
         return owner.extremes(items, self)
@@ -200,10 +228,12 @@ class Summed:
 
     of_piece: dict[int, tuple[float, ...]]
     digests: tuple[Digest, ...]
+    gram: Gram | None
 
     def merge(self, other: Summed) -> None:
         self.of_piece.update(other.of_piece)
         self.digests = add_digests(self.digests, other.digests)
+        self.gram = merged_gram(self.gram, other.gram)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +242,7 @@ class AddUp:
 
     step: int
     known: Known
+    relate: bool = False
 
     def answer(self, owner: Owner, items: Sequence[int]) -> Summed:
         return owner.sums(items, self)
@@ -227,6 +258,8 @@ class Written:
 
     digest: Digest
     inputs: tuple[Digest, ...]
+    gram: Gram | None = dataclasses.field(default=None, compare=False)
+    """Of a part, if it was asked for; the journal does not keep it."""
 
     def to_text(self) -> str:
         return " ".join(shown_digest(d) for d in (self.digest, *self.inputs))
@@ -249,6 +282,7 @@ class WriteParts:
 
     known: Known
     folder: str
+    relate: bool = False
 
     def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Written]:
         return owner.write(items, self)

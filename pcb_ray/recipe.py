@@ -205,7 +205,7 @@ class Recipe:
     @classmethod
     def from_yaml(cls, text: str | bytes, folder: str | os.PathLike[str] = ".") -> Recipe:
         """The recipe in the text: one YAML document of at most 512 KiB, without aliases and tags. Raises RequestError."""
-        return cls.from_dict(_read_yaml(text), folder)
+        return cls.from_dict(read_yaml(text), folder)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], folder: str | os.PathLike[str] = ".") -> Recipe:
@@ -644,7 +644,7 @@ def _yaml_error(problem: str, at: Any) -> yaml.YAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
-def _read_yaml(text: str | bytes) -> Any:
+def read_yaml(text: str | bytes) -> Any:
     """The value of the only document in the text."""
     if len(text) > MAX_TEXT_BYTES:
         raise RequestError(f"recipe: wanted at most {MAX_TEXT_BYTES} bytes, found more. Fix: name the recipe, not a model file.")

@@ -9,8 +9,9 @@ from pcb_ray.errors import InputError
 from pcb_ray.methods import Known
 from pcb_ray.planning import Copied, Plan
 from pcb_ray.progress import ByteBar
-from pcb_ray.questions import Answer, Digest, Owners, Question, TotalT
+from pcb_ray.questions import Answer, Digest, Gram, Owners, Question, TotalT
 from pcb_ray.receipt import Sweep
+from pcb_ray.relation import Relation, relation_from
 
 
 class Session:
@@ -20,9 +21,17 @@ class Session:
     read the same tensors of them, so several recipes over one session are a loop over `begin` and the steps."""
 
     def __init__(
-        self, plan: Plan, owners_for: Callable[[Plan], Owners], *, workers: int = 0, worker_bytes: int = 0, quiet: bool = True
+        self,
+        plan: Plan,
+        owners_for: Callable[[Plan], Owners],
+        *,
+        workers: int = 0,
+        worker_bytes: int = 0,
+        quiet: bool = True,
+        relate: bool = False,
     ) -> None:
-        self._owners_for, self.quiet = owners_for, quiet
+        """`relate`: the first sweep also finds how the models stand to the base, for a receipt."""
+        self._owners_for, self.quiet, self._relate = owners_for, quiet, relate
         self.workers, self.worker_bytes = workers, worker_bytes
         """How many there are, and the memory that each was announced to take."""
         self.plan, self.owners = plan, owners_for(plan)
@@ -30,6 +39,8 @@ class Session:
         """Of the plan that was begun last."""
         self.inputs: tuple[Digest, ...] = ()
         """A digest of each input, once a sweep has seen them whole."""
+        self.relation: Relation | None = None
+        """How the models stand to the base, likewise."""
         self.found: dict[object, Known] = {}
         """What passes have found, by all that decides it: see `analysis`."""
 
@@ -38,7 +49,7 @@ class Session:
         if plan is self.plan:
             return
         if _what_is_read(plan) != _what_is_read(self.plan):
-            self.inputs, self.found = (), {}
+            self.inputs, self.relation, self.found = (), None, {}
         self.plan, self.owners, self.sweeps = plan, self._owners_for(plan), []
 
     # --- sweeps -------------------------------------------------------------------------------------------------------------------
@@ -89,8 +100,15 @@ class Session:
 
     # --- the inputs stay what they are --------------------------------------------------------------------------------------------
 
-    def saw_inputs(self, digests: Sequence[Digest], sweep: str) -> None:
+    @property
+    def relates(self) -> bool:
+        """Whether a sweep is yet to find how the models stand to the base."""
+        return self._relate and self.relation is None and self.plan.method.has_base
+
+    def saw_inputs(self, digests: Sequence[Digest], sweep: str, gram: Gram | None = None) -> None:
         """A sweep has read all inputs. Raises InputError if they are no longer what an earlier one has read."""
+        if gram is not None:
+            self.relation = relation_from(self.plan.D, gram)
         if not self.inputs:
             self.inputs = tuple(digests)
             return

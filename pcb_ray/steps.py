@@ -38,7 +38,7 @@ from pcb_ray.output.companions import CARD, model_card, write_side_files
 from pcb_ray.output.state import State
 from pcb_ray.planning import Plan
 from pcb_ray.progress import ByteBar, readable_bytes
-from pcb_ray.questions import Digest, DigestParts, WriteParts, Written, inputs_of, shown_digest, sum_of
+from pcb_ray.questions import Digest, DigestParts, Gram, WriteParts, Written, inputs_of, merged_gram, shown_digest, sum_of
 from pcb_ray.receipt import RECEIPT, VERSION, Receipt, Sweep, WrittenFile, inputs_of_receipt, names_of_inputs
 from pcb_ray.session import Session
 
@@ -77,7 +77,7 @@ def placed(
         return owners
 
     try:
-        session = Session(plans[0], owners_for, workers=chosen, worker_bytes=needed, quiet=quiet)
+        session = Session(plans[0], owners_for, workers=chosen, worker_bytes=needed, quiet=quiet, relate=True)
         owners.wait_until_ready()
         yield session
     finally:
@@ -105,12 +105,16 @@ def write(session: Session, store: Store, known: Known, folder: str, state: Stat
         store.create(path, file.size)
     written = {} if state is None else _written_before(session, folder, state, label)
     todo = [number for number in range(len(plan.parts)) if number not in written]
-    for _, answer in session.store("write", WriteParts(known, folder), todo):
+    relates = session.relates and not written  # of parts that are there already nothing is known
+    gram: Gram | None = None
+    for _, answer in session.store("write", WriteParts(known, folder, relates), todo):
         written |= answer
+        for one in answer.values() if relates else ():
+            gram = one.gram if gram is None else merged_gram(gram, one.gram)
         if state is not None:
             state.wrote({f"{label} {number}": one.to_text() for number, one in answer.items()})
     inputs = inputs_of(written.values())
-    session.saw_inputs(inputs, "write")
+    session.saw_inputs(inputs, "write", gram)
     return Output(sum_of(one.digest for one in written.values()), inputs)
 
 
@@ -238,7 +242,7 @@ def publish(
         sizes=asdict(plan.sizes),
         max_shard_bytes=max_shard_bytes,
         inputs=inputs_of_receipt(plan, [shown_digest(d) for d in session.inputs]),
-        relation=plan.relation,
+        relation=session.relation or plan.relation,
         apart=plan.apart,
         outputs=tuple(WrittenFile(f.name, f.size, hashlib.sha256(f.header).hexdigest()) for f in plan.files),
         output_digest=shown_digest(output.digest),

@@ -166,7 +166,7 @@ def merged_to(out: Path, recipe: Recipe) -> Path:
     made = plan_of(recipe, inputs)
     with State(out, asked_of(made, steps.ARITHMETIC, {}), {}) as state:
         files = write_side_files(state.staging, side_files(recipe, made, inputs.base, inputs.tokenizer))
-        session = Session(made, lambda plan: LocalOwners(plan, store), quiet=True)
+        session = Session(made, lambda plan: LocalOwners(plan, store), quiet=True, relate=True)
         known = analyse(session)
         output = steps.write(session, store, known, str(state.staging), state)
         measured: dict[str, Any] = {"sweeps": session.sweeps, "spent": steps.Spent(), "startup_s": 0.0, "resumed": False}

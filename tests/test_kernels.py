@@ -224,7 +224,7 @@ def test_a_cut_block_merges_to_the_bits_of_the_whole(kernel, method, data, block
     known = data.draw(known_for(block, method))
     n, B = len(block) - 1, len(block[0])
     one = kernel_of(kernel, method, n, lambda_=0.7)
-    arguments = (known, [1.0, -0.5, 0.0, 2.0][:n], torch.float32)
+    arguments = (known, [1.0, -0.5, 0.0, 2.0][:n], 0.7, torch.float32)
     whole = one.merge(Loaded(block), *arguments)[0].clone()  # a kernel's answer is valid until the next call
     cut %= B
     parts = [[x[p] for x in block] for p in (slice(0, cut), slice(cut, None)) if len(block[0][p])]
@@ -391,3 +391,17 @@ def test_a_task_that_does_not_vary_or_has_no_score_above_t_contributes_nothing(k
         merged_B, finite = kernel_of(kernel, method, 2, 4).merge(Loaded(block), known, (1.0, 1.0), 1.0, torch.float32)
         assert finite
         assert_same_bits(merged_B, theta_B)
+
+
+@pytest.mark.parametrize("kernel", [TorchKernel, pytest.param(NativeKernel, marks=needs_native)])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 20])
+@pytest.mark.parametrize("size", [1, 15, 16, 511, 513, 20_000])
+def test_products_and_zeros_are_those_of_numpy(kernel, n, size):
+    generator = torch.Generator().manual_seed(n * size)
+    theta_B = torch.randn(size, generator=generator).bfloat16()
+    models = [(theta_B.float() + 0.1 * (torch.rand(size, generator=generator) > 0.4)).bfloat16() for _ in range(n)]
+    gram, zeros = kernel_of(kernel, "task_arithmetic", n, size).gram(Loaded([theta_B, *models]))
+    theta = theta_B.double().numpy()
+    rows = np.stack([theta, *(model.double().numpy() - theta for model in models)])
+    np.testing.assert_allclose(gram, (rows @ rows.T)[np.triu_indices(n + 1)], rtol=2e-6, atol=2e-6 * size)
+    assert zeros == (rows[1:] == 0).sum(axis=1).tolist()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import families
 import pytest
 import torch
 from families import Family, merged_to
+from junk import mutate_bytes, mutate_json
 from safetensors.torch import load_file, save_file
 
 from pcb_ray import Recipe, RequestError, verify
@@ -181,6 +184,20 @@ def test_a_list_of_parts_that_is_none_is_refused(tmp_path: Path, raw: bytes) -> 
     (one.folder / "base" / "model_index.json").write_bytes(raw)
     with pytest.raises(RequestError, match=r"base"):
         open_inputs(recipe(one))
+
+
+@pytest.mark.parametrize("mutants", [500, pytest.param(10_000, marks=pytest.mark.very_slow)])
+def test_mutated_lists_of_parts_are_read_or_refused(tmp_path: Path, mutants: int) -> None:
+    one = pipeline(family(tmp_path, DIFFUSERS))
+    path = one.folder / "base" / "model_index.json"
+    raw, rng, read = path.read_bytes(), random.Random(mutants), 0
+    for number in range(mutants):
+        value = json.loads(raw)
+        path.write_bytes(mutate_bytes(rng, raw, raw) if number % 2 else json.dumps(mutate_json(rng, value)).encode())
+        with contextlib.suppress(RequestError):
+            assert open_checkpoint(str(one.folder / "base")).inner == "unet/"
+            read += 1
+    assert mutants / 50 < read < mutants
 
 
 def test_settings_of_quantised_weights_that_are_left_over_are_in_no_config(tmp_path: Path) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import families
 import numpy as np
 import pytest
 import torch
 from families import Family, StateDict
+from junk import mutate_bytes
 
 from pcb_ray import Recipe, RequestError
 from pcb_ray.cli import main
-from pcb_ray.planning import Plan, plan
+from pcb_ray.files.checkpoint import open_checkpoint
+from pcb_ray.planning import Plan, open_inputs, plan, plan_of
+from pcb_ray.receipt import Receipt
+from pcb_ray.relation import Relation, other_bases
 
 NAMES = ("base", "model0", "model1")
 
@@ -128,3 +135,106 @@ def test_of_a_few_elements_nothing_is_concluded(tmp_path: Path) -> None:
     stranger, _ = families.fine_tuned(1, shapes={"w": (64, 64)}, seed=5)
     with pytest.raises(RequestError, match="wanted a fine-tune of"):
         planned(tmp_path / "enough", base, [stranger])
+
+
+# --- over all elements, by the first sweep ----------------------------------------------------------------------------------------
+
+
+def numbers_of(base: StateDict, models: list[StateDict]) -> tuple[list[float], list[float], list[float], np.ndarray]:
+    """change, cosine to the base, untouched share and cosines, in float64 over all elements."""
+    theta, *others = (np.concatenate([t.double().flatten().numpy() for t in state.values()]) for state in (base, *models))
+    tau = [other - theta for other in others]
+    length = np.linalg.norm
+    return (
+        [float(length(t) / length(theta)) for t in tau],
+        [float(o @ theta / (length(o) * length(theta))) for o in others],
+        [float((t == 0).mean()) for t in tau],
+        np.array([[t @ u / (length(t) * length(u)) for u in tau] for t in tau]),
+    )
+
+
+def assert_numbers(found: Relation | None, base: StateDict, models: list[StateDict]) -> None:
+    change, to_base, untouched, cosines = numbers_of(base, models)
+    assert found is not None
+    assert found.elements == sum(t.numel() for t in base.values())
+    assert found.change == pytest.approx(change, rel=1e-5)
+    assert found.cosine_to_base == pytest.approx(to_base, rel=1e-5)
+    assert found.untouched == pytest.approx(untouched)
+    np.testing.assert_allclose(found.cosines, cosines, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "variant"), [("pcb", ""), ("pcb", "paper"), ("task_arithmetic", ""), ("ties", "")])
+def test_a_receipt_has_the_numbers_of_all_elements(tmp_path: Path, method: str, variant: str) -> None:
+    one = Family(tmp_path / "f", *families.fine_tuned(3, scale=3))
+    own = {"parameters": {"variant": variant}} if variant else {}
+    with families.small_engine(tally_entries=1 << 12, chunk_elements=4096):
+        out = families.merged_to(tmp_path / "out", Recipe.from_dict(one.recipe(merge_method=method, **own)))
+    assert_numbers(Receipt.of(out).relation, one.base, one.models)
+
+
+def test_a_method_without_a_base_has_none(tmp_path: Path) -> None:
+    one = Family(tmp_path / "f", *families.fine_tuned(2))
+    out = families.merged_to(tmp_path / "out", Recipe.from_dict(one.recipe(merge_method="linear")))
+    assert Receipt.of(out).relation is None
+
+
+def test_a_model_equal_to_the_base_has_cosines_of_zero(tmp_path: Path) -> None:
+    base, models = families.fine_tuned(2)
+    one = Family(tmp_path / "f", base, [dict(base), models[1]])
+    found = Receipt.of(families.merged_to(tmp_path / "out", Recipe.from_dict(one.recipe()))).relation
+    assert found is not None
+    assert (found.change[0], found.untouched[0], found.cosines[0]) == (0.0, 1.0, (0.0, 0.0))
+    assert Relation.from_json(json.loads(json.dumps(dataclasses.asdict(found)))) == found
+
+
+# --- what cards and configs say ---------------------------------------------------------------------------------------------------
+
+CARD = "---\nlicense: mit\nbase_model: {}\ntags: [x]\n---\n\n# A model\n"
+
+
+def lineage(folder: Path, card: str | None = None, config: dict[str, Any] | None = None, base: str = "base") -> list[str]:
+    """The notes of a plan in which the first model has this card or config, and the base this name."""
+    one = Family(folder, *families.fine_tuned(2))
+    if card is not None:
+        (one.folder / "model0" / "README.md").write_text(card)
+    if config is not None:
+        (one.folder / "model0" / "config.json").write_text(json.dumps({**families.CONFIG, **config}))
+    (one.folder / "base").rename(one.folder / base)
+    asked = Recipe.from_dict(one.recipe(merge_method="task_arithmetic", base_model=str(one.folder / base)))
+    return [note for note in plan_of(asked, open_inputs(asked)).notes if "tuned from" in note]
+
+
+@pytest.mark.parametrize("base", ["Llama-3-8B", "models--meta--Llama-3-8B"])
+def test_a_card_or_config_that_names_another_base_is_a_note(tmp_path: Path, base: str) -> None:
+    (note,) = lineage(tmp_path / "a", CARD.format("meta/Llama-3-8B-Instruct"), base=base)
+    assert note == f"{tmp_path}/a/model0: card or config says that it was tuned from 'meta/Llama-3-8B-Instruct': is that " + str(
+        tmp_path / "a" / f"{base}?"
+    )
+    assert lineage(tmp_path / "c", None, {"_name_or_path": "/data/Llama-3-8B-Instruct"}, base) != []
+
+
+@pytest.mark.parametrize(
+    "card",
+    [*map(CARD.format, ("meta/Llama-3-8B", "[meta/llama-3-8b]", "me/model0", "null", "[1, {}]", "x" * 300, "!!python/object:o y")),
+     "# none", "---\na: [\n---\n", "", "---\n- a\n---\n"],
+)  # fmt: skip
+def test_a_card_that_names_this_base_or_nothing_is_none(tmp_path: Path, card: str) -> None:
+    assert lineage(tmp_path, card, base="Llama-3-8B") == []
+
+
+def test_a_config_that_names_this_base_or_itself_is_none(tmp_path: Path) -> None:
+    for k, name in enumerate(("/data/Llama-3-8B/", "./model0", ".", "", 3, None)):
+        assert lineage(tmp_path / str(k), None, {"_name_or_path": name}, "Llama-3-8B") == []
+
+
+@pytest.mark.parametrize("mutants", [500, pytest.param(10_000, marks=pytest.mark.very_slow)])
+def test_mutated_cards_are_read_or_passed_over(tmp_path: Path, mutants: int) -> None:
+    one = Family(tmp_path, *families.fine_tuned(1))
+    rng, told = random.Random(mutants), 0
+    base, model = open_checkpoint(str(tmp_path / "base")), tmp_path / "model0"
+    raw = CARD.format("[meta/Llama, 'b', {c: d}]").encode()
+    for _ in range(mutants):
+        (model / "README.md").write_bytes(mutate_bytes(rng, raw, raw))
+        told += bool(other_bases(base, [open_checkpoint(str(model))]))
+    assert one.config is not None
+    assert mutants / 20 < told < mutants

@@ -382,6 +382,59 @@ EXPORT CLONES int64_t pcb_extrema(const Block *k, double *low, double *high) {
     return (int64_t)bad;
 }
 
+enum { LANES = 16, AT_ONCE = 4 };
+
+/* The products of row x with `count` rows from y on, added to lanes [count][LANES]; m is a multiple of LANES. */
+INLINE void add_products(const float *restrict x, const float *restrict y, int64_t m, float *restrict lanes, const int count) {
+    float a[LANES], c[LANES], d[LANES], e[LANES];
+    memcpy(a, lanes, sizeof a);
+    if (count == AT_ONCE) {
+        memcpy(c, lanes + LANES, sizeof c), memcpy(d, lanes + 2 * LANES, sizeof d), memcpy(e, lanes + 3 * LANES, sizeof e);
+        for (int64_t b = 0; b < m; b += LANES)
+            for (int l = 0; l < LANES; l++) {
+                a[l] += x[b + l] * y[b + l];
+                c[l] += x[b + l] * y[STRIP + b + l];
+                d[l] += x[b + l] * y[2 * STRIP + b + l];
+                e[l] += x[b + l] * y[3 * STRIP + b + l];
+            }
+        memcpy(lanes + LANES, c, sizeof c), memcpy(lanes + 2 * LANES, d, sizeof d), memcpy(lanes + 3 * LANES, e, sizeof e);
+    } else
+        for (int64_t b = 0; b < m; b += LANES)
+            for (int l = 0; l < LANES; l++) a[l] += x[b + l] * y[b + l];
+    memcpy(lanes, a, sizeof a);
+}
+
+/* The products of theta and the tau with each other, summed over a block: rows theta, tau 0, ..., each with itself and those after it, are added
+   to gram [(n + 1)(n + 2) / 2]; and how many elements of each tau are 0 to zeros [n]. lanes: room for LANES floats for each of the former.
+   What decides no byte may round as is fastest. */
+EXPORT CLONES void pcb_gram(const Block *k, float *lanes, double *gram, int64_t *zeros) {
+    const int64_t rows = k->n + 1, pairs = rows * (rows + 1) / 2;
+    memset(lanes, 0, (size_t)(pairs * LANES) * sizeof(float));
+    for (int64_t at = 0, strip = 1; at < k->size; at += STRIP, strip++) {
+        const int64_t m = strip_at(k, at), padded = (m + LANES - 1) / LANES * LANES;
+        load_strip(k, at, m);
+        for (int64_t i = 0; i < rows; i++) {
+            float *restrict x = k->scratch + i * STRIP;
+            for (int64_t b = m; b < padded; b++) x[b] = 0.0f;
+            if (i == 0) continue;
+            int32_t found = 0;
+            for (int64_t b = 0; b < m; b++) found += x[b] == 0.0f;
+            zeros[i - 1] += found;
+        }
+        for (int64_t i = 0, p = 0; i < rows; i++) {
+            const float *x = k->scratch + i * STRIP;
+            int64_t j = i;
+            for (; j + AT_ONCE <= rows; j += AT_ONCE) add_products(x, k->scratch + j * STRIP, padded, lanes + (p + j - i) * LANES, AT_ONCE);
+            for (; j < rows; j++) add_products(x, k->scratch + j * STRIP, padded, lanes + (p + j - i) * LANES, 1);
+            p += rows - i;
+        }
+        if (strip % 16 == 0 || at + STRIP >= k->size) { /* before single precision tells */
+            for (int64_t p = 0; p < pairs; p++)
+                for (int l = 0; l < LANES; l++) gram[p] += lanes[p * LANES + l], lanes[p * LANES + l] = 0.0f;
+        }
+    }
+}
+
 /* pcb.paper_exponentials of a block -> out [n + pairs, size]: the tasks' intra, then the pairs'. */
 EXPORT CLONES void pcb_paper_exponentials(const Block *k, const Thresholds *s, double *out) {
     const double tasks = (double)k->n;

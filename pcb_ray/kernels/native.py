@@ -20,7 +20,7 @@ from pcb_ray.kernels.reference import Counts, Loaded, TorchKernel
 from pcb_ray.methods import Extrema, Known, Method, Quantity, Settings, Sums
 from pcb_ray.selection import Bracket
 
-STRIP = 512  # of _native.c
+STRIP, LANES = 512, 16  # of _native.c
 
 
 class _Block(ctypes.Structure):
@@ -104,6 +104,13 @@ class NativeKernel(TorchKernel):
         pairs = self.settings.N * (self.settings.N + 1) // 2
         least, most = np.full(pairs, np.inf), np.full(pairs, -np.inf)
         return not self._library.pcb_extrema(self._in_c(loaded), least.ctypes.data, most.ctypes.data)
+
+    def gram(self, loaded: Loaded) -> tuple[NDArray[np.float64], list[int]]:
+        n = self.settings.N
+        gram, zeros = np.zeros((n + 1) * (n + 2) // 2), np.zeros(n, dtype=np.int64)
+        lanes = np.empty((gram.size, LANES), dtype=np.float32)
+        self._library.pcb_gram(self._in_c(loaded), lanes.ctypes.data, gram.ctypes.data, zeros.ctypes.data)
+        return gram, zeros.tolist()
 
     def values(self, loaded: Loaded, quantity: Quantity, known: Known) -> Tensor:
         if quantity.native is None:
@@ -206,6 +213,7 @@ def _native_library() -> Any:
         "pcb_scores": (None, [pointer, pointer, integer, pointer]),
         "pcb_count": (None, [pointer, pointer, integer, pointer, integer, pointer]),
         "pcb_extrema": (integer, [pointer, pointer, pointer]),
+        "pcb_gram": (None, [pointer, pointer, pointer, pointer]),
         "pcb_paper_exponentials": (None, [pointer, pointer, pointer]),
         "pcb_merge": (integer, [pointer, pointer, integer, pointer, real, real, integer, pointer]),
         "pcb_basis": (integer, [pointer, pointer, integer, real, pointer]),

@@ -25,6 +25,10 @@ from pcb_ray.selection import Bracket
 Counts = tuple[tuple[int, int, int, int], NDArray[Any]]
 
 
+GRAM_RUN = 1 << 12
+"""Products are summed over so many elements in single precision."""
+
+
 class Loaded(NamedTuple):
     """A block as its files hold it, and where it lies, as far as its method may know."""
 
@@ -58,6 +62,16 @@ class TorchKernel:
     def are_finite(self, loaded: Loaded) -> bool:
         """Whether all task vectors of the block are."""
         return bool(torch.isfinite(self.load(loaded).tau).all())
+
+    def gram(self, loaded: Loaded) -> tuple[NDArray[np.float64], list[int]]:
+        """The products of theta and the tau_i with each other, summed over the block: each with itself and those after it, row by
+        row; and how many elements of each tau_i are 0. They are told to people and decide no byte."""
+        block = self.load(loaded)
+        rows_KB = torch.cat([block.theta[None], block.tau])
+        runs_KRE = torch.nn.functional.pad(rows_KB, (0, -rows_KB.shape[1] % GRAM_RUN)).view(len(rows_KB), -1, GRAM_RUN)
+        products_KK = torch.bmm(runs_KRE.permute(1, 0, 2), runs_KRE.permute(1, 2, 0)).double().sum(dim=0)
+        rows, columns = torch.triu_indices(len(rows_KB), len(rows_KB))
+        return products_KK[rows, columns].cpu().numpy(), (block.tau == 0).sum(dim=1).tolist()
 
     # --- passes -------------------------------------------------------------------------------------------------------------------
 
