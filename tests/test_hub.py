@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -429,3 +429,35 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, hub: HubServer) 
     (result,) = open_all(tmp_path, hub.endpoint, Job("org/tagged", True), HF_HOME=str(tmp_path / "file"))
     assert "cannot be stored in the Hub's cache" in problem(result)
     assert "HF_HOME" in problem(result)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Make a folder read-only, for root too."""
+    mounted: list[Path] = []
+
+    def mount(folder: Path) -> None:
+        bind = ["mount", "--bind", str(folder), str(folder)]
+        done = subprocess.run(bind, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"can't mount: {done.stderr.strip()}")
+        mounted.append(folder)
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_read_only_cache_serves_what_it_holds_and_says_what_it_can_not_store(
+    tmp_path: Path, hub: HubServer, read_only: Callable[[Path], None]
+) -> None:
+    """As of a cluster whose nodes share a cache that an administrator fills."""
+    (tmp_path / "hf").mkdir()
+    (filled,) = open_all(tmp_path, hub.endpoint, Job("org/bins", True))
+    assert "problems" not in filled
+    read_only(tmp_path / "hf")
+    again, other = open_all(tmp_path, hub.endpoint, Job("org/bins", True), Job("org/tagged", True))
+    assert {key: again[key] for key in ("tensors", "commit")} == {key: filled[key] for key in ("tensors", "commit")}
+    assert "cannot be stored in the Hub's cache (Read-only file system) while downloading" in problem(other)
+    assert "check HF_HOME and its disk" in problem(other)
