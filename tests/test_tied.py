@@ -19,9 +19,10 @@ import pcb_ray
 from pcb_ray import Recipe, RequestError
 from pcb_ray.analysis import analyse
 from pcb_ray.errors import InputError
-from pcb_ray.files.checkpoint import Tensor
+from pcb_ray.files.checkpoint import Checkpoint, Tensor
 from pcb_ray.files.store import LocalStore, MemoryStore
 from pcb_ray.local import LocalOwners
+from pcb_ray.matching import match
 from pcb_ray.merging import settled
 from pcb_ray.output.state import State
 from pcb_ray.planning import Plan, open_inputs, plan_of
@@ -432,3 +433,34 @@ def test_an_untied_model_of_transformers_loads_untied(tmp_path: Path) -> None:
     loaded, info = t.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
     assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+# --- on the Hub, before a download ------------------------------------------------------------------------------------------------
+
+
+def on_the_hub(source: str, *names: str, config: dict[str, Any] | None = None) -> Checkpoint:
+    tensors = {
+        name: Tensor(name, "BF16", SHAPES.get(name, (64, 16)), f"hub://{source}@c0ffee/model.safetensors", 4096 * k)
+        for k, name in enumerate(names)
+    }
+    return Checkpoint(source, None, tensors, {}, (), config, "c0ffee")
+
+
+def test_what_can_not_be_read_yet_is_tied_only_where_a_name_is_missing() -> None:
+    """A plan of models of the Hub reads no values; the merge, which has downloaded them, plans by these."""
+    samples, with_head = Samples(LocalStore()), (*SHAPES, HEAD)
+    apart = match([on_the_hub(name, *with_head) for name in "abc"], (), samples, (), [])
+    assert HEAD in apart.merged
+    one = match([on_the_hub("a", *with_head), on_the_hub("b", *SHAPES)], (), samples, (), [])
+    assert one.ties.copies == {HEAD: EMBED}
+    with pytest.raises(RequestError, match=r"lm_head\.weight: is in a with shape"):  # which of two it would equal nobody knows
+        match([on_the_hub("a", *with_head, "other.weight"), on_the_hub("b", *SHAPES, "other.weight")], (), samples, (), [])
+
+
+def test_a_file_that_vanishes_under_the_plan_is_told(tmp_path: Path) -> None:
+    one = family(tmp_path, [with_copies(state, HEAD) for state in states()], SILENT)
+    asked = recipe(one)
+    inputs = open_inputs(asked)
+    (one.folder / "base" / "model.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"base/model\.safetensors: wanted .*, found none"):
+        plan_of(asked, inputs)
