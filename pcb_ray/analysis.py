@@ -30,7 +30,7 @@ def analyse(session: Session, known: Known | None = None, keep: Callable[[Known]
         raise InputError(
             [
                 f"{plan.inputs[one.input].source}: wanted {one.copy} equal to {one.original}, as in a sample of both, found copies "
-                f'that differ elsewhere. Fix: add "{one.copy}" to `exclude`, or save the model anew with one of them.'
+                "that differ elsewhere. Fix: let `pcb_ray.merging.settled` plan anew with them apart, as merge and search do."
                 for one in sorted(apart)
             ]
         )

@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    plan = command("plan", "Tell what a merge will do, from headers alone, in seconds; nothing is written.", _recipe_help())
+    plan = command("plan", "Tell what a merge will do, from headers and samples, in seconds; nothing is written.", _recipe_help())
     plan.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 

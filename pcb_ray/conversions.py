@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("pcb_ray")
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -37,37 +39,55 @@ class Conversions:
 
 
 def conversions_of(config: Mapping[str, Any] | None) -> Conversions | None:
-    """The conversions of the model that this config.json describes; None where transformers is not installed or does not know it.
+    """The conversions of the model that this config.json describes; None where transformers is not there or does not know it."""
+    return _of_class(config, _conversions)
 
-    No weights are loaded, and no code of the model's is run."""
+
+def tied_weights_of(config: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """By the name in files of each tensor that the class of this config.json ties, that of what it ties it to; None likewise."""
+
+    def tied(module: Any) -> dict[str, str]:
+        saved_as = _conversions(module).saved_as
+        return {saved_as.get(name, name): saved_as.get(to, to) for name, to in module.all_tied_weights_keys.items()}
+
+    return _of_class(config, tied)
+
+
+def _of_class(config: Mapping[str, Any] | None, told: Callable[[Any], _T]) -> _T | None:
+    """What is told of a model of this config without data. No weights are loaded, and no code of the model's is run."""
     kept = {key: value for key, value in (config or {}).items() if key != "quantization_config"}
     names = kept.get("architectures")
     if not isinstance(kept.get("model_type"), str) or not isinstance(names, list) or not names or not isinstance(names[0], str):
         return None
+    logger = logging.getLogger("transformers")
+    level = logger.level
     try:
         import torch
         import transformers
-    except ImportError:
-        return None
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)  # it has the numbers of Python's
-    try:
+
+        logger.setLevel(logging.ERROR)
         kind = getattr(transformers, names[0], None)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             return None
         with torch.device("meta"):
             module = kind(transformers.AutoConfig.for_model(kept.pop("model_type"), **kept))
-        return _conversions(module)
+        return told(module)
+    except ImportError:
+        return None
     except Exception as error:  # whatever a config leads to there: then names are compared as they are, and a mismatch is told
         log.info("transformers can't tell how %s is saved: %r", names[0], error)
         return None
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logger.setLevel(level)
+
+
+Joined = dict[int, tuple[Any, list[Any]]]
+"""By the `id` of a tensor that was put together by rows: itself, so that no other gets its `id`, and its parts."""
 
 
 def _conversions(module: Any) -> Conversions:
     own: dict[str, torch.Tensor] = {name: t.detach() for name, t in module.state_dict(keep_vars=True).items()}
-    joined: dict[int, list[torch.Tensor]] = {}
+    joined: Joined = {}
     saved = as_saved(module, dict(own), joined)
     name_of = {id(tensor): name for name, tensor in own.items()}
     saved_as: dict[str, str] = {}
@@ -76,11 +96,11 @@ def _conversions(module: Any) -> Conversions:
         if id(tensor) in joined:  # several in memory are one in files
             found: dict[str, Piece] = {}
             first = 0
-            for part in joined[id(tensor)]:
+            for part in joined[id(tensor)][1]:
                 if (own_name := name_of.get(id(part))) is not None:
                     found[own_name] = Piece(first, tuple(part.shape))
                 first += part.numel()
-            if len(found) == len(joined[id(tensor)]):
+            if len(found) == len(joined[id(tensor)][1]):
                 pieces[name] = found
             continue
         root = tensor
@@ -98,11 +118,9 @@ def _conversions(module: Any) -> Conversions:
     return Conversions(saved_as, whole)
 
 
-def as_saved(
-    module: Any, tensors: dict[str, torch.Tensor], joined: dict[int, list[torch.Tensor]] | None = None
-) -> dict[str, torch.Tensor]:
+def as_saved(module: Any, tensors: dict[str, torch.Tensor], joined: Joined | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a model of transformers by the names that `save_pretrained` gives them, as views of the given ones as far as
-    that is possible. What is put together by rows has, by its `id` in `joined`, what it was put together from."""
+    that is possible. Of what is put together by rows, `joined` gets what it was put together from."""
     import torch
     from torch.overrides import TorchFunctionMode
     from transformers.core_model_loading import revert_weight_conversion
@@ -113,7 +131,7 @@ def as_saved(
                 return args[0]
             result = func(*args, **(kwargs or {}))
             if func is torch.cat and joined is not None and (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0) == 0:
-                joined[id(result)] = list(args[0] if args else (kwargs or {})["tensors"])
+                joined[id(result)] = result, list(args[0] if args else (kwargs or {})["tensors"])
             return result
 
     with Uncopied():

@@ -47,9 +47,10 @@ def merge_state_dicts(
 ) -> dict[str, torch.Tensor]:
     """Merge models that are in memory: no Ray, no files, the same bytes as `merge` of the same models on disk.
 
-    `base` and `models` map names to CPU tensors; tensors of the base that share storage count once and share it in the result.
-    `weights` are the lambda_i (1 by default). `parameters` are the method's, such as density=0.1 or lambda_=1.0; one that each
-    model may have for itself may be a list, one for each. Returns a new state dict in the base's dtypes, or in `dtype`. Raises
+    `base` and `models` map names to CPU tensors; tensors of the base that share storage count once and share it in the result,
+    unless a model has them apart. `weights` are the lambda_i (1 by default). `parameters` are the method's, such as density=0.1 or
+    lambda_=1.0; one that each model may have for itself may be a list, one for each, and a list for lambda_ is over the layers, as
+    in a recipe. Returns a new state dict in the base's dtypes, or in `dtype`. Raises
     RequestError."""
     import torch
 
@@ -72,7 +73,7 @@ def merge_state_dicts(
     named = [("base", base), *((model.source, state) for model, state in zip(recipe.models, models, strict=True))]
     opened = [_opened(name, state, arrays) for name, state in named]
     store = MemoryStore(arrays)
-    inputs = Inputs(opened[0], tuple(opened[1:]), opened[0], Samples(store))
+    inputs = Inputs(opened[0], tuple(opened[1:]), opened[0], Samples(store, whole=True))
     plan = plan_of(recipe, inputs, max_shard_bytes=1 << 62)
     session = Session(plan, lambda plan: LocalOwners(plan, store))
     known = analyse(session)

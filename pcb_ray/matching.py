@@ -18,7 +18,7 @@ from pcb_ray.conversions import Conversions, conversions_of
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor
 from pcb_ray.files.foreign import mismatch, some
-from pcb_ray.tied import HEADS, Apart, Samples, Ties, embedding_of, tie, ties_word_embeddings
+from pcb_ray.tied import HEADS, SCALED_IF_TIED, Apart, Samples, Ties, embedding_of, tie, ties_word_embeddings
 
 Tensors = Mapping[str, Tensor]
 _NUMBERS = re.compile(r"\d+")
@@ -116,7 +116,7 @@ def _aligned(
     of a packed tensor of the base."""
     stored: list[Mapping[str, Tensor]] = [_stored(one) for one in inputs]
     sources = [one.source for one in inputs]
-    found, told = _renamed(stored, sources, _FORMS)
+    found, told = _renamed(stored, sources, _FORMS, is_excluded)
     is_unlike = any(_lacks(found[0], model) and _lacks(model, found[0]) for model in found[1:])
     conversions = _conversions_of(inputs) if is_unlike else None  # to ask transformers takes seconds
     if conversions is None:
@@ -125,7 +125,7 @@ def _aligned(
     saved_as = conversions.saved_as
     unpacked, parts = _unpacked(stored, sources, conversions, is_excluded, notes)
     forms = (*_FORMS, lambda name: saved_as.get(_unwrapped(name), _unwrapped(name)))
-    found, told = _renamed(unpacked, sources, forms)
+    found, told = _renamed(unpacked, sources, forms, is_excluded)
     notes += told
     return found, parts
 
@@ -177,17 +177,27 @@ def _unpacked(
 
 
 def _renamed(
-    stored: Sequence[Tensors], sources: Sequence[str], forms: Sequence[Callable[[str], str]]
+    stored: Sequence[Tensors],
+    sources: Sequence[str],
+    forms: Sequence[Callable[[str], str]],
+    is_excluded: Callable[[str], bool],
 ) -> tuple[list[Mapping[str, Tensor]], list[str]]:
     """The inputs with the models' tensors under the base's names, and notes on it."""
     notes: list[str] = []
     base, *models = stored
-    found = [_under_names_of(base, model, source, forms, notes) for model, source in zip(models, sources[1:], strict=True)]
+    found = [
+        _under_names_of(base, model, source, forms, is_excluded, notes) for model, source in zip(models, sources[1:], strict=True)
+    ]
     return [base, *found], notes
 
 
 def _under_names_of(
-    base: Tensors, model: Tensors, source: str, forms: Sequence[Callable[[str], str]], notes: list[str]
+    base: Tensors,
+    model: Tensors,
+    source: str,
+    forms: Sequence[Callable[[str], str]],
+    is_excluded: Callable[[str], bool],
+    notes: list[str],
 ) -> dict[str, Tensor]:
     """The model's tensors under the base's names, if one renaming gives more of them a counterpart of the same shape than theirs
     do."""
@@ -197,7 +207,7 @@ def _under_names_of(
         ours, theirs = _by_form(base, form), _by_form(model, form)
         if ours is None or theirs is None:
             continue
-        for prefixed in _prefixes(ours, theirs):
+        for prefixed in _prefixes(ours, theirs, is_excluded):
             names = {name: ours[prefixed(formed)] for formed, name in theirs.items() if prefixed(formed) in ours}
             count = sum(base[new].shape == model[name].shape for name, new in names.items())
             if count > fitting and len({names.get(name, name) for name in model}) == len(model):  # none takes another's place
@@ -214,10 +224,13 @@ def _by_form(tensors: Tensors, form: Callable[[str], str]) -> dict[str, str] | N
     return found if len(found) == len(tensors) else None
 
 
-def _prefixes(ours: Collection[str], theirs: Collection[str]) -> Iterator[Callable[[str], str]]:
+def _prefixes(
+    ours: Mapping[str, str], theirs: Mapping[str, str], is_excluded: Callable[[str], bool]
+) -> Iterator[Callable[[str], str]]:
     """Ways to come from their names to ours: as they are, and with a prefix less or more, those first that most names speak for."""
     yield str
-    lost, free = set(theirs).difference(ours), set(ours).difference(theirs)
+    lost = {name: None for name in theirs if name not in ours}
+    free = {name: None for name, stored in ours.items() if name not in theirs and not is_excluded(stored)}
     votes: Counter[tuple[str, bool]] = Counter()
     for long_names, short_names, is_less in ((lost, free, True), (free, lost, False)):
         for name in long_names:
@@ -321,7 +334,8 @@ def _fix(tensors: Sequence[Tensors], inputs: Sequence[Checkpoint], merged: Seque
     base, models, sources = tensors[0], tensors[1:], [one.source for one in inputs]
     alike = "Fix: use models of one base, saved in one way"
     heads = sorted(name for name in wrong if name.endswith(HEADS) and name not in base)
-    if heads and ties_word_embeddings(inputs[0].config) is None:
+    config = inputs[0].config or {}
+    if heads and ties_word_embeddings(config) is None and config.get("model_type") not in SCALED_IF_TIED:
         (source, head), *_ = ((one, t) for of_one, one in zip(models, sources[1:], strict=True) if (t := of_one.get(heads[0])))
         if (embedding := embedding_of(base, head)) is not None:
             return (
@@ -334,8 +348,8 @@ def _fix(tensors: Sequence[Tensors], inputs: Sequence[Checkpoint], merged: Seque
         apart = next(name for name in experts if name not in packed)
         return (
             f"{alike}: some have their experts packed ({packed[0]}) and some one by one ({apart}). Save them again with "
-            "transformers (from_pretrained, save_pretrained), which stores them one by one; or install it here (`pip install "
-            "'pcb-ray[search]'`), and they are taken apart, if it knows the model."
+            "transformers (from_pretrained, save_pretrained), all by one class, which stores them one by one; with transformers "
+            "installed here (`pip install 'pcb-ray[search]'`) they are taken apart, where nothing else differs."
         )
     if not any(len(base[name].shape) >= 2 and base[name].numel for name in merged if name not in wrong):
         common = [set(base) & set(model) for model in models]

@@ -68,9 +68,9 @@ def merge(
         placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, quiet=quiet) as session,
     ):
         startup_s = time.monotonic() - start
-        inputs = settled(recipe, inputs, max_shard_bytes, session, state)
-        digests = write_side_files(state.staging, side_files(recipe, session.plan, inputs.base, inputs.tokenizer))
         kept = Kept(state.found, session, start)
+        kept.settle(inputs, lambda inputs: plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes), state)
+        digests = write_side_files(state.staging, side_files(recipe, session.plan, inputs.base, inputs.tokenizer))
         known = kept.analysed(state)
         output = write_from(state.stamps, session, store, known, str(state.staging), state)
         return publish(
@@ -98,22 +98,19 @@ def opened(recipe: Recipe, max_shard_bytes: int, check: Callable[[Plan], None]) 
     return inputs, related(plan, open_store())
 
 
-def settled(recipe: Recipe, inputs: Inputs, max_shard_bytes: int, session: Session, state: State) -> Inputs:
-    """The inputs with the copies that differ after all, which the sample of the plan has missed: if there are any, the session goes
-    on with a plan that has them apart. The state remembers them. Raises InputError, or RequestError if they can't be merged so."""
-    known = "apart" in state.found or "thresholds" in state.found
-    found = frozenset(Apart(**one) for one in state.found.get("apart", ())) if known else differing(session)
-    while found:
+def settled(session: Session, inputs: Inputs, replan: Callable[[Inputs], Plan]) -> Inputs:
+    """The inputs with the copies that differ after all, which the sample of the plan has missed. If there are any, the session goes
+    on with a plan that has them apart, and says so. Raises InputError, or RequestError if they can't be merged so."""
+    while found := differing(session):
+        before = session.plan
         for one in sorted(found):
-            source = session.plan.inputs[one.input].source
+            source = before.inputs[one.input].source
             log.warning("note: %s: %s differs from %s after all: they are merged apart", source, one.copy, one.original)
         inputs = replace(inputs, apart=inputs.apart | found)
-        state.found["apart"] = [asdict(one) for one in sorted(inputs.apart)]
-        relation = session.plan.relation
-        session.begin(replace(plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes), relation=relation))
-        found = frozenset() if known else differing(session)
-    if inputs.apart:
-        state.save()
+        session.begin(replace(replan(inputs), relation=before.relation))
+        for note in session.plan.notes:
+            if note not in before.notes:
+                log.warning("note: %s", note)
     return inputs
 
 
@@ -129,6 +126,22 @@ class Kept:
             session.inputs = tuple(int(digest, 16) for digest in found["inputs"])
         if (one := found.get("relation")) is not None:
             session.relation = Relation.from_json(one)
+
+    def settle(self, inputs: Inputs, replan: Callable[[Inputs], Plan], state: State) -> None:
+        """`settled`, as far as an earlier run has not; what it reads counts."""
+
+        def replanned(inputs: Inputs) -> Plan:
+            spent = self._spent.with_session(self._session, self._start)  # the session forgets it with the plan
+            self._spent = replace(spent, elapsed_s=self._spent.elapsed_s)
+            return replan(inputs)
+
+        if "thresholds" not in self._found and "apart" not in self._found:
+            known = settled(self._session, inputs, replanned)
+            if known.apart:
+                state.found["apart"] = [asdict(one) for one in sorted(known.apart)]
+                state.save()
+        elif apart := frozenset(Apart(**one) for one in self._found.get("apart", ())):
+            self._session.begin(replace(replan(replace(inputs, apart=apart)), relation=self._session.plan.relation))
 
     def analysed(self, state: State) -> Known:
         """What the method must know; each pass is kept as soon as it is found. Raises InputError as `analyse` does."""

@@ -6,6 +6,7 @@ forgets it."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -239,8 +240,9 @@ class Owner:
             merged = [one for one in segments if isinstance(one, Segment)]
             for block in self._cut(merged):
                 weights = self.plan.tensors[block[0].tensor].weights
-                loaded = self.load(block, None if again else digests)  # what is written twice is read twice, and counts once
-                self._relate(loaded, None if again else gram)
+                is_first = again < 0  # what is written twice is read twice, and counts once
+                loaded = self.load(block, digests if is_first else None)
+                self._relate(loaded, gram if is_first else None)
                 rounded_B, finite = self.kernel.merge(loaded, known, weights, lambda_, DTYPES[dtype])
                 if not finite:
                     self._refuse_output(block, rounded_B)
@@ -263,11 +265,11 @@ class Owner:
             )
         return mean_B.view(torch.uint8).numpy().data
 
-    def _alike(self, segment: Segment | Copied) -> tuple[tuple[float, ...], float, str, bool]:
-        """What neighbours must share to be merged at once: the coefficients, the output dtype, and whether it is a second time;
-        what is copied has none of them."""
+    def _alike(self, segment: Segment | Copied) -> tuple[tuple[float, ...], float, str, int]:
+        """What neighbours must share to be merged at once: the coefficients, the output dtype, and whether it is once more; what is
+        copied has none of them."""
         if isinstance(segment, Copied):
-            return (), 0.0, "", False
+            return (), 0.0, "", -1
         tensor = self.plan.tensors[segment.tensor]
         return tensor.weights, tensor.lambda_, tensor.slot.dtype, segment.again
 
@@ -294,7 +296,9 @@ class Owner:
     def _tensor_at(self, segments: Sequence[Segment], byte: int) -> str:
         """The name of the output's tensor that holds this byte of these segments."""
         itemsize = DTYPES[self.plan.tensors[segments[0].tensor].slot.dtype].itemsize
-        return self.plan.tensors[_segment_at(segments, byte // itemsize)[0].tensor].name
+        segment = _segment_at(segments, byte // itemsize)[0]
+        tensor = self.plan.tensors[segment.tensor]
+        return self.plan.again[segment.again].name if segment.again >= 0 else tensor.part_of or tensor.name
 
     def _bytes_of(self, file: str, start: int, stop: int) -> Iterator[memoryview]:
         for at in range(start, stop, COPIED_AT_ONCE):
@@ -326,7 +330,7 @@ class Owner:
             start = segment.start
             while start < segment.stop:
                 stop = min(segment.stop, start + self.block_elements - size)
-                block.append(Segment(segment.tensor, start, stop))
+                block.append(dataclasses.replace(segment, start=start, stop=stop))
                 size, start = size + stop - start, stop
                 if size == self.block_elements or (not shares and start == segment.stop):
                     yield block

@@ -1,4 +1,4 @@
-"""What a merge will do, known from headers and small files: a function of the recipe and the inputs alone, comparable with ==.
+"""What a merge will do, known from headers, small files and samples: a function of the recipe and the inputs, comparable with ==.
 
 `open_inputs` opens every checkpoint (headers only), `plan_of` matches the tensors and lays out the output; whatever is wrong with
 any of them is raised at once. Owners, the driver and `verify` then only execute the plan.
@@ -176,8 +176,8 @@ class Segment:
     tensor: int
     start: int
     stop: int
-    again: bool = False
-    """They are written a second time, as a copy."""
+    again: int = -1
+    """They are written once more, as the copy of this number in `Plan.again`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -253,6 +253,12 @@ class Plan:
         return sum(c.read_bytes for c in self.copies)
 
     @property
+    def repeated_bytes(self) -> int:
+        """What is read once more: for copies in the output, and to compare the stored copies of the inputs whole."""
+        again = sum(t.nbytes for one in self.again for t in self.tensors[one.tensor].sources if t is not None)
+        return again + sum(2 * twin.copy.nbytes for twin in self.twins)
+
+    @property
     def written_bytes(self) -> int:
         return sum(f.size for f in self.files)
 
@@ -307,10 +313,10 @@ class Plan:
             for start in range(0, copy.written_bytes, self.sizes.copy_bytes):
                 stop = min(start + self.sizes.copy_bytes, copy.written_bytes)
                 pieces[copy.slot.file].append((copy.slot.start + start, stop - start, Copied(index, start, stop)))
-        for copied in self.again:
+        for index, copied in enumerate(self.again):
             itemsize = DTYPE_BYTES[copied.slot.dtype]
             for cell in self._cells_of_tensor(copied.tensor):
-                piece = dataclasses.replace(cell, again=True)
+                piece = dataclasses.replace(cell, again=index)
                 size = (cell.stop - cell.start) * itemsize
                 pieces[copied.slot.file].append((copied.slot.start + cell.start * itemsize, size, piece))
         for number, (file, of_file) in enumerate(zip(self.files, pieces, strict=True)):
@@ -355,6 +361,16 @@ class Plan:
 
     # --- as JSON ----------------------------------------------------------------------------------------------------------------
 
+    @property
+    def tensors_sha256(self) -> str:
+        """What is merged with what, and where it lies in the files: it follows from headers, but also from values (of copies) and
+        from the tables of transformers (of what is packed)."""
+        told = hashlib.sha256()
+        for tensor in self.tensors:
+            places = [None if t is None else (os.path.basename(t.file), t.start, t.dtype) for t in tensor.sources]
+            told.update(repr((tensor.name, tensor.first, tensor.numel, places)).encode())
+        return told.hexdigest()
+
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the output's bytes, as JSON values: what a resumed run must share with the run it continues."""
         code = self.recipe.code
@@ -364,6 +380,7 @@ class Plan:
             "inputs": [dataclasses.asdict(i) for i in self.inputs],
             "output": [[f.name, f.size, hashlib.sha256(f.header).hexdigest()] for f in self.files],
             "sizes": dataclasses.asdict(self.sizes),
+            "tensors": self.tensors_sha256,
         }
 
     def summary(self) -> dict[str, Any]:
@@ -392,7 +409,7 @@ class Plan:
             "dropped": list(self.dropped),
             "sweeps": method.sweeps,
             "bytes_per_sweep": self.sweep_bytes,
-            "bytes_read": method.sweeps * self.sweep_bytes + self.copied_bytes,
+            "bytes_read": method.sweeps * self.sweep_bytes + self.copied_bytes + self.repeated_bytes,
             "bytes_written": self.written_bytes,
             "relation": None if self.relation is None else json.loads(json.dumps(dataclasses.asdict(self.relation))),
             "files_along": [{"name": f.name, "bytes": f.size} for f in self.along],
@@ -529,7 +546,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
         whole = slots[part.of]
         slots[name] = Slot(whole.file, whole.start + part.first * DTYPE_BYTES[whole.dtype], whole.dtype)
 
-    depths = depths_of(merged_names)
+    depths = depths_of((*inputs.base.tensors, *merged_names))  # a layer that is excluded counts
     tensors, first = [], 0
     for name in merged_names:
         base = base_tensors[name]
@@ -537,8 +554,9 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
             continue
         sources = tuple(None if k == 0 and not method.has_base else of_one[name] for k, of_one in enumerate(matched.tensors))
         part_of = parts[name].of if name in parts else ""
-        weights = tuple(recipe.weight(i, part_of or name, depths[name]) for i in range(n))
-        lambda_ = recipe.lambda_(part_of or name, depths[name])
+        shown = part_of or name
+        weights = tuple(recipe.weight(i, shown, depths[shown]) for i in range(n))
+        lambda_ = recipe.lambda_(shown, depths[shown])
         tensors.append(MergedTensor(name, first, base.numel, sources, slots[name], weights, lambda_, part_of))
         first += base.numel
     if any(t.dtype == "F64" for tensor in tensors for t in tensor.sources if t is not None):
@@ -613,7 +631,7 @@ def _beside(recipe: Recipe, inputs: Inputs, notes: list[str]) -> tuple[tuple[Alo
         f"{(tokenizer if theirs else base).source}/{one.name}: wanted a file that can go along into the output, which can't be "
         f"loaded without it, found {one.left_out}. Fix: put the file itself there (`cp -rL` follows links)."
         for one, theirs in listed
-        if one.left_out in (LEADS_OUT, LEADS_NOWHERE) and _loaders_need(one.name, base)
+        if one.left_out in (LEADS_OUT, LEADS_NOWHERE) and (one.is_needed or _loaders_need(one.name, base))
     ]
     if needed:
         raise RequestError(needed)

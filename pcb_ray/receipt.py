@@ -94,6 +94,7 @@ class Receipt:
     inputs: tuple[MergedInput, ...]
     relation: Relation | None
     apart: tuple[Apart, ...]
+    tensors_sha256: str
     outputs: tuple[WrittenFile, ...]
     output_digest: str
     files_sha256: Mapping[str, str]

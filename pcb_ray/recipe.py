@@ -118,13 +118,12 @@ class Recipe:
         notes = list(self.notes)
         folder = Path(self.folder)
         name, code, variants = _methods(self.merge_method, self.code, folder, problems)
-        given, by_tensor = _lambda_apart(self.parameters, self.lambda_by_tensor, problems)
+        given: object = self.parameters
+        by_tensor = self.lambda_by_tensor
+        if next(iter(variants.values())).scale:
+            given, by_tensor = _lambda_apart(given, by_tensor, problems)
         parameters = _parameters(given, "parameters", variants, problems, notes)
         method = variants.get(parameters.get("variant", ""), next(iter(variants.values())))
-        if by_tensor and not method.scale:
-            by_tensor = ()
-            if method not in (_ANY_METHOD, _UNREAD_METHOD):
-                _complain({"lambda": None}, "parameters", method, tuple(method.parameters), problems, notes)
         base = None if self.base_model is None else text(self.base_model, "base_model", problems)
         if base is None and method.has_base:
             problems.append(wrong("base_model", "the model that all others come from", None, "add `base_model: PATH`"))
@@ -139,7 +138,7 @@ class Recipe:
             "exclude": tuple(text(pattern, f"exclude[{i}]", problems) for i, pattern in enumerate(exclude)),
             "tokenizer_source": _tokenizer_source(self.tokenizer_source, models, base, folder, problems),
             "chat_template": None if self.chat_template is None else _template(self.chat_template, problems),
-            "lambda_by_tensor": by_tensor,
+            "lambda_by_tensor": by_tensor if method.scale else (),
             "allow_unrelated": flag(self.allow_unrelated, "allow_unrelated", problems),
             "folder": folder,
             "code": code,
@@ -180,7 +179,8 @@ class Recipe:
         models = tuple(
             dataclasses.replace(m, parameters={k: v for k, v in m.parameters.items() if k not in changes}) for m in self.models
         )
-        return dataclasses.replace(self, models=models, parameters={**self.parameters, **changes})
+        by_tensor = () if self.method.scale in changes else self.lambda_by_tensor
+        return dataclasses.replace(self, models=models, parameters={**self.parameters, **changes}, lambda_by_tensor=by_tensor)
 
     @classmethod
     def of(cls, recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:

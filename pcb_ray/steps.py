@@ -1,7 +1,7 @@
 """A merge in steps that can be taken one at a time:
 
     open_inputs  recipe                -> Inputs    (planning)  every checkpoint, headers only
-    plan_of      recipe, inputs        -> Plan      (planning)  what will happen; pure
+    plan_of      recipe, inputs        -> Plan      (planning)  what will happen
     analyse      session               -> Known     (analysis)  what the method must know of the whole model
     write        session, known        -> Output                the tensors of the output, part by part
     publish      state, output, files  -> Receipt               the files beside them, and the output's name
@@ -29,6 +29,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import choose_device, choose_workers
 from pcb_ray.errors import InputError
@@ -38,7 +40,7 @@ from pcb_ray.output.companions import CARD, model_card, write_side_files
 from pcb_ray.output.state import State
 from pcb_ray.planning import Plan
 from pcb_ray.progress import ByteBar, readable_bytes
-from pcb_ray.questions import Digest, DigestParts, Gram, WriteParts, Written, inputs_of, merged_gram, shown_digest, sum_of
+from pcb_ray.questions import Digest, DigestParts, Gram, WriteParts, Written, inputs_of, shown_digest, sum_of
 from pcb_ray.receipt import RECEIPT, VERSION, Receipt, Sweep, WrittenFile, inputs_of_receipt, names_of_inputs
 from pcb_ray.session import Session
 
@@ -106,16 +108,21 @@ def write(session: Session, store: Store, known: Known, folder: str, state: Stat
     written = {} if state is None else _written_before(session, folder, state, label)
     todo = [number for number in range(len(plan.parts)) if number not in written]
     relates = session.relates and not written  # of parts that are there already nothing is known
-    gram: Gram | None = None
     for _, answer in session.store("write", WriteParts(known, folder, relates), todo):
-        written |= answer
-        for one in answer.values() if relates else ():
-            gram = one.gram if gram is None else merged_gram(gram, one.gram)
+        written |= answer  # some come again, if their owner was lost
         if state is not None:
             state.wrote({f"{label} {number}": one.to_text() for number, one in answer.items()})
     inputs = inputs_of(written.values())
-    session.saw_inputs(inputs, "write", gram)
+    session.saw_inputs(inputs, "write", _sum_of_grams(written) if relates else None)
     return Output(sum_of(one.digest for one in written.values()), inputs)
+
+
+def _sum_of_grams(written: Mapping[int, Written]) -> Gram | None:
+    grams = [one.gram for _, one in sorted(written.items()) if one.gram is not None]
+    if not grams:
+        return None
+    zeros = [sum(of_model) for of_model in zip(*(one.zeros for one in grams), strict=True)]
+    return Gram(np.sum([one.products for one in grams], axis=0), zeros)
 
 
 def _written_before(session: Session, folder: str, state: State, label: str) -> dict[int, Written]:
@@ -244,6 +251,7 @@ def publish(
         inputs=inputs_of_receipt(plan, [shown_digest(d) for d in session.inputs]),
         relation=session.relation or plan.relation,
         apart=plan.apart,
+        tensors_sha256=plan.tensors_sha256,
         outputs=tuple(WrittenFile(f.name, f.size, hashlib.sha256(f.header).hexdigest()) for f in plan.files),
         output_digest=shown_digest(output.digest),
         files_sha256={},
@@ -264,7 +272,10 @@ def publish(
 def versions() -> dict[str, str]:
     """What made an output: for the receipt."""
     names = {"pcb_ray": "pcb-ray", "torch": "torch", "ray": "ray", "numpy": "numpy"}
-    return {key: importlib.metadata.version(name) for key, name in names.items()} | {
+    found = {key: importlib.metadata.version(name) for key, name in names.items()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # whose tables may have told what is packed
+        found["transformers"] = importlib.metadata.version("transformers")
+    return found | {
         "python": platform.python_version(),
         "machine": platform.machine(),
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pcb_ray.conversions import tied_weights_of
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor
 from pcb_ray.files.foreign import os_problem, some
@@ -31,6 +32,8 @@ EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight"),
     *("shared.weight", "embeddings.weight", "embedding.weight"),
 )
+SCALED_IF_TIED = ("t5", "umt5", "mt5", "longt5", "switch_transformers", "udop", "pop2piano")
+"""Models of transformers in which `tie_word_embeddings` also decides whether logits are scaled."""
 MOST_MISSING, MOST_ALIKE = 64, 8
 """So many names that only some inputs store are looked at, and so many of the same shape; models that differ in more are hardly of
 one base."""
@@ -38,6 +41,8 @@ one base."""
 
 def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:
     """What config.json says about tied embeddings; None if it is silent."""
+    if config and config.get("model_type") in SCALED_IF_TIED and config.get("scale_decoder_outputs") is False:
+        return False  # transformers 5 writes that they are tied for all of these
     for part in (config or {}), (config or {}).get("text_config"):
         if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"])
@@ -48,13 +53,13 @@ def ties_word_embeddings(config: Mapping[str, Any] | None) -> bool | None:
 
 
 class Samples:
-    """Compares stored tensors of an input by 16 ranges of 64 KiB at fixed places, each pair once."""
+    """Compares stored tensors of an input by 16 ranges of 64 KiB at fixed places, or (`whole`) by all bytes; each pair once."""
 
     RANGES, RANGE_BYTES = 16, 64 << 10
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._equal: dict[tuple[object, ...], bool] = {}
+    def __init__(self, store: Store, *, whole: bool = False) -> None:
+        self._store, self._whole = store, whole
+        self._equal: dict[object, bool] = {}
         self._constant: dict[tuple[str, int], bool] = {}
 
     def are_equal(self, one: Tensor, other: Tensor) -> bool | None:
@@ -65,7 +70,7 @@ class Samples:
             return True
         if not (_is_here(one) and _is_here(other)):
             return None
-        key = (one.file, one.start, other.file, other.start)
+        key = tuple(sorted(((one.file, one.start), (other.file, other.start))))
         if key not in self._equal:
             self._equal[key] = all(self._read(one, at) == self._read(other, at) for at in self._places(one))
         return self._equal[key]
@@ -83,6 +88,8 @@ class Samples:
 
     def _places(self, tensor: Tensor) -> list[int]:
         """Where the ranges begin: at equal steps, the first at the beginning and the last at the end."""
+        if self._whole:
+            return list(range(0, tensor.nbytes, self.RANGE_BYTES))
         itemsize, last = DTYPE_BYTES[tensor.dtype], max(0, tensor.nbytes - self.RANGE_BYTES)
         places = (k * last // (self.RANGES - 1) for k in range(self.RANGES))
         return list(dict.fromkeys(place // itemsize * itemsize for place in places))
@@ -165,6 +172,7 @@ def tie(
     finder = _Finder(inputs, stored, counts, excluded, samples, apart)
     if finder.problems:
         raise RequestError(finder.problems)
+    by_class = finder.asked_of_the_class()
     tensors = [dict(of_one) for of_one in stored]
     left_out: dict[str, str] = {}
     copies: dict[str, str] = {}
@@ -173,12 +181,15 @@ def tie(
     twins = list(finder.declared_twins)
     for group in finder.groups():
         classes = finder.split(group)
+        if problems := finder.unfit_to_untie(classes):
+            raise RequestError(problems)
         for names in classes:
             kept = names[0]
+            has_base = finder.stands_for(0, names, group) is not None
             for k in range(len(stored)):
                 for name in names:
                     tensors[k].pop(name, None)
-                found = finder.stands_for(k, names, group)
+                found = finder.stands_for(k, names, group if has_base else ())
                 if found is not None:
                     tensors[k][kept] = replace(found, name=kept)
                     twins += finder.twins_of(k, names, found)
@@ -194,7 +205,16 @@ def tie(
                     copies[name] = kept
         untied += finder.untied(classes)
         notes += finder.notes(classes)
-    order = [name for name in dict.fromkeys((*stored[0], *tensors[0])) if name not in left_out]
+    for name, original in by_class.items() if untied else ():  # nothing ties them any more when the output is loaded
+        kept = left_out.pop(name, "") or left_out.get(original) or copies.get(original) or original
+        if name in tensors[0] or name in copies or kept not in tensors[0]:
+            continue
+        if excluded(kept) or kept in following:
+            tensors[0][name] = replace(tensors[0][kept], name=name)
+            following.add(name)
+        else:
+            copies[name] = kept
+    order = [name for name in dict.fromkeys((*stored[0], *tensors[0], *copies)) if name not in left_out]
     return Ties(tuple(tensors), tuple(order), left_out, copies, frozenset(following), tuple(untied), tuple(twins))
 
 
@@ -212,12 +232,16 @@ class _Finder:
     ) -> None:
         self._sources = [one.source for one in inputs]
         self._declared = [ties_word_embeddings(one.config) for one in inputs]
+        self._has_config = inputs[0].library == "transformers"
+        self._model_type = (inputs[0].config or {}).get("model_type")
         self._leaves_copies_out = inputs[0].library == "transformers" or not inputs[0].files  # a state dict shares its storage
         self._excluded, self._samples, self._apart = excluded, samples, apart
         self._stored = [
             {name: t for name, t in of_one.items() if t.dtype in FLOAT_DTYPES and t.numel and counts(t)} for of_one in stored
         ]
         self._place = {name: at for at, name in enumerate(stored[0])}
+        self._by_class: dict[str, str] = {}
+        self._config = inputs[0].config
         self.declared_twins: list[Twin] = []
         self.problems: list[str] = []
         for k, declared in enumerate(self._declared):
@@ -261,8 +285,36 @@ class _Finder:
             for name in extra[:MOST_MISSING]:
                 if (original := self._like(model, name, base) or self._tied_to(0, model[name])) is not None:
                     join(original, name)
+        for name, original in self._by_class.items():
+            if any(name in model for model in self._stored) and any(original in model for model in self._stored):
+                join(original, name)
         found = {id(group): group for group in group_of.values()}
         return [sorted(group, key=self._rank) for group in found.values()]
+
+    def asked_of_the_class(self) -> dict[str, str]:
+        """What the base's class ties, by name: asked only where something that it may tie was trained apart, since that takes
+        seconds. Raises RequestError where that must be known, and can't be."""
+        if not self._has_config or self._declared[0] is False:
+            return {}
+        classes = [self.split(group) for group in self.groups()]
+        is_split = any(len(of_group) > 1 and not self._is_apart_in_base(of_group) for of_group in classes)
+        known = {name for of_group in classes for names in of_group for name in names}.union(self._stored[0])
+        extra = {name for model in self._stored[1:] for name in model if name not in known and not self._excluded(name)}
+        if not is_split and not 0 < len(extra) <= MOST_MISSING:
+            return {}
+        found = tied_weights_of(self._config)
+        if found is None and (heads := [name for of_group in classes for name in self.untied(of_group)]):
+            raise RequestError(
+                f"{heads[0]}: wanted it tied in all models or in none, or transformers to tell what else {self._sources[0]} ties, "
+                "found it trained apart in some, and no answer. Fix: install transformers (`pip install 'pcb-ray[search]'`), or "
+                f'keep it tied with `exclude: ["{heads[0]}"]`, which loses what was trained there.'
+            )
+        self._by_class = found or {}
+        return self._by_class
+
+    def _is_apart_in_base(self, classes: Sequence[Sequence[str]]) -> bool:
+        base, first = self._stored[0], classes[0][0]
+        return all(names[0] in base and not self._are_one(0, names[0], first) for names in classes[1:])
 
     def split(self, group: Sequence[str]) -> list[list[str]]:
         """The group's names by what is one tensor in all inputs that store both; in each, the name under which it is merged is the
@@ -282,7 +334,7 @@ class _Finder:
         """What an input has for the names of one tensor: a stored one, or what it ties them to."""
         model = self._stored[k]
         own = [name for name in names if name in model and (name == names[0] or not self._excluded(name))]
-        if not own and self._may_stand_in(k):
+        if not own and self._may_stand_in(k, names, group):
             own = [name for name in group if name in model and not self._excluded(name)]
         return model[own[0]] if own else None
 
@@ -304,8 +356,24 @@ class _Finder:
         return self._leaves_copies_out and (is_one or (declared is True and name.endswith(HEADS)))
 
     def untied(self, classes: Sequence[Sequence[str]]) -> list[str]:
-        """The heads that are apart, and that the base's config would tie."""
-        return [names[0] for names in classes[1:] if names[0].endswith(HEADS) and self._declared[0] is not False]
+        """The heads that are apart, and that the base ties."""
+        return [names[0] for names in classes[1:] if self._is_untied(names[0], classes[0][0])]
+
+    def unfit_to_untie(self, classes: Sequence[Sequence[str]]) -> list[str]:
+        """Heads that can't be apart from the embedding, since that would change what the model computes elsewhere."""
+        return [
+            f"{name}: wanted it tied to {classes[0][0]} in all models or in none, since {self._model_type} scales what it feeds "
+            f'to a tied head alone, found it trained apart in some. Fix: keep it tied with `exclude: ["{name}"]`, which loses what '
+            "was trained there, or leave those models out."
+            for name in self.untied(classes)
+            if self._model_type in SCALED_IF_TIED and "scale_decoder_outputs" not in (self._config or {})
+        ]
+
+    def _is_untied(self, head: str, embedding: str) -> bool:
+        is_apart_there = head in self._stored[0] and not self._are_one(0, head, embedding)
+        ties = {*self._by_class.items()}
+        is_tied = not ties.isdisjoint({(head, embedding), (embedding, head)}) if self._by_class else head.endswith(HEADS)
+        return is_tied and self._declared[0] is not False and not is_apart_there
 
     def notes(self, classes: Sequence[Sequence[str]]) -> list[str]:
         """What inputs store otherwise than the base, and what becomes of it."""
@@ -325,17 +393,21 @@ class _Finder:
                 for name in names[1:]
                 if self._excluded(name) and not self._excluded(original) and name in self._stored[0]
             ]
+            if self._excluded(original) and copies:
+                found.append(f"{original} is excluded, and so are its copies, {some(copies)}")
         for names in classes[1:]:
             name, first = names[0], classes[0][0]
             having = [k for k, model in enumerate(self._stored) if name in model]
-            without = [self._sources[k] for k in range(len(self._stored)) if k not in having and self._may_stand_in(k)]
-            is_untied = bool(self.untied([classes[0], names]))
+            group = [one for of_class in classes for one in of_class]
+            lacking = [k for k in range(len(self._stored)) if k not in having]
+            without = dict.fromkeys(self._sources[k] for k in lacking if self.stands_for(k, names, group) is not None)
+            is_untied = self._is_untied(name, first)
             if not without and not is_untied:
                 continue
-            differing = [self._sources[k] for k in having if not self._are_one(k, name, first)]
+            differing = dict.fromkeys(self._sources[k] for k in having if not self._are_one(k, name, first))
             note = f"{', '.join(differing)}: {name} was trained apart from {first}, to which others tie it: they are merged apart"
             note += f", {first} standing for {name} in {', '.join(without)}" if without else ""
-            note += ', and the output\'s config.json says "tie_word_embeddings": false' if is_untied else ""
+            note += ', and the output\'s config.json says "tie_word_embeddings": false' if is_untied and self._has_config else ""
             if name not in self._stored[0] or self._are_one(0, name, first):
                 note += f'. `exclude: ["{name}"]` keeps them tied, and loses what was trained there'
             found.append(note)
@@ -357,9 +429,12 @@ class _Finder:
         known_apart = not {Apart(k, one, other), Apart(k, other, one)}.isdisjoint(self._apart)
         return not known_apart and self._samples.are_equal(model[one], model[other]) is not False
 
-    def _may_stand_in(self, k: int) -> bool:
-        """Whether a tied tensor may stand for one that an input does not store: the base must say so, a model must not deny it."""
-        return self._declared[k] is True if k == 0 else self._declared[k] is not False
+    def _may_stand_in(self, k: int, names: Sequence[str], group: Sequence[str]) -> bool:
+        """Whether a tied tensor may stand for one that an input does not store: the base, or its class, must say so, a model must
+        not deny it."""
+        if k or self._declared[0]:
+            return self._declared[k] is not False
+        return any((one, other) in self._by_class.items() for one in group for other in group if one in names or other in names)
 
     def _like(self, within: Tensors, name: str, elsewhere: Tensors) -> str | None:
         """The name that `elsewhere` has too of a tensor that equals this one, if there is one; one that can't be read yet, if it
@@ -369,7 +444,7 @@ class _Finder:
         alike = [one for one in alike if one.name in elsewhere]
         for one in alike[:MOST_ALIKE]:
             equal = self._samples.are_equal(tensor, one)
-            if (equal and not self._samples.is_constant(tensor)) or (equal is None and len(alike) == 1):
+            if equal is None or (equal and not self._samples.is_constant(tensor)):  # after a download the plan is made anew
                 return one.name
         return None
 
@@ -385,11 +460,9 @@ class _Finder:
 
     def _of_one_storage(self) -> list[tuple[str, str]]:
         """(name, first name with the same bytes) of the base."""
-        first: dict[object, str] = {}
-        for name, tensor in self._stored[0].items():
-            first.setdefault((_place_of(tensor), tensor.shape, tensor.dtype), name)
-        firsts = {name: first[_place_of(t), t.shape, t.dtype] for name, t in self._stored[0].items()}
-        return [(name, original) for name, original in firsts.items() if name != original]
+        seen: dict[object, str] = {}
+        firsts = ((name, seen.setdefault((_place_of(t), t.shape, t.dtype), name)) for name, t in self._stored[0].items())
+        return [(name, first) for name, first in firsts if name != first]
 
 
 def _place_of(tensor: Tensor) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from pcb_ray.questions import CompareParts, DigestParts, shown_digest, sum_of
 from pcb_ray.receipt import Receipt, Verified, inputs_of_receipt
 from pcb_ray.recipe import Recipe
 from pcb_ray.session import Session
-from pcb_ray.steps import ARITHMETIC
+from pcb_ray.steps import ARITHMETIC, versions
 
 FIX = "Fix: get it again from where it is whole, or merge again."
 
@@ -53,7 +53,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     inputs = dataclasses.replace(inputs, apart=frozenset(receipt.apart))
     plan = plan_of(recipe, inputs, max_shard_bytes=receipt.max_shard_bytes, sizes=_sizes(receipt, out))
     _check_facts(plan, receipt, out)
-    if problems := _wrong_inputs(plan, receipt) or _wrong_outputs(plan, receipt, out):
+    if problems := _wrong_inputs(plan, receipt) or _wrong_tensors(plan, receipt, out) or _wrong_outputs(plan, receipt, out):
         return Verified(tuple(problems))
     session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=quiet)
     parts, digest = range(len(plan.parts)), 0
@@ -143,6 +143,18 @@ def _wrong_inputs(plan: Plan, receipt: Receipt) -> list[str]:
         f"found {[(f.name, f.size, f.header_sha256) for f in after.files]}. Fix: put those files back, or merge again."
         for one, before, after in zip(plan.inputs, receipt.inputs, now, strict=True)
         if before.files != after.files
+    ]
+
+
+def _wrong_tensors(plan: Plan, receipt: Receipt, out: Path) -> list[str]:
+    """Files of the same headers may be matched otherwise: by values, or by the tables of transformers."""
+    if plan.tensors_sha256 == receipt.tensors_sha256:
+        return []
+    before, now = receipt.versions.get("transformers", "none"), versions().get("transformers", "none")
+    return [
+        f"{out}: wanted the tensors that were merged (sha256 {receipt.tensors_sha256[:12]}...), found others in files of the same "
+        f"headers ({plan.tensors_sha256[:12]}...): copies are not equal any more, or transformers {now} packs otherwise than "
+        f"{before}. Fix: verify with transformers {before}, or merge again."
     ]
 
 

@@ -63,7 +63,7 @@ def test_help_names_the_commands_and_what_they_promise(capsys):
     for arguments, words in (
         ([], ("plan", "merge", "verify", "recipe", "same bytes")),
         (["merge"], ("--workers", "--memory", "--resume", "--overwrite", "--max-shard-size", "--address", "ray job submit")),
-        (["plan"], ("--json", "headers alone")),
+        (["plan"], ("--json", "headers and samples")),
         (["verify"], ("--sample", "digest")),
     ):
         with pytest.raises(SystemExit):

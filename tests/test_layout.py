@@ -178,6 +178,41 @@ def test_a_pipeline_that_leaves_open_what_to_merge_is_refused(tmp_path: Path, ch
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "scheduler"])
+def test_a_part_that_is_a_link_out_of_the_folder_is_asked_for(tmp_path: Path, part: str) -> None:
+    """As where several pipelines share one text encoder to save disk: without it the output would not load."""
+    one = pipeline(family(tmp_path / "f", DIFFUSERS))
+    (one.folder / "base" / part).rename(tmp_path / "shared")
+    (one.folder / "base" / part).symlink_to(tmp_path / "shared")
+    with pytest.raises(RequestError, match=rf"base/{part}: wanted a file that can go along into the output.*cp -rL"):
+        plan_of(recipe(one), open_inputs(recipe(one)))
+
+
+def test_a_list_of_modules_or_a_module_that_leads_out_is_asked_for(tmp_path: Path) -> None:
+    one = family(tmp_path / "f", dict(families.CONFIG))
+    base = one.folder / "base"
+    (base / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
+    (tmp_path / "shared").mkdir()
+    (base / "1_Pooling").symlink_to(tmp_path / "shared")
+    with pytest.raises(RequestError, match=r"base/1_Pooling: wanted a file that can go along"):
+        plan_of(recipe(one), open_inputs(recipe(one)))
+
+
+def test_a_variant_in_parts_is_told_as_that(tmp_path: Path) -> None:
+    one = pipeline(Family(tmp_path, *families.fine_tuned(2), shards=1, config=DIFFUSERS))
+    for name in NAMES:
+        unet = one.folder / name / "unet"
+        (unet / "diffusion_pytorch_model.fp16.safetensors").unlink()
+        raw = (unet / "diffusion_pytorch_model.safetensors").read_bytes()
+        (unet / "diffusion_pytorch_model.safetensors").unlink()
+        for k in (1, 2):
+            (unet / f"diffusion_pytorch_model.fp16-0000{k}-of-00002.safetensors").write_bytes(raw)
+        (unet / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text("{}")
+    wanted = r"wanted diffusion_pytorch_model\.safetensors\.index\.json, found a variant in parts .* save it without a variant"
+    with pytest.raises(RequestError, match=wanted):
+        open_inputs(recipe(one))
+
+
 @pytest.mark.parametrize("raw", [b"[]", b"{", b'"x"', b"\xff", b'{"unet": 3}', b'{"unet": ["a", "b", "c"]}'])
 def test_a_list_of_parts_that_is_none_is_refused(tmp_path: Path, raw: bytes) -> None:
     one = pipeline(family(tmp_path, DIFFUSERS))

@@ -3,6 +3,9 @@ helps."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +140,19 @@ def test_a_renaming_in_which_a_tensor_would_take_anothers_place_is_none(tmp_path
     stray = {"model.layers.1.w.weight": models[0]["model.layers.1.w.weight"].clone()}
     told = problems_of(Family(tmp_path, base, [renamed(models[0], lambda name: f"model.{name}") | stray]))
     assert "model.layers.0.w.weight: is in" in told
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_which_prefix_is_taken_does_not_depend_on_chance(tmp_path: Path, seed: int) -> None:
+    """Names in sets come in the order of their hashes, which differ from run to run."""
+    shapes = {f"{tower}.encoder.layer.{k}.weight": (8, 8) for tower in ("query", "doc") for k in range(4)}
+    base, models = families.fine_tuned(1, shapes=shapes)
+    models = [{name.removeprefix("query."): t for name, t in models[0].items() if name.startswith("query.")}]
+    path = Family(tmp_path, base, models).recipe_file(merge_method="linear", exclude=["doc.*"])
+    command = [sys.executable, "-m", "pcb_ray", "plan", str(path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": str(seed)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 tensors are taken under the base's names" in done.stdout
 
 
 def test_names_that_agree_are_left_alone(tmp_path: Path) -> None:

@@ -88,3 +88,11 @@ def test_a_recipe_whose_lambda_is_no_number_is_not_searched(tmp_path: Path, comm
     )
     with pytest.raises(RequestError, match="wanted one number in a recipe that is searched"):
         getattr(pcb_ray, command)(path, tmp_path / "out", quiet=True)
+
+
+def test_a_layer_that_is_excluded_counts_among_the_layers(tmp_path: Path) -> None:
+    shapes = {f"model.layers.{k}.w.weight": (8, 8) for k in range(4)}
+    one = Family(tmp_path, *families.fine_tuned(1, shapes=shapes))
+    models = [{"model": str(one.folder / "model0"), "parameters": {"weight": [0.0, 3.0]}}]
+    made = pcb_ray.plan(one.recipe(models=models, parameters={"lambda": [0.0, 3.0]}, exclude=["model.layers.3.*"]))
+    assert [(t.lambda_, t.weights) for t in made.tensors] == [(k, (k,)) for k in (0.0, 1.0, 2.0)]

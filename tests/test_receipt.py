@@ -45,6 +45,7 @@ RECEIPT_OF_TESTS = Receipt(
     inputs=tuple(MergedInput(name, None, "ab", (MergedFile("model.safetensors", 10, "cd"),)) for name in ("base", "model0")),
     relation=Relation(4096, (0.01,), (0.99,), (0.5,), ((1.0,),)),
     apart=(Apart(1, "lm_head.weight", "embed.weight"),),
+    tensors_sha256="89",
     outputs=(WrittenFile("model.safetensors", 10, "ef"),),
     output_digest="01",
     files_sha256={"config.json": "23", "additional_chat_templates/tool.jinja": "45"},

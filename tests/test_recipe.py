@@ -1033,3 +1033,9 @@ def test_lambda_by_tensor_has_no_effect_where_lambda_has_none():
     recipe = Recipe.from_dict(layout(merge_method="linear", parameters={"lambda": BY_TENSOR}))
     assert recipe.lambda_by_tensor == ()
     assert any("`lambda` has no effect" in note for note in recipe.notes)
+
+
+def test_other_parameters_may_take_the_place_of_a_lambda_by_tensor():
+    recipe = Recipe.from_dict(layout(parameters={"lambda": BY_TENSOR}))
+    assert recipe.with_parameters({"lambda": 0.5}).lambda_("x.mlp.w") == 0.5
+    assert recipe.with_parameters({"density": 0.5}).lambda_by_tensor == recipe.lambda_by_tensor

@@ -15,12 +15,15 @@ import torch
 from families import Family, StateDict
 from junk import mutate_bytes
 
-from pcb_ray import Recipe, RequestError
+from pcb_ray import Recipe, RequestError, steps
 from pcb_ray.cli import main
 from pcb_ray.files.checkpoint import open_checkpoint
+from pcb_ray.files.store import LocalStore
+from pcb_ray.local import LocalOwners
 from pcb_ray.planning import Plan, open_inputs, plan, plan_of
 from pcb_ray.receipt import Receipt
 from pcb_ray.relation import Relation, other_bases
+from pcb_ray.session import Session
 
 NAMES = ("base", "model0", "model1")
 
@@ -170,6 +173,22 @@ def test_a_receipt_has_the_numbers_of_all_elements(tmp_path: Path, method: str, 
     with families.small_engine(tally_entries=1 << 12, chunk_elements=4096):
         out = families.merged_to(tmp_path / "out", Recipe.from_dict(one.recipe(merge_method=method, **own)))
     assert_numbers(Receipt.of(out).relation, one.base, one.models)
+
+
+def test_what_a_lost_owner_wrote_and_another_wrote_again_counts_once(tmp_path: Path) -> None:
+    """As `Owners.store` may: what was not yet durable comes again."""
+    one = Family(tmp_path / "f", *families.fine_tuned(2, scale=3))
+
+    class Twice(LocalOwners):
+        def store(self, question: Any, items: Any, *, doubles: bool = True) -> Any:
+            for _ in range(2):
+                yield from super().store(question, items, doubles=doubles)
+
+    made = plan(Recipe.from_dict(one.recipe(merge_method="task_arithmetic")))
+    session = Session(made, lambda plan: Twice(plan, LocalStore()), relate=True)
+    (tmp_path / "out").mkdir()
+    steps.write(session, LocalStore(), {}, str(tmp_path / "out"))
+    assert_numbers(session.relation, one.base, one.models)
 
 
 def test_a_method_without_a_base_has_none(tmp_path: Path) -> None:

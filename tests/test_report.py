@@ -54,6 +54,7 @@ def space_of(
         groups=tuple(groups),
         group_of=tuple(range(len(groups))),
         names=names,
+        weights=((1.0,) * len(labels),) * len(names),
         scale="lambda",
         share="density",
     )

@@ -346,7 +346,7 @@ def test_the_winner_of_a_large_search_is_a_recipe_that_can_be_read():
         "lm_head.weight",
     ]
     recipe = Recipe.from_dict({"base_model": "models/base", "models": [f"models/expert-{k}" for k in range(16)]})
-    made = SimpleNamespace(tensors=[SimpleNamespace(name=name) for name in names])
+    made = SimpleNamespace(tensors=[SimpleNamespace(name=name, part_of="", weights=(1.0,) * 16) for name in names])
     search = Search.of(
         Recipe.from_dict(
             {

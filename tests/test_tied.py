@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from pcb_ray.files.checkpoint import Checkpoint, Tensor
 from pcb_ray.files.store import LocalStore, MemoryStore
 from pcb_ray.local import LocalOwners
 from pcb_ray.matching import match
-from pcb_ray.merging import settled
+from pcb_ray.merging import Kept
 from pcb_ray.output.state import State
 from pcb_ray.planning import Plan, open_inputs, plan_of
 from pcb_ray.searching.run import check_follows
 from pcb_ray.searching.scorer import Scorer
 from pcb_ray.session import Session
-from pcb_ray.tied import Samples
+from pcb_ray.tied import HEADS, Samples
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHAPES = {EMBED: (64, 16), "model.layers.0.q.weight": (16, 16), "model.layers.0.k.weight": (16, 16), "model.norm.weight": (16,)}
@@ -79,8 +80,8 @@ def check_merge(one: Family, out: Path, tied: dict[str, str], models: list[State
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-3)
-    for copy, original in tied.items():
-        assert torch.equal(found[copy], found[original])
+    for name, original in tied.items():
+        assert torch.equal(found[name], found[original])
     return found
 
 
@@ -230,6 +231,14 @@ def test_to_exclude_the_embedding_does_not_lose_a_trained_head(tmp_path: Path) -
     assert HEAD in {t.name for t in made.tensors}
 
 
+def test_what_the_class_ties_by_itself_is_known_where_the_config_says_nothing(tmp_path: Path) -> None:
+    base, first, second = states()
+    gemma = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+    one = family(tmp_path / "f", [base, first, trained(second, HEAD)], gemma)
+    assert planned(one).untied == (HEAD,)
+    check_merge(one, tmp_path / "out", {}, [with_copies(base, HEAD), with_copies(first, HEAD), trained(second, HEAD)])
+
+
 def test_where_the_base_says_nothing_a_head_that_it_lacks_is_refused_and_the_advice_works(tmp_path: Path) -> None:
     base, first, second = states()
     one = family(tmp_path / "f", [base, first, trained(second, HEAD)], SILENT)
@@ -307,14 +316,68 @@ def test_copies_that_differ_after_all_are_merged_apart_and_said_to_be(tmp_path: 
     assert made.untied == ()
     with pytest.raises(InputError, match="found copies that differ elsewhere"):
         analyse(Session(made, lambda plan: LocalOwners(plan, LocalStore())))
+    plans = []
     for _ in range(2):  # a run that is resumed remembers it
         session = Session(made, lambda plan: LocalOwners(plan, LocalStore()))
         with State(tmp_path / "out", {}, {}, resume=True) as state:
-            known = settled(asked, inputs, 1 << 40, session, state)
-        assert session.plan.untied == (HEAD,)
-        assert len(known.apart) == 1
+            kept = Kept(state.found, session, 0.0)
+            kept.settle(inputs, lambda inputs: plan_of(asked, inputs), state)
+            assert (kept.spent().bytes_read > 0) == (not plans)
+        plans.append(session.plan)
         assert "lm_head.weight differs from model.embed_tokens.weight after all: they are merged apart" in caplog.text
-    assert session.plan.D == 2 * made.D - 16 * 16 - 16
+    assert plans[0] == plans[1]
+    assert plans[0].untied == (HEAD,)
+    assert len(plans[0].apart) == 1
+    assert plans[0].D == 2 * made.D - 16 * 16 - 16
+
+
+def test_a_state_dict_in_memory_is_compared_whole() -> None:
+    models = [with_copies(one, HEAD) for one in states(2, LARGE)]
+    models[0][HEAD].view(-1)[40_000] += 1
+    found = pcb_ray.merge_state_dicts(models[0], models[1:], density=0.3)
+    expected = oracle.merge_state_dicts(models[0], models[1:], "pcb", density=0.3)
+    assert all(torch.allclose(found[name].float(), tensor.float(), atol=1e-3) for name, tensor in expected.items())
+    assert torch.equal(pcb_ray.merge_state_dicts(models[0], models[1:], exclude=[HEAD])[HEAD], models[0][HEAD])
+
+
+def test_a_plan_announces_what_is_read_for_copies(tmp_path: Path) -> None:
+    one = family(tmp_path / "f", [with_copies(state, *COPIES) for state in states()], SILENT)
+    made = planned(one, merge_method="task_arithmetic", parameters={})
+    assert merge_locally(made, tmp_path / "out").bytes_read == made.summary()["bytes_read"]
+
+
+@pytest.mark.parametrize("exclude", [[], [HEAD]])
+def test_a_t5_is_not_untied_since_its_scale_would_change(tmp_path: Path, exclude: list[str]) -> None:
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    tied, free = config | {"tie_word_embeddings": True}, config | {"tie_word_embeddings": False}
+    base, first, second = states(2, T5)
+    one = family(tmp_path, [base, first, trained(second, HEAD, of="shared.weight")], tied, tied, free)
+    if exclude:
+        assert planned(one, exclude=exclude).untied == ()
+        return
+    with pytest.raises(RequestError, match="since t5 scales what it feeds to a tied head alone"):
+        planned(one)
+
+
+def test_no_config_is_promised_where_none_is_written(tmp_path: Path) -> None:
+    base, first, second = (with_copies(one, HEAD) for one in states())
+    one = family(tmp_path, [base, first, trained(second, HEAD)], None)
+    assert not any("config.json" in note for note in planned(one).notes)
+
+
+def test_a_head_that_the_base_stores_apart_is_not_untied(tmp_path: Path) -> None:
+    base, first, second = states()
+    models = [trained(base, HEAD), with_copies(first, HEAD), trained(second, HEAD)]
+    assert planned(family(tmp_path, models, SILENT)).untied == ()
+
+
+def test_where_nobody_tells_what_else_is_tied_an_untied_merge_is_refused(tmp_path: Path) -> None:
+    base, first, second = states()
+    config = {"model_type": "nobody's", "architectures": ["NobodyForCausalLM"], "tie_word_embeddings": True}
+    one = family(tmp_path, [base, first, trained(second, HEAD)], config, config, config | {"tie_word_embeddings": False})
+    with pytest.raises(RequestError, match="or transformers to tell what else .*base ties"):
+        planned(one)
+    assert planned(one, exclude=[HEAD]).untied == ()
 
 
 def test_copies_that_differ_after_all_where_the_config_ties_them_are_refused(tmp_path: Path) -> None:
@@ -417,6 +480,95 @@ def test_models_of_transformers_with_stored_copies_load_as_one(tmp_path: Path, k
         torch.testing.assert_close(own[original].detach(), base + 0.5 * sum(one - base for one in tuned))
 
 
+SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+BART = {
+    **{"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{"decoder_start_token_id": 1, "forced_eos_token_id": 2},
+}
+TIED_CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "tie_word_embeddings": True}),
+    "bart": ("BartForConditionalGeneration", "BartConfig", BART),
+    "marian": ("MarianMTModel", "MarianConfig", BART),
+    "bert": ("BertForMaskedLM", "BertConfig", SMALL),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", SMALL),
+    "distilbert": (
+        "DistilBertForMaskedLM", "DistilBertConfig", {"vocab_size": 64, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2},
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration", "WhisperConfig",
+        {**BART, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 10},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration", "T5Config",
+        {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TIED_CLASSES)
+def test_an_untied_merge_loads_with_all_that_its_class_would_tie(tmp_path: Path, kind: str) -> None:
+    """Once its config says that nothing is tied, copies that no input stores must be in the output too, or they are made anew."""
+    import transformers as t
+
+    name, config_name, sizes = TIED_CLASSES[kind]
+    torch.manual_seed(0)
+    base = getattr(t, name)(getattr(t, config_name)(**sizes))
+    keys = dict(base.all_tied_weights_keys)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    states_of = []
+    for k, folder in enumerate(("base", "model0", "model1")):
+        model = deepcopy(base)
+        torch.manual_seed(k)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.02 * bool(k))
+        state = {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
+        model.save_pretrained(tmp_path / folder)
+        states_of.append(state)
+    heads = [target for target in keys if target.endswith((*HEADS, "vocab_projector.weight"))]
+    head = heads[0]
+    states_of[2][head] = states_of[2][head] + 0.03
+    path = tmp_path / "model1" / "model.safetensors"
+    save_file(load_file(path) | {head: states_of[2][head].contiguous()}, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "model1" / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "model1" / "config.json").write_text(json.dumps(config))
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": ["model0", "model1"],
+        "parameters": {"lambda": 0.5},
+    }
+    out = merged_to(tmp_path / "out", Recipe.from_dict(content, folder=tmp_path))
+    loaded, info = type(base).from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    own = dict(loaded.named_parameters(remove_duplicate=False))
+    in_files = {*load_file(tmp_path / "base" / "model.safetensors"), *keys}  # Marian makes its table of positions by itself
+    for n, theta in ((n, theta) for n, theta in states_of[0].items() if n in in_files):
+        torch.testing.assert_close(own[n].detach(), theta + 0.5 * sum(one[n] - theta for one in states_of[1:]), msg=n)
+    assert not torch.equal(own[head], own[keys[head]])
+
+
+def test_a_t5_of_version_1_1_is_merged_as_transformers_saves_it(tmp_path: Path) -> None:
+    """Its config.json says that it is tied, and by `scale_decoder_outputs` that it is not."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "tie_word_embeddings": False}
+    model = t.T5ForConditionalGeneration(t.T5Config(**sizes))
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(64, 16))
+    saved(tmp_path, model)
+    content = {"merge_method": "linear", "base_model": "base", "models": ["model0", "model1"]}
+    out = merged_to(tmp_path / "out", Recipe.from_dict(content, folder=tmp_path))
+    loaded, info = t.T5ForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    stored = [load_file(tmp_path / f"model{k}" / "model.safetensors")["lm_head.weight"] for k in range(2)]
+    torch.testing.assert_close(loaded.lm_head.weight.detach(), (stored[0] + stored[1]) / 2)
+
+
 def test_an_untied_model_of_transformers_loads_untied(tmp_path: Path) -> None:
     import transformers as t
 
@@ -453,8 +605,9 @@ def test_what_can_not_be_read_yet_is_tied_only_where_a_name_is_missing() -> None
     assert HEAD in apart.merged
     one = match([on_the_hub("a", *with_head), on_the_hub("b", *SHAPES)], (), samples, (), [])
     assert one.ties.copies == {HEAD: EMBED}
-    with pytest.raises(RequestError, match=r"lm_head\.weight: is in a with shape"):  # which of two it would equal nobody knows
-        match([on_the_hub("a", *with_head, "other.weight"), on_the_hub("b", *SHAPES, "other.weight")], (), samples, (), [])
+    flan = (*SHAPES, HEAD, "encoder.embed_tokens.weight")
+    several = match([on_the_hub("a", *flan), on_the_hub("b", *SHAPES, HEAD)], (), samples, (), [])
+    assert set(several.ties.copies) == {"encoder.embed_tokens.weight"}
 
 
 def test_a_file_that_vanishes_under_the_plan_is_told(tmp_path: Path) -> None:

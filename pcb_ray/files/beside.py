@@ -88,6 +88,8 @@ class Beside:
     """Why it stays behind; empty for what goes along."""
     is_surprising: bool = False
     """Whether somebody may miss it: such a file is told of before the run, the others in the plan alone."""
+    is_needed: bool = False
+    """Whether the model's loader reads it, so that an output without it could not be loaded."""
 
 
 def is_of_tokenizer(name: str) -> bool:

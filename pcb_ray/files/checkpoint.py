@@ -166,7 +166,7 @@ def _open_folder(folder: Path, source: str, commit: str | None) -> Checkpoint:
         contents = _by_index(str(own), layout, contents, survey.config, problems, notes)
     others: list[Beside] = []
     for sizes, lead_out in _gather(problems, [partial(sizes_in, folder)]):
-        others += (one for one in lead_out if one.name not in survey.own_files)
+        others += (replace(one, is_needed=survey.is_read(one.name)) for one in lead_out if one.name not in survey.own_files)
         others += survey.beside(sizes)
     read = partial(_read_within, folder / survey.inner)
     return _checkpoint(source, folder, contents, survey, commit, others, notes, read)
@@ -323,6 +323,11 @@ class _Survey(NamedTuple):
         names = [*self.layout.files, *([] if self.layout.index_name is None else [self.layout.index_name])]
         return [self.inner + name for name in names]
 
+    def is_read(self, name: str) -> bool:
+        """Whether its loader reads a file, or a folder, beyond what all loaders do: its list of parts, or something of them."""
+        parts = (*self.parts, *([self.inner.removesuffix("/")] if self.inner else []))
+        return name in (_MODULES, _PIPELINE) or any(name == part or name.startswith(f"{part}/") for part in parts)
+
     def beside(self, sizes: Mapping[str, int]) -> list[Beside]:
         """What lies beside them among these files."""
         inner, own_files = len(self.inner), self.own_files
@@ -452,8 +457,13 @@ def _choose_files(where: str, names: set[str], read: Callable[[str], bytes]) -> 
             if len(others) == 1 and not (shard and int(shard[3]) > 1):
                 return _Layout(others, None, {}, shard[1] if shard else others[0].removesuffix(suffix))
             if others:
+                stem = shard[1] if (shard := re.fullmatch(r"(.*?)(?:\.\w+)?-\d+-of-\d+\.safetensors", others[0])) else "model"
                 found = f"{len(others)} .safetensors files ({some(others)}) and none that says which belong together"
-                raise RequestError(f"{where}: {mismatch('model.safetensors.index.json', found, 'add the index, or name one file')}")
+                fix = "add the index, or name one file"
+                if variants := sorted(name for name in top if re.fullmatch(r".*\.index\.\w+\.json", name)):
+                    found = f"a variant in parts ({variants[0]}), which is not read"
+                    fix = "load it with its own library and save it without a variant, likewise the models"
+                raise RequestError(f"{where}: {mismatch(f'{stem}.safetensors.index.json', found, fix)}")
     if "adapter_config.json" in top or any(name.startswith("adapter_model.") for name in top):
         raise RequestError(_adapter_problem(where))
     if any(name.endswith(".gguf") for name in top):

@@ -20,7 +20,7 @@ from pcb_ray.checks import choice, number, section, shown, size_of, text, whole,
 from pcb_ray.errors import RequestError
 from pcb_ray.methods import METHODS, Method, variants_of
 from pcb_ray.planning import Plan
-from pcb_ray.recipe import Recipe, depths_of
+from pcb_ray.recipe import Recipe
 
 BUILT_IN = ("causal_lm", "classification", "lm_eval", "command")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
@@ -379,7 +379,9 @@ class Space:
     group_of: tuple[int, ...]
     """The group of each of the plan's tensors."""
     names: tuple[str, ...]
-    """The tensors."""
+    """Of these, as the base has them."""
+    weights: tuple[tuple[float, ...], ...]
+    """The recipe's own lambda_i of each."""
     scale: str
     share: str
     """Names of the method's parameters; see `Search`."""
@@ -389,7 +391,7 @@ class Space:
     @classmethod
     def of(cls, search: Search, recipe: Recipe, plan: Plan) -> Space:
         """Raises RequestError for patterns that match nothing, and for a space that the optimizer can't search."""
-        names = tuple(t.name for t in plan.tensors)
+        names = tuple(t.part_of or t.name for t in plan.tensors)
         labels = _labels([m.source for m in recipe.models])
         group_names = _group_names(search, names)
         groups = tuple(dict.fromkeys(group_names))
@@ -425,11 +427,10 @@ class Space:
             if within.init is None and not within.lower <= of_recipe <= within.upper:
                 outside.append(name)
 
-        depths = depths_of(names)
         for i, label in enumerate(labels):
             of_group: dict[str, list[float]] = {group: [] for group in groups}
-            for tensor, group in zip(names, group_names, strict=True):
-                of_group[group].append(recipe.weight(i, tensor, depths[tensor]))
+            for tensor, group in zip(plan.tensors, group_names, strict=True):
+                of_group[group].append(tensor.weights[i])
             for group, weights in of_group.items():
                 mean = weights[0] if len(set(weights)) == 1 else statistics.fmean(weights)
                 search_for(weight_name(label, group, groups), search.weight, mean)
@@ -455,6 +456,7 @@ class Space:
             groups=groups,
             group_of=tuple(groups.index(g) for g in group_names),
             names=names,
+            weights=tuple(tensor.weights for tensor in plan.tensors),
             scale=search.scale,
             share=search.share,
             notes=tuple(notes),
@@ -500,8 +502,7 @@ class Space:
     def lambdas(self, candidate: Candidate) -> list[tuple[float, ...]]:
         """lambda_i of each tensor of the plan."""
         if candidate.lambdas is None:
-            depths = depths_of(self.names)
-            return [tuple(self.recipe.weight(i, name, depths[name]) for i in range(len(self.labels))) for name in self.names]
+            return list(self.weights)
         return [candidate.lambdas[g] for g in self.group_of]
 
     def recipe_of(self, candidate: Candidate) -> Recipe:

@@ -25,7 +25,8 @@ from pcb_ray.files.beside import WEIGHT_SUFFIXES
 from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.files.foreign import some
 from pcb_ray.files.store import open_store
-from pcb_ray.merging import Kept, opened
+from pcb_ray.local import LocalOwners
+from pcb_ray.merging import Kept, opened, settled
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import RECIPE, SideFile, side_files, write_side_files
 from pcb_ray.output.place import check_out, check_place
@@ -212,7 +213,14 @@ def _prepared(
         check_follows(plan)
         check_out(out, plan, overwrite=how.overwrite, resume=how.resume, model=model)
 
-    inputs, plan = opened(_analysed(recipe, request, variants[0]), how.max_shard_bytes, check)
+    first = _analysed(recipe, request, variants[0])
+    inputs, plan = opened(first, how.max_shard_bytes, check)
+    if not all(twin.declared for twin in plan.twins):  # what they are decides what a candidate is
+        store = open_store()
+        session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=how.quiet)
+        inputs = settled(session, inputs, lambda inputs: plan_of(first, inputs, max_shard_bytes=how.max_shard_bytes))
+        plan = session.plan
+        check(plan)
     plans = {v: plan_of(_analysed(recipe, request, v), inputs, max_shard_bytes=how.max_shard_bytes) for v in variants}
     beside = sum(basis_bytes(p, scored) for p in plans.values())
     check_out(out, plan, overwrite=how.overwrite, resume=how.resume, model=model, beside=beside)

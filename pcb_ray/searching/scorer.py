@@ -8,7 +8,7 @@ import reprlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -76,8 +76,11 @@ class Scorer:
         # What the plan counts once may be twice in a module that knows no ties, such as that of `command`.
         again = {one.name: self._plan.tensors[one.tensor].name for one in self._plan.again}
         tied = {name: original for name, original in self._plan.tied if original in shapes} | again
-        self.parameters = match(module, shapes, optional={name: shapes[original] for name, original in tied.items()})
-        _check_apart({name: self.parameters[name] for name in shapes})
+        optional = {name: shapes[original] for name, original in tied.items()}
+        kept = {c.source.name: c.source.shape for c in self._plan.copies if c.why == "excluded"}
+        found = match(module, shapes, optional={**kept, **optional})
+        _check_apart({name: found[name] for name in (*kept, *shapes) if name in found}, kept)
+        self.parameters = {name: found[name] for name in (*shapes, *optional) if name in found}
         self._twins = [(self.parameters.pop(name), self.parameters[tied[name]]) for name in tied if name in self.parameters]
 
     def score(self, candidate: Candidate, split: str) -> tuple[Metrics, dict[str, float]]:
@@ -136,15 +139,16 @@ class Scorer:
         return {str(k): float(v) for k, v in found.items()}
 
 
-def _check_apart(parameters: Mapping[str, Any]) -> None:
-    """Raises RequestError for a module that ties what is merged apart: a candidate would be none of its merges."""
+def _check_apart(parameters: Mapping[str, Any], kept: Collection[str]) -> None:
+    """Raises RequestError for a module that ties what the merge has apart, of which some may be `kept` as they are: a candidate
+    would be no merge."""
     held: dict[int, str] = {}
     for name, parameter in parameters.items():
         other = held.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
-        if other != name:
+        if other != name and not {name, other} <= set(kept):
             raise RequestError(
-                f"search.evaluator: wanted a module with {name} apart from {other}, as they are merged, found one that ties them. "
-                f'Fix: load it untied, or keep them tied in the merge with `exclude: ["{name}"]`.'
+                f"search.evaluator: wanted a module with {name} apart from {other}, as the merge has them, found one that ties "
+                "them: each candidate would change both. Fix: load it untied, or merge a base and models that tie them."
             )
 
 
