@@ -238,9 +238,11 @@ class Recipe:
         top |= {key: _source(top[key], key, problems) for key in ("base_model", "tokenizer_source") if key in top}
         if int8_mask is not None:
             notes.append(_INT8_MASK)
+        named = top.get("merge_method", cls.merge_method)
         if normalize is not None:
-            _, _, variants = _methods(top.get("merge_method", cls.merge_method), None, Path(folder), [])
+            _, _, variants = _methods(named, None, Path(folder), [])
             _normalize(normalize, next(iter(variants.values())), parameters, problems, notes)
+        notes += _unasked(named, parameters, models)
         if "dtype" in top and top.get("out_dtype", top["dtype"]) != top["dtype"]:
             notes.append("`out_dtype` sets the output's dtype; `dtype` has no effect, since the arithmetic is float32 always.")
         asked = {
@@ -397,6 +399,16 @@ def _parameters(raw: object, where: str, variants: Mapping[str, Method], problem
         found["variant"] = variant
     _complain(given, where, method, tuple(method.parameters), problems, notes)
     return found
+
+
+def _unasked(named: object, parameters: Mapping[str, Any], models: object) -> list[str]:
+    """What there is to say of parameters that nobody has given. (`models` are read, if they are a tuple.)"""
+    of_name = [method for method in methods.METHODS if method.name == named][:1]
+    unasked = [
+        (name, parameter.unasked) for method in of_name for name, parameter in method.parameters.items() if parameter.unasked
+    ]
+    listed = models if isinstance(models, tuple) else ()
+    return [told for name, told in unasked if name not in parameters and not (listed and all(name in m.parameters for m in listed))]
 
 
 def _lambda_apart(raw: object, rules: object, problems: list[str]) -> tuple[object, tuple[Rule, ...]]:

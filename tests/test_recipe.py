@@ -419,7 +419,8 @@ def test_ties_without_normalize_says_how_it_differs_from_mergekits():
     assert note in "\n".join(Recipe.from_dict(layout(merge_method="ties", models=weighted)).notes)
     halves = [{"model": name, "parameters": {"weight": 0.5}} for name in "ab"]
     for value in (True, False):
-        assert Recipe.from_dict(layout(merge_method="ties", models=halves, parameters={"normalize": value})).notes == ()
+        asked = {"normalize": value, "density": 0.2}
+        assert Recipe.from_dict(layout(merge_method="ties", models=halves, parameters=asked)).notes == ()
     for models, parameters in ((weighted, {"normalize": True}), (weighted, {"normalize": False}), (["a", "b"], {})):
         recipe = Recipe.from_dict(layout(merge_method="ties", models=models, parameters=parameters))
         assert note not in "\n".join(recipe.notes)
@@ -1039,3 +1040,13 @@ def test_other_parameters_may_take_the_place_of_a_lambda_by_tensor():
     recipe = Recipe.from_dict(layout(parameters={"lambda": BY_TENSOR}))
     assert recipe.with_parameters({"lambda": 0.5}).lambda_("x.mlp.w") == 0.5
     assert recipe.with_parameters({"density": 0.5}).lambda_by_tensor == recipe.lambda_by_tensor
+
+
+def test_a_ties_without_density_is_told_that_the_default_is_another_in_mergekit():
+    """There it is 1, which trims nothing."""
+    told = "`density` is 0.1 where a recipe does not give it; in mergekit it is 1."
+    assert told in Recipe.from_dict(layout(merge_method="ties")).notes
+    given = Recipe.from_dict(layout(merge_method="ties", parameters={"density": 1.0}))
+    assert told not in given.notes
+    assert told not in Recipe.from_yaml(Recipe.from_dict(layout(merge_method="ties")).to_yaml()).notes
+    assert told not in Recipe.from_dict(layout()).notes

@@ -55,6 +55,8 @@ class Parameter:
     says how much the method's `scored` basis keeps. Empty: not at all."""
     range: tuple[float, float] = (0.0, 0.0)
     """Between which values it is searched unless a recipe says otherwise."""
+    unasked: str = ""
+    """What to say where a recipe does not give it, since its default elsewhere is another."""
 
 
 number = checks.number

@@ -72,7 +72,13 @@ TIES = Method(
     formula="trim by size over the whole model, elect signs, disjoint mean",
     source="Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023",
     parameters={
-        "density": Parameter(0.1, share_of_model, "the fraction of all parameters that is kept", per_model=True),
+        "density": Parameter(
+            0.1,
+            share_of_model,
+            "the fraction of all parameters that is kept",
+            per_model=True,
+            unasked="`density` is 0.1 where a recipe does not give it; in mergekit it is 1.",
+        ),
         "lambda": lambda_parameter(),
     },
     passes=(Ranks(MAGNITUDE, {"low": lambda D, own: max(D - int(D * own["density"]) - 1, 0)}),),
