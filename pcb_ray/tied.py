@@ -176,6 +176,7 @@ def tie(
     tensors = [dict(of_one) for of_one in stored]
     left_out: dict[str, str] = {}
     copies: dict[str, str] = {}
+    merged_as: dict[str, str] = {}
     following: set[str] = set()
     untied: list[str] = []
     twins = list(finder.declared_twins)
@@ -185,6 +186,7 @@ def tie(
             raise RequestError(problems)
         for names in classes:
             kept = names[0]
+            merged_as |= dict.fromkeys(names, kept)
             has_base = finder.stands_for(0, names, group) is not None
             for k in range(len(stored)):
                 for name in names:
@@ -205,8 +207,11 @@ def tie(
                     copies[name] = kept
         untied += finder.untied(classes)
         notes += finder.notes(classes)
-    for name, original in by_class.items() if untied else ():  # nothing ties them any more when the output is loaded
-        kept = left_out.pop(name, "") or left_out.get(original) or copies.get(original) or original
+    # Nothing ties them any more when the output is loaded.
+    pairs = [pair for name, original in by_class.items() for pair in ((name, original), (original, name))] if untied else []
+    for name, other in pairs:
+        left_out.pop(name, None)
+        kept = merged_as.get(name) or merged_as.get(other, other)
         if name in tensors[0] or name in copies or kept not in tensors[0]:
             continue
         if excluded(kept) or kept in following:
@@ -313,8 +318,7 @@ class _Finder:
         return self._by_class
 
     def _is_apart_in_base(self, classes: Sequence[Sequence[str]]) -> bool:
-        base, first = self._stored[0], classes[0][0]
-        return all(names[0] in base and not self._are_one(0, names[0], first) for names in classes[1:])
+        return all(not self._is_one_of(0, names[0], classes[0]) for names in classes[1:])
 
     def split(self, group: Sequence[str]) -> list[list[str]]:
         """The group's names by what is one tensor in all inputs that store both; in each, the name under which it is merged is the
@@ -322,7 +326,7 @@ class _Finder:
         classes: list[list[str]] = [[group[0]]]
         for name in group[1:]:
             follows = self._excluded(name) and (name not in self._stored[0] or self._are_one(0, name, group[0]))
-            fitting = (c for c in classes if all(self._are_one(k, name, one) for k in range(len(self._stored)) for one in c))
+            fitting = (c for c in classes if all(self._is_one_of(k, name, c) for k in range(len(self._stored))))
             home = classes[0] if follows else next(fitting, None)
             if home is None:
                 classes.append([name])
@@ -357,7 +361,7 @@ class _Finder:
 
     def untied(self, classes: Sequence[Sequence[str]]) -> list[str]:
         """The heads that are apart, and that the base ties."""
-        return [names[0] for names in classes[1:] if self._is_untied(names[0], classes[0][0])]
+        return [names[0] for names in classes[1:] if self._is_untied(names[0], classes[0])]
 
     def unfit_to_untie(self, classes: Sequence[Sequence[str]]) -> list[str]:
         """Heads that can't be apart from the embedding, since that would change what the model computes elsewhere."""
@@ -369,11 +373,12 @@ class _Finder:
             if self._model_type in SCALED_IF_TIED and "scale_decoder_outputs" not in (self._config or {})
         ]
 
-    def _is_untied(self, head: str, embedding: str) -> bool:
-        is_apart_there = head in self._stored[0] and not self._are_one(0, head, embedding)
-        ties = {*self._by_class.items()}
-        is_tied = not ties.isdisjoint({(head, embedding), (embedding, head)}) if self._by_class else head.endswith(HEADS)
-        return is_tied and self._declared[0] is not False and not is_apart_there
+    def _is_untied(self, head: str, others: Sequence[str]) -> bool:
+        is_tied = self._is_tied_by_class(head, others) if self._by_class else head.endswith(HEADS)
+        return is_tied and self._declared[0] is not False and self._is_one_of(0, head, others)
+
+    def _is_tied_by_class(self, name: str, others: Sequence[str]) -> bool:
+        return any(self._by_class.get(name, name) == self._by_class.get(one, one) for one in others)
 
     def notes(self, classes: Sequence[Sequence[str]]) -> list[str]:
         """What inputs store otherwise than the base, and what becomes of it."""
@@ -401,14 +406,14 @@ class _Finder:
             group = [one for of_class in classes for one in of_class]
             lacking = [k for k in range(len(self._stored)) if k not in having]
             without = dict.fromkeys(self._sources[k] for k in lacking if self.stands_for(k, names, group) is not None)
-            is_untied = self._is_untied(name, first)
+            is_untied = self._is_untied(name, classes[0])
             if not without and not is_untied:
                 continue
-            differing = dict.fromkeys(self._sources[k] for k in having if not self._are_one(k, name, first))
+            differing = dict.fromkeys(self._sources[k] for k in having if not self._is_one_of(k, name, classes[0]))
             note = f"{', '.join(differing)}: {name} was trained apart from {first}, to which others tie it: they are merged apart"
             note += f", {first} standing for {name} in {', '.join(without)}" if without else ""
             note += ', and the output\'s config.json says "tie_word_embeddings": false' if is_untied and self._has_config else ""
-            if name not in self._stored[0] or self._are_one(0, name, first):
+            if self._is_one_of(0, name, classes[0]):
                 note += f'. `exclude: ["{name}"]` keeps them tied, and loses what was trained there'
             found.append(note)
         return found
@@ -420,6 +425,9 @@ class _Finder:
         base = self._stored[0]
         stored = sum(name in model for model in self._stored)
         return name not in base, name.endswith(HEADS), -stored, self._place.get(name, len(self._place)), name
+
+    def _is_one_of(self, k: int, name: str, others: Sequence[str]) -> bool:
+        return all(self._are_one(k, name, one) for one in others)
 
     def _are_one(self, k: int, one: str, other: str) -> bool:
         """Whether nothing in an input says that two names are two tensors."""
@@ -434,7 +442,7 @@ class _Finder:
         not deny it."""
         if k or self._declared[0]:
             return self._declared[k] is not False
-        return any((one, other) in self._by_class.items() for one in group for other in group if one in names or other in names)
+        return any(self._is_tied_by_class(name, [one for one in group if one not in names]) for name in names)
 
     def _like(self, within: Tensors, name: str, elsewhere: Tensors) -> str | None:
         """The name that `elsewhere` has too of a tensor that equals this one, if there is one; one that can't be read yet, if it

@@ -552,6 +552,31 @@ def test_an_untied_merge_loads_with_all_that_its_class_would_tie(tmp_path: Path,
     assert not torch.equal(own[head], own[keys[head]])
 
 
+def test_an_untied_merge_of_a_base_that_stores_a_copy_alone_loads_too(tmp_path: Path) -> None:
+    import transformers as t
+
+    torch.manual_seed(0)
+    model = t.BartForConditionalGeneration(t.BartConfig(**BART))
+    saved(tmp_path, model)
+    path, copy, original = tmp_path / "base" / "model.safetensors", "model.encoder.embed_tokens.weight", "model.shared.weight"
+    state = load_file(path)
+    save_file({copy if name == original else name: tensor for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    one = load_file(tmp_path / "model1" / "model.safetensors")
+    head = {"lm_head.weight": one[original] + 0.05}
+    save_file(one | head, tmp_path / "model1" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "model1" / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "model1" / "config.json").write_text(json.dumps(config))
+    content = {"merge_method": "linear", "base_model": "base", "models": ["model0", "model1"]}
+    out = merged_to(tmp_path / "out", Recipe.from_dict(content, folder=tmp_path))
+    loaded, info = type(model).from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    first = load_file(tmp_path / "model0" / "model.safetensors")[original]
+    for name in (original, copy, "model.decoder.embed_tokens.weight"):
+        own = dict(loaded.named_parameters(remove_duplicate=False))[name]
+        torch.testing.assert_close(own.detach(), (first + one[original]) / 2)
+    torch.testing.assert_close(loaded.lm_head.weight.detach(), (first + head["lm_head.weight"]) / 2)
+
+
 def test_a_t5_of_version_1_1_is_merged_as_transformers_saves_it(tmp_path: Path) -> None:
     """Its config.json says that it is tied, and by `scale_decoder_outputs` that it is not."""
     import transformers as t
