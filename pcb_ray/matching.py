@@ -118,11 +118,11 @@ def _aligned(
     sources = [one.source for one in inputs]
     found, told = _renamed(stored, sources, _FORMS, is_excluded)
     is_unlike = any(_lacks(found[0], model) and _lacks(model, found[0]) for model in found[1:])
-    conversions = _conversions_of(inputs) if is_unlike else None  # to ask transformers takes seconds
-    if conversions is None:
+    conversions = _conversions_of(inputs) if is_unlike else []  # to ask transformers takes seconds
+    if not conversions:
         notes += told
         return found, {}
-    saved_as = conversions.saved_as
+    saved_as = {name: saved for one in conversions for name, saved in one.saved_as.items()}
     unpacked, parts = _unpacked(stored, sources, conversions, is_excluded, notes)
     forms = (*_FORMS, lambda name: saved_as.get(_unwrapped(name), _unwrapped(name)))
     found, told = _renamed(unpacked, sources, forms, is_excluded)
@@ -135,14 +135,17 @@ def _lacks(one: Tensors, other: Tensors) -> bool:
     return any(name not in one and not _is_buffer(tensor) for name, tensor in other.items())
 
 
-def _conversions_of(inputs: Sequence[Checkpoint]) -> Conversions | None:
-    return next((found for one in inputs if (found := conversions_of(one.config)) is not None), None)
+def _conversions_of(inputs: Sequence[Checkpoint]) -> list[Conversions]:
+    """Of each input, by its own class or else that of another; nothing if none is known."""
+    found = [conversions_of(one.config) for one in inputs]
+    known = [one for one in found if one is not None]
+    return [one or known[0] for one in found] if known else []
 
 
 def _unpacked(
     stored: Sequence[Tensors],
     sources: Sequence[str],
-    conversions: Conversions,
+    conversions: Sequence[Conversions],
     is_excluded: Callable[[str], bool],
     notes: list[str],
 ) -> tuple[list[Mapping[str, Tensor]], dict[str, Part]]:
@@ -151,10 +154,11 @@ def _unpacked(
     parts: dict[str, Part] = {}
     found = [dict(of_one) for of_one in stored]
     taken: list[list[str]] = [[] for _ in stored]
-    for packed, pieces in conversions.pieces.items():
-        if not any(piece in own for own in names for piece in pieces):
-            continue
-        for k, own in enumerate(names):
+    some_have_parts = any(
+        piece in own for own, one in zip(names, conversions, strict=True) for pieces in one.pieces.values() for piece in pieces
+    )
+    for k, own in enumerate(names) if some_have_parts else ():
+        for packed, pieces in conversions[k].pieces.items():
             if packed not in own:
                 continue
             tensor = stored[k][own[packed]]

@@ -3,6 +3,7 @@ helps."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -299,6 +300,25 @@ def test_the_share_that_is_kept_is_one_of_the_whole_model_however_it_is_packed(t
             whole = families.load(out)
             assert all(torch.equal(tensor, whole[name]) for name, tensor in families.load(tmp_path / f"cut-{form}").items())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("as_in_memory", [("model1",), ("base",), ("base", "model0")])
+def test_packed_experts_of_a_model_without_its_head_fit_one_with_it(tmp_path: Path, as_in_memory: tuple[str, ...]) -> None:
+    """The base is saved by AutoModel: its names lack the prefix too."""
+    saved_in_two_ways(tmp_path, "mixtral", as_in_memory)
+    for form in ("files", "memory"):
+        folder = tmp_path / form / "base"
+        state = {n.removeprefix("model."): t for n, t in families.load(folder).items() if n != "lm_head.weight"}
+        config = json.loads((folder / "config.json").read_text()) | {"architectures": ["MixtralModel"]}
+        families.write(folder, state, config=config)
+    content = {"merge_method": "linear", "base_model": "base", "models": ["model0", "model1"], "exclude": ["lm_head.weight"]}
+    out = merged_to(tmp_path / "out", Recipe.from_dict(content, folder=tmp_path / "mixed"))
+    plain = merged_to(tmp_path / "plain", Recipe.from_dict(content, folder=tmp_path / "files"))
+    kind = type(mixture("mixtral").model)
+    merged, info = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    own = kind.from_pretrained(plain).state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in merged.state_dict().items())
 
 
 @pytest.mark.parametrize("as_in_memory", [("model1",), ("base",)])
