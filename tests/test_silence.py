@@ -91,6 +91,7 @@ def make_fake(plan: Any, device: str, block_elements: int, writes_to: str) -> An
 def stop_here(folder: Folder) -> None:
     folder.claim(f"stopped {os.getpid()}")
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1)  # the signal goes to any thread of the process: this one might have answered before it stops, too
 
 
 @dataclasses.dataclass
