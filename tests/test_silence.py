@@ -90,8 +90,12 @@ def make_fake(plan: Any, device: str, block_elements: int, writes_to: str) -> An
 
 def stop_here(folder: Folder) -> None:
     folder.claim(f"stopped {os.getpid()}")
-    os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(1)  # the signal goes to any thread of the process: this one might have answered before it stops, too
+    signal_here(signal.SIGSTOP)
+
+
+def signal_here(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(1)  # the signal goes to any thread of the process: this one might answer before it is stopped, too
 
 
 @dataclasses.dataclass
@@ -137,7 +141,7 @@ class DeadlyCount(Count):
 
     def merge(self, other: Count) -> None:
         if len(other.of_item) > 1 and self.folder.claim("signal"):  # an owner's own answers are about one item
-            os.kill(os.getpid(), self.signal)
+            signal_here(self.signal)
         super().merge(other)
 
 
