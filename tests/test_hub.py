@@ -161,6 +161,17 @@ MODELS = {
          for seed, commit in enumerate((OLD, NEW), start=1)},
         {"main": NEW, "v1": OLD, "refs/pr/7": OLD},
     ),
+    "org/pipeline": one(
+        {
+            "model_index.json": b'{"unet": ["diffusers", "U"], "text_encoder": ["t", "T"], "safety_checker": [null, null]}',
+            "unet/config.json": b'{"_class_name": "U"}',
+            "unet/diffusion_pytorch_model.safetensors": save(tensors_for(7, 2)),
+            "unet/diffusion_pytorch_model.fp16.safetensors": b"not wanted",
+            "text_encoder/model.safetensors": b"goes along",
+            "text_encoder/pytorch_model.fp16.bin": b"goes along",
+            "v1-5-pruned.safetensors": b"not wanted",
+        }
+    ),
     "org/old-format": one({"config.json": b"{}", "pytorch_model.bin": bin_file({"x": torch.ones(300)}), "tf_model.h5": b"x"}),
     "org/bins": one({"config.json": b"{}", **in_bin_files(1)}),
     "org/bins-no-ranges": one({"config.json": b"{}", **in_bin_files(2)}, ranges=False),
@@ -324,6 +335,22 @@ def test_a_download_takes_the_needed_files_only_and_serves_when_the_hub_is_gone(
     (folder / "aside").rename(folder / "model-00002-of-00003.safetensors")
     assert any("cannot be reached" in problem for problem in again["problems"])
     assert any("model-00002-of-00003.safetensors: wanted a file, found none" in problem for problem in again["problems"])
+
+
+def test_of_a_pipeline_on_the_hub_the_part_is_opened_by_its_header_and_the_rest_fetched_with_it(
+    tmp_path: Path, hub: HubServer
+) -> None:
+    before, after = open_all(tmp_path, hub.endpoint, Job("org/pipeline"), Job("org/pipeline", True))
+    strip = [[name, dtype, shape] for name, dtype, shape, _, _ in after["tensors"]]
+    assert [[name, dtype, shape] for name, dtype, shape, _, _ in before["tensors"]] == strip
+    assert {file for _, _, _, file, _ in before["tensors"]} == {
+        f"hub://org/pipeline@{before['commit']}/unet/diffusion_pytorch_model.safetensors"
+    }
+    assert after["config"] == {"_class_name": "U"}
+    folder = Path(after["folder"])
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert there == {"model_index.json", *unet, "text_encoder/model.safetensors", "text_encoder/pytorch_model.fp16.bin"}
 
 
 def test_every_file_beside_the_tensors_that_is_fetched_is_copied_too_and_the_other_way_round(opened: Opened) -> None:
