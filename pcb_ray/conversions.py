@@ -7,6 +7,8 @@ places; where, is read off views of a model without data.
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,17 +47,24 @@ def conversions_of(config: Mapping[str, Any] | None) -> Conversions | None:
 
 def tied_weights_of(config: Mapping[str, Any] | None) -> dict[str, str] | None:
     """By the name in files of each tensor that the class of this config.json ties, that of what it ties it to; None likewise."""
+    return _of_class(config, _tied_weights)
 
-    def tied(module: Any) -> dict[str, str]:
-        saved_as = _conversions(module).saved_as
-        return {saved_as.get(name, name): saved_as.get(to, to) for name, to in module.all_tied_weights_keys.items()}
 
-    return _of_class(config, tied)
+def _tied_weights(module: Any) -> dict[str, str]:
+    saved_as = _conversions(module).saved_as
+    return {saved_as.get(name, name): saved_as.get(to, to) for name, to in module.all_tied_weights_keys.items()}
 
 
 def _of_class(config: Mapping[str, Any] | None, told: Callable[[Any], _T]) -> _T | None:
-    """What is told of a model of this config without data. No weights are loaded, and no code of the model's is run."""
     kept = {key: value for key, value in (config or {}).items() if key != "quantization_config"}
+    found: _T | None = _asked(json.dumps(kept), told)
+    return found
+
+
+@functools.lru_cache(maxsize=64)  # the models of a merge have few configs, and plans of them are made again
+def _asked(config: str, told: Callable[[Any], Any]) -> Any:
+    """What is told of a model of this config without data. No weights are loaded, and no code of the model's is run."""
+    kept = json.loads(config)
     names = kept.get("architectures")
     if not isinstance(kept.get("model_type"), str) or not isinstance(names, list) or not names or not isinstance(names[0], str):
         return None

@@ -50,8 +50,7 @@ def merge_state_dicts(
     `base` and `models` map names to CPU tensors; tensors of the base that share storage count once and share it in the result,
     unless a model has them apart. `weights` are the lambda_i (1 by default). `parameters` are the method's, such as density=0.1 or
     lambda_=1.0; one that each model may have for itself may be a list, one for each, and a list for lambda_ is over the layers, as
-    in a recipe. Returns a new state dict in the base's dtypes, or in `dtype`. Raises
-    RequestError."""
+    in a recipe. Returns a new state dict in the base's dtypes, or in `dtype`. Raises RequestError."""
     import torch
 
     sources = tuple(Model(f"models[{i}]") for i in range(len(models)))

@@ -18,7 +18,7 @@ from pcb_ray.conversions import Conversions, conversions_of
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor
 from pcb_ray.files.foreign import mismatch, some
-from pcb_ray.tied import HEADS, SCALED_IF_TIED, Apart, Samples, Ties, embedding_of, tie, ties_word_embeddings
+from pcb_ray.tied import HEADS, SCALED_IF_TIED, Apart, Finder, Samples, Ties, embedding_of, tie, ties_word_embeddings
 
 Tensors = Mapping[str, Tensor]
 _NUMBERS = re.compile(r"\d+")
@@ -64,7 +64,7 @@ def match(
 
     if broken := _without_elements(stored, sources, excluded):
         raise RequestError(broken)
-    ties = tie(inputs, stored, counts=_counts, excluded=excluded, samples=samples, apart=apart, notes=notes)
+    ties = tie(Finder(inputs, stored, _counts, excluded, samples, apart), stored, excluded, notes)
     names = {name for one in (*stored, *map(_stored, inputs)) for name in one}
     unused = [pattern for pattern in exclude if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
     notes += [f"exclude: {pattern!r} matches no tensor" for pattern in unused]

@@ -657,9 +657,8 @@ def _kept_parts(inputs: Inputs, names: Sequence[str]) -> list[str]:
             for name in names
             if name in theirs and (theirs[name] != sizes[name] or not _are_alike(inputs, model, name, sizes[name]))
         ]
-        notes += [f"{model.source}: has another {some(differing)}, which is not merged: what it trained there is lost"] * bool(
-            differing
-        )
+        if differing:
+            notes.append(f"{model.source}: has another {some(differing)}, which is not merged: what it trained there is lost")
     return notes
 
 

@@ -29,8 +29,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import choose_device, choose_workers
 from pcb_ray.errors import InputError
@@ -121,8 +119,10 @@ def _sum_of_grams(written: Mapping[int, Written]) -> Gram | None:
     grams = [one.gram for _, one in sorted(written.items()) if one.gram is not None]
     if not grams:
         return None
-    zeros = [sum(of_model) for of_model in zip(*(one.zeros for one in grams), strict=True)]
-    return Gram(np.sum([one.products for one in grams], axis=0), zeros)
+    total = replace(grams[0])
+    for one in grams[1:]:
+        total.merge(one)
+    return total
 
 
 def _written_before(session: Session, folder: str, state: State, label: str) -> dict[int, Written]:

@@ -157,19 +157,9 @@ class Ties:
     """What the sample found to be equal, and is to be compared whole."""
 
 
-def tie(
-    inputs: Sequence[Checkpoint],
-    stored: Sequence[Tensors],
-    *,
-    counts: Callable[[Tensor], bool],
-    excluded: Callable[[str], bool],
-    samples: Samples,
-    apart: Collection[Apart],
-    notes: list[str],
-) -> Ties:
-    """Find the ties of the inputs (base first), whose stored tensors have the base's names; only those that `counts` are looked at.
-    Raises RequestError for copies that differ where the config says that they are one."""
-    finder = _Finder(inputs, stored, counts, excluded, samples, apart)
+def tie(finder: Finder, stored: Sequence[Tensors], excluded: Callable[[str], bool], notes: list[str]) -> Ties:
+    """Find the ties of the inputs (base first), of which the finder knows. Raises RequestError for copies that differ where the
+    config says that they are one."""
     if finder.problems:
         raise RequestError(finder.problems)
     by_class = finder.asked_of_the_class()
@@ -223,8 +213,9 @@ def tie(
     return Ties(tuple(tensors), tuple(order), left_out, copies, frozenset(following), tuple(untied), tuple(twins))
 
 
-class _Finder:
-    """What is known of the inputs, and what that says about names that may be one tensor."""
+class Finder:
+    """What is known of the inputs (base first), and what that says about names that may be one tensor. Their stored tensors have
+    the base's names; only those that `counts` are looked at."""
 
     def __init__(
         self,
@@ -445,8 +436,8 @@ class _Finder:
         return any(self._is_tied_by_class(name, [one for one in group if one not in names]) for name in names)
 
     def _like(self, within: Tensors, name: str, elsewhere: Tensors) -> str | None:
-        """The name that `elsewhere` has too of a tensor that equals this one, if there is one; one that can't be read yet, if it
-        alone has the shape."""
+        """The name that `elsewhere` has too of a tensor that equals this one, if there is one; of those that can't be read yet, the
+        first of this shape."""
         tensor = within[name]
         alike = [one for one in within.values() if one.name != name and one.shape == tensor.shape and one.dtype == tensor.dtype]
         alike = [one for one in alike if one.name in elsewhere]
