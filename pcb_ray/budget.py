@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES
+from pcb_ray.files.remote import PIECE
 from pcb_ray.planning import Plan
 from pcb_ray.selection import adding_bytes, tally_bytes
 
@@ -22,7 +23,16 @@ def worker_bytes(plan: Plan, block_elements: int) -> int:
     if method.ranks:  # those of a task have a tally each: in the total of a sweep, and in two answers that may yet be dropped
         entries = plan.sizes.tally_entries
         tallies = 3 * method.ranks * n * tally_bytes(entries) + adding_bytes(entries)
-    return PROCESS_BYTES + block_elements * per_element + tallies
+    return PROCESS_BYTES + block_elements * per_element + tallies + _ahead_bytes(plan)
+
+
+def _ahead_bytes(plan: Plan) -> int:
+    """What is fetched ahead, where inputs come over a network: the pieces that hold the chunk at hand and the next ones."""
+    if not plan.is_remote:
+        return 0
+    window = plan.sizes.chunk_elements * (1 + plan.ahead)
+    widths = [max((DTYPE_BYTES[dtype] for dtype in plan.dtypes_of(source)), default=0) for source in range(plan.N + 1)]
+    return sum(width * window + 2 * PIECE for width in widths if width)
 
 
 def choose_block(plan: Plan, device: str, memory: int | None, beside: int = 0) -> int:

@@ -212,6 +212,14 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--resume", action="store_true", help="go on with an unfinished run; what has a score is not scored again")
         one.add_argument("--overwrite", action="store_true", help="replace OUT if it exists, and forget an unfinished run")
 
+    merge.add_argument(
+        "--cache",
+        type=size,
+        metavar="SIZE",
+        help="memory of each node for what is fetched from object stores (default: half of it)",
+    )
+    merge.add_argument("--scratch", default="", metavar="DIR", help="a folder on a disk of each node for what does not fit there")
+    merge.add_argument("--scratch-size", type=size, metavar="SIZE", help="bound on it (default: nine tenths of what is free)")
     for one in plan, merge, search:
         one.add_argument(
             "--max-shard-size",
@@ -341,6 +349,14 @@ def describe(plan: Plan, worker: int, free: int) -> list[str]:
     lines += [
         f"reads      {readable_bytes(facts['bytes_read'])}: {_number(plan.method.sweeps, 'sweep')} of "
         f"{readable_bytes(plan.sweep_bytes)} in the usual case",
+        *(
+            [
+                f"fetches    {readable_bytes(plan.sweep_bytes)} once, as far as the nodes have room for it in memory or --scratch; "
+                f"the rest by each of {plan.method.passes_over_inputs} passes"
+            ]
+            if plan.is_remote
+            else []
+        ),
         f"writes     {readable_bytes(plan.written_bytes)} in {_number(len(plan.files), 'file')}; "
         f"{readable_bytes(free)} are free here",
         f"memory     at most {readable_bytes(worker)} per worker (the driver takes less)",
@@ -374,6 +390,9 @@ def _merge(options: argparse.Namespace) -> int:
         memory=options.memory,
         resume=options.resume,
         overwrite=options.overwrite,
+        cache=options.cache,
+        scratch=options.scratch,
+        scratch_bytes=options.scratch_size,
     )
     print(
         f"{options.out}: {receipt.N} models merged in {receipt.elapsed_s:.1f} s by {receipt.workers} workers; "

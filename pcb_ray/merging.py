@@ -13,7 +13,8 @@ from typing import Any
 from pcb_ray.analysis import analyse, differing
 from pcb_ray.budget import choose_block
 from pcb_ray.cluster import check_cluster, cluster
-from pcb_ray.files.store import open_store
+from pcb_ray.files.room import Room
+from pcb_ray.files.stores import open_store
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import side_files, write_side_files
 from pcb_ray.output.place import check_out, check_place
@@ -24,7 +25,7 @@ from pcb_ray.receipt import Receipt, Sweep
 from pcb_ray.recipe import Recipe
 from pcb_ray.relation import Relation
 from pcb_ray.session import Session
-from pcb_ray.steps import ARITHMETIC, Spent, placed, publish, stamps_of, write_from
+from pcb_ray.steps import ARITHMETIC, Spent, placed, publish, write_from
 from pcb_ray.tied import Apart
 
 log = logging.getLogger("pcb_ray")
@@ -41,6 +42,9 @@ def merge(
     memory: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    cache: int | None = None,
+    scratch: str = "",
+    scratch_bytes: int | None = None,
     quiet: bool = False,
 ) -> Receipt:
     """Merge the recipe's models into the directory `out` on Ray, and return the receipt (also in `out`/pcb_receipt.json).
@@ -48,6 +52,9 @@ def merge(
     The output's bytes are a function of the inputs and the recipe: neither `workers`, `memory` (bytes of anonymous memory per
     worker), `device` nor a lost worker shows in them. `out` appears only when whole. A run that was killed goes on with
     `resume=True`.
+
+    What is fetched from object stores each node keeps for later sweeps: in `cache` bytes of memory (None: half of what is free),
+    then in at most `scratch_bytes` of the folder `scratch`, if one is named.
 
     Raises RequestError if the request or an input is wrong (before anything is written), RunError if the run can't be finished.
     """
@@ -60,17 +67,18 @@ def merge(
         choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
     for note in () if resume and is_unfinished(out) else plan.notes:  # told when it began
         log.warning("note: %s", note)
-    store = open_store()
-    stamps = stamps_of(plan, store)
+    store = open_store(plan.stamps, recipe.storage)
+    room = Room.for_a_run(cache, scratch, scratch_bytes) if plan.is_remote else None
+    stamps = plan.stamps
     with (
         State(out, asked_of(plan, ARITHMETIC, stamps), stamps, resume=resume, overwrite=overwrite) as state,
         cluster(address),
-        placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, quiet=quiet) as session,
+        placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, room=room, quiet=quiet) as session,
     ):
         startup_s = time.monotonic() - start
         kept = Kept(state.found, session, start)
         kept.settle(inputs, lambda inputs: plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes), state)
-        digests = write_side_files(state.staging, side_files(recipe, session.plan, inputs.base, inputs.tokenizer))
+        digests = write_side_files(state.staging, side_files(recipe, session.plan, inputs.base, inputs.tokenizer), store)
         known = kept.analysed(state)
         output = write_from(state.stamps, session, store, known, str(state.staging), state)
         return publish(
@@ -95,7 +103,7 @@ def opened(recipe: Recipe, max_shard_bytes: int, check: Callable[[Plan], None]) 
     if inputs.on_hub:
         inputs = fetched(recipe, inputs)
         plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
-    return inputs, related(plan, open_store())
+    return inputs, related(plan, open_store(storage=recipe.storage))
 
 
 def settled(session: Session, inputs: Inputs, replan: Callable[[Inputs], Plan]) -> Inputs:

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pcb_ray.budget import MIN_BLOCK, choose_block
 from pcb_ray.errors import InputError, RequestError
-from pcb_ray.files.store import Store
+from pcb_ray.files.objects import object_problem
+from pcb_ray.files.store import Store, is_remote
 from pcb_ray.kernels import choose_kernel
 from pcb_ray.kernels.reference import Loaded, keys
 from pcb_ray.methods import Extrema, Known, Ranks, Sums
@@ -92,12 +93,16 @@ class Owner:
 
     def state(self) -> OwnerState:
         self.note_memory()
+        traffic = self.store.traffic
         read = self._read_apart + sum(reader.bytes_read for reader in self._readers if reader is not None)
         return OwnerState(
             kernel=self.kernel.name,
             device=str(self.device),
             bytes_read=read,
             peak_bytes=self.peak_bytes,
+            fetched=traffic.fetched,
+            retries=traffic.retries,
+            room=traffic.room,
             pid=os.getpid(),
             node=socket.gethostname(),
         )
@@ -106,12 +111,16 @@ class Owner:
         """Make durable what was written so far."""
         self.store.sync()
 
+    def close(self) -> None:
+        """Let go of all files, and of what this node keeps for the run."""
+        self.store.close()
+
     # --- sweeps over the chunks ---------------------------------------------------------------------------------------------------
 
     def sample(self, chunks: Sequence[int], question: SampleKeys) -> Sampled:
         quantity = self._pass(question.step, Ranks).quantity
         samples = [Sample(SAMPLE_SHIFT[quantity.bits]) for _ in range(self.plan.N)]
-        for segments, runs in self._sample_blocks(chunks):
+        for segments, runs in self._sample_blocks(self._chunks_ahead(chunks)):
             values_NB = self.kernel.values(self.load(segments), quantity, question.known)
             for sample, x_B in zip(samples, values_NB, strict=True):
                 sample.add(keys(x_B, quantity.magnitude).cpu().numpy(), runs)
@@ -121,7 +130,7 @@ class Owner:
         quantity, entries = self._pass(question.step, Ranks).quantity, self.plan.sizes.tally_entries
         tallies = [[Tally(b, entries) for b in of_model] for of_model in question.brackets]
         largest, digests, gram = [-(1 << 63)] * self.plan.N, self._digests(), self._gram(question.relate)
-        for segments in itertools.chain.from_iterable(map(self.blocks, chunks)):
+        for segments in itertools.chain.from_iterable(map(self.blocks, self._chunks_ahead(chunks))):
             loaded = self.load(segments, digests)
             self._relate(loaded, gram)
             of_block, counted = self.kernel.count(loaded, quantity, question.known, question.brackets)
@@ -138,7 +147,7 @@ class Owner:
         wanted, digests, gram = self._pass(question.step, Extrema), self._digests(), self._gram(question.relate)
         smallest: list[float] = []
         largest: list[float] = []
-        for segments in itertools.chain.from_iterable(map(self.blocks, chunks)):
+        for segments in itertools.chain.from_iterable(map(self.blocks, self._chunks_ahead(chunks))):
             loaded = self.load(segments, digests)
             self._relate(loaded, gram)
             if not self.kernel.extremes(loaded, wanted, question.known, smallest, largest):
@@ -150,7 +159,7 @@ class Owner:
         wanted, digests, gram = self._pass(question.step, Sums), self._digests(), self._gram(question.relate)
         is_first = question.step == 0  # then nobody has looked at the inputs yet
         of_piece: dict[int, tuple[float, ...]] = {}
-        for chunk in chunks:
+        for chunk in self._chunks_ahead(chunks):
             pieces = {chunk: self.blocks(chunk)}
             if wanted.per == "tensor":
                 pieces = {self.plan.cell_of(cell): self._cut([cell]) for cell in self.plan.cells_of(chunk)}
@@ -171,7 +180,7 @@ class Owner:
 
     def write(self, parts: Sequence[int], question: WriteParts) -> dict[int, Written]:
         result = {}
-        for number in parts:
+        for number in self._parts_ahead(parts):
             part, digests, digest = self.plan.parts[number], self._digests(), xxhash.xxh3_128(seed=number)
             gram = self._gram(question.relate)
             with self.store.part(self._out_file(question.folder, part), part.start, part.stop) as out:
@@ -193,7 +202,7 @@ class Owner:
 
     def compare_parts(self, parts: Sequence[int], question: CompareParts) -> dict[int, str]:
         result = {}
-        for number in parts:
+        for number in self._parts_ahead(parts):
             part = self.plan.parts[number]
             file, at = self._out_file(question.folder, part), part.start
             for data, segments in self._outputs(part, question.known, None):
@@ -310,6 +319,27 @@ class Owner:
     def _out_file(self, folder: str, part: Part) -> str:
         return os.path.join(folder, self.plan.files[part.file].name)
 
+    # --- what is needed next ------------------------------------------------------------------------------------------------------
+
+    def _chunks_ahead(self, chunks: Sequence[int]) -> Iterator[int]:
+        return self._ahead(chunks, self.plan.chunks, self.plan.cells_of)
+
+    def _parts_ahead(self, parts: Sequence[int]) -> Iterator[int]:
+        return self._ahead(parts, len(self.plan.parts), lambda number: self.plan.parts[number].segments)
+
+    def _ahead(self, items: Sequence[int], end: int, segments_of: Callable[[int], Sequence[Segment | Copied]]) -> Iterator[int]:
+        """The items one after another, while what they and the next ones are made from is on its way. After the last one those
+        follow that are probably asked for next."""
+        if not self.plan.is_remote:
+            yield from items
+            return
+        ahead = self.plan.ahead
+        run = [*items, *(range(items[-1] + 1, min(items[-1] + 1 + ahead, end)) if items else ())]
+        for k, item in enumerate(items):
+            coming = itertools.chain.from_iterable(segments_of(one) for one in run[k : k + 1 + ahead])
+            self.store.expect(self.plan.ranges_of(coming))
+            yield item
+
     # --- blocks -------------------------------------------------------------------------------------------------------------------
 
     def blocks(self, chunk: int) -> Iterator[list[Segment]]:
@@ -338,7 +368,7 @@ class Owner:
         if block:
             yield block
 
-    def _sample_blocks(self, chunks: Sequence[int]) -> Iterator[tuple[list[Segment], NDArray[np.int64]]]:
+    def _sample_blocks(self, chunks: Iterable[int]) -> Iterator[tuple[list[Segment], NDArray[np.int64]]]:
         """The sample runs that start in these chunks, many to a block, with the number of each element's run.
 
         Their places depend on the plan alone."""
@@ -468,8 +498,11 @@ class Owner:
         """Every machine must see the same inputs and the same output folder."""
         node, problems = socket.gethostname(), []
         shared = "a file system that all nodes share"
+        problems += self._unreachable()
         for one in self.plan.inputs:
             for file in one.files:
+                if is_remote(file.path):  # each read of it is checked
+                    continue
                 try:
                     size = self.store.stamp(file.path).size
                 except OSError as error:
@@ -487,6 +520,17 @@ class Owner:
             problems.append(f"{writes_to}: wanted the output's folder, found none on node {node}. Fix: choose one on {shared}.")
         if problems:
             raise RequestError(problems)
+
+    def _unreachable(self) -> list[str]:
+        """Stores that this machine can't read, by one byte of each: credentials are each machine's own."""
+        node, problems = socket.gethostname(), []
+        files = [file.path for one in self.plan.inputs for file in one.files if is_remote(file.path) and file.size]
+        for file in {file.split("/")[2]: file for file in files}.values():
+            try:
+                self.store.read(file, 0, memoryview(bytearray(1)))
+            except OSError as error:
+                problems.append(f"node {node}: {object_problem(file, error)}")
+        return problems
 
     def note_memory(self) -> None:
         if time.monotonic() - self._noted >= NOTE_MEMORY_S:

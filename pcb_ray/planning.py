@@ -20,7 +20,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -45,7 +46,8 @@ from pcb_ray.files.checkpoint import (
     safetensors_header,
 )
 from pcb_ray.files.foreign import some
-from pcb_ray.files.store import Store, open_store
+from pcb_ray.files.store import Range, Stamp, Store, is_remote
+from pcb_ray.files.stores import open_store
 from pcb_ray.files.vocabulary import check_vocabularies
 from pcb_ray.matching import match
 from pcb_ray.methods import Method, Ranks, Settings
@@ -53,6 +55,8 @@ from pcb_ray.recipe import DTYPES, Recipe, depths_of
 from pcb_ray.relation import Relation, notes_on, other_bases, relation_of
 from pcb_ray.tied import Apart, Samples, Twin
 
+AHEAD_ELEMENTS = 1 << 22
+OPENED_AT_ONCE = 16
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
 
 
@@ -244,6 +248,21 @@ class Plan:
         return tuple(model.source for model in self.recipe.models)
 
     @property
+    def stamps(self) -> dict[str, Stamp]:
+        """What each file of the inputs was when it was opened, and must stay."""
+        return {file.path: file.stamp for one in self.inputs for file in one.files if file.stamp is not None}
+
+    @property
+    def ahead(self) -> int:
+        """How many chunks or parts beyond the one at hand are fetched, where inputs come over a network: more of small ones."""
+        return max(1, AHEAD_ELEMENTS // self.sizes.chunk_elements)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether inputs are read over a network, and not from a file system."""
+        return any(is_remote(file.path) for one in self.inputs for file in one.files)
+
+    @property
     def sweep_bytes(self) -> int:
         """Bytes of one full sweep over the inputs."""
         return sum(t.nbytes for tensor in self.tensors for t in tensor.sources if t is not None)
@@ -336,6 +355,20 @@ class Plan:
         """What a part of the output takes."""
         return self.parts[number].stop - self.parts[number].start
 
+    def ranges_of(self, segments: Iterable[Segment | Copied]) -> Iterator[Range]:
+        """The bytes of the inputs that these segments are made from."""
+        for one in segments:
+            if isinstance(one, Copied):
+                copy = self.copies[one.copy]
+                for source in copy.models or (copy.source,):
+                    share = source.numel * DTYPE_BYTES[source.dtype] / copy.written_bytes  # a mean may be written in another dtype
+                    yield Range(source.file, source.start + int(one.start * share), source.start + int(one.stop * share))
+                continue
+            for merged in self.tensors[one.tensor].sources:
+                if merged is not None and one.start < one.stop:
+                    itemsize = DTYPE_BYTES[merged.dtype]
+                    yield Range(merged.file, merged.start + one.start * itemsize, merged.start + one.stop * itemsize)
+
     def _cells_of_tensor(self, index: int) -> Iterator[Segment]:
         tensor = self.tensors[index]
         chunk, at = bisect.bisect_right(self.bounds, tensor.first) - 1, 0
@@ -375,9 +408,12 @@ class Plan:
         """All that decides the output's bytes, as JSON values: what a resumed run must share with the run it continues."""
         code = self.recipe.code
         return {
-            "recipe": self.recipe.to_yaml(),
+            "recipe": dataclasses.replace(self.recipe, storage={}).to_yaml(),  # another cluster may reach stores otherwise
             "code_sha256": None if code is None else code.sha256,
-            "inputs": [dataclasses.asdict(i) for i in self.inputs],
+            "inputs": [
+                {"source": i.source, "commit": i.commit, "files": [[f.path, f.size, f.header_sha256] for f in i.files]}
+                for i in self.inputs
+            ],
             "output": [[f.name, f.size, hashlib.sha256(f.header).hexdigest()] for f in self.files],
             "sizes": dataclasses.asdict(self.sizes),
             "tensors": self.tensors_sha256,
@@ -448,7 +484,7 @@ class Inputs:
 def open_inputs(recipe: Recipe) -> Inputs:
     """All checkpoints of the recipe, by their headers; each is looked up once. Raises RequestError with all that is wrong with any
     of them."""
-    return _opened(recipe, lambda source: open_checkpoint(source, recipe.folder))
+    return _opened(recipe, lambda source: open_checkpoint(source, recipe.folder, storage=recipe.storage))
 
 
 def fetched(recipe: Recipe, inputs: Inputs) -> Inputs:
@@ -461,14 +497,17 @@ def fetched(recipe: Recipe, inputs: Inputs) -> Inputs:
             return before
         found = open_checkpoint(source, recipe.folder, download=True)
         if found.commit != before.commit:  # the branch has moved meanwhile
-            pinned = f"{source.split('@')[0]}@{before.commit}"
+            pinned = f"{source.partition('@')[0]}@{before.commit}"
             found = dataclasses.replace(open_checkpoint(pinned, recipe.folder, download=True), source=source)
         at[source] = found
         return found
 
+    def open_again(source: str) -> Checkpoint:
+        return open_checkpoint(source, recipe.folder, storage=recipe.storage)
+
     _opened(recipe, fetch)
     # A download may take hours, in which a local model may become another one.
-    return _opened(recipe, lambda source: open_checkpoint(source, recipe.folder) if at[source].commit is None else at[source])
+    return _opened(recipe, lambda source: open_again(source) if at[source].commit is None else at[source])
 
 
 def _opened(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Inputs:
@@ -476,14 +515,18 @@ def _opened(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Inputs:
     tokenizer = base if recipe.tokenizer_source == "base" else recipe.tokenizer_source
     found: dict[str, Checkpoint] = {}
     problems: list[str] = []
-    for source in dict.fromkeys((base, *(m.source for m in recipe.models), tokenizer)):
-        try:
-            found[source] = opened(source)
-        except RequestError as error:
-            problems += error.problems
+    sources = list(dict.fromkeys((base, *(m.source for m in recipe.models), tokenizer)))
+    at_once = OPENED_AT_ONCE if any(map(is_remote, sources)) else 1  # on a disk there is nothing to wait for
+    with ThreadPoolExecutor(at_once) as pool:
+        for source, opening in [(source, pool.submit(opened, source)) for source in sources]:
+            try:
+                found[source] = opening.result()
+            except RequestError as error:
+                problems += error.problems
     if problems:
         raise RequestError(problems)
-    inputs = Inputs(found[base], tuple(found[m.source] for m in recipe.models), found[tokenizer])
+    samples = Samples(open_store(storage=recipe.storage))
+    inputs = Inputs(found[base], tuple(found[m.source] for m in recipe.models), found[tokenizer], samples)
     notes: list[str] = []
     wrong = check_vocabularies(inputs.base, inputs.models, inputs.tokenizer, notes)
     if recipe.method.has_base:
@@ -500,7 +543,7 @@ def plan(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], *, max_sha
     recipe = Recipe.of(recipe)
     inputs = open_inputs(recipe)
     made = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
-    return made if inputs.on_hub else related(made, open_store())
+    return made if inputs.on_hub else related(made, open_store(storage=recipe.storage))
 
 
 def related(plan: Plan, store: Store) -> Plan:

@@ -52,6 +52,12 @@ class OwnerState:
     peak_bytes: int
     pid: int
     node: str
+    fetched: int = 0
+    """Bytes that came over a network: of stores, not of file systems."""
+    retries: int = 0
+    """Requests to stores that were made again."""
+    room: int = 0
+    """What its node keeps at most of what was fetched."""
 
 
 class Owners(Protocol):

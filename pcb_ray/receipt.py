@@ -20,12 +20,14 @@ from typing import Any, Self
 from pcb_ray.checks import shown, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.files.foreign import is_inside, strict_json
+from pcb_ray.files.hub import hub_id
+from pcb_ray.files.store import is_remote
 from pcb_ray.planning import Input, Plan
 from pcb_ray.relation import Relation
 from pcb_ray.tied import Apart
 
 RECEIPT = "pcb_receipt.json"
-VERSION = 3
+VERSION = 4
 MAX_BYTES = 1 << 26
 _FIX = "restore it as pcb-ray merge wrote it, or merge again"
 
@@ -84,6 +86,8 @@ class Receipt:
     full_sweeps: int
     kernels: tuple[str, ...]
     bytes_read: int
+    bytes_fetched: int
+    retries: int
     bytes_written: int
     workers: int
     workers_lost: int
@@ -232,7 +236,7 @@ def names_of_inputs(plan: Plan) -> tuple[str, ...]:
     for one in plan.inputs:
         place = _place(one, plan)
         if one.commit is not None:
-            names.setdefault(place, one.source.split("@")[0])
+            names.setdefault(place, hub_id(one.source))
         elif place not in names:
             # A model that is called "base" would be taken for the base by `tokenizer_source`.
             taken = {*names.values(), *(["base"] if names else [])}
@@ -246,11 +250,16 @@ def _place(one: Input, plan: Plan) -> str:
     """Where a local model lies, or how the recipe calls one of the Hub."""
     if one.commit is not None:
         return one.source
+    if is_remote(one.source):
+        return one.source.rstrip("/")
     return os.path.normpath(plan.recipe.folder.absolute() / os.path.expanduser(one.source))
 
 
 def _name_within(path: str, one: Input, plan: Plan) -> str:
     if one.commit is not None:
         return path.rpartition(f"{one.commit}/")[2]  # in the Hub's cache or on the Hub itself
+    if is_remote(path):
+        place = _place(one, plan)
+        return os.path.basename(path) if path == place else path.removeprefix(f"{place}/")
     name = os.path.relpath(path, _place(one, plan))
     return os.path.basename(path) if name == "." else name

@@ -21,6 +21,7 @@ import yaml
 from pcb_ray import methods
 from pcb_ray.checks import choice, flag, nearest, number, present, section, shown, text, wrong
 from pcb_ray.errors import RequestError
+from pcb_ray.files.objects import SCHEMES, Access, is_object, uri_problem, without_credentials
 from pcb_ray.methods import Method, Parameter
 from pcb_ray.methods.method import SHARED_PARAMETERS
 from pcb_ray.user_code import UserCode, names_code, read_code
@@ -41,7 +42,7 @@ MAX_DIGITS = 1 << 13  # 1:59:59 and so on is a number to YAML, and slow to read
 _TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "exclude", "tokenizer_source",
     "chat_template", "search", "sweep", "name",
-    "allow_unrelated",
+    "allow_unrelated", "storage",
 )  # fmt: skip
 _PARAMETERS = tuple(dict.fromkeys(name for method in methods.METHODS for name in (*method.parameters, "variant")))
 _HOMES = {
@@ -103,6 +104,8 @@ class Recipe:
     """lambda by tensor name, as `weight` has it, in the place of the one number in `parameters`; empty where that is for all."""
     allow_unrelated: bool = False
     """Whether models may be merged that are no fine-tunes of the base, as far as their weights tell."""
+    storage: Mapping[str, Any] = field(default_factory=dict)
+    """How object stores are reached, an `Access` or its keys by kind of store (s3, gs, az); never a credential."""
     search: Mapping[str, Any] | None = field(default=None, compare=False)
     """What a search of coefficients is to do (`search.request`): no part of the merge."""
     sweep: Mapping[str, Any] | None = field(default=None, compare=False)
@@ -124,7 +127,7 @@ class Recipe:
             given, by_tensor = _lambda_apart(given, by_tensor, problems)
         parameters = _parameters(given, "parameters", variants, problems, notes)
         method = variants.get(parameters.get("variant", ""), next(iter(variants.values())))
-        base = None if self.base_model is None else text(self.base_model, "base_model", problems)
+        base = None if self.base_model is None else _place(self.base_model, "base_model", problems)
         if base is None and method.has_base:
             problems.append(wrong("base_model", "the model that all others come from", None, "add `base_model: PATH`"))
         models = _models(self.models, base if method.has_base else None, folder, method, problems, notes)
@@ -140,6 +143,7 @@ class Recipe:
             "chat_template": None if self.chat_template is None else _template(self.chat_template, problems),
             "lambda_by_tensor": by_tensor if method.scale else (),
             "allow_unrelated": flag(self.allow_unrelated, "allow_unrelated", problems),
+            "storage": _storage(self.storage, problems),
             "folder": folder,
             "code": code,
         }
@@ -281,6 +285,7 @@ class Recipe:
             "tokenizer_source": self.tokenizer_source,
             "chat_template": self.chat_template,
             "allow_unrelated": self.allow_unrelated or None,
+            "storage": {kind: _written_access(access) for kind, access in self.storage.items()} or None,
         }
         # default_flow_style=None puts innermost lists and mappings on one line: `parameters: {weight: 1.0}`.
         text: str = yaml.safe_dump(present(layout), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
@@ -539,8 +544,48 @@ def _template(raw: object, problems: list[str]) -> str:
     return ""
 
 
+_SECRETS = re.compile(r"secret|token|password|access_?key|account_?key|sas|credential", flags=re.IGNORECASE)
+
+
+def _storage(raw: object, problems: list[str]) -> dict[str, Access]:
+    """By kind of store how it is reached. A credential is refused: recipes are published with models, and sent to clusters."""
+    kinds = dict.fromkeys(SCHEMES.values())
+    found: dict[str, Access] = {}
+    for kind, of_kind in section(raw, "storage", tuple(kinds), problems).items():
+        where = f"storage.{kind}"
+        if isinstance(of_kind, Access):
+            found[kind] = of_kind
+            continue
+        if isinstance(of_kind, Mapping) and (secrets := [key for key in of_kind if _SECRETS.search(str(key))]):
+            problems.append(
+                f"{where}: {shown(secrets[0])}: wanted no credential in a recipe, found one. Fix: remove it, and give each node a "
+                "role, or credentials in its environment or files."
+            )
+            continue
+        says = section(of_kind, where, tuple(f.name for f in dataclasses.fields(Access)), problems)
+        texts = {key: text(says[key], f"{where}.{key}", problems) for key in ("endpoint", "region") if key in says}
+        endpoint = texts.get("endpoint", "")
+        if endpoint and (not re.match(r"https?://[^/@?#]+(/[^@?#]*)?$", endpoint)):
+            problems.append(wrong(f"{where}.endpoint", "an address without user or query", endpoint, "write http(s)://HOST:PORT"))
+        found[kind] = Access(**texts, anonymous=flag(says.get("anonymous", False), f"{where}.anonymous", problems))
+    return found
+
+
+def _written_access(access: Access) -> dict[str, object]:
+    return {key: value for key, value in dataclasses.asdict(access).items() if value}
+
+
+def _place(raw: object, where: str, problems: list[str]) -> str:
+    """The source of a model as text: a path, a Hub id, or a URI without credentials; `file://` is a path."""
+    source = text(raw, where, problems)
+    if is_object(source) and (problem := uri_problem(source)) is not None:
+        problems.append(f"{where} {shown(without_credentials(source))}: {problem}")
+        return ""
+    return source.removeprefix("file://") if source.startswith("file:///") else source
+
+
 def _tokenizer_source(raw: object, models: Sequence[Model], base: str | None, folder: Path, problems: list[str]) -> str:
-    source = raw if raw == "base" else text(raw, "tokenizer_source", problems)
+    source = raw if raw == "base" else _place(raw, "tokenizer_source", problems)
     if not source or source == "base" or (base and _path(source, folder) == _path(base, folder)):
         return "base"
     if all(_path(source, folder) != _path(model.source, folder) for model in models):
@@ -595,7 +640,7 @@ def _models(
         where = f"models[{i}]"
         if not isinstance(model, Model):
             model = Model(model)
-        source = text(model.source, f"{where}.model", problems)
+        source = _place(model.source, f"{where}.model", problems)
         weight = _rules(model.weight, f"{where}.parameters.weight", problems)
         if not _matches_all(weight):
             weight += Model.weight

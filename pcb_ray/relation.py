@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, Checkpoint, Tensor
 from pcb_ray.files.foreign import show
-from pcb_ray.files.store import Store
+from pcb_ray.files.store import Range, Store
 from pcb_ray.recipe import read_yaml
 
 if TYPE_CHECKING:
@@ -65,6 +65,15 @@ def relation_of(plan: Plan, store: Store) -> Relation | None:
     changes: list[list[float]] = [[] for _ in range(n)]
     to_base: list[list[float]] = [[] for _ in range(n)]
     zeros, dots, seen = np.zeros(n), np.zeros((n, n)), 0
+    store.expect(
+        (
+            Range(t.file, t.start + start * DTYPE_BYTES[t.dtype], t.start + stop * DTYPE_BYTES[t.dtype])
+            for tensor, start, stop in _runs(plan)
+            for t in tensor.sources
+            if t is not None
+        ),
+        exact=True,
+    )
     for tensor, start, stop in _runs(plan):
         theta_B, *models = (_values(store, source, start, stop) for source in tensor.sources if source is not None)
         length = float(np.linalg.norm(theta_B))
@@ -78,6 +87,7 @@ def relation_of(plan: Plan, store: Store) -> Relation | None:
             changes[i].append(float(np.linalg.norm(tau_NB[i])) / length)
             own = float(np.linalg.norm(model))
             to_base[i].append(float(model @ theta_B) / (own * length) if own else 0.0)
+    store.expect(())
     if not seen:
         return None
     lengths = np.sqrt(np.diag(dots))

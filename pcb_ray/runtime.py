@@ -20,7 +20,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pcb_ray.cluster import nodes
 from pcb_ray.errors import RunError, reason_in
@@ -29,6 +29,7 @@ from pcb_ray.questions import Answer, OwnerState, Question, TotalT
 from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, proved
 
 if TYPE_CHECKING:
+    from pcb_ray.files.room import Room
     from pcb_ray.owner import Owner
 
 log = logging.getLogger("pcb_ray")
@@ -37,6 +38,7 @@ log = logging.getLogger("pcb_ray")
 IN_FLIGHT = 2
 MAX_DEATHS_OF_BATCH = 3
 ASIDE = {"concurrency_group": "aside"}
+LEAVE_S = 10.0
 TICK_S = 1.0  # how often the driver looks who is late
 ADVICE = "Fix: if they ran out of memory, lower --workers; finished work is kept: --resume goes on"
 ADVICE_ON_SILENCE = (
@@ -45,15 +47,27 @@ ADVICE_ON_SILENCE = (
 )
 
 
-def make_owner(plan: Plan, device: str, block_elements: int, writes_to: str) -> Owner:
+class Options(NamedTuple):
+    """How owners work, whatever the plan."""
+
+    device: str
+    block_elements: int
+    writes_to: str = ""
+    """A folder that each must see."""
+    room: Room | None = None
+    """Where a node may keep what it fetched."""
+
+
+def make_owner(plan: Plan, options: Options) -> Owner:
     """What an actor holds."""
     import torch
 
-    from pcb_ray.files.store import open_store
+    from pcb_ray.files.stores import open_store
     from pcb_ray.owner import Owner
 
     torch.set_num_threads(1)  # one owner per core
-    return Owner(plan, open_store(), device=device, block_elements=block_elements, writes_to=writes_to)
+    store = open_store(plan.stamps, plan.recipe.storage, options.room)
+    return Owner(plan, store, device=options.device, block_elements=options.block_elements, writes_to=options.writes_to)
 
 
 class _Actor:
@@ -69,9 +83,12 @@ class _Actor:
         """How a person finds this process."""
         return f"pid {os.getpid()} on {socket.gethostname()}"
 
-    def use(self, make: Callable[[Plan, str, int, str], Owner], plan: Plan, options: tuple[str, int, str]) -> OwnerState:
+    def use(self, make: Callable[[Plan, Options], Owner], plan: Plan, options: Options) -> OwnerState:
         """Be the owner of this plan from now on."""
-        self.owner = make(plan, *options)
+        before = getattr(self, "owner", None)
+        self.owner = make(plan, options)
+        if before is not None:
+            before.close()  # after the other has come, so that what both keep on this node stays
         return self.owner.state()
 
     def ask(self, question: Question[Answer], items: Sequence[int]) -> tuple[Answer, OwnerState, float]:
@@ -98,6 +115,10 @@ class _Actor:
     def sync(self) -> None:
         """Make durable what was written so far."""
         self.owner.sync()
+
+    def leave(self) -> None:
+        """Let go of what this node keeps for the run."""
+        self.owner.close()
 
 
 @dataclass
@@ -157,14 +178,15 @@ class RayOwners:
         device: str,
         worker_bytes: int,
         patience: Patience = Patience(),  # noqa: B008 - it is frozen
-        make_owner: Callable[[Plan, str, int, str], Owner] = make_owner,
+        room: Room | None = None,
+        make_owner: Callable[[Plan, Options], Owner] = make_owner,
     ) -> None:
         import ray
 
         resources = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": 1}
         actor = ray.remote(concurrency_groups={"aside": 1})(_Actor)  # type: ignore[call-overload]  # its types lack it
         self._remote = actor.options(scheduling_strategy="SPREAD", memory=worker_bytes, max_restarts=0, **resources)
-        self._device, self._make_owner, self._patience = device, make_owner, patience
+        self._device, self._make_owner, self._patience, self._room = device, make_owner, patience, room
         self._arguments: Sequence[Any] = ()  # of `use`
         self._workers: dict[int, _Worker] = {}  # by number; a replacement has a new one
         self._states: dict[int, OwnerState] = {}
@@ -192,7 +214,7 @@ class RayOwners:
         """All questions from now on are about this plan. The actors stay, and get new owners; so do their replacements."""
         import ray
 
-        self._arguments = (self._make_owner, ray.put(plan), (self._device, block_elements, writes_to))
+        self._arguments = (self._make_owner, ray.put(plan), Options(self._device, block_elements, writes_to, self._room))
         self._states, self._deaths = {}, 0
         for worker in self._workers.values():
             self._open(worker)
@@ -208,6 +230,9 @@ class RayOwners:
         """Let the actors go; a local cluster ends with the driver, another one goes on."""
         import ray
 
+        if self._room is not None:
+            leaving = [worker.actor.leave.options(**ASIDE).remote() for worker in self._workers.values() if worker.ready]
+            ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)  # what stays behind, the next run there removes
         for worker in self._workers.values():
             ray.kill(worker.actor)
         self._workers = {}

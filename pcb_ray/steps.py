@@ -32,7 +32,9 @@ from pathlib import Path
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import choose_device, choose_workers
 from pcb_ray.errors import InputError
-from pcb_ray.files.store import Stamp, Store
+from pcb_ray.files.room import Room
+from pcb_ray.files.store import Pins, Stamp, Store, changed
+from pcb_ray.files.stores import open_store
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import CARD, model_card, write_side_files
 from pcb_ray.output.state import State
@@ -57,6 +59,7 @@ def placed(
     memory: int | None = None,
     beside: int = 0,
     writes_to: Path,
+    room: Room | None = None,
     quiet: bool,
 ) -> Iterator[Session]:
     """Owners on the cluster that was joined, with room for each of the plans and `beside` more bytes; the session begins with the
@@ -70,7 +73,7 @@ def placed(
     needed = max(worker_bytes(plan, blocks[id(plan)]) for plan in plans) + beside
     chosen = choose_workers(workers, device, needed, max(plan.chunks for plan in plans))
     log.info("%d workers on %s, at most %s each", chosen, device, readable_bytes(needed))
-    owners = RayOwners(workers=chosen, device=device, worker_bytes=needed)
+    owners = RayOwners(workers=chosen, device=device, worker_bytes=needed, room=room)
 
     def owners_for(plan: Plan) -> RayOwners:
         owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), str(writes_to))
@@ -79,9 +82,25 @@ def placed(
     try:
         session = Session(plans[0], owners_for, workers=chosen, worker_bytes=needed, quiet=quiet, relate=True)
         owners.wait_until_ready()
+        if room is not None:
+            _tell_of_room(plans[0], {state.node: state.room for state in owners.states})
         yield session
     finally:
         owners.close()
+
+
+def _tell_of_room(plan: Plan, of_node: Mapping[str, int]) -> None:
+    """Whether each byte of the inputs crosses the network once."""
+    kept, wanted = sum(of_node.values()), plan.sweep_bytes
+    log.info("inputs of %s are fetched; %d nodes keep up to %s of them", readable_bytes(wanted), len(of_node), readable_bytes(kept))
+    if kept < wanted:
+        log.warning(
+            "note: inputs of %s are fetched, and the nodes have room for %s: the rest is fetched again by each of %d passes. "
+            "--scratch DIR (a folder on a disk of each node) or more nodes make room",
+            readable_bytes(wanted),
+            readable_bytes(kept),
+            plan.method.passes_over_inputs,
+        )
 
 
 @dataclass(frozen=True)
@@ -141,16 +160,8 @@ def _written_before(session: Session, folder: str, state: State, label: str) -> 
     return good
 
 
-Stamps = Mapping[str, Stamp]
-"""What tells each file of the inputs from what it may become."""
-
-
-def stamps_of(plan: Plan, store: Store) -> Stamps:
-    return {file.path: store.stamp(file.path) for one in plan.inputs for file in one.files}
-
-
 def write_from(
-    stamps: Stamps, session: Session, store: Store, known: Known, folder: str, state: State | None = None, label: str = "part"
+    stamps: Pins, session: Session, store: Store, known: Known, folder: str, state: State | None = None, label: str = "part"
 ) -> Output:
     """`write`, and a proof that the inputs stayed what they were when they had these stamps. Raises InputError if they did not."""
     output = write(session, store, known, folder, state, label)
@@ -166,23 +177,21 @@ def write_from(
     return output
 
 
-def check_unchanged(store: Store, before: Stamps) -> list[str]:
+def check_unchanged(store: Store, before: Pins) -> list[str]:
     """Raises InputError if a file of the inputs has another size or time of writing than it had. Returns the files of which only
     the time of their last change differs: their mode or their names changed, or their content did and somebody put its time
     back."""
-    problems, touched = [], []
+    problems: list[str] = []
+    touched: list[str] = []
     for path, stamp in before.items():
         try:
             now: object = store.stamp(path)
         except OSError as error:
             now = error.strerror
-        if isinstance(now, Stamp) and now[:2] == stamp[:2]:
+        if isinstance(now, Stamp) and now.content == stamp.content:
             touched += [path] if now != stamp else []
         else:
-            problems.append(
-                f"{path}: wanted the file as it was when the run began ({stamp}), found {now}: "
-                "it was changed during the run. Fix: let nothing write to the models while they are merged, and start afresh."
-            )
+            problems += changed(path, stamp, now).problems
     if problems:
         raise InputError(problems)
     return touched
@@ -194,6 +203,8 @@ class Spent:
 
     elapsed_s: float = 0.0
     bytes_read: int = 0
+    bytes_fetched: int = 0
+    retries: int = 0
     workers_lost: int = 0
     peak_worker_bytes: int = 0
     kernels: list[str] = field(default_factory=list)
@@ -204,6 +215,8 @@ class Spent:
         return Spent(
             elapsed_s=round(self.elapsed_s + time.monotonic() - start, 3),
             bytes_read=self.bytes_read + sum(state.bytes_read for state in states),
+            bytes_fetched=self.bytes_fetched + sum(state.fetched for state in states),
+            retries=self.retries + sum(state.retries for state in states),
             workers_lost=self.workers_lost + owners.deaths,
             peak_worker_bytes=max([self.peak_worker_bytes, *(state.peak_bytes for state in states)]),
             kernels=sorted({*self.kernels, *(f"{state.kernel} on {state.device.split(':')[0]}" for state in states)}),
@@ -241,6 +254,8 @@ def publish(
         full_sweeps=1 + sum(s.bytes >= plan.sweep_bytes for s in sweeps if s.name != "write"),  # the write may be in several goes
         kernels=tuple(spent.kernels),
         bytes_read=spent.bytes_read,
+        bytes_fetched=spent.bytes_fetched,
+        retries=spent.retries,
         bytes_written=plan.written_bytes,
         workers=session.workers,
         workers_lost=spent.workers_lost,
@@ -259,7 +274,7 @@ def publish(
         startup_s=round(startup_s, 3),
         elapsed_s=spent.elapsed_s,
     )
-    card = write_side_files(state.staging, {CARD: model_card(plan, receipt.versions["pcb_ray"])})
+    card = write_side_files(state.staging, {CARD: model_card(plan, receipt.versions["pcb_ray"])}, open_store())
     receipt = replace(receipt, files_sha256={**files_sha256, **card})
     (state.staging / RECEIPT).write_text(receipt.to_json())
     if commit:

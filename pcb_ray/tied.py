@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pcb_ray.conversions import tied_weights_of
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor
 from pcb_ray.files.foreign import os_problem, some
-from pcb_ray.files.store import Store
+from pcb_ray.files.store import Range, Store
 
 Tensors = Mapping[str, Tensor]
 
@@ -72,6 +71,7 @@ class Samples:
             return None
         key = tuple(sorted(((one.file, one.start), (other.file, other.start))))
         if key not in self._equal:
+            self._expect(one, other)
             self._equal[key] = all(self._read(one, at) == self._read(other, at) for at in self._places(one))
         return self._equal[key]
 
@@ -81,6 +81,7 @@ class Samples:
             return None
         key = (tensor.file, tensor.start)
         if key not in self._constant:
+            self._expect(tensor)
             first = bytes(self._read(tensor, 0)[: DTYPE_BYTES[tensor.dtype]])
             pieces = (self._read(tensor, at) for at in self._places(tensor))
             self._constant[key] = all(piece == first * (len(piece) // len(first)) for piece in pieces)
@@ -94,12 +95,17 @@ class Samples:
         places = (k * last // (self.RANGES - 1) for k in range(self.RANGES))
         return list(dict.fromkeys(place // itemsize * itemsize for place in places))
 
+    def _expect(self, *tensors: Tensor) -> None:
+        if not self._whole:
+            ends = ((t, t.start + at, min(t.start + at + self.RANGE_BYTES, t.stop)) for t in tensors for at in self._places(t))
+            self._store.expect((Range(t.file, start, stop) for t, start, stop in ends), exact=True)
+
     def _read(self, tensor: Tensor, at: int) -> memoryview:
         data = memoryview(bytearray(min(self.RANGE_BYTES, tensor.nbytes - at)))
         try:
             self._store.read(tensor.file, tensor.start + at, data)
         except OSError as error:
-            raise RequestError(os_problem(Path(tensor.file), error)) from None
+            raise RequestError(os_problem(tensor.file, error)) from None
         return data
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pcb_ray.errors import RequestError, RunError, with_place
 from pcb_ray.files.checkpoint import read_header
-from pcb_ray.files.store import Store, open_store
+from pcb_ray.files.store import Store
+from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.methods import Ranks
 from pcb_ray.output.companions import RECIPE
@@ -55,6 +56,7 @@ def verify(out: str | os.PathLike[str], *, sample: int = 8, quiet: bool = False)
     _check_facts(plan, receipt, out)
     if problems := _wrong_inputs(plan, receipt) or _wrong_tensors(plan, receipt, out) or _wrong_outputs(plan, receipt, out):
         return Verified(tuple(problems))
+    store = open_store(plan.stamps, recipe.storage)
     session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=quiet)
     parts, digest = range(len(plan.parts)), 0
     for _, answer in session.ask_parts("read the output", DigestParts(str(out)), parts, plan.part_bytes):

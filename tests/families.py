@@ -165,7 +165,7 @@ def merged_to(out: Path, recipe: Recipe) -> Path:
     inputs, store = open_inputs(recipe), LocalStore()
     made = plan_of(recipe, inputs)
     with State(out, asked_of(made, steps.ARITHMETIC, {}), {}) as state:
-        files = write_side_files(state.staging, side_files(recipe, made, inputs.base, inputs.tokenizer))
+        files = write_side_files(state.staging, side_files(recipe, made, inputs.base, inputs.tokenizer), store)
         session = Session(made, lambda plan: LocalOwners(plan, store), quiet=True, relate=True)
         known = analyse(session)
         output = steps.write(session, store, known, str(state.staging), state)

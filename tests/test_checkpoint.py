@@ -37,7 +37,7 @@ from pcb_ray.files.checkpoint import (
     read_header,
     safetensors_header,
 )
-from pcb_ray.files.safetensors import OF_TORCH, dtype_problems
+from pcb_ray.files.safetensors import OF_TORCH, File, dtype_problems
 from pcb_ray.files.store import fsync_folder, write_atomically
 
 # An oracle of its own: what torch calls the dtypes of safetensors.
@@ -143,7 +143,7 @@ def test_a_safetensors_file_is_described_as_its_library_loads_it(tmp_path: Path,
     assert (tensors, metadata) == (checkpoint.tensors, {"format": "pt"})
     content = path.read_bytes()
     assert raw == content[: 8 + int.from_bytes(content[:8], "little")]
-    assert checkpoint.files == ((str(path), len(content), hashlib.sha256(raw).hexdigest()),)
+    assert checkpoint.files == (File(str(path), len(content), hashlib.sha256(raw).hexdigest()),)
     starts = [tensor.start for tensor in tensors.values()]
     assert starts == sorted(starts)
 
@@ -182,7 +182,7 @@ def test_a_bin_file_is_described_as_torch_loads_it(tmp_path: Path, family: dict[
     assert checkpoint.aliases == {}
     with zipfile.ZipFile(path) as archive:
         structure = archive.read("pytorch_model/data.pkl")
-    assert checkpoint.files == ((str(path), path.stat().st_size, hashlib.sha256(structure).hexdigest()),)
+    assert checkpoint.files == (File(str(path), path.stat().st_size, hashlib.sha256(structure).hexdigest()),)
 
 
 def test_a_bin_file_s_offsets_are_those_that_torch_computes_without_reading(tmp_path: Path) -> None:
@@ -550,7 +550,7 @@ def test_a_wrong_config_is_refused(tmp_path: Path, config: str, parts: list[str]
         ("", ["wanted a path or a Hub id, found"]),
         ("a\0b", ["wanted a path or a Hub id, found"]),
         ("a\ud800", ["wanted a path or a Hub id, found"]),
-        ("s3://key:secret@bucket/model", ["model s3://bucket/model: wanted a path or a Hub id, found a URI"]),
+        ("s3://key:secret@bucket/model", ["model s3://bucket/model: wanted a URI without credentials"]),
         ("org/name+org/lora", ["LoRA adapter"]),
         ("nowhere", ["no file or folder", "nowhere", "org/name"]),
         ("./no/where", ["no file or folder"]),

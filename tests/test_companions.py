@@ -16,6 +16,7 @@ from test_output import into_subfolders, planned
 
 from pcb_ray import Recipe, RunError
 from pcb_ray.files.checkpoint import open_checkpoint
+from pcb_ray.files.store import LocalStore
 from pcb_ray.methods import names
 from pcb_ray.output.companions import model_card, side_files, write_side_files
 from pcb_ray.planning import open_inputs, plan, plan_of
@@ -28,7 +29,7 @@ def sides(family: Family, tokenizer: str = "base", **changes: Any) -> dict[str, 
     recipe = Recipe.from_dict(family.recipe(**source, **changes))
     inputs = open_inputs(recipe)
     files = side_files(recipe, plan_of(recipe, inputs, max_shard_bytes=shard), inputs.base, inputs.tokenizer)
-    return {name: one.read_bytes() if isinstance(one, Path) else one for name, one in files.items()}
+    return {name: Path(one).read_bytes() if isinstance(one, str) else one for name, one in files.items()}
 
 
 def add_tokenizer(folder: Path, vocabulary: dict[str, int], added: str = "<s>") -> None:
@@ -181,7 +182,7 @@ def test_the_model_card_names_models_of_the_hub_with_their_commits(family):
 def test_files_that_cannot_be_written_are_told(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(RunError, match=r"config\.json: wanted to write 2 bytes, found: Is a directory\. Fix:"):
-        write_side_files(tmp_path, {"config.json": b"{}"})
+        write_side_files(tmp_path, {"config.json": b"{}"}, LocalStore())
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from families import Family
 import pcb_ray as package
 from pcb_ray.analysis import analyse
 from pcb_ray.cluster import ACCELERATORS, AUTH_MODE, cluster
-from pcb_ray.files.store import open_store
+from pcb_ray.files.stores import open_store
 from pcb_ray.planning import open_inputs, plan_of
 from pcb_ray.recipe import Recipe
 from pcb_ray.steps import placed, write

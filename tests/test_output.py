@@ -16,12 +16,10 @@ import pytest
 from families import Family
 
 from pcb_ray import Recipe, RequestError, RunError
-from pcb_ray.files.store import open_store
 from pcb_ray.output import place
 from pcb_ray.output.place import check_out
 from pcb_ray.output.state import State, _differences, asked_of
 from pcb_ray.planning import Plan, plan
-from pcb_ray.steps import stamps_of
 
 
 def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> Plan:
@@ -29,9 +27,7 @@ def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> 
 
 
 def state_of(out: Path, made: Plan, *, resume: bool = False, overwrite: bool = False) -> State:
-    return State(
-        out, asked_of(made, "a-1", stamps_of(made, open_store())), stamps_of(made, open_store()), resume=resume, overwrite=overwrite
-    )
+    return State(out, asked_of(made, "a-1", made.stamps), made.stamps, resume=resume, overwrite=overwrite)
 
 
 def beside(out: Path) -> Path:
@@ -105,7 +101,7 @@ def test_an_output_inside_a_snapshot_of_the_hub_is_refused(family, tmp_path):
     blob.touch()
     (snapshot / "deep" / "m.safetensors").symlink_to(blob)
     made = planned(one)
-    file = made.inputs[0].files[0]._replace(path=str(snapshot / "deep" / "m.safetensors"))
+    file = dataclasses.replace(made.inputs[0].files[0], path=str(snapshot / "deep" / "m.safetensors"))
     made = dataclasses.replace(made, inputs=(dataclasses.replace(made.inputs[0], commit="abc123", files=(file,)), made.inputs[1]))
     for where in (snapshot / "out", snapshot / "deep", tmp_path / "hub" / "blobs", tmp_path / "hub"):
         assert any("inside or around the input" in p for p in problems_of(where, made, overwrite=True)), where

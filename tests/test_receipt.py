@@ -34,6 +34,8 @@ RECEIPT_OF_TESTS = Receipt(
     full_sweeps=3,
     kernels=("native on cpu",),
     bytes_read=12_000,
+    bytes_fetched=0,
+    retries=0,
     bytes_written=2_000,
     workers=2,
     workers_lost=0,
@@ -71,7 +73,7 @@ def problems_of(content: Any) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"version": 1}, "version: wanted 3, found 1. Fix: use the pcb_ray that wrote it ('1.2.3'), or merge again."),
+        ({"version": 1}, "version: wanted 4, found 1. Fix: use the pcb_ray that wrote it ('1.2.3'), or merge again."),
         ({"N": "1"}, "N: wanted a whole number, found '1'. Fix:"),
         ({"N": True}, "N: wanted a whole number, found true. Fix:"),
         ({"N": 2}, "inputs: wanted the base and 2 models, found '2 inputs'. Fix:"),
@@ -207,7 +209,9 @@ def test_models_of_the_hub_are_told_by_id_commit_and_the_names_of_their_files(fa
     )
     for path in where:
         (base, model) = made.inputs
-        model = dataclasses.replace(model, source="org/m@main", commit=commit, files=(model.files[0]._replace(path=path),))
+        model = dataclasses.replace(
+            model, source="org/m@main", commit=commit, files=(dataclasses.replace(model.files[0], path=path),)
+        )
         told = inputs_of_receipt(dataclasses.replace(made, inputs=(base, model)), ["0a", "0b"])[1]
         assert (told.name, told.commit, told.files[0].name) == ("org/m", commit, "sub/model.safetensors")
 

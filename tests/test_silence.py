@@ -76,6 +76,9 @@ class FakeOwner:
     def state(self) -> OwnerState:
         return OwnerState("none", "cpu", 0, 0, os.getpid(), "here")
 
+    def close(self) -> None:
+        pass
+
     def sync(self) -> None:
         if not self.folder.has("no stop in sync") and self.folder.claim("stopped in sync"):
             stop_here(self.folder)
@@ -84,7 +87,7 @@ class FakeOwner:
         self.unsynced = []
 
 
-def make_fake(plan: Any, device: str, block_elements: int, writes_to: str) -> Any:
+def make_fake(plan: Any, options: Any) -> Any:
     return FakeOwner(plan)
 
 

@@ -24,7 +24,7 @@ from pcb_ray.recipe import Recipe
 from pcb_ray.searching.run import _with_basis
 from pcb_ray.searching.scorer import Arm
 from pcb_ray.session import Session
-from pcb_ray.steps import ARITHMETIC, stamps_of, write_from
+from pcb_ray.steps import ARITHMETIC, write_from
 
 
 class Meddled(LocalStore):
@@ -77,7 +77,7 @@ def case(tmp_path: Path, method: str) -> Case:
 def merged(one: Case, store: LocalStore, out: Path) -> None:
     out.mkdir()
     session = Session(one.made, lambda plan: LocalOwners(plan, store, threads=1))
-    stamps = stamps_of(one.made, store)
+    stamps = one.made.stamps
     write_from(stamps, session, store, analyse(session), str(out))
 
 
@@ -126,7 +126,7 @@ def test_a_bit_that_is_changed_between_two_runs_is_told_by_the_second(tmp_path: 
     store = LocalStore()
 
     def run(*, resume: bool) -> None:
-        stamps = stamps_of(one.made, store)
+        stamps = one.made.stamps
         with State(out, asked_of(one.made, ARITHMETIC, stamps), stamps, resume=resume) as state:
             session = Session(one.made, lambda plan: LocalOwners(plan, store, threads=1))
             known = Kept(state.found, session, 0.0).analysed(state)
@@ -149,7 +149,7 @@ def test_a_bit_that_is_changed_while_a_basis_is_built_is_told(tmp_path: Path, me
     def built(store: LocalStore, name: str) -> tuple[int, list[str]]:
         """How often the basis was built, and what is known of the inputs then."""
         (tmp_path / name).mkdir()
-        with State(tmp_path / f"out-{name}", {}, stamps_of(one.made, store)) as state:
+        with State(tmp_path / f"out-{name}", {}, one.made.stamps) as state:
             session = Session(one.made, lambda plan: LocalOwners(plan, store, threads=1))
             _with_basis(Arm(one.made, str(tmp_path / name), {}), session, state, "", scored=False)
             return [sweep.name for sweep in session.sweeps].count("basis"), state.found["arms"][""]["inputs"]

@@ -33,6 +33,8 @@ from pcb_ray.files.foreign import (
     some,
     strict_json,
 )
+from pcb_ray.files.hub import HUB_SCHEME
+from pcb_ray.files.objects import SCHEMES, ObjectModel, Storage, find_objects, is_object
 from pcb_ray.files.quantised import parts_of, quantisation_in, quantised
 from pcb_ray.files.safetensors import (
     DTYPE_BYTES,
@@ -46,14 +48,15 @@ from pcb_ray.files.safetensors import (
     read_header,
     safetensors_header,
 )
+from pcb_ray.files.store import LocalStore
 from pcb_ray.files.torch_file import parse_torch_file, read_torch_file
 
 __all__ = [
     "DTYPE_BYTES", "FLOAT_DTYPES", "Checkpoint", "File", "Tensor", "open_checkpoint", "read_header", "safetensors_header",
 ]  # fmt: skip
 
-_HUB_FIRST_BYTES = 1 << 16  # The first request for a file asks for so many: a header of these describes some 500 tensors.
-_HUB_CONNECTIONS = 8
+_FIRST_BYTES = 1 << 16  # The first request for a file asks for so many: a header of these describes some 500 tensors.
+_CONNECTIONS = 8
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 _T = TypeVar("_T")
@@ -89,8 +92,16 @@ class Checkpoint:
     inner: str = ""
     """The folder in it, with a `/` at its end, where the tensors and their config lie, if they don't lie beside the rest: a part of
     a pipeline, or the first of sentence-transformers' modules. The output has it too, with the rest of the model around it."""
+    prefix: str | None = None
+    """In an object store, what its files are named below."""
     read: Callable[[str], bytes] = field(default=_nothing, repr=False, compare=False)
     """The content of a small file beside the tensors, by its path from there. Raises RequestError."""
+
+    @property
+    def where(self) -> str | None:
+        """The folder, or the URI of what stands for one, that its files are read below; None for a single file, and for a model on
+        the Hub that is not downloaded."""
+        return self.prefix if self.folder is None else str(self.folder)
 
     @property
     def own(self) -> tuple[Beside, ...]:
@@ -111,21 +122,29 @@ class Checkpoint:
 # ---------------------------------------------------------------------------------------------------- opening
 
 
-def open_checkpoint(source: str, relative_to: Path = Path("."), *, download: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: str, relative_to: Path = Path("."), *, download: bool = False, storage: Storage | None = None
+) -> Checkpoint:
     """Open the model that `source` names, reading headers only.
 
-    `source` is a folder in the Hugging Face layout, one `.safetensors` or `.bin` file, or a Hub id
-    `org/name[@revision]`; a path is taken relative to `relative_to` (the recipe's folder), and wins over a Hub id. With
+    `source` is a folder in the Hugging Face layout, one `.safetensors` or `.bin` file, a Hub id
+    `org/name[@revision]`, or the URI of a folder or a file in an object store, which `storage` says how to reach. A path is taken
+    relative to `relative_to` (the recipe's folder), and wins over a Hub id, unless that is written as `hf://org/name`. With
     `download` a Hub model's tensors, config and tokenizer are fetched into the Hub's cache and opened there.
 
-    Raises RequestError with all that is wrong, also when the Hub can't be reached.
+    Raises RequestError with all that is wrong, also when the Hub or the store can't be reached.
     """
     if not source or not is_plain_text(source):
         fix = "name a folder, a file, or org/name"
         raise RequestError(f"model: {mismatch('a path or a Hub id', show(source), fix)}")
+    if source.startswith(HUB_SCHEME):
+        return _open_hub(source, Path(source), download)
+    if is_object(source):
+        return _open_listed(source, find_objects(source, storage))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
-        shown = re.sub("//.*@", "//", source)  # An address may carry a password.
-        raise RequestError(f"model {shown}: {mismatch('a path or a Hub id', 'a URI', 'copy the model to a local folder')}")
+        shown, fix = re.sub("//.*@", "//", source), "copy the model to a local folder"  # An address may carry a password.
+        wanted = f"a path, a Hub id, or a URI of {', '.join(SCHEMES)}, hf or file"
+        raise RequestError(f"model {shown}: {mismatch(wanted, 'another URI', fix)}")
     try:
         path = (relative_to / Path(source).expanduser()).absolute()
         mode = path.stat().st_mode
@@ -137,13 +156,7 @@ def open_checkpoint(source: str, relative_to: Path = Path("."), *, download: boo
         raise RequestError(os_problem(Path(clip(source)), error)) from None
     if stat.S_ISDIR(mode):
         return _open_folder(path, source, None)
-    if path.name.startswith("adapter_model."):
-        raise RequestError(_adapter_problem(source))
-    if path.suffix == ".gguf":
-        raise RequestError(_gguf_problem(source))
-    if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
-        fix = "name a file of these, or a folder"
-        raise RequestError(f"{path}: {mismatch('a .safetensors or .bin file', f'the suffix {path.suffix!r}', fix)}")
+    _check_suffix(str(path))
     survey = _Survey([], None, _Layout([path.name], None, {}, path.stem))
     return _checkpoint(source, None, [_read_file(path)], survey, None, [], [], _nothing)
 
@@ -174,7 +187,8 @@ def _open_folder(folder: Path, source: str, commit: str | None) -> Checkpoint:
 
 def _open_hub(source: str, path: Path, download: bool) -> Checkpoint:
     """Open `org/name[@revision]`, there being nothing at `path`."""
-    parts = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([^\s@]+))?", source, flags=re.ASCII)
+    named = source.removeprefix(HUB_SCHEME)
+    parts = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([^\s@]+))?", named, flags=re.ASCII)
     if parts is None or Path(parts[1]).suffix in (".safetensors", ".gguf", *_TORCH_SUFFIXES):
         if "+" in source:
             raise RequestError(_adapter_problem(source))
@@ -186,45 +200,84 @@ def _open_hub(source: str, path: Path, download: bool) -> Checkpoint:
             return _open_folder(model.folder, source, model.folder.name)
         except RequestError as incomplete:
             raise RequestError([model.problem, *incomplete.problems]) from None
+    if not download:
+        return _open_listed(source, model)
+    survey = _survey_listed(model)
+    wanted = [*survey.own_files, *(one.name for one in survey.beside(model.sizes) if not one.left_out)]
+    folder = model.download(wanted, parts[2])
+    return _open_folder(folder, source, folder.name)
 
-    def read_small(name: str) -> bytes:
-        raw, size = model.read(name, 0, MAX_JSON_BYTES + 1)
-        if size > MAX_JSON_BYTES:
-            raise RequestError(f"{model.where}/{name}: {mismatch(f'at most {MAX_JSON_BYTES} bytes', f'{size}', ANEW)}")
-        return raw
 
-    def read_contents(name: str) -> FileContents:
-        where = f"{model.where}/{name}"
-        first, size = model.read(name, 0, _HUB_FIRST_BYTES)
-
-        def read_range(start: int, stop: int) -> bytes:
-            return first[start:stop] if min(stop, size) <= len(first) else model.read(name, start, stop)[0]
-
-        if not name.endswith(".safetensors"):
-            return parse_torch_file(where, size, read_range)
-        tensors, _, raw = parse_header(where, size, partial(read_range, 0))
-        return contents_of(where, tensors, raw)
+def _survey_listed(model: hub.HubModel | ObjectModel) -> _Survey:
+    """The survey of a model whose files are listed. Raises RequestError, also for files that are not among them."""
 
     def names_in(inner: str) -> set[str]:
         return {name[len(inner) :] for name in model.sizes if name.startswith(inner)}
 
-    survey = _survey(model.where, names_in, read_small)
-    problems, layout, inner = survey.problems, survey.layout, survey.inner
-    absent = [name for name in layout.files if inner + name not in model.sizes] if layout else []
-    problems += [
+    survey = _survey(model.where, names_in, partial(_read_small_of, model))
+    layout = survey.layout
+    absent = [name for name in layout.files if survey.inner + name not in model.sizes] if layout else []
+    problems = [
         f"{model.where}: {mismatch(f'{show(name)}, which its index names', 'no such file', 'mend the index')}" for name in absent
     ]
-    if problems or layout is None:
-        raise RequestError(problems)
+    if survey.problems or problems or layout is None:
+        raise RequestError([*survey.problems, *problems])
+    return survey
+
+
+def _read_small_of(model: hub.HubModel | ObjectModel, name: str) -> bytes:
+    raw, size = model.read(name, 0, MAX_JSON_BYTES + 1)
+    if size > MAX_JSON_BYTES:
+        raise RequestError(f"{model.where}/{name}: {mismatch(f'at most {MAX_JSON_BYTES} bytes', f'{size}', ANEW)}")
+    return raw
+
+
+def _open_listed(source: str, model: hub.HubModel | ObjectModel) -> Checkpoint:
+    """Open a model whose files are listed, and read by ranges."""
+
+    def read_contents(name: str) -> FileContents:
+        where = f"{model.where}/{name}"
+        first, size = model.read(name, 0, _FIRST_BYTES)
+
+        def read_range(start: int, stop: int) -> bytes:
+            return first[start:stop] if min(stop, size) <= len(first) else model.read(name, start, stop)[0]
+
+        if name.endswith(".safetensors"):
+            tensors, _, raw = parse_header(where, size, partial(read_range, 0))
+            contents = contents_of(where, tensors, raw)
+        else:  # a model of the Hub is opened again when it was downloaded
+            contents = parse_torch_file(where, size, read_range, exact=isinstance(model, ObjectModel))
+        stamp = model.stamps[name] if isinstance(model, ObjectModel) else None  # a commit does not change
+        return contents._replace(file=replace(contents.file, stamp=stamp))
+
+    one_file = source.removesuffix("/").removeprefix(f"{model.where}/")
+    if isinstance(model, ObjectModel) and one_file in model.sizes:  # what was named is a file itself
+        _check_suffix(source)
+        survey = _Survey([], None, _Layout([one_file], None, {}, Path(one_file).stem))
+        return _checkpoint(source, None, [read_contents(one_file)], survey, None, [], [], _nothing)
+    survey = _survey_listed(model)
+    layout, inner = survey.layout, survey.inner
+    assert layout is not None  # _survey_listed has seen to it
     others, notes = survey.beside(model.sizes), list[str]()
-    if download:
-        folder = model.download([*survey.own_files, *(one.name for one in others if not one.left_out)], parts[2])
-        return _open_folder(folder, source, folder.name)
-    with ThreadPoolExecutor(_HUB_CONNECTIONS) as pool:
-        contents = _gather(problems, [pool.submit(read_contents, inner + name).result for name in layout.files])
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        contents = _gather(survey.problems, [pool.submit(read_contents, inner + name).result for name in layout.files])
     where = f"{model.where}/{inner}".removesuffix("/")
-    contents = _by_index(where, layout, contents, survey.config, problems, notes)
-    return _checkpoint(source, None, contents, survey, model.commit, others, notes, lambda name: read_small(inner + name))
+    contents = _by_index(where, layout, contents, survey.config, survey.problems, notes)
+    commit = model.commit if isinstance(model, hub.HubModel) else None
+    opened = _checkpoint(source, None, contents, survey, commit, others, notes, lambda name: _read_small_of(model, inner + name))
+    return replace(opened, prefix=model.where) if isinstance(model, ObjectModel) else opened
+
+
+def _check_suffix(where: str) -> None:
+    """A model that is one file is known by its name. Raises RequestError."""
+    name, suffix = os.path.basename(where), os.path.splitext(where)[1]
+    if name.startswith("adapter_model."):
+        raise RequestError(_adapter_problem(where))
+    if suffix == ".gguf":
+        raise RequestError(_gguf_problem(where))
+    if suffix not in (".safetensors", *_TORCH_SUFFIXES):
+        fix = "name a file of these, or a folder"
+        raise RequestError(f"{where}: {mismatch('a .safetensors or .bin file', f'the suffix {suffix!r}', fix)}")
 
 
 def _checkpoint(
@@ -579,10 +632,16 @@ def _only(contents: FileContents, names: Collection[str]) -> FileContents:
 
 
 def _read_file(path: Path) -> FileContents:
+    try:
+        stamp = LocalStore().stamp(str(path))  # before it is read, so that a change from here on shows
+    except OSError as error:
+        raise RequestError(os_problem(path, error)) from None
     if path.suffix != ".safetensors":
-        return read_torch_file(path)
-    tensors, _, raw = read_header(path)
-    return contents_of(str(path), tensors, raw)
+        contents = read_torch_file(path)
+    else:
+        tensors, _, raw = read_header(path)
+        contents = contents_of(str(path), tensors, raw)
+    return contents._replace(file=replace(contents.file, stamp=stamp))
 
 
 def _read_within(folder: Path, name: str) -> bytes:

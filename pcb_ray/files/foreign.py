@@ -37,7 +37,7 @@ def open_regular(path: Path) -> BinaryIO:
         raise RequestError(os_problem(path, error)) from None
 
 
-def os_problem(path: Path, error: OSError) -> str:
+def os_problem(path: Path | str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{path}: {mismatch('a file', 'none', f'{ANEW}, or mend the index that names it')}"
     return f"{path}: {mismatch('to read it', error.strerror or type(error).__name__, 'check the file and its permissions')}"

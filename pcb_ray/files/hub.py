@@ -17,6 +17,13 @@ from pcb_ray.errors import RequestError
 from pcb_ray.files.foreign import mismatch, show
 
 _TIMEOUT_S = 10
+HUB_SCHEME = "hf://"
+"""It may stand before a Hub id, which then can't be taken for a path."""
+
+
+def hub_id(source: str) -> str:
+    """`org/name` of a source, which may have a scheme before it and a revision after it."""
+    return source.removeprefix(HUB_SCHEME).partition("@")[0]
 
 
 class Snapshot(NamedTuple):

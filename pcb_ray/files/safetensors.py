@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from pcb_ray.files.foreign import (
     some,
     strict_json,
 )
+from pcb_ray.files.store import Stamp
 
 # These are the names that safetensors gives to dtypes, with the bytes of one element.
 DTYPE_BYTES: dict[str, int] = {
@@ -75,7 +76,8 @@ class Tensor:
         return self.start + self.nbytes
 
 
-class File(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class File:
     """A file of tensors is told from another by its size in bytes and the SHA-256 of its header.
 
     The header is all that comes before the data of a `.safetensors` file, and the pickled structure of a `.bin` file.
@@ -84,6 +86,8 @@ class File(NamedTuple):
     path: str
     size: int
     header_sha256: str
+    stamp: Stamp | None = field(default=None, compare=False)
+    """As it was when its header was read: it must stay so. None for what can't change."""
 
 
 class FileContents(NamedTuple):

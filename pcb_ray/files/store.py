@@ -1,10 +1,10 @@
-"""The bytes of models are read and written in this one way, with two implementations: local files, and arrays in memory.
+"""The bytes of models are read and written in this one way: local files and arrays in memory here, object stores in `remote`.
 
-The interface asks for no more than an object store can give, since that is the implementation to come. An object is written front
-to back by one writer, as the parts of one upload; it can't be renamed, and no single byte of it can be changed. So nothing here
-writes at a place of the caller's choice: a file is made at its full size, it is divided into parts, and each part is written from
-its first to its last byte by one writer at a time. How a finished output gets its name is not decided here: a folder is renamed,
-while in an object store the object that is written last would have to say that the others are whole.
+The interface asks for no more than an object store can give. An object is written front to back by one writer, as the parts of one
+upload; it can't be renamed, and no single byte of it can be changed. So nothing here writes at a place of the caller's choice: a
+file is made at its full size, it is divided into parts, and each part is written from its first to its last byte by one writer at a
+time. How a finished output gets its name is not decided here: a folder is renamed, while in an object store the object that is
+written last says that the others are whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import resource
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,29 @@ class Stamp(NamedTuple):
     """When its content was last written, as far as nobody has set this time."""
     changed_ns: int
     """When anything of it was last changed, its mode and its names too: nobody can set this time."""
+    tag: str = ""
+    """What an object store calls this content (ETag); objects have no times."""
+
+    @property
+    def content(self) -> tuple[int, int, str]:
+        """What is another where the content is another."""
+        return self.size, self.modified_ns, self.tag
+
+
+class Range(NamedTuple):
+    """Bytes start..stop-1 of a file."""
+
+    file: str
+    start: int
+    stop: int
+
+
+class Traffic(NamedTuple):
+    """What came over a network so far: bytes, and requests that were made again; and what this machine keeps of it at most."""
+
+    fetched: int = 0
+    retries: int = 0
+    room: int = 0
 
 
 class PartWriter(Protocol):
@@ -73,6 +96,17 @@ class Store(Protocol):
         """Return the digest of a whole file."""
         ...
 
+    def expect(self, ranges: Iterable[Range], *, exact: bool = False) -> None:
+        """These will be read next, by whichever thread; what an earlier call has announced and this one does not is given up.
+
+        A store that is far away fetches them meanwhile: large stretches that hold them, or (`exact`) just them, for samples."""
+        ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """What reading took of the network."""
+        ...
+
     def create(self, file: str, size: int) -> None:
         """Make a file of this size, to write its parts. One that is there is brought to the size and keeps what it holds."""
         ...
@@ -96,10 +130,13 @@ class Store(Protocol):
         ...
 
 
-def open_store() -> Store:
-    """Return the store that merges read and write by: local files. A store of another kind joins here, told by how a file is
-    named."""
-    return LocalStore()
+Pins = Mapping[str, Stamp]
+"""What files must be while they are read, by name: as they were found. Times of change don't count."""
+
+
+def is_remote(file: str) -> bool:
+    """Whether a file is named by a URI, so that it lies in a store of its own."""
+    return "://" in file
 
 
 # ---------------------------------------------------------------------------------------------------- local files
@@ -119,7 +156,8 @@ class LocalStore:
     of the process's own limit, too. A file that is replaced is read on as it was while it is open: its stamp tells.
     """
 
-    def __init__(self, max_open: int = MAX_OPEN) -> None:
+    def __init__(self, max_open: int = MAX_OPEN, *, pins: Pins | None = None) -> None:
+        self._pins = pins or {}
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_open = max_open if limit == resource.RLIM_INFINITY else max(1, min(max_open, limit // 4))
         self._released = threading.Condition()  # It guards all that follows, but `_syncing`.
@@ -131,12 +169,14 @@ class LocalStore:
         self._syncing = threading.Lock()
 
     def stamp(self, file: str) -> Stamp:
-        found = os.stat(file)
-        return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return _stamp_of(os.stat(file))
 
     def read(self, file: str, start: int, out: memoryview) -> None:
         reader, got = self._hold(file), 0
+        pin = self._pins.get(file)
         try:
+            if pin is not None and (now := _stamp_of(os.fstat(reader.descriptor))).content != pin.content:
+                raise changed(file, pin, now)
             while got < len(out):
                 count = os.preadv(reader.descriptor, [out[got:]], start + got)
                 if count == 0:
@@ -162,6 +202,13 @@ class LocalStore:
         finally:
             self._let_go(reader)
         return digest.hexdigest()
+
+    def expect(self, ranges: Iterable[Range], *, exact: bool = False) -> None:
+        pass  # The system reads ahead by itself.
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic()
 
     def create(self, file: str, size: int) -> None:
         with self._writing(file, os.O_CREAT) as descriptor:
@@ -338,6 +385,13 @@ class MemoryStore:
     def sha256(self, file: str) -> str:
         return hashlib.sha256(self._array(file).data).hexdigest()
 
+    def expect(self, ranges: Iterable[Range], *, exact: bool = False) -> None:
+        pass
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic()
+
     def create(self, file: str, size: int) -> None:
         there = self.arrays.get(file)
         if there is None or there.nbytes != size:
@@ -394,6 +448,18 @@ class _MemoryPart:
 
 
 # ---------------------------------------------------------------------------------------------------- what both need
+
+
+def _stamp_of(found: os.stat_result) -> Stamp:
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def changed(file: str, wanted: object, found: object) -> InputError:
+    """What to say of an input that is no longer what it was."""
+    return InputError(
+        f"{file}: wanted the file as it was when the run began ({wanted}), found {found}: it was changed during the run. "
+        "Fix: let nothing write to the models while they are merged, and start afresh."
+    )
 
 
 def _as_bytes(data: bytes | memoryview | NDArray[Any]) -> memoryview:

@@ -223,14 +223,14 @@ def read_torch_file(path: Path) -> FileContents:
         raise RequestError(os_problem(path, error)) from None
 
 
-def parse_torch_file(where: str, size: int, read_range: Callable[[int, int], bytes]) -> FileContents:
+def parse_torch_file(where: str, size: int, read_range: Callable[[int, int], bytes], *, exact: bool) -> FileContents:
     """Do as `read_torch_file`, for a file of `size` bytes elsewhere, of which `read_range` gives bytes start to stop.
 
-    Only a few blocks are read, at the end and where the structure lies. Where exactly the data of a record begin is written nowhere
-    but just before them, which is not read: a tensor's `start` is the least that it can be.
+    Where exactly the data of a record begin is written nowhere but just before them. If that need not be `exact`, only a few blocks
+    are read, at the end and where the structure lies, and a tensor's `start` is the least that it can be; else one for each tensor.
     """
     _check_head(where, read_range(0, min(size, _BLOCK_BYTES))[:64])
-    return _parse(where, size, _RangedFile(size, read_range), exact=False)
+    return _parse(where, size, _RangedFile(size, read_range), exact=exact)
 
 
 def _check_head(where: str, head: bytes) -> None:

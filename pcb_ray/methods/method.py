@@ -404,6 +404,11 @@ class Method:
         return len(self.passes) + 1
 
     @property
+    def passes_over_inputs(self) -> int:
+        """The same with the passes that only sample, as a store sees them: whoever fetches reads large pieces."""
+        return self.sweeps + sum(isinstance(one, Ranks) for one in self.passes)
+
+    @property
     def ranks(self) -> int:
         """How many ranks of each task are looked for in one pass at most; each takes a tally."""
         return max((len(p.places) for p in self.passes if isinstance(p, Ranks)), default=0)

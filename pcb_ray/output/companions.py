@@ -12,7 +12,9 @@ from typing import Any
 from pcb_ray.errors import RunError
 from pcb_ray.files.beside import CONFIG
 from pcb_ray.files.checkpoint import Checkpoint
+from pcb_ray.files.hub import hub_id
 from pcb_ray.files.quantised import quantisation_in, without_settings
+from pcb_ray.files.store import Store
 from pcb_ray.planning import Plan, Slot
 from pcb_ray.receipt import RECEIPT, names_of_inputs
 from pcb_ray.recipe import DTYPES, Recipe
@@ -21,8 +23,9 @@ RECIPE, CARD = "pcb_recipe.yaml", "README.md"
 DTYPE_NAMES = {short: name for name, short in DTYPES.items()}
 
 
-SideFile = bytes | Path
-"""What a file beside the tensors will hold: these bytes, or what the file at a path holds."""
+SideFile = bytes | str
+"""What a file beside the tensors will hold: these bytes, or what the file of this name holds."""
+_AT_ONCE = 8 << 20
 
 
 def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoint) -> dict[str, SideFile]:
@@ -30,9 +33,9 @@ def side_files(recipe: Recipe, plan: Plan, base: Checkpoint, tokenizer: Checkpoi
     files: dict[str, SideFile] = {}
     for one in plan.along:
         source = tokenizer if one.of_tokenizer else base
-        if source.folder is not None:
+        if source.where is not None:
             own = one.name.removeprefix(base.inner)
-            files[one.name] = source.folder / (source.inner + own if one.of_tokenizer else one.name)
+            files[one.name] = f"{source.where}/{source.inner + own if one.of_tokenizer else one.name}"
     if base.config is not None and base.library == "transformers":
         files[base.inner + CONFIG] = _as_json(_config(base.config, plan, recipe))
     elif base.config is not None and quantisation_in(base.config):  # else it stays as it is
@@ -94,7 +97,7 @@ def model_card(plan: Plan, version: str) -> bytes:
     import yaml
 
     recipe = plan.recipe
-    hub_ids = [i.source.split("@")[0] for i in plan.inputs if i.commit is not None]
+    hub_ids = [hub_id(i.source) for i in plan.inputs if i.commit is not None]
     metadata: dict[str, Any] = {
         **({"library_name": plan.library} if plan.library else {}),
         "tags": ["merge", plan.method.tag],
@@ -158,31 +161,34 @@ def _named(recipe: Recipe, plan: Plan) -> Recipe:
         base_model=None if recipe.base_model is None else base,
         models=tuple(dataclasses.replace(model, source=name) for model, name in zip(recipe.models, models, strict=True)),
         tokenizer_source=tokenizer,
+        storage={},
     )
 
 
-def write_side_files(folder: Path, files: Mapping[str, SideFile]) -> dict[str, str]:
-    """Write them; their sha256 by name. Raises RunError."""
+def write_side_files(folder: Path, files: Mapping[str, SideFile], store: Store) -> dict[str, str]:
+    """Write them, copies from `store`; their sha256 by name. Raises RunError."""
     digests = {}
     for name, content in files.items():
         path, sha256 = folder / name, hashlib.sha256()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as target:
-                for piece in _pieces(content):
+                for piece in _pieces(content, store):
                     sha256.update(piece)
                     target.write(piece)
         except OSError as error:
-            what = f"to copy {content}" if isinstance(content, Path) else f"to write {len(content):,} bytes"
+            what = f"to copy {content}" if isinstance(content, str) else f"to write {len(content):,} bytes"
             raise RunError(f"{path}: wanted {what}, found: {error.strerror}. Fix: mend that and run it again.") from None
         digests[name] = sha256.hexdigest()
     return digests
 
 
-def _pieces(content: SideFile) -> Iterator[bytes]:
+def _pieces(content: SideFile, store: Store) -> Iterator[bytes | memoryview]:
     if isinstance(content, bytes):
         yield content
         return
-    with content.open("rb") as source:
-        while piece := source.read(1 << 20):
-            yield piece
+    size = store.stamp(content).size
+    for start in range(0, size, _AT_ONCE):
+        piece = memoryview(bytearray(min(_AT_ONCE, size - start)))
+        store.read(content, start, piece)
+        yield piece

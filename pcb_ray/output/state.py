@@ -28,7 +28,7 @@ STATE, JOURNAL = "state.json", "journal.jsonl"
 
 def asked_of(plan: Plan, arithmetic: str, stamps: Mapping[str, Stamp]) -> dict[str, Any]:
     """What decides the bytes of a merge."""
-    modified = {file: stamp.modified_ns for file, stamp in stamps.items()}
+    modified = {file: stamp.tag or stamp.modified_ns for file, stamp in stamps.items()}
     return {**plan.fingerprint(), "arithmetic": arithmetic, "modified": modified}
 
 

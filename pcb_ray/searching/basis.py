@@ -38,7 +38,8 @@ from torch import Tensor
 
 from pcb_ray.errors import RunError
 from pcb_ray.files.checkpoint import DTYPE_BYTES
-from pcb_ray.files.store import open_store, written_aside
+from pcb_ray.files.store import written_aside
+from pcb_ray.files.stores import open_store
 from pcb_ray.kernels.native import STRIP, KnownInC, load_native
 from pcb_ray.kernels.reference import keys
 from pcb_ray.methods import Known, Ranks

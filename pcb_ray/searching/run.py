@@ -24,7 +24,7 @@ from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.files.beside import WEIGHT_SUFFIXES
 from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.files.foreign import some
-from pcb_ray.files.store import open_store
+from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.merging import Kept, opened, settled
 from pcb_ray.methods import Known
@@ -44,7 +44,7 @@ from pcb_ray.searching.results import Found, Scores, Swept
 from pcb_ray.searching.scorer import Arm, Job
 from pcb_ray.searching.volumes import basis_bytes, chunks_of_volume, volume_file, volumes_of, writer_bytes
 from pcb_ray.session import Session
-from pcb_ray.steps import ARITHMETIC, check_unchanged, placed, publish, stamps_of, write_from
+from pcb_ray.steps import ARITHMETIC, check_unchanged, placed, publish, write_from
 
 log = logging.getLogger("pcb_ray")
 
@@ -215,8 +215,13 @@ def _prepared(
 
     first = _analysed(recipe, request, variants[0])
     inputs, plan = opened(first, how.max_shard_bytes, check)
+    if inputs.base.prefix is not None:
+        raise RequestError(
+            f"base_model {inputs.base.source}: wanted a base on a disk, which trials map, found one in an object store. "
+            "Fix: copy the base to a folder; the models may stay where they are."
+        )
     if not all(twin.declared for twin in plan.twins):  # what they are decides what a candidate is
-        store = open_store()
+        store = open_store(plan.stamps, recipe.storage)
         session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=how.quiet)
         inputs = settled(session, inputs, lambda inputs: plan_of(first, inputs, max_shard_bytes=how.max_shard_bytes))
         plan = session.plan
@@ -237,7 +242,7 @@ def _prepared(
         log.info("groups: %s", ", ".join(f"{name} {sizes[k]} tensors" for k, name in enumerate(space.groups)))
     if request.optimizer == "CMA" and request.budget <= request.population:
         log.warning("note: the budget is one generation, which is spread over uniform coefficients: CMA-ES begins with the second")
-    stamps = stamps_of(plan, open_store())
+    stamps = plan.stamps
     asked = {
         **asked_of(plan, ARITHMETIC, stamps),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
@@ -360,13 +365,13 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, SideFile
     if base.folder is None:
         (folder / f"model{stored[0].suffix}").symlink_to(stored[0].absolute())
     else:
-        parts = [path for path in files.values() if isinstance(path, Path) and path.name.endswith(WEIGHT_SUFFIXES)]
+        parts = [Path(path) for path in files.values() if isinstance(path, str) and path.endswith(WEIGHT_SUFFIXES)]
         for path in (*stored, *(base.folder / base.inner).glob("*.index.json"), *parts):
             link = folder / path.relative_to(base.folder)  # where the index says; that may be in a subfolder
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.absolute())
     others = {name: content for name, content in files.items() if name != RECIPE and not (folder / name).is_symlink()}
-    write_side_files(folder, {name: content for name, content in others.items() if not name.endswith(".index.json")})
+    write_side_files(folder, {name: content for name, content in others.items() if not name.endswith(".index.json")}, open_store())
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------------------
@@ -512,11 +517,11 @@ def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
         state.staging.mkdir()
         state.found["winner"] = label
         state.save()
-    store = open_store()
+    store = open_store(plan.stamps, winner.storage)
     with placed([plan], workers=how.workers, memory=how.memory, writes_to=state.staging, quiet=how.quiet) as session:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
         with _trials_kept(state, "the winner could not be merged"):
-            digests = write_side_files(state.staging, side_files(winner, plan, run.inputs.base, run.inputs.tokenizer))
+            digests = write_side_files(state.staging, side_files(winner, plan, run.inputs.base, run.inputs.tokenizer), store)
             output = write_from(state.stamps, session, store, known, str(state.staging), state, label)
             return publish(
                 session,

@@ -1,0 +1,397 @@
+"""Objects in stores over a network, by their URIs: `s3://bucket/key`, `gs://bucket/key`, `az://container/key`, and `abfs(s)://` as
+Azure writes it, through obstore.
+
+Every request has a time limit. One that fails for a reason that may pass (the server is busy, a connection breaks, a body is cut
+short) is made again, with growing pauses, until its patience is spent; how often is counted. What is told of a failure is in our
+own words: a server's answer, or an address, may carry a credential.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pcb_ray.errors import RequestError
+from pcb_ray.files.foreign import mismatch
+from pcb_ray.files.store import Stamp
+
+SCHEMES = {"s3": "s3", "gs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+"""By the scheme of a URI, the kind of its store: what `storage` names."""
+
+CONNECT_S, SILENCE_S, REQUEST_S = 10, 20, 120
+"""Limits of one request: to connect, between two pieces of its answer, and in all (16 MB need 0.14 MB/s)."""
+PATIENCE_S = 300.0
+"""How long a request is made again before it has failed."""
+LOOKING_PATIENCE_S = 30.0
+"""The same while somebody waits for a plan."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+MAX_RENEWALS = 3
+"""How often credentials that a store calls expired are asked for anew, for one request."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Access:
+    """How stores of one kind are reached. What is empty is taken from the usual variables and files of their own tools."""
+
+    endpoint: str = ""
+    """An address such as http://minio:9000."""
+    region: str = ""
+    anonymous: bool = False
+    """Whether requests are not signed."""
+
+
+Storage = Mapping[str, Access]
+"""By the kind of the store: s3, gs, az."""
+
+
+class Busy(OSError):
+    """A store gave no answer within the patience."""
+
+
+class Changed(Exception):
+    """An object is no longer what it was."""
+
+
+class Exists(Exception):
+    """There is an object where none was wanted, or another than was wanted."""
+
+
+def is_object(uri: str) -> bool:
+    """Whether a URI names an object in one of these stores."""
+    return uri.partition("://")[0] in SCHEMES
+
+
+def uri_problem(uri: str) -> str | None:
+    """What is wrong with a URI of an object or of a folder of them, in the form `wanted ..., found ...`; it shows no secret."""
+    try:
+        address = urlsplit(uri)
+        has_secret = bool(address.query or address.fragment or address.password or (address.scheme == "s3" and address.username))
+    except ValueError:
+        return _NO_URI
+    if has_secret:
+        fix = "write it without, and give credentials to each node by its role, its environment or its files"
+        return mismatch("a URI without credentials", "one with a query, a fragment, or a user", fix)
+    parts = address.path.split("/")[1:]
+    return _NO_URI if not address.netloc or any(part in (".", "..") for part in parts) or "" in parts[:-1] else None
+
+
+_NO_URI = mismatch("SCHEME://BUCKET/NAME", "something else", "write the bucket, and a plain path in it")
+
+
+def without_credentials(uri: str) -> str:
+    """The URI as it may be shown."""
+    return (
+        re.sub(r"//[^/@]*@", "//", uri.partition("?")[0]) if not uri.startswith(("abfs://", "abfss://")) else uri.partition("?")[0]
+    )
+
+
+class Objects:
+    """Requests to these stores. Any number of threads may use it at once."""
+
+    def __init__(self, storage: Storage | None = None, *, patience_s: float = PATIENCE_S) -> None:
+        self._storage, self._patience_s = storage or {}, patience_s
+        self._stores: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self.retries = 0
+        """Requests that were made again."""
+
+    def head(self, uri: str) -> Stamp:
+        """What an object is. Raises OSError."""
+        import obstore
+
+        return _stamp(self._patiently(uri, lambda store, key: obstore.head(store, key)))
+
+    def get(self, uri: str, start: int, stop: int, tag: str = "") -> tuple[memoryview, Stamp]:
+        """Bytes start..stop-1 of an object, or up to its end if that comes first; and what it is.
+
+        Raises Changed if it has another tag than this one (if one is given), OSError."""
+        import obstore
+
+        def attempt(store: Any, key: str) -> tuple[memoryview, Stamp]:
+            found = obstore.get(store, key, options={"range": (start, stop), **({"if_match": tag} if tag else {})})
+            stamp = _stamp(found.meta)
+            data = memoryview(found.bytes())
+            if len(data) < min(stop, stamp.size) - start:
+                raise obstore.exceptions.GenericError("the body was cut short")
+            return data, stamp
+
+        data, stamp = self._patiently(uri, attempt)
+        if tag and stamp.tag != tag:  # from a server that knows no If-Match
+            raise Changed
+        return data, stamp
+
+    def sizes(self, uri: str) -> dict[str, int]:
+        """The objects below a prefix that ends with `/`, by their names from there. Raises OSError."""
+        import obstore
+
+        def attempt(store: Any, key: str) -> dict[str, int]:
+            found = (one for batch in obstore.list(store, prefix=key) for one in batch)
+            names = {one["path"]: one["size"] for one in found}
+            within = f"{key}/" if key else ""
+            return {name.removeprefix(within): size for name, size in names.items() if name.startswith(within)}
+
+        return self._patiently(uri.removesuffix("/"), attempt)
+
+    def put(self, uri: str, data: bytes, *, only: Literal["", "new"] | Stamp = "") -> Stamp:
+        """Write a small object at once; `only` if there is none yet, or if it still is what it was.
+
+        Raises Exists if that is not so, OSError."""
+        import obstore
+
+        mode: Any = "overwrite" if only == "" else "create" if only == "new" else {"e_tag": only.tag}
+
+        def attempt(store: Any, key: str) -> Stamp:
+            made = obstore.put(store, key, data, mode=mode, use_multipart=False)
+            return Stamp(len(data), 0, 0, made["e_tag"] or made["version"] or "")
+
+        try:
+            return self._patiently(uri, attempt)
+        except Changed:
+            raise Exists from None
+
+    def delete(self, uri: str) -> None:
+        """Remove an object, if there is one. Raises OSError."""
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError):
+            self._patiently(uri, lambda store, key: obstore.delete(store, key))
+
+    def store_of(self, uri: str) -> tuple[Any, str]:
+        """The store of obstore, and the object's key in it."""
+        scheme, _, rest = uri.partition("://")
+        bucket, _, key = rest.partition("/")
+        where = f"{scheme}://{bucket}"
+        with self._lock:
+            if where not in self._stores:
+                self._stores[where] = _opened(where, self._storage.get(SCHEMES[scheme], Access()))
+            return self._stores[where], key
+
+    def _patiently(self, uri: str, attempt: Callable[[Any, str], _T]) -> _T:
+        begin, pause, renewals = time.monotonic(), FIRST_PAUSE_S, 0
+        while True:
+            store, key = self.store_of(uri)
+            try:
+                return attempt(store, key)
+            except Exception as error:
+                if (told := _for_good(error, uri)) is not None:
+                    raise told from None
+                if _is_expired(error):
+                    if renewals == MAX_RENEWALS:
+                        raise PermissionError(errno.EACCES, "its credentials have expired", uri) from None
+                    renewals += 1
+                    self._forget(uri)
+                left = self._patience_s - (time.monotonic() - begin)
+                if left <= 0:
+                    raise Busy(errno.ETIMEDOUT, f"no answer in {self._patience_s:.0f} s ({reason(error)})", uri) from None
+                with self._lock:
+                    self.retries += 1
+                time.sleep(min(left, pause * random.uniform(0.5, 1.0)))
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _forget(self, uri: str) -> None:
+        """Open the store anew when it is asked next: with the credentials that there are then."""
+        with self._lock:
+            self._stores.pop("/".join(uri.split("/")[:3]), None)
+
+
+def _opened(where: str, access: Access) -> Any:
+    from obstore.store import from_url
+
+    kind = SCHEMES[where.partition("://")[0]]
+    config: Any = {}
+    options: dict[str, Any] = {}
+    endpoint = access.endpoint
+    if kind == "s3":
+        endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        region = (
+            access.region
+            or os.environ.get("AWS_REGION")
+            or os.environ.get("AWS_DEFAULT_REGION")
+            or ("us-east-1" if endpoint else "")
+        )
+        config |= {"endpoint": endpoint} if endpoint else {}
+        config |= {"region": region} if region else {}
+        if not access.anonymous and (provider := _of_boto3()) is not None:
+            options["credential_provider"] = provider
+    elif kind == "gs":
+        endpoint = endpoint or os.environ.get("STORAGE_EMULATOR_HOST") or ""
+        config |= {"base_url": endpoint} if endpoint else {}
+    elif endpoint:
+        config["endpoint"] = endpoint
+    if access.anonymous:
+        config["skip_signature"] = True
+    client: Any = {
+        "connect_timeout": f"{CONNECT_S}s",
+        "read_timeout": f"{SILENCE_S}s",
+        "timeout": f"{REQUEST_S}s",
+        **({"allow_http": True} if endpoint.startswith("http://") else {}),
+    }
+    retries: Any = {"max_retries": 0}  # ours are counted
+    try:
+        return from_url(where, config=config, client_options=client, retry_config=retries, **options)
+    except Exception as error:
+        raise RequestError(
+            f"{where}: wanted a store that can be opened, found: {reason(error)}. Fix: check the bucket, and `storage` or the "
+            "variables that say how it is reached."
+        ) from None
+
+
+def _of_boto3() -> Any:
+    """Credentials as Amazon's own tools find them (profiles, single sign-on), where boto3 is installed and no variable gives them;
+    obstore by itself knows variables and the roles of machines and pods."""
+    names = (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    )
+    files = (
+        os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
+        os.environ.get("AWS_CONFIG_FILE", "~/.aws/config"),
+    )
+    if any(os.environ.get(name) for name in names) or not any(os.path.exists(os.path.expanduser(file)) for file in files):
+        return None
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        return Boto3CredentialProvider()
+    except ImportError:
+        return None
+
+
+def _stamp(meta: Mapping[str, Any]) -> Stamp:
+    """What tells an object from what it may become: its ETag, or where a store has none its version or time."""
+    return Stamp(meta["size"], 0, 0, meta.get("e_tag") or meta.get("version") or str(meta.get("last_modified", "")))
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class ObjectModel:
+    """The objects below a prefix. It is told apart from what it may become by what the first answer about each said."""
+
+    where: str
+    """Its URI, without a `/` at the end."""
+    sizes: Mapping[str, int]
+    """Of its files, by their names in it."""
+    objects: Objects = field(repr=False)
+    stamps: dict[str, Stamp] = field(default_factory=dict, repr=False)
+
+    def read(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
+        """Fetch bytes `start` to `stop` of a file, or up to its end if that comes first, and its size. Raises RequestError."""
+        uri = f"{self.where}/{name}"
+        before = self.stamps.get(name)
+        try:
+            if self.sizes[name] == 0:  # there is no range of it
+                self.stamps[name] = self.objects.head(uri)
+                return b"", 0
+            data, stamp = self.objects.get(uri, start, stop, before.tag if before else "")
+        except Changed:
+            found = "another: it was changed meanwhile"
+            raise RequestError(f"{uri}: {mismatch('the object as it was first seen', found, 'run again')}") from None
+        except OSError as error:
+            raise RequestError(object_problem(uri, error)) from None
+        self.stamps[name] = stamp
+        return bytes(data), stamp.size
+
+
+def find_objects(where: str, storage: Storage | None) -> ObjectModel:
+    """List what lies below a prefix, or the object that lies there. Raises RequestError."""
+    where = where.rstrip("/")
+    if (problem := uri_problem(where)) is not None:
+        raise RequestError(f"model {without_credentials(where)}: {problem}")
+    objects = Objects(storage, patience_s=LOOKING_PATIENCE_S)
+    try:
+        sizes = objects.sizes(f"{where}/")
+        if not sizes and (folder := where.rpartition("/")[0]).count("/") > 2:  # else there is no object but the bucket
+            name = where.removeprefix(f"{folder}/")
+            return ObjectModel(folder, {name: objects.head(where).size}, objects)
+    except FileNotFoundError:
+        found, fix = "no object whose name begins so", "check it; a model is named by the prefix that its files share"
+        raise RequestError(f"model {where}: {mismatch('a model', found, fix)}") from None
+    except OSError as error:
+        raise RequestError(object_problem(where, error)) from None
+    return ObjectModel(where, sizes, objects)
+
+
+def object_problem(uri: str, error: OSError) -> str:
+    """What to say of an object, or of the prefix of many, that can't be read."""
+    found = f"{error.strerror or type(error).__name__}"
+    if isinstance(error, FileNotFoundError):
+        found, fix = "none", "check the name"
+    elif isinstance(error, PermissionError):
+        fix = "give this machine a role or credentials that may read there, or write `storage: {s3: {anonymous: true}}` (or gs, az)"
+    else:
+        fix = "check the endpoint (AWS_ENDPOINT_URL and the like, or `storage`) and the network, and run again"
+    return f"{uri}: {mismatch('to read it', found, fix)}"
+
+
+# ---------------------------------------------------------------------------------------------------- failures
+
+
+def _for_good(error: Exception, uri: str) -> Exception | None:
+    """What to raise at once for what no further try would mend; None for what may pass."""
+    from obstore import exceptions
+
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)
+    if isinstance(error, exceptions.AlreadyExistsError):
+        return Exists()
+    if isinstance(error, exceptions.PreconditionError):
+        return Changed()
+    if not isinstance(error, exceptions.BaseError):
+        return error
+    text, told = str(error), reason(error)
+    if _is_expired(error):
+        return None
+    if "NoSuchBucket" in text or "ContainerNotFound" in text:
+        return FileNotFoundError(errno.ENOENT, "no such bucket", uri)
+    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        return PermissionError(errno.EACCES, f"access refused ({told})", uri)
+    if told == _NO_CREDENTIALS:
+        return PermissionError(errno.EACCES, told, uri)
+    status = re.search(r"status code: (4\d\d)", text)
+    if status is not None and status[1] not in ("408", "429") and "RequestTimeout" not in text:
+        return OSError(errno.EIO, told, uri)
+    hopeless = (exceptions.InvalidPathError, exceptions.NotSupportedError, exceptions.UnknownConfigurationKeyError)
+    return OSError(errno.EINVAL, told, uri) if isinstance(error, hopeless) else None
+
+
+def _is_expired(error: Exception) -> bool:
+    return re.search(r"ExpiredToken|TokenExpired|RequestExpired|token has expired", str(error)) is not None
+
+
+_NO_CREDENTIALS = "no credentials"
+_REASONS = (
+    (r"<Code>(\w+)</Code>", "{}"),
+    (r"status code: (\d{3})", "HTTP {}"),
+    (r"kind: Timeout|TimedOut|timed out", "no answer in time"),
+    (r"dns error|failed to lookup", "no such host"),
+    (r"ConnectionRefused|Connection refused", "connection refused"),
+    (r"UnexpectedEof|cut short|IncompleteBody", "an answer that was cut short"),
+    (r"kind: (?:Interrupted|Connect|Request)|ConnectionReset|IncompleteMessage", "a connection that broke"),
+    (r"Missing(?:AccessKeyId|SecretAccessKey|Credential)|metadata|[Cc]redential|[Tt]oken", _NO_CREDENTIALS),
+    (r"certificate", "a certificate that is not trusted"),
+)
+"""From what obstore says to what may be shown, the first that matches."""
+
+
+def reason(error: Exception) -> str:
+    """What happened, in words that carry nothing of the request."""
+    text = str(error)
+    for pattern, words in _REASONS:
+        if (found := re.search(pattern, text)) is not None:
+            return words.format(*found.groups())
+    return type(error).__name__
