@@ -390,6 +390,9 @@ class Owner:
                 if sum(size for _, size in numbers) + run_elements > self.block_elements:
                     yield segments, np.repeat(*np.transpose(numbers))
                     segments, numbers = [], []
+            if numbers and self.plan.is_remote:  # what is fetched for a chunk is given up with it
+                yield segments, np.repeat(*np.transpose(numbers))
+                segments, numbers = [], []
         if numbers:
             yield segments, np.repeat(*np.transpose(numbers))
 

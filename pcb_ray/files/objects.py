@@ -205,30 +205,29 @@ class Objects:
             self._stores.pop("/".join(uri.split("/")[:3]), None)
 
 
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "gs": ("GOOGLE_BASE_URL", "STORAGE_EMULATOR_HOST"),
+    "az": ("AZURE_STORAGE_ENDPOINT",),
+}
+"""The variables that name another address than the provider's, as its own tools read them."""
+
+
 def _opened(where: str, access: Access) -> Any:
     from obstore.store import from_url
 
     kind = SCHEMES[where.partition("://")[0]]
     config: Any = {}
     options: dict[str, Any] = {}
-    endpoint = access.endpoint
+    endpoint = access.endpoint or next((os.environ[name] for name in _ENDPOINTS[kind] if os.environ.get(name)), "")
+    if endpoint:
+        config["base_url" if kind == "gs" else "endpoint"] = endpoint
     if kind == "s3":
-        endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-        region = (
-            access.region
-            or os.environ.get("AWS_REGION")
-            or os.environ.get("AWS_DEFAULT_REGION")
-            or ("us-east-1" if endpoint else "")
-        )
-        config |= {"endpoint": endpoint} if endpoint else {}
-        config |= {"region": region} if region else {}
+        region = access.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if region or endpoint:
+            config["region"] = region or "us-east-1"
         if not access.anonymous and (provider := _of_boto3()) is not None:
             options["credential_provider"] = provider
-    elif kind == "gs":
-        endpoint = endpoint or os.environ.get("STORAGE_EMULATOR_HOST") or ""
-        config |= {"base_url": endpoint} if endpoint else {}
-    elif endpoint:
-        config["endpoint"] = endpoint
     if access.anonymous:
         config["skip_signature"] = True
     client: Any = {
@@ -363,6 +362,8 @@ def _for_good(error: Exception, uri: str) -> Exception | None:
     if told == _NO_CREDENTIALS:
         return PermissionError(errno.EACCES, told, uri)
     status = re.search(r"status code: (4\d\d)", text)
+    if status is not None and status[1] in ("401", "403"):  # of a list it says no more
+        return PermissionError(errno.EACCES, f"access refused ({told})", uri)
     if status is not None and status[1] not in ("408", "429") and "RequestTimeout" not in text:
         return OSError(errno.EIO, told, uri)
     hopeless = (exceptions.InvalidPathError, exceptions.NotSupportedError, exceptions.UnknownConfigurationKeyError)
