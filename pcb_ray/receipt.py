@@ -21,6 +21,7 @@ from pcb_ray.checks import shown, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.files.foreign import is_inside, strict_json
 from pcb_ray.files.hub import hub_id
+from pcb_ray.files.safetensors import File
 from pcb_ray.files.store import is_remote
 from pcb_ray.planning import Input, Plan
 from pcb_ray.relation import Relation
@@ -39,6 +40,8 @@ class MergedFile:
     name: str
     size: int
     header_sha256: str
+    tag: str = dataclasses.field(default="", compare=False)
+    """What its object store called its content (ETag); empty for a file on a disk."""
 
 
 @dataclass(frozen=True)
@@ -219,14 +222,13 @@ def _read_record(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
 def inputs_of_receipt(plan: Plan, digests: Sequence[str]) -> tuple[MergedInput, ...]:
     """The inputs of a plan with their digests, and no path of this machine."""
     return tuple(
-        MergedInput(
-            name,
-            one.commit,
-            digest,
-            tuple(MergedFile(_name_within(file.path, one, plan), file.size, file.header_sha256) for file in one.files),
-        )
+        MergedInput(name, one.commit, digest, tuple(_merged_file(file, one, plan) for file in one.files))
         for name, one, digest in zip(names_of_inputs(plan), plan.inputs, digests, strict=True)
     )
+
+
+def _merged_file(file: File, one: Input, plan: Plan) -> MergedFile:
+    return MergedFile(_name_within(file.path, one, plan), file.size, file.header_sha256, file.stamp.tag if file.stamp else "")
 
 
 def names_of_inputs(plan: Plan) -> tuple[str, ...]:

@@ -183,6 +183,14 @@ def write_side_files(folder: Path, files: Mapping[str, SideFile], store: Store) 
     return digests
 
 
+def sha256_of(content: SideFile, store: Store) -> str:
+    """The digest of what such a file will hold."""
+    sha256 = hashlib.sha256()
+    for piece in _pieces(content, store):
+        sha256.update(piece)
+    return sha256.hexdigest()
+
+
 def _pieces(content: SideFile, store: Store) -> Iterator[bytes | memoryview]:
     if isinstance(content, bytes):
         yield content
