@@ -163,7 +163,8 @@ class _Tier:
 
     def close(self) -> None:
         os.close(self._used)
-        _remove_if_free(self.folder, self._lock)
+        os.close(self._lock)  # first: of several that leave at once, each would find the others still here
+        _remove_if_free(self.folder)
 
 
 def _in_memory(room: Room) -> _Tier | None:
@@ -213,20 +214,21 @@ def _locked(file: int, how: int) -> bool:
         return False
 
 
-def _remove_if_free(folder: Path, lock: int) -> None:
-    """Remove the folder if no other holds it; its lock is let go."""
-    try:
-        if _locked(lock, fcntl.LOCK_EX):
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
+def _remove_if_free(folder: Path) -> None:
+    """Remove the folder if nobody holds it."""
+    with contextlib.suppress(OSError):
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if _locked(lock, fcntl.LOCK_EX):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def remove_abandoned(home: Path) -> None:
     """Remove rooms whose processes have all ended."""
     for folder in home.iterdir():
-        with contextlib.suppress(OSError):
-            _remove_if_free(folder, os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC))
+        _remove_if_free(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- what is free
