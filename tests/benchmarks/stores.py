@@ -432,8 +432,8 @@ FAULTS: dict[str, tuple[Any, int | None]] = {
 WAYS = {
     "obstore, defaults": "obstore",
     "obstore, stated": "obstore",
-    "pyarrow, defaults": "pyarrow",
-    "pyarrow, stated": "pyarrow",
+    "pyarrow, 3 attempts": "pyarrow",
+    "pyarrow, 10 attempts": "pyarrow",
     "httpx": "httpx",
 }
 PATIENCE_S = 100
@@ -444,7 +444,7 @@ def one_read(way: str, endpoint: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if way == "obstore, defaults":
         options = {"client": {"allow_http": True}, "retry": {"max_retries": 10}}
-    elif way == "pyarrow, defaults":
+    elif way == "pyarrow, 3 attempts":
         options = {"attempts": 3}
     read = reader(WAYS[way], endpoint, **options)
     buffer = memoryview(bytearray(16 << 20))
