@@ -319,3 +319,20 @@ def test_nothing_of_a_proxy_is_left(s3: ObjectServer) -> None:
                 fetch(proxy, timeout=0.2)
             fetch(proxy)
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_obstore_sends_what_a_buffer_holds_later_and_not_what_it_was_given(s3: ObjectServer, breaker: FaultProxy) -> None:
+    """Why nothing of ours may reuse a buffer that it wrote: should this fail, obstore copies by now, and the rule can go."""
+    buffer = bytearray(PART)
+    with obstore.open_writer(store_at(s3, breaker), "reused", buffer_size=2 * PART) as writer:
+        writer.write(memoryview(buffer))
+        buffer[:] = bytes([1]) * PART
+    assert set(s3.get("reused")) == {1}
+
+
+def test_a_writer_that_meets_an_error_leaves_neither_an_object_nor_an_upload(s3: ObjectServer, breaker: FaultProxy) -> None:
+    with pytest.raises(KeyError), obstore.open_writer(store_at(s3, breaker, max_retries=5), "half", buffer_size=PART) as writer:
+        writer.write(bytes(PART + 1))
+        raise KeyError
+    assert "half" not in s3.list()
+    assert s3.uploads() == {}
