@@ -63,12 +63,12 @@ def test_a_merge_from_a_store_survives_faults_and_a_killed_worker_fetches_once_a
         assert not any(SECRET in text for text in everything)
 
         again = pcb_ray(*command, "--resume", env=environment)
-        assert again.finish() == 0, again.text
+        assert again.process.returncode == 0, again.text
         assert f"{out}: is this very merge already" in again.text
         checked = pcb_ray("verify", out, env=environment)
-        assert checked.finish() == 0, checked.text
+        assert checked.process.returncode == 0, checked.text
         server.put("on-ray/model1/model-00001-of-00002.safetensors", server.get("on-ray/model0/model-00001-of-00002.safetensors"))
         other = pcb_ray(*command, "--resume", env=environment)
-        assert other.finish() == 2
+        assert other.process.returncode == 2
         assert "wanted the object that was merged" in other.text
     await_end(owners_under(os.getpid()))
