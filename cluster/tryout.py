@@ -29,7 +29,8 @@ class Closeness:
         self.hidden = load_file(hidden)
 
     def load(self, model_dir):
-        self.module = module_of({name: t.float() for path in model_dir.glob("*.safetensors") for name, t in load_file(path).items()})
+        files = model_dir.glob("*.safetensors")
+        self.module = module_of({name: tensor.float() for path in files for name, tensor in load_file(path).items()})
         return self.module
 
     def score(self, split):
