@@ -195,6 +195,7 @@ def test_what_the_image_installs_submits_jobs_merges_and_has_the_fast_kernel(fam
         assert run.returncode == 0, run.stderr
         return run.stdout
 
+    told("python", "-c", "import ray.dashboard.optional_deps, ray.tune, nevergrad")  # without them no jobs, and no searches
     assert "--working-dir" in told("ray", "job", "submit", "--help")
     assert str(where) in told("python", "-c", "import pcb_ray.kernels._native as n; print(n.__file__)")
     out = tmp_path / "out"
