@@ -60,6 +60,12 @@ def flip(path: Path, at: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def executable(path: Path, script: str) -> None:
+    """A command of the test's own, in bash."""
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
 # --- Ray ------------------------------------------------------------------------------------------------------------------------
 
 
