@@ -25,6 +25,7 @@ from pcb_ray.files.room import KeptHere, Room
 from pcb_ray.files.store import Range, Traffic
 from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
+from pcb_ray.output.place import check_place
 from pcb_ray.planning import Plan, plan
 from pcb_ray.questions import WriteParts
 from pcb_ray.session import Session
@@ -384,3 +385,12 @@ def test_a_piece_is_fetched_once_by_two_that_want_it_at_once(server: ObjectServe
     assert sum(store.traffic.fetched for store in stores) == 1 << 20
     for store in stores:
         store.close()
+
+
+def test_an_output_in_a_store_is_refused_and_no_folder_of_that_name_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=r"s3:/bucket/out: wanted a folder, found a URI"):
+        check_place(Path("s3://bucket/out"))
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,12 @@ MAX_NAME_BYTES = 255
 
 
 def check_place(out: Path) -> None:
-    """A relative OUT inside a Ray job is a wrong request."""
+    """A URI is a wrong request, and so is a relative OUT inside a Ray job."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(out)):
+        raise RequestError(
+            f"{out}: wanted a folder, found a URI, where no output is written as yet. Fix: name a folder that all nodes see, and "
+            "copy it when it is whole."
+        )
     if not out.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise RequestError(
             f"{out}: wanted an absolute path, found a relative output inside a Ray job, which would be written to the job's "
