@@ -272,6 +272,10 @@ _FAILURES = (OSError, ValueError, TypeError, KeyError, RuntimeError, _Answer)
 """What Ray's client raises where it doesn't get an answer that it knows: of requests (OSError), JSON and pydantic (ValueError)."""
 
 
+class UnknownJob(RequestError):
+    """It is not on this cluster, or not any more."""
+
+
 class Cluster:
     """A cluster by its dashboard's address. Whatever fails is told in our own words: those of a library may quote the token."""
 
@@ -301,7 +305,7 @@ class Cluster:
     def ask(self, question: Callable[[Any], _T], limit_s: float = RECONNECT_S) -> _T:
         """The answer of Ray's client, asked again while the connection or the server is gone, up to `limit_s` seconds.
 
-        Raises RunError after that, and if the cluster doesn't know the job."""
+        Raises RunError after that, and UnknownJob if the cluster doesn't know the job."""
         start, failures = time.monotonic(), 0
         while True:
             try:
@@ -310,9 +314,9 @@ class Cluster:
                 raise
             except _FAILURES as error:
                 if isinstance(error, _Answer) and error.status == 404 and "does not exist" in error.text:
-                    raise RunError(
-                        f"{self.shown}: wanted the job, found a cluster that doesn't know it. Fix: check its id with `ray job "
-                        "list`; after a restart of the head, submit again with --resume."
+                    raise UnknownJob(
+                        f"{self.shown}: wanted the job, found a cluster that doesn't know it (a head that was started anew has "
+                        "forgotten its jobs). Fix: check the id with `ray job list`, or submit the same with --resume."
                     ) from None
                 reason = _reason(error) or _told(error)
                 if time.monotonic() - start > limit_s:
@@ -372,7 +376,7 @@ def _url(address: str | None) -> str:
         ok = False
     if not ok:
         raise RequestError(
-            f"{where}: wanted the address of the cluster's dashboard, found {shown(url)}. Fix: give one such as http://HEAD:8265 "
+            f"{where}: wanted the address of the cluster's dashboard, found {shown(url)}. Fix: give --address http://HEAD:8265 "
             "(jobs go by the dashboard's port, not by that of `ray start`)."
         )
     return url.rstrip("/")
@@ -396,7 +400,8 @@ def _client_class() -> Any:
     """Ray's client of jobs, with limits of time, and errors that can be told apart. Raises RequestError where it isn't whole."""
     try:
         import aiohttp  # noqa: F401
-        import requests  # noqa: F401
+        import pydantic  # noqa: F401
+        import requests
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
@@ -417,6 +422,8 @@ def _client_class() -> Any:
             to_send_s = len(options.get("data") or b"") / SLOWEST_LINK
             try:
                 answer = super()._do_request(method, endpoint, timeout=(CONNECT_S + to_send_s, ANSWER_S), **options)
+            except requests.exceptions.InvalidHeader:  # it quotes the token
+                _refused(self._address, "one here that is not one line of plain text")
             except AuthenticationError as error:
                 _refused(self._address, "another one here" if "failed" in str(error).partition(":")[0] else "none sent")
             if endpoint == "/api/version" and answer.status_code >= 400:
@@ -511,11 +518,9 @@ def follow(cluster: Cluster, job: str) -> int:
             except KeyboardInterrupt:
                 choice = _ask(job)
             if choice == "s":
-                try:
-                    say(f"stopping {job}")
+                say(f"stopping {job}")
+                with contextlib.suppress(KeyboardInterrupt):  # it is asked again
                     cluster.ask(lambda client: client.stop_job(job))
-                except KeyboardInterrupt:
-                    continue
             if choice == "l":
                 say(f"{job} goes on. `{_follow_line(cluster, job)}` follows it again;")
                 say(f"`ray job stop --address {cluster.shown} {job}` stops it")
@@ -530,11 +535,19 @@ class _Log:
     def __init__(self, cluster: Cluster, job: str) -> None:
         self._cluster, self._job = cluster, job
         self._shown = 0
+        """Characters; -1 if the log can't be had."""
+        self._known = False
 
     def until_the_end(self) -> Any:
         """Ray's details of the job, once it has ended and all that it printed is shown."""
         while True:
-            details = self._cluster.ask(lambda client: client.get_job_info(self._job))
+            try:
+                details = self._cluster.ask(lambda client: client.get_job_info(self._job))
+            except UnknownJob as gone:
+                if self._known:
+                    raise RunError(str(gone)) from None
+                raise
+            self._known = True
             if details.submission_id is None:
                 raise RequestError(
                     f"{self._job}: wanted a submitted job, found a driver of another kind, whose log Ray doesn't keep. Fix: "
@@ -585,7 +598,7 @@ def _ended(details: Any) -> int:
     """The exit code of a job that has ended, after words on whatever its log doesn't tell."""
     job, code = details.submission_id, details.driver_exit_code
     if details.status == "STOPPED":
-        say(f"{job} was stopped; nothing appears under the output's name, and the same command with --resume goes on")
+        say(f"{job} was stopped; --resume goes on with a merge or search, and until then nothing is under the output's name")
         return STOPPED
     if details.status == "SUCCEEDED":
         return 0
@@ -599,7 +612,7 @@ def _ended(details: Any) -> int:
     if code < 0:  # of a signal; a shell in between gives the other form
         code = 128 - code
     if code - 128 in set(signal.Signals) - {signal.SIGINT}:
-        say(f"{job}: its driver was ended by {signal.Signals(code - 128).name}; the same command with --resume goes on")
+        say(f"{job}: its driver was ended by {signal.Signals(code - 128).name}; --resume goes on with a merge or search")
     elif code == 127:
         say(
             f"{job}: wanted the command pcb-ray on the cluster's head, found none (exit code 127). Fix: install pcb-ray on all "
