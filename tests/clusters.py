@@ -188,19 +188,21 @@ class Run:
     """`python -m pcb_ray` as a process group of its own. `lines` are what it printed so far; each state of a progress bar is a
     line."""
 
-    def __init__(self, *arguments: Any, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *arguments: Any, env: Mapping[str, str] | None = None, keyboard: bool = False) -> None:
+        """With `keyboard` what `type` gives is its input, as in a terminal: Ctrl-C too."""
         self.lines: list[str] = []
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, 160))
+        self._terminal = ours
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pcb_ray", *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
+                [*(["setsid", "--ctty"] if keyboard else []), sys.executable, "-m", "pcb_ray", *map(str, arguments)],
+                stdin=theirs if keyboard else subprocess.DEVNULL,
                 stdout=theirs,
                 stderr=theirs,
                 env={**os.environ, "RAY_AUTH_MODE": "token", **(env or {})},
-                start_new_session=True,
+                start_new_session=not keyboard,
             )
         finally:
             os.close(theirs)
@@ -255,6 +257,9 @@ class Run:
             pass
         return self.process.wait(timeout=DEADLINE_S)
 
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
     def send(self, number: int, *, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.pid, number)
 
@@ -277,9 +282,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def running(*arguments: Any, env: Mapping[str, str] | None = None) -> Iterator[Run]:
+def running(*arguments: Any, env: Mapping[str, str] | None = None, keyboard: bool = False) -> Iterator[Run]:
     """A run that doesn't outlive the block."""
-    run = Run(*arguments, env=env)
+    run = Run(*arguments, env=env, keyboard=keyboard)
     try:
         yield run
     finally:
