@@ -1,5 +1,5 @@
-"""The command line: `pcb-ray plan | merge | search | sweep | verify`. Exit code 0 done, 1 failed, 2 the request or an input was
-wrong."""
+"""The command line: `pcb-ray plan | merge | search | sweep | verify | submit`. Exit code 0 done, 1 failed, 2 the request or an
+input was wrong."""
 
 from __future__ import annotations
 
@@ -123,6 +123,28 @@ Its axes are the parameters that a search of the method can vary: PARAMETERS.
 OUT holds the table (sweep.parquet), a heat map (sweep.png), report.html and best_recipe.yaml.
 """
 
+SUBMIT_HELP = """\
+The command runs as a job on the cluster whose dashboard has this address, as it would run there by hand; its log is shown here:
+
+  pcb-ray submit recipe.yaml /shared/merged --address http://head:8265 --workers 16     # a merge, where no command is named
+  pcb-ray submit search recipe.yaml s3://bucket/best --resume
+  pcb-ray submit verify /shared/merged
+  pcb-ray submit --follow pcb-ray-merge-1a2b3c4d                                        # shows the log again, from its start
+
+All options that are not listed here are those of the command (pcb-ray merge --help). OUT is an absolute path or a URI.
+
+The recipe is sent, with the files that it names by paths relative to its folder: evaluators and methods (and what these import from
+there), an evaluator's data, files named in its command. Less than 100 MiB in all; models are never sent: name them by absolute
+paths that all nodes see, URIs or Hub ids.
+
+When the connection drops, it is tried again for 10 minutes, and no line is lost or shown twice. Ctrl-C asks whether to stop the job
+or to leave it. Exit code: that of the command on the cluster (0 done, 1 failed, 2 the request or an input was wrong); 143 if the
+job was stopped, 137 if its driver was killed, 130 if this command was interrupted and the job goes on.
+
+With RAY_AUTH_MODE=token the token in ~/.ray/auth_token (or RAY_AUTH_TOKEN_PATH, or RAY_AUTH_TOKEN) is shown to the dashboard.
+Needs ray[default].
+"""
+
 
 def _search_help() -> str:
     lines = []
@@ -164,6 +186,28 @@ def count(text: str) -> int:
     return int(text)
 
 
+class _Parser(argparse.ArgumentParser):
+    """With `submits`, it takes its own options and leaves the rest to the parser of the command that is submitted."""
+
+    submits: Mapping[str, argparse.ArgumentParser] | None = None
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        options, words = super().parse_known_args(args, namespace)
+        if self.submits is None:
+            return options, words
+        if options.follow is not None:
+            if words:
+                self.error(f"--follow takes no command, found {' '.join(words)}")
+        elif not words:
+            self.error("a RECIPE and OUT, a command, or --follow JOB is required")
+        else:
+            if words[0] not in self.submits:
+                words = ["merge", *words]
+            options.submitted = self.submits[words[0]].parse_args(words[1:])
+        options.words = words
+        return options, []
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="pcb-ray",
@@ -172,12 +216,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=_recipe_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="plan | merge | search | sweep | verify")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="plan | merge | search | sweep | verify | submit", parser_class=_Parser
+    )
+    form = argparse.RawDescriptionHelpFormatter
 
     def command(name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        return commands.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=form)
 
     plan = command("plan", "Tell what a merge will do, from headers and samples, in seconds; nothing is written.", _recipe_help())
     plan.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
@@ -243,6 +288,30 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--sample", type=count, default=8, metavar="N", help="parts to recompute (default: 8)")
     for one in plan, merge, search, sweep, verify:
         one.add_argument("-v", "--verbose", action="store_true", help="explain what is done")
+
+    submit = commands.add_parser(
+        "submit",
+        help="Run one of these on a Ray cluster as a job, and follow it.",
+        description="Run merge, search, sweep, verify or plan on a Ray cluster as a job, and follow it until it ends.",
+        usage="pcb-ray submit [merge | search | sweep] RECIPE OUT [options] [options of the command]\n"
+        "       pcb-ray submit verify OUT | plan RECIPE [options] [options of the command]\n"
+        "       pcb-ray submit --follow JOB [--address URL]",
+        epilog=SUBMIT_HELP,
+        formatter_class=form,
+        allow_abbrev=False,
+    )
+    submit.submits = {"merge": merge, "search": search, "sweep": sweep, "verify": verify, "plan": plan}
+    submit.add_argument(
+        "--address",
+        metavar="URL",
+        help="the cluster's dashboard, such as http://head:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or port 8265 here, "
+        "where a tunnel may lead to it)",
+    )
+    submit.add_argument(
+        "--include", action="append", default=[], type=Path, metavar="PATH", help="send this file or folder too (may be repeated)"
+    )
+    submit.add_argument("--no-wait", action="store_true", help="print the job's id and end once it is submitted")
+    submit.add_argument("--follow", metavar="JOB", help="show the log of a job that was submitted before, and end as it ends")
     return top
 
 
@@ -250,10 +319,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
-    logging.getLogger("pcb_ray").setLevel(logging.INFO if options.verbose else logging.WARNING)
+    logging.getLogger("pcb_ray").setLevel(logging.INFO if getattr(options, "verbose", False) else logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return {"plan": _plan, "merge": _merge, "search": _search, "sweep": _sweep, "verify": _verify}[options.command](options)
+        commands = {"plan": _plan, "merge": _merge, "search": _search, "sweep": _sweep, "verify": _verify, "submit": _submit}
+        return commands[options.command](options)
     except RequestError as error:
         print(f"pcb-ray: {error}", file=sys.stderr)
         return 2
@@ -448,3 +518,14 @@ def _verify(options: argparse.Namespace) -> int:
     if found.ok:
         print(f"{options.out}: all digests match, and the parts recomputed are what the inputs give")
     return 0 if found.ok else 1
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from pcb_ray import submitting
+
+    if options.follow is not None:
+        return submitting.follow(submitting.Cluster(options.address), options.follow)
+    of_job = options.submitted
+    recipes = [of_job.recipe] if "recipe" in of_job else []
+    out = of_job.out if "out" in of_job else None
+    return submitting.run(options.words, recipes, out, options.include, options.address, wait=not options.no_wait)

@@ -525,6 +525,16 @@ def _source(raw: object, where: str, problems: list[str], depth: int = 0) -> obj
     return source
 
 
+def sources_in(mapping: Mapping[str, Any]) -> dict[str, str]:
+    """By their places, the models that a mapping of the YAML file's layout names; what is wrong there is left out."""
+    models = mapping.get("models")
+    entries = models if isinstance(models, list | tuple) else ()
+    named = {key: mapping.get(key) for key in ("base_model", "tokenizer_source") if mapping.get(key) not in (None, "base")}
+    named |= {f"models[{i}]": entry.get("model") if isinstance(entry, Mapping) else entry for i, entry in enumerate(entries)}
+    sources = {place: _source(raw, place, []) for place, raw in named.items()}
+    return {place: source for place, source in sources.items() if isinstance(source, str) and source != "?"}
+
+
 def _matches_all(rules: tuple[Rule, ...]) -> bool:
     return bool(rules) and rules[-1][0] is None
 

@@ -13,16 +13,21 @@ import os
 import pty
 import queue
 import re
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -106,6 +111,82 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
+class Head(NamedTuple):
+    """A head node with a dashboard, which wants a token of its own."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    address: str
+    environment: Mapping[str, str]
+    """For commands on this machine: an activated one, with the token."""
+    folder: Path
+    token: str
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+
+BIN = Path(sys.executable).parent
+
+
+@contextlib.contextmanager
+def head_node(cpus: int = 2, path: str = "", **variables: str) -> Iterator[Head]:
+    """`ray start --head` on ports of its own, with these variables; `path` comes before the PATH of an activated environment."""
+    folder = Path(tempfile.mkdtemp(prefix="pcb"))  # Ray's sockets lie in it, and their names may have 107 characters
+    token = secrets.token_hex(32)
+    (folder / "token").write_text(token)
+    environment = {
+        **os.environ,
+        "PATH": path or f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        **variables,
+    }
+    gcs, dashboard, client = free_ports(3)
+    own = ["--port", gcs, "--dashboard-port", dashboard, "--ray-client-server-port", client, "--temp-dir", folder / "ray"]
+    try:
+        with node_of(["--head", "--dashboard-host", "127.0.0.1", *own], cpus, environment, folder / "head.log") as process:
+            url = f"http://127.0.0.1:{dashboard}"
+            log = folder / "head.log"
+            await_that(f"a head node starts ({log})", lambda: wants_token(url) or process.poll() is not None, timeout_s=90)
+            assert process.poll() is None, log.read_text()
+            yield Head(process, url, f"127.0.0.1:{gcs}", environment, folder, token)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def node_of(start: Sequence[Any], cpus: int, environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start --block` with these arguments."""
+    agent, agent_grpc, metrics, environments = free_ports(4)
+    command = [BIN / "ray", "start", "--block", "--disable-usage-stats", "--num-cpus", cpus, *start]
+    command += ["--node-ip-address", "127.0.0.1", "--object-store-memory", 80 << 20, "--dashboard-agent-listen-port", agent]
+    command += ["--dashboard-agent-grpc-port", agent_grpc, "--metrics-export-port", metrics]
+    command += ["--runtime-env-agent-port", environments, "--min-worker-port", 0, "--max-worker-port", 0]
+    with log.open("wb") as stream:
+        process = subprocess.Popen([str(c) for c in command], env=environment, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        yield process
+    finally:
+        processes = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)  # and it ends what it started, and nothing else
+        process.wait(timeout=DEADLINE_S)
+        await_end(processes)
+
+
+def wants_token(url: str) -> bool:
+    """Whether a dashboard answers there, and asks for its token."""
+    try:
+        urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code == 401
+    except OSError:
+        return False
+    return False
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -113,19 +194,21 @@ class Run:
     """`python -m pcb_ray` as a process group of its own. `lines` are what it printed so far; each state of a progress bar is a
     line."""
 
-    def __init__(self, *arguments: Any, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *arguments: Any, env: Mapping[str, str] | None = None, keyboard: bool = False) -> None:
+        """With `keyboard` what `type` gives is its input, as in a terminal: Ctrl-C too."""
         self.lines: list[str] = []
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, 160))
+        self._terminal = ours
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pcb_ray", *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
+                [*(["setsid", "--ctty"] if keyboard else []), sys.executable, "-m", "pcb_ray", *map(str, arguments)],
+                stdin=theirs if keyboard else subprocess.DEVNULL,
                 stdout=theirs,
                 stderr=theirs,
                 env={**os.environ, "RAY_AUTH_MODE": "token", **(env or {})},
-                start_new_session=True,
+                start_new_session=not keyboard,
             )
         finally:
             os.close(theirs)
@@ -180,6 +263,9 @@ class Run:
             pass
         return self.process.wait(timeout=DEADLINE_S)
 
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
     def send(self, number: int, *, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.pid, number)
 
@@ -202,9 +288,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def running(*arguments: Any, env: Mapping[str, str] | None = None) -> Iterator[Run]:
+def running(*arguments: Any, env: Mapping[str, str] | None = None, keyboard: bool = False) -> Iterator[Run]:
     """A run that doesn't outlive the block."""
-    run = Run(*arguments, env=env)
+    run = Run(*arguments, env=env, keyboard=keyboard)
     try:
         yield run
     finally:

@@ -106,7 +106,11 @@ def test_the_driver_has_no_torch() -> None:
 
 @pytest.mark.parametrize(
     ("library", "homes"),
-    [("ray", ("runtime", "cluster", "searching")), ("nevergrad", ("searching.tune",)), ("matplotlib", ("searching.plots",))],
+    [
+        ("ray", ("runtime", "cluster", "submitting", "searching")),
+        ("nevergrad", ("searching.tune",)),
+        ("matplotlib", ("searching.plots",)),
+    ],
 )
 def test_libraries_have_their_places(library: str, homes: tuple[str, ...]) -> None:
     users = {name for name, path in MODULES.items() if any(i.split(".")[0] == library for i in imports(path))}

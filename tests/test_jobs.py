@@ -2,98 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import families
 import psutil
 import pyarrow.parquet
 import pytest
-from clusters import DEADLINE_S, await_end, await_that, descendants, free_ports, owners_under, receipt_of, title
+from clusters import BIN, DEADLINE_S, Head, await_end, await_that, descendants, head_node, owners_under, receipt_of, title
 from families import Family
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-BIN = Path(sys.executable).parent
-ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}  # an activated environment
-
-
-class Head(NamedTuple):
-    process: subprocess.Popen[bytes]
-    url: str
-
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """`ray start --head` with a dashboard, on ports of its own."""
-    subprocess.run(
-        [BIN / "ray", "get-auth-token", "--generate"], env=ENVIRONMENT, check=True, capture_output=True, timeout=DEADLINE_S
-    )
-    gcs, dashboard, client, agent, agent_grpc, metrics, environments = free_ports(7)
-    folder = Path(tempfile.mkdtemp(prefix="pcb"))  # Ray's sockets lie in it, and their names may have 107 characters
-    command = [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus", "2", "--temp-dir", folder]
-    command += ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--object-store-memory", str(80 << 20)]
-    command += [
-        "--port",
-        gcs,
-        "--dashboard-port",
-        dashboard,
-        "--ray-client-server-port",
-        client,
-        "--dashboard-agent-listen-port",
-        agent,
-    ]
-    command += [
-        "--dashboard-agent-grpc-port",
-        agent_grpc,
-        "--metrics-export-port",
-        metrics,
-        "--runtime-env-agent-port",
-        environments,
-    ]
-    command += ["--min-worker-port", "0", "--max-worker-port", "0"]
-    log = folder / "start.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen([str(c) for c in command], env=ENVIRONMENT, stdout=stream, stderr=stream, start_new_session=True)
-    url = f"http://127.0.0.1:{dashboard}"
-    try:
-        await_that(f"a head node starts ({log})", lambda: answers(url) or process.poll() is not None, timeout_s=90)
-        assert process.poll() is None, log.read_text()
-        yield Head(process, url)
-    finally:
-        processes = descendants(process.pid)
-        process.send_signal(signal.SIGTERM)  # and it ends what it started, and nothing else
-        process.wait(timeout=DEADLINE_S)
-        await_end(processes)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code == 401  # it wants the token
-    except OSError:
-        return False
-    return True
+    with head_node() as started:
+        yield started
 
 
 def submit(head: Head, folder: Path, *arguments: object) -> subprocess.Popen[str]:
     command = [BIN / "ray", "job", "submit", "--address", head.url, "--working-dir", folder, "--", "pcb-ray", *arguments]
     return subprocess.Popen(
         [str(c) for c in command],
-        env=ENVIRONMENT,
+        env=head.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
