@@ -75,6 +75,7 @@ Without --address a local Ray is started for the merge; inside a Ray job the job
   ray job submit --address http://head:8265 --working-dir . -- pcb-ray merge recipe.yaml /shared/merged
 
 The output appears under its name only when whole. After a crash or Ctrl-C, the same command with --resume goes on where it stopped.
+With --resume it may simply be run again, as schedulers do: it starts, goes on, or ends with 0 if OUT is this very merge already.
 The bytes are the same whatever --workers and --memory are.
 """
 
@@ -193,7 +194,11 @@ def parser() -> argparse.ArgumentParser:
         help="where to compute (default: cpu; auto: a GPU where there is one; no GPU has run this yet)",
     )
     merge.add_argument("--address", help="a Ray cluster to join, such as ray-head:6379 (default: start a local one)")
-    merge.add_argument("--resume", action="store_true", help="go on with an unfinished merge to OUT; only what is missing is done")
+    merge.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an unfinished merge to OUT; only what is missing is done, and nothing if OUT is this very merge",
+    )
     merge.add_argument(
         "--overwrite",
         action="store_true",

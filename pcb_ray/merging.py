@@ -12,12 +12,14 @@ from typing import Any
 
 from pcb_ray.analysis import analyse, differing
 from pcb_ray.budget import choose_block
+from pcb_ray.claims import differences
 from pcb_ray.cluster import check_cluster, cluster
+from pcb_ray.errors import RequestError
 from pcb_ray.files.store import open_store
 from pcb_ray.methods import Known
 from pcb_ray.output.companions import side_files, write_side_files
 from pcb_ray.output.place import check_out, check_place
-from pcb_ray.output.state import State, asked_of, is_unfinished
+from pcb_ray.output.state import State, asked_of, is_left_over, is_unfinished
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, fetched, open_inputs, plan_of, related
 from pcb_ray.questions import shown_digest
 from pcb_ray.receipt import Receipt, Sweep
@@ -55,7 +57,17 @@ def merge(
     recipe, out = Recipe.of(recipe), Path(out)
     check_place(out)
     check_cluster(address)
-    inputs, plan = opened(recipe, max_shard_bytes, lambda plan: check_out(out, plan, overwrite=overwrite, resume=resume))
+    before = merged_before(recipe, out, max_shard_bytes) if resume else ()
+    if isinstance(before, Receipt):
+        return before
+
+    def check(plan: Plan) -> None:
+        try:
+            check_out(out, plan, overwrite=overwrite, resume=resume)
+        except RequestError as error:
+            raise RequestError([*error.problems, *before]) from None
+
+    inputs, plan = opened(recipe, max_shard_bytes, check)
     if memory is not None:
         choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
     for note in () if resume and is_unfinished(out) else plan.notes:  # told when it began
@@ -85,6 +97,21 @@ def merge(
             startup_s=startup_s,
             resumed=state.resumed,
         )
+
+
+def merged_before(recipe: Recipe, out: Path, max_shard_bytes: int) -> Receipt | tuple[str, ...]:
+    """The receipt of `out` if this very merge lies there already, which is said; else why it is another one, if anything is there."""
+    if not os.path.lexists(out) or (is_unfinished(out) and not is_left_over(out)):
+        return ()
+    try:
+        receipt = Receipt.of(out)
+        found = differences(recipe, out, receipt, max_shard_bytes, open_store())
+    except RequestError as error:
+        found = list(error.problems)
+    if found:
+        return tuple(f"--resume: {out} is not this very merge: {one}" for one in found)
+    log.warning("%s: is this very merge already, and nothing was done", out)
+    return receipt
 
 
 def opened(recipe: Recipe, max_shard_bytes: int, check: Callable[[Plan], None]) -> tuple[Inputs, Plan]:

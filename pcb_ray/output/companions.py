@@ -179,6 +179,14 @@ def write_side_files(folder: Path, files: Mapping[str, SideFile]) -> dict[str, s
     return digests
 
 
+def sha256_of(content: SideFile) -> str:
+    """The digest of what such a file will hold."""
+    sha256 = hashlib.sha256()
+    for piece in _pieces(content):
+        sha256.update(piece)
+    return sha256.hexdigest()
+
+
 def _pieces(content: SideFile) -> Iterator[bytes]:
     if isinstance(content, bytes):
         yield content

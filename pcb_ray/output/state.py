@@ -23,7 +23,7 @@ from pcb_ray.output.publish import REPLACED, kind_of, publish, restore
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Written
 
-STATE, JOURNAL = "state.json", "journal.jsonl"
+STATE, JOURNAL, STAGING = "state.json", "journal.jsonl", "out"
 
 
 def asked_of(plan: Plan, arithmetic: str, stamps: Mapping[str, Stamp]) -> dict[str, Any]:
@@ -40,6 +40,11 @@ def state_folder(out: Path) -> Path:
 def is_unfinished(out: Path) -> bool:
     """Whether a run to OUT was begun and can be resumed."""
     return (state_folder(out) / STATE).exists()
+
+
+def is_left_over(out: Path) -> bool:
+    """Whether the run that was begun gave OUT its name, and was killed before its state could go."""
+    return is_unfinished(out) and not (state_folder(out) / STAGING).exists() and os.path.lexists(out)
 
 
 class State:
@@ -61,7 +66,7 @@ class State:
     ) -> None:
         self.out = out.resolve()
         self.folder = state_folder(out)
-        self.staging = self.folder / "out"
+        self.staging = self.folder / STAGING
         self.stamps = dict(stamps)
         self.found: dict[str, Any] = {}
         self.journal: dict[str, str] = {}
