@@ -100,7 +100,7 @@ def merge(
 
 
 def merged_before(recipe: Recipe, out: Path, max_shard_bytes: int) -> Receipt | tuple[str, ...]:
-    """The receipt of `out` if this very merge lies there already, which is said; else why it is another one, if anything is there."""
+    """The receipt of `out` if this very merge lies there already, which is said; else why what is there is another one."""
     if not os.path.lexists(out) or (is_unfinished(out) and not is_left_over(out)):
         return ()
     try:
