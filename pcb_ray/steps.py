@@ -25,7 +25,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -56,11 +56,11 @@ def placed(
     device: str = "cpu",
     memory: int | None = None,
     beside: int = 0,
-    writes_to: Path,
+    writes_to: Path | Callable[[], Path],
     quiet: bool,
 ) -> Iterator[Session]:
     """Owners on the cluster that was joined, with room for each of the plans and `beside` more bytes; the session begins with the
-    first plan.
+    first plan. `writes_to` is the folder that owners must see, or gives it whenever a plan is begun.
 
     Raises RequestError if the cluster has no room for them."""
     from pcb_ray.runtime import RayOwners  # and Ray
@@ -73,7 +73,8 @@ def placed(
     owners = RayOwners(workers=chosen, device=device, worker_bytes=needed)
 
     def owners_for(plan: Plan) -> RayOwners:
-        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), str(writes_to))
+        folder = writes_to() if callable(writes_to) else writes_to
+        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), str(folder))
         return owners
 
     try:
