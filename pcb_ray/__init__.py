@@ -2,6 +2,7 @@
 
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.in_memory import merge_state_dicts
+from pcb_ray.many import Merged, merge_many
 from pcb_ray.merging import merge
 from pcb_ray.planning import plan
 from pcb_ray.receipt import Receipt, Verified
@@ -11,6 +12,6 @@ from pcb_ray.searching.run import search, sweep
 from pcb_ray.verifying import verify
 
 __all__ = [
-    "Found", "Model", "Receipt", "Recipe", "RequestError", "RunError", "Swept", "Verified", "merge", "merge_state_dicts", "plan",
-    "search", "sweep", "verify",
+    "Found", "Merged", "Model", "Receipt", "Recipe", "RequestError", "RunError", "Swept", "Verified", "merge", "merge_many",
+    "merge_state_dicts", "plan", "search", "sweep", "verify",
 ]  # fmt: skip

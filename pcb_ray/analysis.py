@@ -25,8 +25,8 @@ def analyse(session: Session, known: Known | None = None, keep: Callable[[Known]
 
     Raises InputError if what was found shows that the inputs can't be merged, or if stored copies of tied tensors differ."""
     plan, method = session.plan, session.plan.method
-    known = dict(known or {})
-    if not known and (apart := differing(session)):
+    before, known = known or {}, {}
+    if not before and (apart := differing(session)):
         raise InputError(
             [
                 f"{plan.inputs[one.input].source}: wanted {one.copy} equal to {one.original}, as in a sample of both, found copies "
@@ -35,9 +35,9 @@ def analyse(session: Session, known: Known | None = None, keep: Callable[[Known]
             ]
         )
     for step, wanted in enumerate(method.passes):
-        if all(name in known for name in wanted.gives):
-            continue
         key = _decided_by(session, step, known)
+        if is_old := all(name in before for name in wanted.gives):
+            session.found[key] = {name: before[name] for name in wanted.gives}
         found = session.found.get(key)
         if found is None:
             if isinstance(wanted, Ranks):
@@ -48,6 +48,8 @@ def analyse(session: Session, known: Known | None = None, keep: Callable[[Known]
                 found = _sums(session, step, wanted, known)
             session.found[key] = found
         known = {**known, **found}  # a new one: kernels know by its identity what they have prepared
+        if is_old:
+            continue
         if problems := method.refuse(known, plan.settings, plan.names):
             raise InputError(problems)
         keep(known)

@@ -77,6 +77,17 @@ Without --address a local Ray is started for the merge; inside a Ray job the job
 The output appears under its name only when whole. After a crash or Ctrl-C, the same command with --resume goes on where it stopped.
 With --resume it may simply be run again, as schedulers do: it starts, goes on, or ends with 0 if OUT is this very merge already.
 The bytes are the same whatever --workers and --memory are.
+
+Several merges in one job, by the same workers, which read once what they share:
+
+  pcb-ray merge A.yaml B.yaml --into merges     # merges/A and merges/B
+
+A recipe may have a grid there, of `method`, `variant` and the method's parameters; each point is a merge of its own:
+
+  grid: {density: [0.1, 0.2], lambda: [0.5, 1.0]}     # merges/A/density=0.1,lambda=0.5 and so on
+
+Each output appears as soon as it is whole, and one that fails takes no other along. --resume skips those that are there. The exit
+code is 0 if all are done, else 1 if any failed, else 2 (wrong requests only).
 """
 
 
@@ -229,8 +240,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     merge = command("merge", "Merge the models of RECIPE into the directory OUT.", MERGE_HELP + "\n" + _recipe_help())
+    merge.usage = "pcb-ray merge RECIPE OUT [options]\n       pcb-ray merge RECIPE [RECIPE ...] --into DIR [options]"
     merge.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
-    merge.add_argument("out", metavar="OUT", type=Path, help="the directory to make; transformers loads it")
+    merge.add_argument("more", metavar="OUT", type=Path, nargs="*", help="the directory to make, which transformers loads")
+    merge.add_argument("--into", metavar="DIR", type=Path, help="merge each recipe into DIR, to a directory that is named after it")
+    merge.set_defaults(refuse=merge.error)
     merge.add_argument("--workers", type=count, metavar="N", help="workers (default: one per core or GPU of the cluster)")
     merge.add_argument(
         "--device",
@@ -453,29 +467,41 @@ def _number(count: int, what: str) -> str:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    room = {"cache": options.cache, "scratch": options.scratch, "scratch_bytes": options.scratch_size}
+    how = {**_shared(options), **room, "device": options.device, "max_shard_bytes": options.max_shard_size}
+    if options.into is not None:
+        return _merge_many([options.recipe, *options.more], options.into, how)
+    if len(options.more) != 1:
+        options.refuse(f"wanted RECIPE and OUT, or --into DIR, found {_number(1 + len(options.more), 'name')} and no --into")
     from pcb_ray.merging import merge
 
-    receipt = merge(
-        options.recipe,
-        options.out,
-        workers=options.workers,
-        device=options.device,
-        address=options.address,
-        max_shard_bytes=options.max_shard_size,
-        memory=options.memory,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        cache=options.cache,
-        scratch=options.scratch,
-        scratch_bytes=options.scratch_size,
-    )
+    (out,) = options.more
+    receipt = merge(options.recipe, out, **how)
     print(
-        f"{options.out}: {receipt.N} models merged in {receipt.elapsed_s:.1f} s by {receipt.workers} workers; "
+        f"{out}: {receipt.N} models merged in {receipt.elapsed_s:.1f} s by {receipt.workers} workers; "
         f"read {readable_bytes(receipt.bytes_read)} in {receipt.full_sweeps} full sweeps, wrote "
         f"{readable_bytes(receipt.bytes_written)}; "
         f"a worker took at most {readable_bytes(receipt.peak_worker_bytes)}"
     )
     return 0
+
+
+def _merge_many(recipes: Sequence[Path], into: Path, how: Mapping[str, Any]) -> int:
+    from pcb_ray.many import merge_many
+
+    found = merge_many(recipes, into, **how)
+    rows = [("merge", "state", "seconds", "read", "")]
+    for name, one in found.items():
+        told = str(one.failure).splitlines() if one.failure else list(one.receipt.warnings) if one.receipt else []
+        note = told[0] if len(told) == 1 else f"{_number(len(told), 'line')} above" if told else ""
+        rows.append((name, one.state, f"{one.elapsed_s:.1f}", readable_bytes(one.bytes_read), note))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, state, seconds, read, note in rows:
+        line = f"{name:{widths[0]}}  {state:{widths[1]}}  {seconds:>{widths[2]}}  {read:>{widths[3]}}  {note}"
+        print(line.rstrip() if len(line) <= 160 else f"{line[:157]}...")
+    failures = [one.failure for one in found.values() if one.failure is not None]
+    print(f"{into}: {len(found) - len(failures)} of {_number(len(found), 'merge')} done")
+    return 0 if not failures else 1 if any(isinstance(one, RunError) for one in failures) else 2
 
 
 def _search(options: argparse.Namespace) -> int:

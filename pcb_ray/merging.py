@@ -25,8 +25,8 @@ from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, fetched, open_in
 from pcb_ray.questions import shown_digest
 from pcb_ray.receipt import Receipt, Sweep
 from pcb_ray.recipe import Recipe
-from pcb_ray.relation import Relation
-from pcb_ray.session import Session
+from pcb_ray.relation import Relation, notes_on
+from pcb_ray.session import Session, what_is_read
 from pcb_ray.steps import ARITHMETIC, Spent, placed, publish, write_from
 from pcb_ray.tied import Apart
 
@@ -79,7 +79,6 @@ def merge(
         choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
     for note in () if resume and is_unfinished(out) else plan.notes:  # told when it began
         log.warning("note: %s", note)
-    store = open_store(plan.stamps, recipe.storage)
     room = Room.for_a_run(cache, scratch, scratch_bytes) if plan.is_remote else None
     stamps = plan.stamps
     with (
@@ -87,28 +86,36 @@ def merge(
         cluster(address),
         placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, room=room, quiet=quiet) as session,
     ):
-        startup_s = time.monotonic() - start
-        kept = Kept(state.found, session, start)
-        kept.settle(inputs, lambda inputs: plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes), state)
-        digests = write_side_files(state.staging, side_files(recipe, session.plan, inputs.base, inputs.tokenizer), store)
-        known = kept.analysed(state)
-        output = write_from(state.stamps, session, store, known, str(state.staging), state)
-        return publish(
-            session,
-            state,
-            known,
-            output,
-            digests,
-            sweeps=kept.sweeps(),
-            spent=kept.spent(),
-            max_shard_bytes=max_shard_bytes,
-            startup_s=startup_s,
-            resumed=state.resumed,
-        )
+        return merged(session, state, inputs, max_shard_bytes, start)
+
+
+def merged(session: Session, state: State, inputs: Inputs, max_shard_bytes: int, start: float) -> Receipt:
+    """Take the steps of the plan that the session has begun, from the analysis to the published output. `start` is when the merge
+    was asked for, on the monotonic clock."""
+    startup_s = time.monotonic() - start
+    recipe = session.plan.recipe
+    store = open_store(session.plan.stamps, recipe.storage)
+    kept = Kept(state.found, session, start)
+    kept.settle(inputs, lambda inputs: plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes), state)
+    digests = write_side_files(state.staging, side_files(recipe, session.plan, inputs.base, inputs.tokenizer), store)
+    known = kept.analysed(state)
+    output = write_from(state.stamps, session, store, known, str(state.staging), state)
+    return publish(
+        session,
+        state,
+        known,
+        output,
+        digests,
+        sweeps=kept.sweeps(),
+        spent=kept.spent(),
+        max_shard_bytes=max_shard_bytes,
+        startup_s=startup_s,
+        resumed=state.resumed,
+    )
 
 
 def merged_before(recipe: Recipe, out: Path, max_shard_bytes: int) -> Receipt | tuple[str, ...]:
-    """The receipt of `out` if this very merge lies there already, which is said; else why it is another, if anything is there."""
+    """The receipt of `out` if this very merge lies there already, which is said; else why what is there is another one."""
     if not os.path.lexists(out) or (is_unfinished(out) and not is_left_over(out)):
         return ()
     try:
@@ -122,12 +129,17 @@ def merged_before(recipe: Recipe, out: Path, max_shard_bytes: int) -> Receipt | 
     return receipt
 
 
-def opened(recipe: Recipe, max_shard_bytes: int, check: Callable[[Plan], None]) -> tuple[Inputs, Plan]:
-    """The inputs and the plan; if it is sound, and stands a check, with the models of the Hub fetched."""
-    inputs = open_inputs(recipe)
+def opened(
+    recipe: Recipe, max_shard_bytes: int, check: Callable[[Plan], None], like: tuple[Inputs, Plan] | None = None
+) -> tuple[Inputs, Plan]:
+    """The inputs and the plan; if it is sound, and stands a check, with the models of the Hub fetched. `like` is the answer for a
+    recipe of the same models: they are not opened again, nor compared where the plans read the same."""
+    inputs = like[0] if like else open_inputs(recipe)
     plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
     check(plan)
-    if inputs.on_hub:
+    if like and (relation := like[1].relation) and what_is_read(plan) == what_is_read(like[1]):
+        return inputs, replace(plan, relation=relation, notes=(*plan.notes, *notes_on(plan, relation)))
+    if inputs.on_hub and not like:
         inputs = fetched(recipe, inputs)
         plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
     return inputs, related(plan, open_store(storage=recipe.storage))

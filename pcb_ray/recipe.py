@@ -56,6 +56,7 @@ _REFUSED_KEYS = {
     "slices": f"list whole models in `models`; {_BY_NAME}",
     "modules": "merge one module at a time, with a recipe for each",
     "tokenizer": "use `tokenizer_source: base` or name one of the models there",
+    "grid": "merge each of its points with `pcb-ray merge RECIPE --into DIR`, or remove it",
     "rescale": "remove it: kept values are not rescaled here; `parameters.lambda` scales the whole sum",
 }
 _INT8_MASK = "`int8_mask` has no effect: it saves memory in mergekit; memory is bounded here without it."
@@ -196,15 +197,7 @@ class Recipe:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Recipe:
         """The recipe in the file; relative paths in it are resolved against its folder. Raises RequestError."""
-        file = Path(path).absolute()
-        try:
-            if not file.is_file():  # a pipe would be waited for
-                raise RequestError(f"recipe {shown(str(path))}: not a regular file, or not there. Fix: name the YAML file.")
-            with file.open("rb") as stream:
-                data = stream.read(MAX_TEXT_BYTES + 1)
-        except OSError as error:
-            raise RequestError(f"recipe {shown(str(path))}: {error.strerror}. Fix: check its path and rights.") from None
-        return cls.from_yaml(data, file.parent)
+        return cls.from_dict(*read_file(path))
 
     @classmethod
     def from_yaml(cls, text: str | bytes, folder: str | os.PathLike[str] = ".") -> Recipe:
@@ -709,6 +702,20 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
 
 def _yaml_error(problem: str, at: Any) -> yaml.YAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[Any, Path]:
+    """The value of the only document in a file, and the folder against which relative paths in it are resolved. Raises
+    RequestError."""
+    file = Path(path).absolute()
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            raise RequestError(f"recipe {shown(str(path))}: not a regular file, or not there. Fix: name the YAML file.")
+        with file.open("rb") as stream:
+            data = stream.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise RequestError(f"recipe {shown(str(path))}: {error.strerror}. Fix: check its path and rights.") from None
+    return read_yaml(data), file.parent
 
 
 def read_yaml(text: str | bytes) -> Any:

@@ -48,9 +48,14 @@ class Session:
         """Go on with another plan."""
         if plan is self.plan:
             return
-        if _what_is_read(plan) != _what_is_read(self.plan):
+        if what_is_read(plan) != what_is_read(self.plan):
             self.inputs, self.relation, self.found = (), None, {}
         self.plan, self.owners, self.sweeps = plan, self._owners_for(plan), []
+
+    def take_over(self, earlier: Session) -> None:
+        """Know what an earlier session has found out, if its plan was about the same models."""
+        if what_is_read(earlier.plan) == what_is_read(self.plan):
+            self.inputs, self.relation, self.found = earlier.inputs, earlier.relation, earlier.found
 
     # --- sweeps -------------------------------------------------------------------------------------------------------------------
 
@@ -122,7 +127,8 @@ class Session:
             raise InputError(problems)
 
 
-def _what_is_read(plan: Plan) -> object:
+def what_is_read(plan: Plan) -> object:
+    """Plans of which this is equal share what is found out about the models."""
     return plan.inputs, [(tensor.first, tensor.sources) for tensor in plan.tensors], plan.bounds
 
 

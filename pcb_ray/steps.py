@@ -25,7 +25,8 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -46,6 +47,8 @@ from pcb_ray.session import Session
 
 log = logging.getLogger("pcb_ray")
 
+AT_ONCE = 16  # files that are looked at: over a network each takes a while
+
 # The arithmetic of the methods: receipts name it, and a resumed or verified merge must have been made with the same one.
 ARITHMETIC = "ieee-2"
 
@@ -58,12 +61,12 @@ def placed(
     device: str = "cpu",
     memory: int | None = None,
     beside: int = 0,
-    writes_to: Path,
+    writes_to: Path | Callable[[], Path],
     room: Room | None = None,
     quiet: bool,
 ) -> Iterator[Session]:
     """Owners on the cluster that was joined, with room for each of the plans and `beside` more bytes; the session begins with the
-    first plan.
+    first plan. `writes_to` is the folder that owners must see, or gives it whenever a plan is begun.
 
     Raises RequestError if the cluster has no room for them."""
     from pcb_ray.runtime import RayOwners  # and Ray
@@ -76,7 +79,8 @@ def placed(
     owners = RayOwners(workers=chosen, device=device, worker_bytes=needed, room=room)
 
     def owners_for(plan: Plan) -> RayOwners:
-        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), str(writes_to))
+        folder = writes_to() if callable(writes_to) else writes_to
+        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), str(folder))
         return owners
 
     try:
@@ -183,11 +187,16 @@ def check_unchanged(store: Store, before: Pins) -> list[str]:
     back."""
     problems: list[str] = []
     touched: list[str] = []
-    for path, stamp in before.items():
+
+    def look(path: str) -> object:
         try:
-            now: object = store.stamp(path)
+            return store.stamp(path)
         except OSError as error:
-            now = error.strerror
+            return error.strerror
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = list(pool.map(look, before))
+    for (path, stamp), now in zip(before.items(), found, strict=True):
         if isinstance(now, Stamp) and now.content == stamp.content:
             touched += [path] if now != stamp else []
         else:

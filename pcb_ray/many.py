@@ -1,0 +1,335 @@
+"""`merge_many`: several recipes, and grids of them, each to a folder of its own, by one pool of owners.
+
+Each merge is what `merge` makes of its recipe: it has a state, a lock and a receipt of its own, and none takes another along. What
+costs is shared: models are opened and compared once, and merges that read the same follow each other, so that what the analysis of
+one has found serves all that it holds for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pcb_ray.budget import choose_block, worker_bytes
+from pcb_ray.cluster import check_cluster, choose_device, choose_workers, cluster
+from pcb_ray.errors import RequestError, RunError
+from pcb_ray.files.foreign import some
+from pcb_ray.files.room import Room
+from pcb_ray.files.stores import open_store
+from pcb_ray.grid import points_of
+from pcb_ray.merging import merged, merged_before, opened
+from pcb_ray.output.place import check_out, check_place, existing_parent
+from pcb_ray.output.state import State, asked_of, is_unfinished, state_folder
+from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan
+from pcb_ray.receipt import Receipt
+from pcb_ray.recipe import Recipe
+from pcb_ray.session import Session, what_is_read
+from pcb_ray.steps import ARITHMETIC, check_unchanged, placed
+
+log = logging.getLogger("pcb_ray")
+
+Asked = Recipe | Mapping[str, Any] | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of one of several merges: it has a receipt, or it failed."""
+
+    receipt: Receipt | None = None
+    failure: RequestError | RunError | None = None
+    before: bool = False
+    """It lay there already, and nothing was done."""
+    elapsed_s: float = 0.0
+    bytes_read: int = 0
+    """Of the inputs, in this run."""
+
+    @property
+    def state(self) -> str:
+        if self.failure is None:
+            return "done before" if self.before else "done"
+        return "wrong" if isinstance(self.failure, RequestError) else "failed"
+
+
+def merge_many(
+    recipes: Mapping[str, Asked] | Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+    into: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    device: str = "cpu",
+    address: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    memory: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    cache: int | None = None,
+    scratch: str = "",
+    scratch_bytes: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Merged]:
+    """Merge each recipe into `into`/NAME, and each point of a recipe's grid into `into`/NAME/KEY=VALUE,...; what became of them by
+    NAME or NAME/KEY=VALUE,..., in sorted order. Names are those of a mapping, or those of the files without their endings.
+
+    All is as in `merge`, for each of them. What is wrong with one is told before anything is computed, and the others are merged
+    nevertheless.
+
+    Raises RequestError if names are equal or nothing fits, RunError if there is no cluster."""
+    start = time.monotonic()
+    into = Path(into)
+    if isinstance(recipes, str | os.PathLike):
+        recipes = [recipes]
+    check_place(into)
+    check_cluster(address)
+    room = Room.for_a_run(cache, scratch, scratch_bytes)
+    how = _How(into, max_shard_bytes, memory, device, workers, room, resume=resume, overwrite=overwrite, quiet=quiet)
+    results, told = dict[str, Merged](), set[str]()
+    todo = _ordered(_opened(_recipes(recipes, results), how, results))
+    _check_room(todo, into)
+    with _begun(todo, how, results) as begun:
+        _tell(results, told)
+        if begun:
+            with cluster(address):
+                fitting = _with_room(begun, how, results)
+                _tell(results, told)
+                _merge_all(fitting, how, results, start)
+    return dict(sorted(results.items()))
+
+
+@dataclass(frozen=True)
+class _How:
+    into: Path
+    max_shard_bytes: int
+    memory: int | None
+    device: str
+    workers: int | None
+    room: Room
+    resume: bool
+    overwrite: bool
+    quiet: bool
+
+
+@dataclass
+class _One:
+    """A merge that is to be done."""
+
+    name: str
+    out: Path
+    inputs: Inputs
+    plan: Plan
+    state: State | None = None
+
+
+# --- before anything is computed --------------------------------------------------------------------------------------------------
+
+
+def _tell(results: Mapping[str, Merged], told: set[str]) -> None:
+    """Say which of them can't be merged, and why: once for all that have the same reason."""
+    names: dict[str, list[str]] = {}
+    for name, one in results.items():
+        if name not in told and one.failure is not None:
+            names.setdefault(f"{one.state}: {one.failure}", []).append(name)
+    for reason, of in names.items():
+        log.warning("%s: %s", some(of), reason)
+    told |= set(results)
+
+
+def _recipes(recipes: Mapping[str, Asked] | Sequence[str | os.PathLike[str]], results: dict[str, Merged]) -> dict[str, Recipe]:
+    """All recipes by name, in sorted order; those that are wrong are among the results."""
+    named = list(recipes.items()) if isinstance(recipes, Mapping) else [(Path(one).stem, one) for one in recipes]
+    names = [name for name, _ in named]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RequestError(
+            f"{', '.join(twice)}: wanted recipes of different names, found {names.count(twice[0])} of {twice[0]!r}, which would be "
+            "merged into one folder. Fix: rename a file, or merge them into different folders."
+        )
+    if odd := [name for name in names if not name or name in (".", "..") or "/" in name or "\0" in name]:
+        raise RequestError(f"{odd[0]!r}: wanted a name for a folder, found none. Fix: rename it.")
+    found: dict[str, Recipe] = {}
+    for name, asked in sorted(named, key=lambda one: one[0]):
+        try:
+            for point, recipe in sorted(points_of(asked).items()):
+                full = f"{name}/{point}" if point else name
+                if isinstance(recipe, RequestError):
+                    results[full] = Merged(failure=recipe)
+                else:
+                    found[full] = recipe
+        except RequestError as error:
+            results[name] = Merged(failure=error)
+    return found
+
+
+def _opened(recipes: Mapping[str, Recipe], how: _How, results: dict[str, Merged]) -> list[_One]:
+    """Those that are to be merged, with their plans. Those that are wrong, or there already, are among the results."""
+    found: list[_One] = []
+    like: dict[object, tuple[Inputs, Plan]] = {}
+    told: set[str] = set()
+    for name, recipe in recipes.items():
+        out = how.into / name
+        try:
+            before = merged_before(recipe, out, how.max_shard_bytes) if how.resume else ()
+            if isinstance(before, Receipt):
+                results[name] = Merged(before, before=True)
+                continue
+
+            def check(plan: Plan, out: Path = out, before: tuple[str, ...] = before) -> None:
+                try:
+                    check_out(out, plan, overwrite=how.overwrite, resume=how.resume)
+                except RequestError as error:
+                    raise RequestError([*error.problems, *before]) from None
+
+            models = _models_of(recipe)
+            like[models] = inputs, plan = opened(recipe, how.max_shard_bytes, check, like.get(models))
+            if how.memory is not None:
+                choose_block(plan, "cpu", how.memory)
+        except RequestError as error:
+            results[name] = Merged(failure=error)
+            continue
+        found.append(_One(name, out, inputs, plan))
+        notes = () if how.resume and is_unfinished(out) else plan.notes  # told when it began
+        for note in notes:
+            if note not in told:
+                log.warning("note: %s: %s", name, note)
+        told.update(notes)
+    return found
+
+
+def _models_of(recipe: Recipe) -> object:
+    """What decides which checkpoints are opened, and what is noted of them."""
+    sources = recipe.base_model, tuple(model.source for model in recipe.models), recipe.tokenizer_source
+    return recipe.folder.absolute(), sources, recipe.method.has_base, recipe.allow_unrelated
+
+
+def _ordered(todo: Sequence[_One]) -> list[_One]:
+    """Those that read the same one after another: a session forgets what it has found when it goes on to other models."""
+    groups: list[tuple[object, list[_One]]] = []
+    for one in todo:
+        read = what_is_read(one.plan)
+        group = next((group for of_group, group in groups if of_group == read), None)
+        if group is None:
+            groups.append((read, group := []))
+        group.append(one)
+    return [one for _, group in groups for one in group]
+
+
+def _check_room(todo: Sequence[_One], into: Path) -> None:
+    """Raises RequestError if all of them together don't fit."""
+    needed = sum(one.plan.written_bytes + sum(file.size for file in one.plan.along) for one in todo)
+    there = sum(f.lstat().st_blocks * 512 for one in todo for f in state_folder(one.out).rglob("*"))
+    parent = existing_parent((into / "any").resolve())
+    free = shutil.disk_usage(parent).free
+    if free + there < needed:
+        raise RequestError(
+            f"{into}: the {len(todo)} merges need {needed:,} bytes, found {free:,} free in {parent}. Fix: free some, write "
+            "elsewhere, or merge fewer of them."
+        )
+
+
+@contextlib.contextmanager
+def _begun(todo: Sequence[_One], how: _How, results: dict[str, Merged]) -> Iterator[list[_One]]:
+    """Those whose state could be begun, and is locked until they are done. What had no turn leaves nothing behind."""
+    begun: list[_One] = []
+    try:
+        for one in todo:
+            stamps = one.plan.stamps
+            asked = asked_of(one.plan, ARITHMETIC, stamps)
+            try:
+                one.state = State(one.out, asked, stamps, resume=how.resume, overwrite=how.overwrite)
+            except RequestError as error:
+                results[one.name] = Merged(failure=error)
+            else:
+                begun.append(one)
+        yield list(begun)
+    finally:
+        for one in begun:
+            if one.state is not None and one.name not in results:
+                if one.state.found or one.state.journal:
+                    one.state.close()
+                else:
+                    one.state.discard()
+            if one.out.parent != how.into:
+                with contextlib.suppress(OSError):
+                    one.out.parent.rmdir()  # of a grid of which nothing is there
+
+
+# --- the merges -------------------------------------------------------------------------------------------------------------------
+
+
+def _with_room(todo: Sequence[_One], how: _How, results: dict[str, Merged]) -> list[_One]:
+    """Those whose workers the cluster has room for; the others are among the results."""
+    found = []
+    for one in todo:
+        try:
+            device = choose_device(how.device)
+            needed = worker_bytes(one.plan, choose_block(one.plan, device, how.memory))
+            choose_workers(how.workers, device, needed, one.plan.chunks)
+        except RequestError as error:
+            results[one.name] = _given_up(one, error)
+        else:
+            found.append(one)
+    return found
+
+
+def _merge_all(todo: Sequence[_One], how: _How, results: dict[str, Merged], start: float) -> None:
+    """Merge them in this order. A run that fails ends its owners, and the next merge gets new ones."""
+    left, earlier = list(todo), None
+    while left:
+        try:
+            with placed(
+                [one.plan for one in left],
+                workers=how.workers,
+                device=how.device,
+                memory=how.memory,
+                writes_to=lambda: _state_of(left[0]).staging,
+                room=how.room if any(one.plan.is_remote for one in left) else None,
+                quiet=how.quiet,
+            ) as session:
+                if earlier is not None:
+                    session.take_over(earlier)
+                earlier, sound = session, True
+                while left and sound:
+                    name = left[0].name
+                    level = logging.INFO if how.quiet else logging.WARNING
+                    log.log(level, "%s: merge %d of %d", name, len(todo) - len(left) + 1, len(todo))
+                    results[name] = found = _merged(left[0], session, how, start)
+                    left.pop(0)
+                    _tell({name: found}, set())
+                    start, sound = time.monotonic(), not isinstance(found.failure, RunError)
+        except (RequestError, RunError) as error:  # what owners found when they were placed for the first one
+            one = left.pop(0)
+            results[one.name] = _given_up(one, error)
+            _tell({one.name: results[one.name]}, set())
+
+
+def _state_of(one: _One) -> State:
+    if one.state is None:
+        raise AssertionError(f"{one.name} was not begun")
+    return one.state
+
+
+def _given_up(one: _One, failure: RequestError | RunError) -> Merged:
+    """It had no turn. Its state goes, unless there is work in it."""
+    with contextlib.suppress(RequestError, RunError), _state_of(one):
+        raise failure
+    return Merged(failure=failure)
+
+
+def _merged(one: _One, session: Session, how: _How, start: float) -> Merged:
+    """Merge it, whatever comes of it."""
+    receipt, failure = None, None
+    try:
+        with _state_of(one) as state:
+            session.begin(one.plan)
+            check_unchanged(open_store(storage=one.plan.recipe.storage), state.stamps)  # the merges before it may have taken hours
+            receipt = merged(session, state, one.inputs, how.max_shard_bytes, start)
+    except (RequestError, RunError) as error:
+        failure = error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        failure = RunError(f"{where}{error.strerror or error}. Fix: look after the disk and the rights there, then --resume.")
+    read = sum(state.bytes_read for state in session.owners.states)
+    return Merged(receipt, failure, elapsed_s=time.monotonic() - start, bytes_read=read)
