@@ -17,7 +17,8 @@ from pcb_ray.recipe import Recipe, read_file
 from pcb_ray.user_code import names_code
 
 GRID, METHOD, VARIANT = "grid", "method", "variant"
-MAX_POINTS = 1000
+MAX_POINTS = 500
+"""And so many merges of one job: each holds a lock, which is an open file."""
 _PARAMETERS = tuple(dict.fromkeys(name for method in methods.METHODS for name in method.parameters))
 
 Point = Mapping[str, Any]

@@ -22,7 +22,7 @@ from pcb_ray.errors import RequestError, RunError
 from pcb_ray.files.foreign import some
 from pcb_ray.files.room import Room
 from pcb_ray.files.stores import open_store
-from pcb_ray.grid import points_of
+from pcb_ray.grid import MAX_POINTS, points_of
 from pcb_ray.merging import merged, merged_before, opened
 from pcb_ray.output.place import check_out, check_place, existing_parent
 from pcb_ray.output.state import State, asked_of, is_unfinished, state_folder
@@ -78,7 +78,7 @@ def merge_many(
     All is as in `merge`, for each of them. What is wrong with one is told before anything is computed, and the others are merged
     nevertheless.
 
-    Raises RequestError if names are equal or nothing fits, RunError if there is no cluster."""
+    Raises RequestError if names are equal or not all fits on the disk, RunError if there is no cluster."""
     start = time.monotonic()
     into = Path(into)
     if isinstance(recipes, str | os.PathLike):
@@ -160,6 +160,8 @@ def _recipes(recipes: Mapping[str, Asked] | Sequence[str | os.PathLike[str]], re
                     found[full] = recipe
         except RequestError as error:
             results[name] = Merged(failure=error)
+    if len(found) > MAX_POINTS:
+        raise RequestError(f"wanted at most {MAX_POINTS} merges in one job, found {len(found)}. Fix: do it in several jobs.")
     return found
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
-import yaml
-from clusters import digests, flip, pcb_ray, ray_address, state_of
+from clusters import digests, flip, state_of
 from families import Family, merged_to
 from safetensors.torch import save_file
 
@@ -30,14 +28,13 @@ def case(family, tmp_path: Path) -> tuple[Family, Path]:
 
 
 @pytest.fixture(autouse=True)
-def no_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """To start one fails the test."""
 
     def started(*_: object) -> Iterator[None]:
         raise AssertionError("a merge was begun")
 
-    if "ray" not in request.keywords:
-        monkeypatch.setattr(merging, "cluster", started)
+    monkeypatch.setattr(merging, "cluster", started)
 
 
 def merge(recipe: dict[str, Any] | Recipe, out: Path, **options: Any) -> Receipt:
@@ -217,25 +214,3 @@ def test_a_run_that_was_killed_after_its_output_had_its_name_is_done(case):
     (state_of(out) / "out").mkdir()  # there is work of another run, which is to replace it
     with pytest.raises(RequestError, match="the unfinished run goes on"):
         merge(family.recipe(), out)
-
-
-@pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray closes its own sockets and log files late
-def test_the_same_command_may_simply_be_run_again(family: Callable[..., Family], tmp_path: Path) -> None:
-    recipe, out = family().recipe_file(), tmp_path / "out"
-    command = ("merge", recipe, out, "--workers", 1, "--address", ray_address(), "--resume")
-    first = pcb_ray(*command)
-    assert first.process.returncode == 0, first.text
-    made = {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()) for path in out.iterdir()}
-    again = pcb_ray(*command)
-    assert again.process.returncode == 0, again.text
-    assert "is this very merge already" in again.text
-    assert {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()) for path in out.iterdir()} == made
-    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"dtype": "float16"}))
-    other = pcb_ray(*command)
-    assert other.process.returncode == 2, other.text
-    assert "is not this very merge" in other.text
-    replaced = pcb_ray(*command, "--overwrite")
-    assert replaced.process.returncode == 0, replaced.text
-    assert Receipt.of(out).bytes_written
-    assert "float16" in (out / "pcb_recipe.yaml").read_text()

@@ -14,7 +14,8 @@ import pytest
 
 import pcb_ray
 from pcb_ray import cli
-from pcb_ray.recipe import Recipe
+from pcb_ray.grid import points_of
+from pcb_ray.recipe import Recipe, read_yaml
 from pcb_ray.searching.request import Search
 
 ROOT = Path(__file__).parent.parent
@@ -104,9 +105,10 @@ def test_the_two_commands_of_the_readme_come_first():
 def test_recipes_and_their_searches_are_accepted(document):
     whole = "merge_method: pcb\nbase_model: base\nmodels: [math, code]\n"
     for block in blocks(document, "yaml"):
-        recipe = Recipe.from_yaml(block if "models:" in block else whole + block)
-        if recipe.search is not None:
-            Search.of(recipe, has_evaluator=False)
+        for recipe in points_of(read_yaml(block if "models:" in block else whole + block)).values():
+            assert isinstance(recipe, Recipe), recipe
+            if recipe.search is not None:
+                Search.of(recipe, has_evaluator=False)
 
 
 @each_readable

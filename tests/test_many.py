@@ -188,6 +188,13 @@ def test_the_same_complaint_about_many_is_told_once(family, pools, tmp_path, cap
     assert not (tmp_path / "into").exists()
 
 
+def test_so_many_merges_that_their_locks_would_be_too_many_files_are_refused(family, pools, tmp_path):
+    one = family()
+    recipes = [one.recipe_file(f"{name}.yaml", grid={"lambda": list(range(1, 302))}) for name in "AB"]
+    with pytest.raises(RequestError, match="wanted at most 500 merges in one job, found 602. Fix: do it in several jobs"):
+        merged(recipes, tmp_path / "into")
+
+
 def test_all_together_must_fit_on_the_disk(family, pools, tmp_path, monkeypatch):
     one = family()
     size = merged_to(tmp_path / "one", Recipe.of(one.recipe())).joinpath("model.safetensors").stat().st_size

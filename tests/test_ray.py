@@ -333,6 +333,28 @@ def test_an_input_that_no_merge_can_take_leaves_nothing_behind(tmp_path: Path, m
     assert package.verify(out, quiet=True).ok
 
 
+def test_the_same_command_may_simply_be_run_again(tmp_path: Path) -> None:
+    """It starts, has nothing to do, and refuses or replaces another merge."""
+    family, out = Family(tmp_path / "family", *families.fine_tuned(3)), tmp_path / "out"
+    command = ("merge", family.recipe_file(), out, "--workers", 1, "--address", ray_address(), "--resume")
+    first = pcb_ray(*command)
+    assert first.process.returncode == 0, first.text
+    made = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    before = digests(out)
+    again = pcb_ray(*command)
+    assert again.process.returncode == 0, again.text
+    assert "is this very merge already" in again.text
+    assert ({path: path.stat().st_mtime_ns for path in out.iterdir()}, digests(out)) == (made, before)
+    family.recipe_file(dtype="float16")
+    other = pcb_ray(*command)
+    assert other.process.returncode == 2, other.text
+    assert "is not this very merge" in other.text
+    assert digests(out) == before
+    replaced = pcb_ray(*command, "--overwrite")
+    assert replaced.process.returncode == 0, replaced.text
+    assert "float16" in (out / "pcb_recipe.yaml").read_text()
+
+
 def test_a_link_to_a_folder_elsewhere_stays_a_link_when_its_folder_is_replaced(
     family: Family, merged: Path, tmp_path: Path
 ) -> None:
