@@ -503,13 +503,12 @@ def run(
 def follow(cluster: Cluster, job: str) -> int:
     """Show the job's log from its start until it has ended; its exit code: 143 if it was stopped, 128 and the number of the signal
     that killed its driver, 130 if Ctrl-C or SIGTERM ends this process and leaves the job running."""
-
-    def terminated(*_: object) -> NoReturn:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminated)
     log = _Log(cluster, job)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # as in a script's background
+                signal.signal(number, log.interrupt)
         while True:
             try:
                 return _ended(log.until_the_end())
@@ -526,7 +525,8 @@ def follow(cluster: Cluster, job: str) -> int:
                 say(f"`ray job stop --address {cluster.shown} {job}` stops it")
                 return LEFT
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Log:
@@ -537,6 +537,15 @@ class _Log:
         self._shown = 0
         """Characters; -1 if the log can't be had."""
         self._known = False
+        self._is_showing = False
+        self._missed: KeyboardInterrupt | None = None
+
+    def interrupt(self, number: int, _frame: object) -> None:
+        """For signals: raises KeyboardInterrupt, but not between what is shown and what is known to be."""
+        error = _Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        if not self._is_showing:
+            raise error
+        self._missed = error
 
     def until_the_end(self) -> Any:
         """Ray's details of the job, once it has ended and all that it printed is shown."""
@@ -583,15 +592,17 @@ class _Log:
         stop = len(text) if has_ended else text.rfind("\n") + 1
         if self._shown < 0 or stop <= self._shown:
             return
-        # Ctrl-C waits, so that what is shown is counted.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        self._is_showing = True
         try:
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(text[self._shown : stop].encode(encoding, "replace").decode(encoding))
             sys.stdout.flush()
             self._shown = stop
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+            self._is_showing = False
+        if self._missed is not None:
+            missed, self._missed = self._missed, None
+            raise missed
 
 
 def _ended(details: Any) -> int:

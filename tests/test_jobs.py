@@ -83,10 +83,16 @@ def test_a_job_merges_on_the_cluster_that_it_was_submitted_to(head: Head, family
     local = families.merge_locally(plan(Recipe.from_dict(family.recipe(parameters={"density": 0.2}), tmp_path)), tmp_path / "local")
     assert (out / "model.safetensors").read_bytes() == local.files["model.safetensors"]
     assert pcb_ray.verify(out, quiet=True).ok
+    job = submit(head, tmp_path / "submitted", "verify", out)
+    text = told(job)
+    assert job.returncode == 0, text
+    assert "all digests match" in text
 
 
 @pytest.mark.very_slow
-def test_a_job_searches_with_the_evaluator_that_was_submitted_with_it(head: Head, family: Family, tmp_path: Path) -> None:
+def test_a_job_searches_and_sweeps_with_the_evaluator_that_was_submitted_with_it(
+    head: Head, family: Family, tmp_path: Path
+) -> None:
     folder, out = job_folder(tmp_path, family), tmp_path / "out"
     shutil.copy(Path(__file__).with_name("evaluators_of_tests.py"), folder / "near.py")
     target = family.folder / "model1" / "model.safetensors"
@@ -101,6 +107,12 @@ def test_a_job_searches_with_the_evaluator_that_was_submitted_with_it(head: Head
     assert "winner" in text
     assert len(pyarrow.parquet.read_table(out / "trials.parquet")) == 6
     assert receipt_of(out)["workers"] == 2
+    with (folder / "recipe.yaml").open("a") as recipe:
+        recipe.write("sweep: {density: [0.1, 0.3]}\n")
+    job = submit(head, folder, "sweep", "recipe.yaml", tmp_path / "grid")
+    text = told(job)
+    assert job.returncode == 0, text
+    assert len(pyarrow.parquet.read_table(tmp_path / "grid" / "sweep.parquet")) == 2
 
 
 @pytest.mark.very_slow

@@ -49,7 +49,9 @@ def head() -> Iterator[Head]:
     """Its other node computes with the torch kernel, slowly enough to be hit."""
     with head_node(cpus=0) as head:
         environment = {**head.environment, "PCB_RAY_KERNEL": "torch"}
-        with node_of(["--address", head.address], 2, environment, head.folder / "node.log") as node:
+        # Nodes that share a folder unpack a job's files over each other's, and the driver loses its working directory.
+        start = ["--address", head.address, "--temp-dir", head.folder / "node"]
+        with node_of(start, 2, environment, head.folder / "node.log") as node:
             await_that("the node joins", lambda: any(p.name() == "raylet" for p in descendants(node.pid)))
             NODES[head.url] = node
             yield head
@@ -218,6 +220,7 @@ def test_exit_codes_are_those_of_the_job(head: Head) -> None:
     assert "a cluster that doesn't know it" in unknown.text
 
 
+@pytest.mark.very_slow
 def test_a_log_that_is_no_text_does_not_keep_the_exit_code(head: Head) -> None:
     job_that(head, "no-text", "echo first; printf '\\377\\n'; exit 3")
     run = submit(head, "--follow", "no-text")
@@ -225,7 +228,7 @@ def test_a_log_that_is_no_text_does_not_keep_the_exit_code(head: Head) -> None:
     assert run.text.count("bytes that are no text") == 1
 
 
-@pytest.mark.parametrize("is_hung", [False, True], ids=["by itself", "killed after 3 s"])
+@pytest.mark.parametrize("is_hung", [False, pytest.param(True, marks=pytest.mark.very_slow)], ids=["by itself", "killed after 3 s"])
 def test_a_merge_that_is_stopped_leaves_nothing_half_written(
     head: Head, recipe: Path, merged: dict[str, str], tmp_path: Path, is_hung: bool
 ) -> None:
@@ -303,7 +306,7 @@ def test_ctrl_c_asks_and_the_job_goes_on_or_is_stopped(head: Head, tmp_path: Pat
     assert details(head, job)["status"] == "STOPPED"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.very_slow)])
 def test_without_a_terminal_an_interrupted_submit_leaves_its_job(head: Head, tmp_path: Path, number: signal.Signals) -> None:
     job = waiting_job(head, f"left-{number.name}", tmp_path / "gate")
     with submitting(head, "--follow", job) as run:
@@ -320,6 +323,7 @@ def test_without_a_terminal_an_interrupted_submit_leaves_its_job(head: Head, tmp
     assert last_of(again) == f"last line of {len(numbers)}"
 
 
+@pytest.mark.very_slow
 def test_a_job_that_nobody_waits_for_is_followed_later(head: Head, recipe: Path, merged: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     sent = submit(head, "merge", recipe, out, "--no-wait")
@@ -415,6 +419,7 @@ def test_lost_connections_lose_no_line_and_show_none_twice(head: Head, tmp_path:
     assert run.text.count("\nlast line") == 1
 
 
+@pytest.mark.very_slow
 def test_a_connection_that_breaks_while_a_merge_is_submitted_starts_it_once(
     head: Head, recipe: Path, merged: dict[str, str], tmp_path: Path, proxy: Proxy
 ) -> None:
@@ -430,6 +435,7 @@ def test_a_connection_that_breaks_while_a_merge_is_submitted_starts_it_once(
     assert sum(one["submission_id"] == job for one in details(head)) == 1
 
 
+@pytest.mark.very_slow
 def test_a_cluster_that_stays_away_is_told_after_the_stated_time(head: Head, tmp_path: Path, proxy: Proxy) -> None:
     job = waiting_job(head, "away", tmp_path / "gate")
     limit = "import pcb_ray.submitting as s; s.Cluster.ask.__defaults__ = (3.0,); s.RECONNECT_S = 3.0"
@@ -458,6 +464,7 @@ def test_a_cluster_that_stays_away_is_told_after_the_stated_time(head: Head, tmp
 # --- the token -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.very_slow
 def test_another_token_or_none_is_refused_with_a_way_to_mend_it(head: Head, recipe: Path) -> None:
     for change, found in ({"RAY_AUTH_MODE": "disabled"}, "none sent"), ({"RAY_AUTH_TOKEN": "0" * 64}, "another one here"):
         run = pcb_ray("submit", recipe, "/out", "--address", head.url, env={**variables(head), **change})

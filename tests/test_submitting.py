@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
@@ -364,3 +367,67 @@ def test_headers_that_are_no_json_are_refused_and_not_shown(recipe: Path, tmp_pa
     assert code == 2, told
     assert "RAY_JOB_HEADERS: wanted a JSON object" in told
     assert "planted" not in told
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """Stands for a cluster whose job prints more each time it is asked, and then has ended."""
+
+    def __init__(self, *logs: str) -> None:
+        self.logs, self.asked = list(logs), 0
+
+    def ask(self, question: Callable[[object], object], _limit_s: float = 0.0) -> object:
+        return question(self)
+
+    def get_job_info(self, job: str) -> object:
+        self.asked += 1
+        has_ended = self.asked >= len(self.logs)
+        return SimpleNamespace(submission_id=job, status=SimpleNamespace(is_terminal=lambda: has_ended))
+
+    def get_job_logs(self, _job: str) -> str:
+        return self.logs[self.asked - 1]
+
+
+@pytest.fixture
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting.time, "sleep", lambda _: None)
+
+
+@pytest.mark.usefixtures("_without_pauses")
+def test_a_line_is_shown_when_it_is_whole_or_the_job_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    class Shown(Answers):
+        def get_job_logs(self, job: str) -> str:
+            parts.append(capsys.readouterr().out)
+            return super().get_job_logs(job)
+
+    parts: list[str] = []
+    submitting._Log(Shown("", "one\ntw", "one\ntwo\n", "", "one\ntwo\nthree"), "job").until_the_end()
+    assert [*parts[1:], capsys.readouterr().out] == ["", "one\n", "two\n", "", "three"]
+
+
+@pytest.mark.usefixtures("_without_pauses")
+def test_ctrl_c_while_lines_are_shown_neither_loses_nor_doubles_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = submitting._Log(Answers("one\n", "one\ntwo\n", "one\ntwo\nthree\n"), "job")
+    write = sys.stdout.write
+
+    def interrupted(text: str) -> int:
+        log.interrupt(signal.SIGINT, None)
+        return write(text)
+
+    monkeypatch.setattr(sys.stdout, "write", interrupted)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            log.until_the_end()
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_signals_that_nobody_holds_end_the_wait_at_once() -> None:
+    log = submitting._Log(Answers(), "job")
+    with pytest.raises(KeyboardInterrupt):
+        log.interrupt(signal.SIGINT, None)
+    with pytest.raises(submitting._Terminated):
+        log.interrupt(signal.SIGTERM, None)
