@@ -469,13 +469,11 @@ def _number(count: int, what: str) -> str:
 def _merge(options: argparse.Namespace) -> int:
     room = {"cache": options.cache, "scratch": options.scratch, "scratch_bytes": options.scratch_size}
     how = {**_shared(options), **room, "device": options.device, "max_shard_bytes": options.max_shard_size}
+    recipes, out = _recipes_and_out(options)
     if options.into is not None:
-        return _merge_many([options.recipe, *options.more], options.into, how)
-    if len(options.more) != 1:
-        options.refuse(f"wanted RECIPE and OUT, or --into DIR, found {_number(1 + len(options.more), 'name')} and no --into")
+        return _merge_many(recipes, out, how)
     from pcb_ray.merging import merge
 
-    (out,) = options.more
     receipt = merge(options.recipe, out, **how)
     print(
         f"{out}: {receipt.N} models merged in {receipt.elapsed_s:.1f} s by {receipt.workers} workers; "
@@ -484,6 +482,15 @@ def _merge(options: argparse.Namespace) -> int:
         f"a worker took at most {readable_bytes(receipt.peak_worker_bytes)}"
     )
     return 0
+
+
+def _recipes_and_out(options: argparse.Namespace) -> tuple[list[Path], Path]:
+    """Of a merge: what is to be merged, and where to. Ends the process if there is neither OUT nor --into, or too much."""
+    if options.into is not None:
+        return [options.recipe, *options.more], options.into
+    if len(options.more) != 1:
+        options.refuse(f"wanted RECIPE and OUT, or --into DIR, found {_number(1 + len(options.more), 'name')} and no --into")
+    return [options.recipe], options.more[0]
 
 
 def _merge_many(recipes: Sequence[Path], into: Path, how: Mapping[str, Any]) -> int:
@@ -552,6 +559,8 @@ def _submit(options: argparse.Namespace) -> int:
     if options.follow is not None:
         return submitting.follow(submitting.Cluster(options.address), options.follow)
     of_job = options.submitted
-    recipes = [of_job.recipe] if "recipe" in of_job else []
-    out = of_job.out if "out" in of_job else None
+    recipes: list[Path] = [of_job.recipe] if "recipe" in of_job else []
+    out: Path | None = of_job.out if "out" in of_job else None
+    if options.words[0] == "merge":
+        recipes, out = _recipes_and_out(of_job)
     return submitting.run(options.words, recipes, out, options.include, options.address, wait=not options.no_wait)

@@ -252,7 +252,7 @@ def test_the_command_and_its_options_get_through(typed: str, words: list[str], a
     ("typed", "told"),
     [
         ("", "--follow JOB is required"),
-        ("R", "required: OUT"),
+        ("R", "wanted RECIPE and OUT, or --into DIR"),
         ("R O --sample 3", "unrecognized arguments: --sample 3"),
         ("merge R O --memory lots", "not a size"),
         ("verify O O", "unrecognized arguments: O"),
