@@ -221,6 +221,7 @@ def test_exit_codes_are_those_of_the_job(head: Head) -> None:
 
 
 @pytest.mark.very_slow
+@pytest.mark.very_slow
 def test_a_log_that_is_no_text_does_not_keep_the_exit_code(head: Head) -> None:
     job_that(head, "no-text", "echo first; printf '\\377\\n'; exit 3")
     run = submit(head, "--follow", "no-text")
@@ -306,6 +307,7 @@ def test_ctrl_c_asks_and_the_job_goes_on_or_is_stopped(head: Head, tmp_path: Pat
     assert details(head, job)["status"] == "STOPPED"
 
 
+@pytest.mark.very_slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.very_slow)])
 def test_without_a_terminal_an_interrupted_submit_leaves_its_job(head: Head, tmp_path: Path, number: signal.Signals) -> None:
     job = waiting_job(head, f"left-{number.name}", tmp_path / "gate")
@@ -323,6 +325,7 @@ def test_without_a_terminal_an_interrupted_submit_leaves_its_job(head: Head, tmp
     assert last_of(again) == f"last line of {len(numbers)}"
 
 
+@pytest.mark.very_slow
 @pytest.mark.very_slow
 def test_a_job_that_nobody_waits_for_is_followed_later(head: Head, recipe: Path, merged: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -420,6 +423,7 @@ def test_lost_connections_lose_no_line_and_show_none_twice(head: Head, tmp_path:
 
 
 @pytest.mark.very_slow
+@pytest.mark.very_slow
 def test_a_connection_that_breaks_while_a_merge_is_submitted_starts_it_once(
     head: Head, recipe: Path, merged: dict[str, str], tmp_path: Path, proxy: Proxy
 ) -> None:
@@ -435,6 +439,7 @@ def test_a_connection_that_breaks_while_a_merge_is_submitted_starts_it_once(
     assert sum(one["submission_id"] == job for one in details(head)) == 1
 
 
+@pytest.mark.very_slow
 @pytest.mark.very_slow
 def test_a_cluster_that_stays_away_is_told_after_the_stated_time(head: Head, tmp_path: Path, proxy: Proxy) -> None:
     job = waiting_job(head, "away", tmp_path / "gate")
@@ -464,6 +469,7 @@ def test_a_cluster_that_stays_away_is_told_after_the_stated_time(head: Head, tmp
 # --- the token -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.very_slow
 @pytest.mark.very_slow
 def test_another_token_or_none_is_refused_with_a_way_to_mend_it(head: Head, recipe: Path) -> None:
     for change, found in ({"RAY_AUTH_MODE": "disabled"}, "none sent"), ({"RAY_AUTH_TOKEN": "0" * 64}, "another one here"):
