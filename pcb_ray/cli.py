@@ -145,7 +145,7 @@ The command runs as a job on the cluster whose dashboard has this address, as it
 All options that are not listed here are those of the command (pcb-ray merge --help). OUT is an absolute path or a URI.
 
 The recipe is sent, with the files that it names by paths relative to its folder: evaluators and methods (and what these import from
-there), an evaluator's data, files named in its command. Less than 100 MiB in all; models are never sent: name them by absolute
+there), an evaluator's data, files named in its command. Less than 100 MB in all; models are never sent: name them by absolute
 paths that all nodes see, URIs or Hub ids.
 
 When the connection drops, it is tried again for 10 minutes, and no line is lost or shown twice. Ctrl-C asks whether to stop the job

@@ -32,7 +32,7 @@ from pcb_ray.recipe import read_yaml, sources_in
 from pcb_ray.user_code import names_code
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-MOST_BYTES = 100 << 20  # Ray's own limit for the folder of a job
+MOST_BYTES = 10**8  # Ray takes 100 MiB, with what an archive adds
 CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 RECONNECT_S = 600.0  # so long a cluster may be out of reach
@@ -97,7 +97,7 @@ def gather(recipes: Sequence[Path], include: Sequence[Path] = ()) -> Package:
     if (total := sum(sizes.values())) >= MOST_BYTES:
         largest = sorted(paths, key=lambda path: -sizes[path])[:5]
         raise RequestError(
-            f"what the recipe names: wanted less than {readable_bytes(MOST_BYTES)} to send, which is Ray's limit, found "
+            f"what the recipe names: wanted less than {readable_bytes(MOST_BYTES)} to send, about Ray's limit, found "
             f"{readable_bytes(total)}: {', '.join(f'{path} ({readable_bytes(sizes[path])})' for path in largest)}. "
             "Fix: put the largest where the cluster sees them, and name them by their absolute paths there."
         )
