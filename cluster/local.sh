@@ -117,8 +117,10 @@ echo "$0: starting a head and two nodes of $cpus CPUs each; dashboard $dashboard
 start head --head --port "$gcs" --dashboard-host 127.0.0.1 --dashboard-port "$web" --ray-client-server-port "$client_server" \
     --temp-dir "$folder" --num-cpus 0
 await 1
-for number in 1 2; do # one after the other: two that start at once want the same names of sockets
-    start "node$number" --address "127.0.0.1:$gcs" --num-cpus "$cpus" --memory "$memory"
+# One after the other: two that start at once want the same names of sockets. Each with a folder of its own: the agents of nodes that
+# share one unpack a job's working directory over each other.
+for number in 1 2; do
+    start "node$number" --address "127.0.0.1:$gcs" --temp-dir "$folder/$number" --num-cpus "$cpus" --memory "$memory"
     await $((number + 1))
 done
 if [ $# -gt 0 ]; then
