@@ -351,7 +351,7 @@ def test_the_slurm_job_ends_with_the_exit_code_of_the_merge(tmp_path):
     asked = (tmp_path / "asked").read_text().split()
     options = cli.parser().parse_args(asked)
     assert options.resume
-    assert (str(options.recipe), str(options.out), options.workers) == ("recipe.yaml", "/shared/merged", 2)
+    assert [str(options.recipe), *map(str, options.more), options.workers] == ["recipe.yaml", "/shared/merged", 2]
     assert options.address == "127.0.0.1:24711"
 
 

@@ -139,6 +139,13 @@ def two_hosts(tmp_path: Path) -> Iterator[Path]:
     finally:
         for name in HOSTS.values():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+        with contextlib.suppress(FileNotFoundError):
+            tmp_of_ray().rmdir()  # empty here: each host saw a disk of its own in its place
+
+
+def tmp_of_ray() -> Path:
+    """Where each host has a disk of its own: a short path, since Ray's sockets lie below it."""
+    return Path(f"/tmp/pcbs{os.getpid()}")
 
 
 def ip(*words: str) -> None:
@@ -148,7 +155,7 @@ def ip(*words: str) -> None:
 def slurm_variables(folder: Path, tmp_path: Path, cpus: str = "1") -> dict[str, object]:
     made = {"HEAD_IP": next(iter(HOSTS)), "SLURM_JOB_ID": 4711, "SLURM_JOB_NUM_NODES": 2, "SLURM_CPUS_ON_NODE": cpus}
     path = f"{folder}:{ENVIRONMENT['PATH']}"
-    return {**made, "PATH": path, "RAY_TMPDIR": f"/tmp/pcbs{os.getpid()}", "log": tmp_path / "log", "MARK": tmp_path}
+    return {**made, "PATH": path, "RAY_TMPDIR": tmp_of_ray(), "log": tmp_path / "log", "MARK": tmp_path}
 
 
 @pytest.mark.timeout(600)
