@@ -323,8 +323,8 @@ def test_an_input_that_changes_between_two_merges_is_told(family, pools, tmp_pat
     assert f"{model}: wanted the file as it was when the run began" in str(results[POINTS[2]].failure)
 
 
-def test_a_job_that_is_killed_is_resumed_and_its_analysis_serves_those_that_had_no_turn(family, pools, tmp_path, monkeypatch):
-    recipe = family(scale=20).recipe_file("A.yaml", grid=GRID)
+def interrupted_in_its_first_write(recipe: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of this recipe that Ctrl-C ends as soon as a part is noted."""
     wrote = State.wrote
 
     def stopped(self: State, entries: Any) -> None:
@@ -333,7 +333,12 @@ def test_a_job_that_is_killed_is_resumed_and_its_analysis_serves_those_that_had_
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(State, "wrote", stopped)
-        merged(recipe, tmp_path)
+        merged(recipe, into)
+
+
+def test_a_job_that_is_killed_is_resumed_and_its_analysis_serves_those_that_had_no_turn(family, pools, tmp_path, monkeypatch):
+    recipe = family(scale=20).recipe_file("A.yaml", grid=GRID)
+    interrupted_in_its_first_write(recipe, tmp_path, monkeypatch)
     assert [state_of(tmp_path / name).exists() for name in POINTS] == [True, False, False]
     with pytest.raises(RequestError) as told:
         raise merged(recipe, tmp_path)[POINTS[0]].failure or AssertionError
@@ -347,15 +352,7 @@ def test_a_job_that_is_killed_is_resumed_and_its_analysis_serves_those_that_had_
 
 def test_what_a_resumed_merge_knows_serves_the_others(family, pools, tmp_path, monkeypatch):
     recipe = family(scale=20).recipe_file("A.yaml", grid=GRID)
-    wrote = State.wrote
-
-    def stopped(self: State, entries: Any) -> None:
-        wrote(self, entries)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(State, "wrote", stopped)
-        merged(recipe, tmp_path)
+    interrupted_in_its_first_write(recipe, tmp_path, monkeypatch)
     results = merged(recipe, tmp_path, resume=True)
     assert states(results) == dict.fromkeys(POINTS, "done")
     assert sweeps(tmp_path / POINTS[0])[-2:] == ["ranks of beta", "write"]
