@@ -47,6 +47,7 @@ def merge(
     cache: int | None = None,
     scratch: str = "",
     scratch_bytes: int | None = None,
+    allow_code: bool = False,
     quiet: bool = False,
 ) -> Receipt:
     """Merge the recipe's models into the directory `out` on Ray, and return the receipt (also in `out`/pcb_receipt.json).
@@ -58,10 +59,13 @@ def merge(
     What is fetched from object stores each node keeps for later sweeps: in `cache` bytes of memory (None: half of what is free),
     then in at most `scratch_bytes` of the folder `scratch`, if one is named.
 
+    A method of one's own that a recipe's file names is run if it is a file in or below the recipe's folder; with `allow_code` it
+    may lie anywhere, or be a module. What a mapping or a Recipe names is the caller's own.
+
     Raises RequestError if the request or an input is wrong (before anything is written), RunError if the run can't be finished.
     """
     start = time.monotonic()
-    recipe, out = Recipe.of(recipe), Path(out)
+    recipe, out = Recipe.of(recipe, allow_code=allow_code), Path(out)
     check_place(out)
     check_cluster(address)
     before = merged_before(recipe, out, max_shard_bytes) if resume else ()

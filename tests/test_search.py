@@ -544,9 +544,9 @@ def assert_own_winner(found: Found, folder: Path, family: Family) -> None:
     """What was scored is what is written, and what the ordinary merge gives."""
     out, again = folder / "out", folder / "again"
     assert near_of(out, family) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
-    package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
+    package.merge(out / "best_recipe.yaml", again, allow_code=True, workers=1, quiet=True)
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    assert package.verify(out, quiet=True).ok
+    assert package.verify(out, method=folder / "own.py", quiet=True).ok
 
 
 @pytest.mark.parametrize("weight", ["weight * weight", "weight * (weight if block.first >= settings.D // 2 else 1)"])
