@@ -88,8 +88,9 @@ def _recipe_in(out: Path, receipt: Receipt, method: str | None) -> Recipe:
             f"{out}: wanted the code of {named}, by which it was merged, found none given: what an output holds or names is "
             f"not run. Fix: give the file with sha256 {wanted} by --method FILE (method=FILE in Python)."
         )
-    asked = method if names_code(method) else f"{method}:{named.rpartition(':')[2]}"
-    code = read_code(asked, Path.cwd(), "--method", allow_code=True)
+    source, _, name = method.rpartition(":") if names_code(method) else (method, "", named.rpartition(":")[2])
+    place = Path(source).absolute()  # what it imports is found beside it, as it was beside the recipe
+    code = read_code(f"{place.name}:{name}", place.parent, "--method", allow_code=True)
     if code.sha256 != wanted:
         raise RequestError(
             f"--method {method}: wanted the code that merged {out}, with sha256 {wanted}, found {code.sha256}. "
