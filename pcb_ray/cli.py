@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pcb_ray.budget import choose_block, worker_bytes
-from pcb_ray.checks import size_of
+from pcb_ray.checks import size_of, without_secrets
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.methods import METHODS, Method, Parameter, names, variants_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan
@@ -344,17 +344,19 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     options = parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("pcb_ray").setLevel(logging.INFO if getattr(options, "verbose", False) else logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         commands = {"plan": _plan, "merge": _merge, "search": _search, "sweep": _sweep, "verify": _verify, "submit": _submit}
         return commands[options.command](options)
     except RequestError as error:
-        print(f"pcb-ray: {error}", file=sys.stderr)
+        print(f"pcb-ray: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"pcb-ray: {error}", file=sys.stderr)
+        print(f"pcb-ray: {without_secrets(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -369,6 +371,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pcb-ray: interrupted; nothing appears under the output's name, and --resume goes on where it stopped", file=sys.stderr
         )
         return 130
+
+
+class _Formatter(logging.Formatter):
+    """The last net: what others' messages quote, with their tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
