@@ -814,7 +814,7 @@ def test_what_the_code_raises_on_a_worker_is_told_with_its_line(small: Family, t
 def test_a_search_by_the_example_scores_what_it_merges(small: Family, tmp_path: Path) -> None:
     space = {"lambda": {"lower": 0.5, "upper": 1.5}}
     recipe = with_example(small, tmp_path / "recipes", search=search_of(small) | {"space": space})
-    found = package.search(recipe, tmp_path / "out", workers=1, quiet=True)
+    found = package.search(recipe, tmp_path / "out", allow_code=True, workers=1, quiet=True)
     merged = families.load(tmp_path / "out")
     assert near_of(merged, small) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
     assert found.scores["winner"]["val"]["near"] > found.scores["start"]["val"]["near"]
@@ -828,7 +828,7 @@ def test_a_search_by_the_example_scores_what_it_merges(small: Family, tmp_path: 
 @on_ray
 def test_a_sweep_by_the_example_scores_the_merges_of_its_grid(small: Family, tmp_path: Path) -> None:
     recipe = with_example(small, tmp_path / "recipes", search=search_of(small), sweep={"lambda": [0.7, 1.0, 1.3]})
-    found = package.sweep(recipe, tmp_path / "out", workers=1, quiet=True)
+    found = package.sweep(recipe, tmp_path / "out", allow_code=True, workers=1, quiet=True)
     assert len(found.records) == 3
     for row in found.records:
         lambda_ = row["config"]["lambda"]
@@ -845,7 +845,7 @@ def test_a_method_that_is_not_linear_as_it_says_is_not_searched(what: Any, small
         match=r"merge_method: wanted trimmed_mean.py:trimmed_mean linear in the weights, as "
         r"its record says, found .*Fix: set `linear=False`",
     ):
-        what(recipe, tmp_path / "out", workers=1, quiet=True)
+        what(recipe, tmp_path / "out", allow_code=True, workers=1, quiet=True)
     assert not (tmp_path / "out").exists()
 
 
