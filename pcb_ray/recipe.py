@@ -194,7 +194,7 @@ class Recipe:
     def of(cls, recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], *, allow_code: bool = False) -> Recipe:
         """A recipe from its file, from the dictionary that such a file holds, or as it is. Raises RequestError."""
         if isinstance(recipe, Recipe):
-            return dataclasses.replace(recipe, allow_code=allow_code or recipe.allow_code)
+            return dataclasses.replace(recipe, allow_code=True) if allow_code and not recipe.allow_code else recipe
         return cls.from_dict(recipe, os.getcwd()) if isinstance(recipe, Mapping) else cls.from_file(recipe, allow_code=allow_code)
 
     @classmethod
