@@ -333,7 +333,7 @@ def test_a_search_that_fails_too_often_stops_with_the_reason_and_goes_on_when_it
 @pytest.mark.parametrize(
     ("name", "search", "complaint"),
     [
-        ("Nearest", {}, "has no attribute 'Nearest'"),
+        ("Nearest", {}, "wanted 'Nearest' in it, found no such name"),
         ("Near", {"metric": "nearness"}, "search.metric"),
         ("ValOnly", {}, "KeyError: 'test'"),
         ("NanBase", {}, "wanted a finite near of the base on val, found nan"),
