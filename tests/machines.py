@@ -1,5 +1,5 @@
-"""Ray nodes that are machines of their own, as far as one kernel allows: each has its own processes, /dev/shm and scratch, and a power
-cut ends all of it at once. They share the network. Needs the right to make namespaces (root)."""
+"""Ray nodes that are machines of their own, as far as one kernel allows: each has its own processes, /dev/shm and scratch, and a
+power cut ends all of it at once. They share the network. Needs the right to make namespaces (root)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Machine:
         for path in (self.shm, self.scratch):
             path.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log"
-        self.boot()
+        self._unshare: subprocess.Popen[bytes] | None = None
 
     def boot(self) -> None:
         """Start it, once or again."""
@@ -39,9 +39,9 @@ class Machine:
         command += ["--object-store-memory", 80 << 20, "--temp-dir", self.folder / "ray", "--min-worker-port", 0]
         command += ["--max-worker-port", 0, "--dashboard-agent-listen-port", agent, "--dashboard-agent-grpc-port", agent_grpc]
         command += ["--metrics-export-port", metrics, "--runtime-env-agent-port", environments]
-        ray = shlex.join(map(str, command))
+        script = f"mount --bind {self.shm} /dev/shm && echo node-{self.folder.name} > /proc/sys/kernel/hostname && "
         # A shell is process 1: it buries the orphans, as the first process of a machine does.
-        script = f"mount --bind {self.shm} /dev/shm && echo node-{self.folder.name} > /proc/sys/kernel/hostname && {{ {ray} & wait $!; }}"
+        script += f"{{ {shlex.join(map(str, command))} & wait $!; }}"
         with self.log.open("wb") as log:
             self._unshare = subprocess.Popen(
                 ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts", "sh", "-c", script],
@@ -56,11 +56,12 @@ class Machine:
 
     @property
     def runs(self) -> bool:
-        return self._unshare.poll() is None
+        return self._unshare is not None and self._unshare.poll() is None
 
     @property
     def processes(self) -> list[psutil.Process]:
-        return descendants(self._unshare.pid)
+        """The first is its process 1."""
+        return [] if self._unshare is None else descendants(self._unshare.pid)
 
     @property
     def raylet(self) -> psutil.Process | None:
@@ -72,7 +73,7 @@ class Machine:
 
     @property
     def owners(self) -> list[psutil.Process]:
-        return owners_under(self._unshare.pid)
+        return [] if self._unshare is None else owners_under(self._unshare.pid)
 
     @property
     def rooms(self) -> list[Path]:
@@ -84,7 +85,8 @@ class Machine:
         processes = self.processes
         if processes:
             processes[0].kill()
-        self._unshare.wait(timeout=BOOT_S)
+        if self._unshare is not None:
+            self._unshare.wait(timeout=BOOT_S)
         await_end(processes)
 
     @property
@@ -113,7 +115,6 @@ def needs_namespaces() -> None:
 def machines(count: int, environment: Mapping[str, str]) -> Iterator[tuple[str, list[Machine]]]:
     """The address of a cluster, and its nodes: a head without CPUs, and so many of one CPU."""
     needs_namespaces()
-    made: list[Machine] = []
     with tempfile.TemporaryDirectory(prefix="pcb") as folder:  # Ray's sockets lie in it, and their names may have 107 characters
         environment = {
             **environment,
@@ -126,12 +127,13 @@ def machines(count: int, environment: Mapping[str, str]) -> Iterator[tuple[str, 
         gcs, client = free_ports(2)
         address = f"127.0.0.1:{gcs}"
         head = ["--head", "--port", gcs, "--ray-client-server-port", client, "--include-dashboard=false", "--num-cpus", 0]
+        own = [head, *[["--address", address, "--num-cpus", 1]] * count]
+        made = [Machine(Path(folder, str(k)), start, environment) for k, start in enumerate(own)]
         try:
-            made.append(Machine(Path(folder, "0"), head, environment))
-            for k in range(1, count + 1):
-                made.append(Machine(Path(folder, str(k)), ["--address", address, "--num-cpus", 1], environment))
+            for machine in made:
+                machine.boot()
             yield address, made
         finally:
             for machine in made:
                 machine.cut_power()
-            shutil.rmtree(Path("/dev/shm", Path(folder).name), ignore_errors=True)
+            shutil.rmtree(made[0].shm.parent)
