@@ -19,10 +19,12 @@ import pytest
 from clusters import BIN, Run, await_end, await_that, descendants, free_ports, owners_under, pcb_ray, running
 
 BOOT_S = 120.0
+SCRATCH = Path("/mnt")
+"""The same path on all of them, and another folder on each."""
 
 
 class Machine:
-    """One node. `shm` and `scratch` are its /dev/shm and its folder on a disk, seen from here; they outlive a power cut."""
+    """One node. `shm` and `scratch` are its /dev/shm and its SCRATCH, seen from here; they outlive a power cut."""
 
     def __init__(self, folder: Path, start: Sequence[object], environment: Mapping[str, str]) -> None:
         self.folder, self.shm, self.scratch = folder, Path("/dev/shm", folder.parent.name, folder.name), folder / "scratch"
@@ -39,7 +41,8 @@ class Machine:
         command += ["--object-store-memory", 80 << 20, "--temp-dir", self.folder / "ray", "--min-worker-port", 0]
         command += ["--max-worker-port", 0, "--dashboard-agent-listen-port", agent, "--dashboard-agent-grpc-port", agent_grpc]
         command += ["--metrics-export-port", metrics, "--runtime-env-agent-port", environments]
-        script = f"mount --bind {self.shm} /dev/shm && echo node-{self.folder.name} > /proc/sys/kernel/hostname && "
+        script = f"mount --bind {self.shm} /dev/shm && mount --bind {self.scratch} {SCRATCH} && "
+        script += f"echo node-{self.folder.name} > /proc/sys/kernel/hostname && "
         # A shell is process 1: it buries the orphans, as the first process of a machine does.
         script += f"{{ {shlex.join(map(str, command))} & wait $!; }}"
         with self.log.open("wb") as log:
@@ -62,14 +65,6 @@ class Machine:
     def processes(self) -> list[psutil.Process]:
         """The first is its process 1."""
         return [] if self._unshare is None else descendants(self._unshare.pid)
-
-    @property
-    def raylet(self) -> psutil.Process | None:
-        for process in self.processes:
-            with contextlib.suppress(psutil.Error):
-                if process.name() == "raylet":
-                    return process
-        return None
 
     @property
     def owners(self) -> list[psutil.Process]:
@@ -96,6 +91,11 @@ class Machine:
     def running(self, *arguments: Any) -> contextlib.AbstractContextManager[Run]:
         """A run of the command line on it."""
         return running(*arguments, env=self._environment, within=self._inside)
+
+    def command(self, words: Sequence[object]) -> subprocess.CompletedProcess[str]:
+        """Another command on it, that has ended well."""
+        command = [*self._inside, *map(str, words)]
+        return subprocess.run(command, env=self._environment, capture_output=True, text=True, check=True, timeout=BOOT_S)
 
     def pcb_ray(self, *arguments: Any) -> Run:
         return pcb_ray(*arguments, env=self._environment, within=self._inside)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from clusters import await_end
 from families import Family
-from machines import machines
+from machines import SCRATCH, machines
 from object_servers import FaultProxy, ObjectServer, Request, meanwhile, s3_server
 from test_prefix import held
 from test_remote import SECRET, put_all, remote_recipe
@@ -36,10 +36,9 @@ def test_a_merge_whose_driver_lost_its_machine_is_resumed_from_another(server: O
     recipe, out = tmp_path / "recipe.yaml", f"{server.uri}/merges/out"
     recipe.write_text(yaml.safe_dump(remote_recipe(put_all(server, one.folder, "models"), 2)))
     with FaultProxy(server) as proxy, machines(2, server.through(proxy)) as (address, (_, first, second)):
-        # What each machine has is its own: a scratch of the same path, too.
-        command = ("merge", recipe, out, "--max-shard-size", "18MB", "--address", address, "--cache", "30MB", "--scratch")
+        command = ("merge", recipe, out, "--max-shard-size", "18MB", "--address", address, "--cache", "30MB", "--scratch", SCRATCH)
         noted = proxy.fail(meanwhile(seen), 1, step="put", key="journal.jsonl")
-        with first.running(*command, first.scratch, "--workers", 2) as run:
+        with first.running(*command, "--workers", 2) as run:
             noted.wait(timeout=150)
             others = second.owners
             first.cut_power()
@@ -53,7 +52,7 @@ def test_a_merge_whose_driver_lost_its_machine_is_resumed_from_another(server: O
 
         moved = tmp_path / "elsewhere.yaml"
         moved.write_text(recipe.read_text())
-        done = second.pcb_ray("merge", moved, *command[2:], second.scratch, "--workers", 1, "--resume")
+        done = second.pcb_ray("merge", moved, *command[2:], "--workers", 1, "--resume")
         assert done.process.returncode == 0, done.text
         assert "if nothing is heard of it for 60 s it is taken over" in done.text
         assert "ranks of" not in done.text  # what was found before is known
