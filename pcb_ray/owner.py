@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pcb_ray.budget import MIN_BLOCK, choose_block
 from pcb_ray.errors import InputError, RequestError
-from pcb_ray.files.objects import object_problem
+from pcb_ray.files.hub import hub_id
+from pcb_ray.files.objects import container_of, object_problem
 from pcb_ray.files.store import Store, is_remote
 from pcb_ray.kernels import choose_kernel
 from pcb_ray.kernels.reference import Loaded, keys
@@ -509,10 +510,11 @@ class Owner:
                 try:
                     size = self.store.stamp(file.path).size
                 except OSError as error:
-                    problems.append(
-                        f"{file.path}: wanted a file that node {node} can read, found: {error.strerror}. Fix: put the models on "
-                        f"{shared}."
-                    )
+                    fix = f"put the models on {shared}"
+                    if one.commit is not None:
+                        at = f"hf://{hub_id(one.source)}"
+                        fix = f"name it {at}, which each node reads from the Hub itself, or let HF_HOME be a folder on {shared}"
+                    problems.append(f"{file.path}: wanted a file that node {node} can read, found: {error.strerror}. Fix: {fix}.")
                     continue
                 if size != file.size:
                     problems.append(
@@ -528,7 +530,7 @@ class Owner:
         """Stores that this machine can't read, by one byte of each: credentials are each machine's own."""
         node, problems = socket.gethostname(), []
         files = [file.path for one in self.plan.inputs for file in one.files if is_remote(file.path) and file.size]
-        for file in {file.split("/")[2]: file for file in files}.values():
+        for file in {container_of(file): file for file in files}.values():
             try:
                 self.store.read(file, 0, memoryview(bytearray(1)))
             except OSError as error:

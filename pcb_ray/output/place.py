@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from pcb_ray.errors import RequestError
-from pcb_ray.files.objects import is_object
+from pcb_ray.files.store import is_remote
 from pcb_ray.output.publish import kind_of
 from pcb_ray.output.state import is_unfinished, state_folder
 from pcb_ray.planning import Input, Plan
@@ -95,7 +95,7 @@ def _overlaps(out: Path, plan: Plan) -> list[str]:
     """A problem for each input that OUT would lie inside or around."""
     problems, target = [], out.resolve()
     for one in plan.inputs:
-        if is_object(one.source):
+        if all(is_remote(file.path) for file in one.files):
             continue
         for place in _claimed_by(one, plan.recipe.folder):
             if place == target or place in target.parents or target in place.parents:
