@@ -26,7 +26,7 @@ from torch import Tensor
 from pcb_ray.budget import MIN_BLOCK, choose_block
 from pcb_ray.errors import InputError, RequestError
 from pcb_ray.files.hub import hub_id
-from pcb_ray.files.objects import container_of, object_problem
+from pcb_ray.files.objects import HUB_SCHEME, container_of, object_problem
 from pcb_ray.files.store import Store, is_remote
 from pcb_ray.kernels import choose_kernel
 from pcb_ray.kernels.reference import Loaded, keys
@@ -512,8 +512,9 @@ class Owner:
                 except OSError as error:
                     fix = f"put the models on {shared}"
                     if one.commit is not None:
-                        at = f"hf://{hub_id(one.source)}"
-                        fix = f"name it {at}, which each node reads from the Hub itself, or let HF_HOME be a folder on {shared}"
+                        at = f"{HUB_SCHEME}{hub_id(one.source)}"
+                        how = "unset HF_HUB_OFFLINE" if one.source.startswith(HUB_SCHEME) else f"name it {at}"
+                        fix = f"{how}, so that each node reads it from the Hub itself, or let HF_HOME be a folder on {shared}"
                     problems.append(f"{file.path}: wanted a file that node {node} can read, found: {error.strerror}. Fix: {fix}.")
                     continue
                 if size != file.size:

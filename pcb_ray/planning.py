@@ -260,7 +260,8 @@ class Plan:
     @property
     def is_remote(self) -> bool:
         """Whether inputs are read over a network, and not from a file system."""
-        return any(is_remote(file.path) for one in self.inputs for file in one.files)
+        # What is yet to be downloaded has no stamp.
+        return any(is_remote(file.path) and file.stamp is not None for one in self.inputs for file in one.files)
 
     @property
     def sweep_bytes(self) -> int:

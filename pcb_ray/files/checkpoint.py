@@ -188,11 +188,11 @@ def _open_hub(source: str, path: Path | None, download: bool) -> Checkpoint:
     """Open `org/name[@revision]`, there being nothing at `path`; or `hf://org/name[@revision]`, in place."""
     named = source.removeprefix(HUB_SCHEME)
     parts = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([^\s@?#]+))?", named, flags=re.ASCII)
-    if path is None and parts is None:
-        found, fix = "another URI", "name the repository; a folder or a file in it can't be named"
-        shown = clip(without_credentials(source))
+    if parts is None and path is None:
+        shown, found = clip(without_credentials(source)), "another URI"
+        fix = "name the repository; a folder or a file in it can't be named"
         raise RequestError(f"model {shown}: {mismatch('hf://org/name[@revision]', found, fix)}")
-    if parts is None or Path(parts[1]).suffix in (".safetensors", ".gguf", *_TORCH_SUFFIXES):
+    if parts is None or (path is not None and Path(parts[1]).suffix in (".safetensors", ".gguf", *_TORCH_SUFFIXES)):
         if "+" in source:
             raise RequestError(_adapter_problem(source))
         found = f"no file or folder {path}, nor a Hub id org/name[@revision]"

@@ -222,7 +222,7 @@ def _located(uri: str) -> _Link:
     """Ask the Hub where a file is. Raises what the library and its transport raise, and OSError."""
     from huggingface_hub import hf_hub_url
 
-    repo, commit, name = parts_of_uri(uri)
+    repo, commit, name = _parts_of(uri)
     at = own = hf_hub_url(repo, name, revision=commit)
     for _ in range(_MAX_REDIRECTS):
         with _asked("HEAD", at, True) as response:
@@ -290,7 +290,7 @@ def _raise_for_status(response: Any) -> None:
         hf_raise_for_status(response)
 
 
-def parts_of_uri(uri: str) -> tuple[str, str, str]:
+def _parts_of(uri: str) -> tuple[str, str, str]:
     """Repository, commit and name of a file."""
     repo, _, rest = uri.removeprefix(HUB_SCHEME).partition("@")
     commit, _, name = rest.partition("/")
@@ -304,10 +304,10 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 @functools.cache
 def _keep_queries_out_of_logs() -> None:
-    """Libraries of the transport log addresses, and headers that hold some; the signature of one is in its query."""
+    """The transport logs addresses, and headers that hold some: one may have a signature in its query, or a password."""
 
     def without(record: logging.LogRecord) -> bool:
-        record.msg, record.args = re.sub(r"\?[^\s\"'>]+", "?...", record.getMessage()), ()
+        record.msg, record.args = re.sub(r"\?[^\s\"'>]+|(?<=://)[^\s/@]+@", "", record.getMessage()), ()
         return True
 
     parts = ("connection", "http11", "http2", "proxy", "socks")
