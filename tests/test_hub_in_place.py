@@ -79,7 +79,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
         monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.01)
         monkeypatch.setattr(objects, "LONGEST_PAUSE_S", 0.05)
-        monkeypatch.setattr(objects, "SILENCE_S", 1)
+        monkeypatch.setattr(objects, "SILENCE_S", 5)  # the servers share this process
         monkeypatch.setattr(objects, "LOOKING_PATIENCE_S", 3.0)
         yield Hub(server, front, cdn)
         huggingface_hub.close_session()
