@@ -64,10 +64,9 @@ class HubServer:
         class Cdn(Handler):
             is_cdn = True
 
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (Handler, Cdn)]
+        self._servers = [_Server(("127.0.0.1", 0), handler) for handler in (Handler, Cdn)]
         self._threads = [threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.02}) for one in self._servers]
-        for server, thread in zip(self._servers, self._threads, strict=True):
-            server.daemon_threads = True
+        for thread in self._threads:
             thread.start()
         self.endpoint, self.cdn_itself = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
         self.cdn = self.cdn_itself.replace("127.0.0.1", "localhost")
@@ -105,6 +104,11 @@ class HubServer:
                 name = re.sub(r"^(/cdn)?/[^/]+/[^/]+/resolve/[^/]+/", "", request.path)
                 total[name] = total.get(name, 0) + request.body_bytes
         return total
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # connections that nobody has accepted yet: more are dropped
 
 
 class _Handler(BaseHTTPRequestHandler):

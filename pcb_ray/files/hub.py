@@ -31,6 +31,8 @@ from pcb_ray.files.store import Stamp
 
 _TIMEOUT_S = 10
 _MAX_REDIRECTS = 5
+_IN_FLIGHT = threading.BoundedSemaphore(20)
+"""Of ranges, in this process: the library's session keeps so many connections for the next request."""
 
 
 def hub_id(source: str) -> str:
@@ -194,7 +196,7 @@ class HubFiles:
             link = self._link(uri, refused[-1] if refused else None)
             if tag and link.stamp.tag != tag:
                 raise Changed
-            with _in_our_words(uri), _asked("GET", link.url, not link.is_signed, start, stop) as response:
+            with _IN_FLIGHT, _in_our_words(uri), _asked("GET", link.url, not link.is_signed, start, stop) as response:
                 if link.is_signed and 400 <= response.status_code < 500 and response.status_code not in (408, 416, 429):
                     found = f"that the host to which {_hub_host()} sends refuses access (HTTP {response.status_code})"
                     if len(refused) == MAX_RENEWALS:
