@@ -29,7 +29,7 @@ from pcb_ray.files.room import Room
 from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.output.companions import model_card, side_files, write_side_files
-from pcb_ray.output.place import check_out
+from pcb_ray.output.place import place_of
 from pcb_ray.owner import Owner
 from pcb_ray.planning import fetched, open_inputs, plan, plan_of
 from pcb_ray.receipt import inputs_of_receipt
@@ -178,7 +178,7 @@ def test_one_commit_is_merged_and_named_wherever_the_output_names_its_inputs(fam
     card = model_card(made, "1").decode()
     assert "base_model:\n- org/base\n- org/model0\n" in card
     assert f"[org/model0@{OLD}](https://huggingface.co/org/model0/tree/{OLD})" in card
-    check_out(tmp_path / "elsewhere", made, overwrite=False, resume=False)
+    place_of(tmp_path / "elsewhere").check(made, resume=False)
 
 
 def test_a_file_that_the_hub_calls_another_ends_the_run(family: MakeFamily, hub: Hub, tmp_path: Path) -> None:
