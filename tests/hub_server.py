@@ -6,6 +6,7 @@ what arrives there is recorded too. Small files are redirected to another addres
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -40,6 +41,11 @@ class Model:
     ranges: bool = True  # whether the CDN heeds Range
 
 
+@functools.cache
+def digest_of(data: bytes, algorithm: str) -> str:
+    return hashlib.new(algorithm, data).hexdigest()
+
+
 def commit_of(name: str) -> str:
     return hashlib.sha1(name.encode()).hexdigest()
 
@@ -52,6 +58,7 @@ class HubServer:
     failing: int | None = None
     requests: list[Request] = field(default_factory=list)
     cdn: str = ""  # where weight files are; to put a proxy before it, set it anew
+    linked: bool = True  # whether the Hub tells size and digest of a file on the CDN; some mirrors don't
     never: bool = False  # whether the CDN takes no address at all
     _signed: set[str] = field(default_factory=set)
 
@@ -163,10 +170,10 @@ class _Handler(BaseHTTPRequestHandler):
         if file[3] not in files:
             return self._fail(404, "EntryNotFound", "Entry not found", commit)
         data = files[file[3]]
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{digest_of(data, "sha1")}"', "Accept-Ranges": "bytes"}
         if file[3].endswith((".safetensors", ".bin")) and not cdn:
-            headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"'}
-            return self._send(302, b"", headers | {"Location": hub.sign(quote(path))})
+            told = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{digest_of(data, "sha256")}"'}
+            return self._send(302, b"", headers | (told if hub.linked else {}) | {"Location": hub.sign(quote(path))})
         if not cdn and not urlsplit(self.path).query:  # small files are led to another address of the Hub itself
             return self._send(307, b"", headers | {"Location": f"{quote(path)}?cached=1"})
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

@@ -181,6 +181,17 @@ def test_one_commit_is_merged_and_named_wherever_the_output_names_its_inputs(fam
     place_of(tmp_path / "elsewhere").check(made, resume=False)
 
 
+def test_a_mirror_that_tells_neither_size_nor_digest_will_do(family: MakeFamily, hub: Hub, tmp_path: Path) -> None:
+    one = family(1)
+    hub.server.linked = False
+    made = plan(hub.put(one))
+    assert all(stamp.tag == "" for stamp in made.stamps.values())
+    store = open_store()
+    assert {path: store.stamp(path) for path in made.stamps} == made.stamps
+    store.close()
+    assert merged_from(made, tmp_path / "found")[0] == merge_locally(plan(one.recipe()), tmp_path / "wanted").files
+
+
 def test_a_file_that_the_hub_calls_another_ends_the_run(family: MakeFamily, hub: Hub, tmp_path: Path) -> None:
     """No Hub does that to a commit; a mirror of one might."""
     made = plan(hub.put(family(1)))
