@@ -107,7 +107,7 @@ def _newer(plan: Plan, receipt: Receipt, out: str, store: Store) -> list[str]:
         f"({file.tag}). Fix: merge again."
         for one, before, after in zip(plan.inputs, receipt.inputs, now, strict=True)
         for was, file in zip(before.files, after.files, strict=True)
-        if file.tag and file.tag != was.tag
+        if one.commit is None and file.tag and file.tag != was.tag
     ]
     return objects + [
         f"{path}: wanted a file that nobody has changed since it was merged, found one that was changed after the receipt was "

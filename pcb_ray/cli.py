@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.checks import size_of, without_secrets
 from pcb_ray.errors import RequestError, RunError
+from pcb_ray.files.objects import object_problem
+from pcb_ray.files.store import is_remote
 from pcb_ray.methods import METHODS, Method, Parameter, names, variants_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan
 from pcb_ray.progress import readable_bytes
@@ -365,6 +367,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
+        if is_remote(str(error.filename)):
+            print(f"pcb-ray: {object_problem(error.filename, error)}", file=sys.stderr)
+            return 1
         kept = "; what was finished is kept: --resume goes on" if "resume" in options else ""
         where = f"{error.filename}: " if error.filename else ""
         print(f"pcb-ray: {where}{error.strerror or error}. Fix: look after the disk and the rights there{kept}.", file=sys.stderr)

@@ -1,19 +1,24 @@
 """The part of the Hugging Face Hub that the real `huggingface_hub` client needs, on 127.0.0.1, with a record of use.
 
-Weight files are redirected to another host name (`localhost`), as the Hub does to its CDN; what arrives there is
-recorded too.
+Weight files are redirected to another host name and port, as the Hub does to its CDN, by an address that is signed and expires;
+what arrives there is recorded too. Small files are redirected to another address of the same host.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
+import secrets
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+SIGNED = "secretSignature"
+"""What the signature of each address begins with."""
 
 
 class Request(NamedTuple):
@@ -36,6 +41,11 @@ class Model:
     ranges: bool = True  # whether the CDN heeds Range
 
 
+@functools.cache
+def digest_of(data: bytes, algorithm: str) -> str:
+    return hashlib.new(algorithm, data).hexdigest()
+
+
 def commit_of(name: str) -> str:
     return hashlib.sha1(name.encode()).hexdigest()
 
@@ -47,6 +57,10 @@ class HubServer:
     models: dict[str, Model]
     failing: int | None = None
     requests: list[Request] = field(default_factory=list)
+    cdn: str = ""  # where weight files are; to put a proxy before it, set it anew
+    linked: bool = True  # whether the Hub tells size and digest of a file on the CDN; some mirrors don't
+    never: bool = False  # whether the CDN takes no address at all
+    _signed: set[str] = field(default_factory=set)
 
     def __enter__(self) -> HubServer:
         hub = self
@@ -54,21 +68,37 @@ class HubServer:
         class Handler(_Handler):
             server_hub = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
+        class Cdn(Handler):
+            is_cdn = True
+
+        self._servers = [_Server(("127.0.0.1", 0), handler) for handler in (Handler, Cdn)]
+        self._threads = [threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.02}) for one in self._servers]
+        for thread in self._threads:
+            thread.start()
+        self.endpoint, self.cdn_itself = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        self.cdn = self.cdn_itself.replace("127.0.0.1", "localhost")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def sign(self, path: str) -> str:
+        """An address of a file that is good until it expires."""
+        signature = SIGNED + secrets.token_hex(8)
+        self._signed.add(signature)
+        return f"{self.cdn}/cdn{path}?Expires=1&Signature={signature}"
+
+    def takes(self, query: str) -> bool:
+        """Whether the CDN answers to an address."""
+        (signature,) = parse_qs(query).get("Signature", [""])
+        return signature in self._signed and not self.never
+
+    def expire(self) -> None:
+        """Let all addresses that were signed so far expire."""
+        self._signed.clear()
 
     def about(self, repo: str) -> list[Request]:
         return [request for request in self.requests if f"/{repo}/" in f"{request.path}/"]
@@ -83,9 +113,15 @@ class HubServer:
         return total
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # connections that nobody has accepted yet: more are dropped
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_hub: HubServer
+    is_cdn = False
 
     def log_message(self, *_: object) -> None:
         pass
@@ -99,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub = self.server_hub
         path = unquote(urlsplit(self.path).path)
-        cdn = path.startswith("/cdn/")
+        cdn = self.is_cdn
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
         file = re.fullmatch(r"(?:/cdn)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or file
@@ -109,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization")
         if given and given.startswith("Bearer bad"):
             return self._fail(401, "", "Invalid credentials in Authorization header")
+        if cdn and not hub.takes(urlsplit(self.path).query):
+            return self._send(403, f"<Error>{self.path}</Error>".encode(), {"Content-Type": "application/xml"})
         if match is None or model is None or (model.token and not cdn and given != f"Bearer {model.token}"):
             return self._fail(401, "RepoNotFound", "Repository not found")
         revision = (api[3] if api else file[2] if file else None) or "main"
@@ -132,10 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
         if file[3] not in files:
             return self._fail(404, "EntryNotFound", "Entry not found", commit)
         data = files[file[3]]
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{digest_of(data, "sha1")}"', "Accept-Ranges": "bytes"}
         if file[3].endswith((".safetensors", ".bin")) and not cdn:
-            headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"'}
-            return self._send(302, b"", headers | {"Location": f"http://localhost:{hub.port}/cdn{path}"})
+            told = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{digest_of(data, "sha256")}"'}
+            return self._send(302, b"", headers | (told if hub.linked else {}) | {"Location": hub.sign(quote(path))})
+        if not cdn and not urlsplit(self.path).query:  # small files are led to another address of the Hub itself
+            return self._send(307, b"", headers | {"Location": f"{quote(path)}?cached=1"})
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None or not model.ranges:
             return self._send(200, data, headers)

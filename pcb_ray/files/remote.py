@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pcb_ray.errors import InputError
-from pcb_ray.files.objects import LOOKING_PATIENCE_S, PATIENCE_S, Changed, Fence, Objects, Storage
+from pcb_ray.files.hub import HubFiles
+from pcb_ray.files.objects import HUB_SCHEME, LOOKING_PATIENCE_S, PATIENCE_S, Changed, Fence, Objects, Requests, Storage
 from pcb_ray.files.room import KeptHere, Room
 from pcb_ray.files.store import PartWriter, Pins, Range, Stamp, Traffic, as_bytes, changed, wrong_count
 
@@ -31,10 +32,11 @@ FETCHES = 32
 
 
 class RemoteStore:
-    """Objects by their URIs, as a Store."""
+    """Objects, and files of models on the Hub, by their URIs, as a Store."""
 
     def __init__(self, pins: Pins, storage: Storage | None, room: Room | None, fence: Fence | None = None) -> None:
-        self._objects = Objects(storage, patience_s=PATIENCE_S if pins else LOOKING_PATIENCE_S)
+        patience_s = PATIENCE_S if pins else LOOKING_PATIENCE_S
+        self._objects, self._hub = Objects(storage, patience_s=patience_s), HubFiles(patience_s=patience_s)
         self._pins = dict(pins)
         self._fence = fence
         self._kept = None if room is None else KeptHere(room)
@@ -46,10 +48,10 @@ class RemoteStore:
 
     @property
     def traffic(self) -> Traffic:
-        return Traffic(self._fetched, self._objects.retries, 0 if self._kept is None else self._kept.bytes)
+        return Traffic(self._fetched, self._objects.retries + self._hub.retries, 0 if self._kept is None else self._kept.bytes)
 
     def stamp(self, file: str) -> Stamp:
-        return self._objects.head(file)
+        return self._requests(file).head(file)
 
     def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
         return None
@@ -116,6 +118,9 @@ class RemoteStore:
         if self._kept is not None:
             self._kept.close()
 
+    def _requests(self, file: str) -> Requests:
+        return self._hub if file.startswith(HUB_SCHEME) else self._objects
+
     # --- pieces -------------------------------------------------------------------------------------------------------------------
 
     def _piece(self, file: str, at: int) -> Range:
@@ -157,9 +162,9 @@ class RemoteStore:
     def _fetch(self, one: Range) -> memoryview:
         pin = self._pins.get(one.file)
         try:
-            data, now = self._objects.get(one.file, one.start, one.stop, "" if pin is None else pin.tag)
+            data, now = self._requests(one.file).get(one.file, one.start, one.stop, "" if pin is None else pin.tag)
         except Changed:
-            now = self._objects.head(one.file)
+            now = self._requests(one.file).head(one.file)
             raise changed(one.file, pin, now) from None
         with self._lock:
             pin = self._pins.setdefault(one.file, now)
@@ -175,7 +180,7 @@ class RemoteStore:
 
     def _pin(self, file: str) -> Stamp:
         if (pin := self._pins.get(file)) is None:
-            pin = self._pins.setdefault(file, self._objects.head(file))
+            pin = self._pins.setdefault(file, self.stamp(file))
         return pin
 
 
