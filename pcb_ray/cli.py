@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.checks import size_of
 from pcb_ray.errors import RequestError, RunError
+from pcb_ray.estimate import EXAMPLE, SHARE_OF_WORKERS, Cluster, Estimate, estimate
 from pcb_ray.methods import METHODS, Method, Parameter, names, variants_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan
 from pcb_ray.progress import readable_bytes
@@ -197,6 +198,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def cluster(text: str) -> Cluster:
+    try:
+        return Cluster.parse(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(" ".join(error.problems)) from None
+
+
 class _Parser(argparse.ArgumentParser):
     """With `submits`, it takes its own options and leaves the rest to the parser of the command that is submitted."""
 
@@ -238,6 +246,13 @@ def parser() -> argparse.ArgumentParser:
     plan = command("plan", "Tell what a merge will do, from headers and samples, in seconds; nothing is written.", _recipe_help())
     plan.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument(
+        "--cluster",
+        type=cluster,
+        metavar="KEYS",
+        help=f"also tell what the merge would take on nodes like these, by rates that are measured here: {EXAMPLE} (of each node, but "
+        "for `nodes`; disk may be left out: it is for scratch, or the file system of local paths)",
+    )
 
     merge = command("merge", "Merge the models of RECIPE into the directory OUT.", MERGE_HELP + "\n" + _recipe_help())
     merge.usage = "pcb-ray merge RECIPE OUT [options]\n       pcb-ray merge RECIPE [RECIPE ...] --into DIR [options]"
@@ -375,10 +390,17 @@ def _plan(options: argparse.Namespace) -> int:
         from pcb_ray.searching.run import announced
 
         search = announced(made)
+    found = None
+    if options.cluster is not None:
+        from pcb_ray.rates import measured_rates
+
+        found = estimate(made, options.cluster, memory["worker_bytes"], measured_rates(made, block))
     if options.json:
-        print(json.dumps(made.summary() | memory | {"disk_free_here": free} | ({"search": search} if search else {}), indent=2))
+        more = ({"search": search} if search else {}) | ({"cluster": found.summary()} if found else {})
+        print(json.dumps(made.summary() | memory | {"disk_free_here": free} | more, indent=2))
     else:
-        print("\n".join([*describe(made, memory["worker_bytes"], free), *(describe_search(search) if search else [])]))
+        lines = describe(made, memory["worker_bytes"], free)
+        print("\n".join([*lines, *(describe_search(search) if search else []), *(describe_cluster(found) if found else [])]))
     return 0
 
 
@@ -399,6 +421,51 @@ def describe_search(search: Mapping[str, Any]) -> list[str]:
         f"memory     at most {readable_bytes(search['worker_bytes'])} per worker of the analysis; {memory}",
         *(f"note: {note}" for note in search["notes"]),
     ]
+
+
+def describe_cluster(found: Estimate) -> list[str]:
+    """What a merge would take on a cluster, for people: each number with what it is made from."""
+    on, size = found.cluster, readable_bytes
+    disk = f", {size(on.disk)}/s of disk" if on.disk else ""
+    lines = [
+        "",
+        f"cluster    {_number(on.nodes, 'node')}, each of {_number(on.cores, 'core')}, {size(on.memory_bytes)} of memory, "
+        f"{size(on.network)}/s of network{disk}",
+        f"workers    {found.workers_per_node} on a node: one per core, in {SHARE_OF_WORKERS:.0%} of {size(on.memory_bytes)} at "
+        f"{size(found.worker_bytes)} each; {found.workers:,} in all, for {found.chunks:,} chunks",
+        f"inputs     {size(found.input_bytes * on.nodes)} / {_number(on.nodes, 'node')} = {size(found.input_bytes)} on each",
+    ]
+    if found.remote_bytes:
+        again = f" + {found.passes - 1} passes x {size(found.fetched_again)} again" if found.fetched_again else ", each byte once"
+        lines += [
+            f"room       a node keeps {size(found.kept_in_memory)} in memory (of half, {size(found.memory_room)})"
+            + (f", {size(found.kept_on_disk)} in --scratch" if on.disk else ""),
+            f"fetches    {size(found.fetched_bytes)} on each node{again}",
+        ]
+    lines += [
+        f"writes     {size(found.written_bytes * on.nodes)} / {_number(on.nodes, 'node')} = {size(found.written_bytes)} on each",
+        "",
+        f"{'sweep':22} {'seconds':>8}  bound by    how",
+    ]
+    for one in found.sweeps:
+        moved = max(one.received_bytes, one.sent_bytes)
+        how = [
+            f"network {size(moved)} / {size(on.network)}/s = {_seconds(one.network_s)}" if moved else "",
+            f"disk {size(one.disk_bytes)} / {size(on.disk)}/s = {_seconds(one.disk_s)}" if on.disk and one.disk_bytes else "",
+            f"arithmetic {one.busiest_elements / 1e6:.3g} M / {one.rate / 1e6:.3g} M/s = {_seconds(one.arithmetic_s)}",
+        ]
+        lines.append(f"{one.name:22} {_seconds(one.seconds):>8}  {one.bound_by:10}  {'; '.join(filter(None, how))}")
+    return [
+        *lines,
+        f"{'in all':22} {_seconds(found.seconds):>8}  (starting, and making the output durable, come on top)",
+        "",
+        "Network and disk: bytes of a node. Arithmetic: elements of the busiest worker, by the rate of a core of this machine, measured",
+        "just now.",
+    ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
 
 
 def describe(plan: Plan, worker: int, free: int) -> list[str]:
