@@ -250,8 +250,8 @@ def parser() -> argparse.ArgumentParser:
         "--cluster",
         type=cluster,
         metavar="KEYS",
-        help=f"also tell what the merge would take on nodes like these, by rates that are measured here: {EXAMPLE} (of each node, but "
-        "for `nodes`; disk may be left out: it is for scratch, or the file system of local paths)",
+        help=f"also tell what the merge would take on nodes like these, by rates that are measured here: {EXAMPLE} (of each; "
+        "disk may be left out: it is for scratch, or the file system of local paths)",
     )
 
     merge = command("merge", "Merge the models of RECIPE into the directory OUT.", MERGE_HELP + "\n" + _recipe_help())
@@ -459,8 +459,7 @@ def describe_cluster(found: Estimate) -> list[str]:
         *lines,
         f"{'in all':22} {_seconds(found.seconds):>8}  (starting, and making the output durable, come on top)",
         "",
-        "Network and disk: bytes of a node. Arithmetic: elements of the busiest worker, by the rate of a core of this machine, measured",
-        "just now.",
+        "Network and disk: bytes of a node. Arithmetic: elements of the busiest worker, by the rate of a core here, just measured.",
     ]
 
 

@@ -77,7 +77,8 @@ def _value(key: str, raw: str) -> float:
     if key == "net":
         match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([kMGT])b(?:it)?(?:/s|ps)?", raw)
         return float(match[1]) * _BITS[match[2]] / 8 if match else 0
-    return size_of(raw.removesuffix("/s") if key == "disk" else raw) or 0
+    size = raw.removesuffix("/s") if key == "disk" else raw
+    return 0 if size.endswith("b") else size_of(size) or 0  # bits are as likely to be meant
 
 
 @dataclass(frozen=True)
