@@ -3,29 +3,31 @@
 python tests/benchmarks/estimate_benchmark.py DIR [--recipes pcb ties] [--workers 2] [--rounds 3] [--quiet-s 600]
 
 DIR is what make_family.py has made; its files must fit in the page cache. In each round: wait (for at most --quiet-s) until nobody
-else works on this machine; measure the rates; estimate; merge; compare with the sweeps of the receipt. What others took of the
-cores, before and during the merge, stands beside each round."""
+else works on this machine; measure the rates; estimate; merge; compare with the sweeps of the receipt, and with the time that the
+workers spent on cores meanwhile, which other programs hardly change. What others took of the cores stands beside each round."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import measure
 import psutil
 
+from pcb_ray import merge, steps
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.estimate import SHARE_OF_WORKERS, Cluster, Estimate, estimate
 from pcb_ray.planning import Plan, plan
 from pcb_ray.rates import measured_rates
+from pcb_ray.session import Session
 
 PAGE_CACHE = 1e12  # no bound: to copy out of it takes a core's time, which the rates have
+noted: list[tuple[float, float]] = []
+"""Of each sweep: core seconds of the workers, and of all that runs here."""
 
 
 def wait_until_quiet(limit_s: float) -> float:
@@ -36,10 +38,31 @@ def wait_until_quiet(limit_s: float) -> float:
     return busy
 
 
-def busy_cores_s() -> float:
-    """What all cores were busy for since the machine started, in seconds."""
+def core_s() -> tuple[float, float]:
+    """What the workers, and all that runs on this machine, have spent on cores."""
     times = psutil.cpu_times()
-    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+    everything = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+    below = psutil.Process().children(recursive=True)
+    return sum(sum(one.cpu_times()[:2]) for one in below if one.name().startswith("ray::_Actor")), everything
+
+
+class Noting(Session):
+    """It notes what each sweep takes of the cores."""
+
+    def total(self, *arguments: Any, **options: Any) -> Any:
+        before = core_s()
+        found = super().total(*arguments, **options)
+        self._note(before)
+        return found
+
+    def store(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        before = core_s()
+        yield from super().store(*arguments, **options)
+        self._note(before)
+
+    def _note(self, before: tuple[float, float]) -> None:
+        workers_s, everything_s = (now - then for now, then in zip(core_s(), before, strict=True))
+        noted.append((workers_s, everything_s))
 
 
 def estimated(made: Plan, workers: int, block: int) -> Estimate:
@@ -56,34 +79,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quiet-s", type=float, default=600.0)
     options = parser.parse_args()
-    out = options.folder / "estimated"
-    print("| recipe | busy before | others during | sweep | predicted s | took s | took / predicted |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    ratios: dict[str, list[float]] = {}
+    out, steps.Session = options.folder / "estimated", Noting  # type: ignore[attr-defined]
+    print("| recipe | others took | sweep | estimate s | took s | ratio | estimate core s | took core s | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    ratios: dict[tuple[str, str], list[float]] = {}
     for _ in range(options.rounds):
         for name in options.recipes:
-            recipe = options.folder / f"{name}.yaml"
-            made = plan(recipe)
-            before = wait_until_quiet(options.quiet_s)
+            made = plan(options.folder / f"{name}.yaml")
+            wait_until_quiet(options.quiet_s)
             found = estimated(made, options.workers, choose_block(made, "cpu", None))
             shutil.rmtree(out, ignore_errors=True)
-            busy_s = busy_cores_s()
-            command = [sys.executable, "-m", "pcb_ray", "merge", str(recipe), str(out), "--workers", str(options.workers)]
-            merged = measure.run(command)
-            others = (busy_cores_s() - busy_s - merged.core_s) / merged.wall_s
-            receipt: dict[str, Any] = json.loads((out / "pcb_receipt.json").read_text())
-            took = {sweep["name"]: sweep["elapsed_s"] for sweep in receipt["sweeps"]}
-            wanted = {sweep.name: sweep.seconds for sweep in found.sweeps}
-            assert took.keys() == wanted.keys()
-            rows = [*((sweep, wanted[sweep], took[sweep]) for sweep in took), ("**in all**", found.seconds, sum(took.values()))]
-            for sweep, predicted_s, took_s in rows:
-                numbers = f"{predicted_s:.2f} | {took_s:.2f} | {took_s / predicted_s:.2f}"
-                print(f"| {name} | {before:.0%} | {others:.2f} cores | {sweep} | {numbers} |", flush=True)
-            ratios.setdefault(name, []).append(rows[-1][2] / rows[-1][1])
+            noted.clear()
+            receipt = merge(options.folder / f"{name}.yaml", out, workers=options.workers, quiet=True)
+            rows = [
+                (sweep.name, one.seconds, sweep.elapsed_s, one.arithmetic_s * options.workers, *of_cores)
+                for sweep, one, of_cores in zip(receipt.sweeps, found.sweeps, noted, strict=True)
+            ]
+            assert [sweep.name for sweep in receipt.sweeps] == [one.name for one in found.sweeps]
+            sums = [sum(column) for column in list(zip(*rows, strict=True))[1:]]
+            for sweep, wanted_s, took_s, wanted_core_s, took_core_s, everything_s in [*rows, ("**in all**", *sums)]:
+                others = f"{max(0.0, everything_s - took_core_s) / took_s:.2f} cores"
+                wall = f"{wanted_s:.2f} | {took_s:.2f} | {took_s / wanted_s:.2f}"
+                cores = f"{wanted_core_s:.2f} | {took_core_s:.2f} | {took_core_s / wanted_core_s:.2f}"
+                print(f"| {name} | {others} | {sweep} | {wall} | {cores} |", flush=True)
+            ratios.setdefault((name, "seconds"), []).append(sums[1] / sums[0])
+            ratios.setdefault((name, "core seconds"), []).append(sums[3] / sums[2])
     shutil.rmtree(out, ignore_errors=True)
-    for name, of_rounds in ratios.items():
-        told = ", ".join(f"{ratio:.2f}" for ratio in of_rounds)
-        print(f"\n{name}: took / predicted, all sweeps: median {statistics.median(of_rounds):.2f} of {told}")
+    for (name, of), found_ratios in ratios.items():
+        told = ", ".join(f"{ratio:.2f}" for ratio in found_ratios)
+        print(f"\n{name}, {of}, taken / estimated: median {statistics.median(found_ratios):.2f} of {told}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ class Measured:
     wall_s: float
     peak_bytes: int  # anonymous memory, private and shared, of the whole process tree; shared pages counted once
     output: str
-    core_s: float = 0.0  # that all of them spent on cores, as of their last sample
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -36,21 +35,17 @@ def anonymous_bytes(pid: int) -> int:
 
 def run(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Measured:
     """Run to the end; RuntimeError with its output if it fails."""
-    start, peak, core_s = time.monotonic(), 0, dict[int, float]()
+    start, peak = time.monotonic(), 0
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, cwd=cwd, env={**os.environ, **(env or {})}, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                top = psutil.Process(process.pid)
-                tree = [top, *top.children(recursive=True)]
-                peak = max(peak, sum(anonymous_bytes(one.pid) for one in tree))
-                for one in tree:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        core_s[one.pid] = sum(one.cpu_times()[:2])
+                tree = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+                peak = max(peak, sum(anonymous_bytes(pid) for pid in tree))
             time.sleep(SAMPLE_S)
         wall_s = time.monotonic() - start
         log.seek(0)
         output = log.read()
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
-    return Measured(wall_s, peak, output, sum(core_s.values()))
+    return Measured(wall_s, peak, output)
