@@ -7,17 +7,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from pathlib import Path
 
 from pcb_ray.errors import RequestError, RunError, with_place
-from pcb_ray.files.checkpoint import read_header
+from pcb_ray.files.objects import object_problem
 from pcb_ray.files.store import Store, is_remote
+from pcb_ray.files.stores import size_of_file
 from pcb_ray.local import LocalOwners
 from pcb_ray.methods import Ranks
 from pcb_ray.output.companions import CARD, RECIPE, sha256_of, side_files
 from pcb_ray.planning import Inputs, Plan, Sizes, fetched, open_inputs, plan_of
 from pcb_ray.questions import CompareParts
-from pcb_ray.receipt import RECEIPT, Receipt, inputs_of_receipt
+from pcb_ray.receipt import RECEIPT, Receipt, inputs_of_receipt, read_small
 from pcb_ray.recipe import Recipe
 from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, versions
@@ -25,9 +25,10 @@ from pcb_ray.steps import ARITHMETIC, versions
 FIX = "Fix: get it again from where it is whole, or merge again."
 SAMPLE = 8
 """Parts of an output that are recomputed, if nobody says how many."""
+MAX_HEADER_BYTES = 1 << 30
 
 
-def differences(recipe: Recipe, out: Path, receipt: Receipt, max_shard_bytes: int, store: Store) -> list[str]:
+def differences(recipe: Recipe, out: str, receipt: Receipt, max_shard_bytes: int, store: Store) -> list[str]:
     """Why the merge that lies in `out` is not the one that is asked for, or not whole; nothing if a merge of the recipe would write
     the same. Its tensors are looked at in a sample, all else whole.
 
@@ -74,31 +75,31 @@ def planned(recipe: Recipe, receipt: Receipt, sizes: Sizes | None) -> tuple[Inpu
     return inputs, plan_of(recipe, inputs, max_shard_bytes=receipt.max_shard_bytes, sizes=sizes)
 
 
-def _other_side_files(plan: Plan, inputs: Inputs, receipt: Receipt, out: Path, store: Store) -> list[str]:
+def _other_side_files(plan: Plan, inputs: Inputs, receipt: Receipt, out: str, store: Store) -> list[str]:
     """Files beside the tensors that would not be what they are."""
     asked = side_files(plan.recipe, plan, inputs.base, inputs.tokenizer)
     recipe = asked[RECIPE]
-    if isinstance(recipe, bytes) and (was := (out / RECIPE).read_bytes()) != recipe:
+    if isinstance(recipe, bytes) and (was := read_small(out, RECIPE, store)) != recipe:
         pairs = itertools.zip_longest(was.decode(errors="replace").splitlines(), recipe.decode().splitlines(), fillvalue="")
         merged, wanted = next(((a, b) for a, b in pairs if a != b), ("", ""))
         return [
-            f"{out / RECIPE}: wanted the recipe that is asked for, found another: {merged.strip()[:200]!r} was merged, "
+            f"{out}/{RECIPE}: wanted the recipe that is asked for, found another: {merged.strip()[:200]!r} was merged, "
             f"{wanted.strip()[:200]!r} is asked for. Fix: ask for the same merge."
         ]
     now = {name: sha256_of(content, store) for name, content in asked.items()}
     before = {name: sha256 for name, sha256 in receipt.files_sha256.items() if name != CARD}
     return [
-        f"{out / name}: wanted what a merge would put there now, found something else: the file was changed among the inputs after "
+        f"{out}/{name}: wanted what a merge would put there now, found something else: the file was changed among the inputs after "
         "the merge. Fix: merge again."
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
 
 
-def _newer(plan: Plan, receipt: Receipt, out: Path, store: Store) -> list[str]:
+def _newer(plan: Plan, receipt: Receipt, out: str, store: Store) -> list[str]:
     """Files of the inputs that were changed after the merge, and other objects than were merged: they may hold other values. What a
     commit names stays what it is."""
-    written = store.stamp(str(out / RECEIPT)).modified_ns
+    written = store.stamp(f"{out}/{RECEIPT}").modified_ns
     files = [file.path for one in plan.inputs if one.commit is None for file in one.files if not is_remote(file.path)]
     now = inputs_of_receipt(plan, [one.digest for one in receipt.inputs])
     objects = [
@@ -116,13 +117,13 @@ def _newer(plan: Plan, receipt: Receipt, out: Path, store: Store) -> list[str]:
     ]
 
 
-def wrong_parts(session: Session, receipt: Receipt, out: Path, sample: int) -> list[str]:
+def wrong_parts(session: Session, receipt: Receipt, out: str, sample: int) -> list[str]:
     """Parts of the output, of a sample of so many, that are not what the inputs give. Raises RequestError if nothing can be merged
     with the receipt's thresholds."""
     plan = session.plan
     chosen = sorted({round(k * (len(plan.parts) - 1) / max(1, sample - 1)) for k in range(sample)})
     try:
-        answers = list(session.ask_parts("recompute a sample", CompareParts(receipt.thresholds, str(out)), chosen))
+        answers = list(session.ask_parts("recompute a sample", CompareParts(receipt.thresholds, out), chosen))
     except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, RequestError | RunError):
             raise
@@ -132,34 +133,44 @@ def wrong_parts(session: Session, receipt: Receipt, out: Path, sample: int) -> l
             f"{with_place(error)}. Fix: merge again."
         ) from error
     return [
-        f"{out / place}: wanted what its inputs give, found something else. {FIX}"
+        f"{out}/{place}: wanted what its inputs give, found something else. {FIX}"
         for _, differing in answers
         for place in differing.values()
     ]
 
 
-def wrong_files(store: Store, out: Path, receipt: Receipt) -> list[str]:
+def wrong_files(store: Store, out: str, receipt: Receipt) -> list[str]:
+    """Files that are not what the receipt says, by their digests, and those of tensors by size and header. Raises RequestError if a
+    store can't be read."""
     problems = []
-    for name, sha256 in receipt.files_sha256.items():
-        found = store.sha256(str(out / name)) if (out / name).is_file() else "no file"
-        if found != sha256:
-            problems.append(f"{out / name}: wanted sha256 {sha256}, as in the receipt, found {found}. {FIX}")
-    for file in receipt.outputs:
-        path = out / file.name
-        if not path.is_file() or path.stat().st_size != file.bytes:
-            found = f"{path.stat().st_size}" if path.is_file() else "no file"
-            problems.append(f"{path}: wanted {file.bytes} bytes, as in the receipt, found {found}. {FIX}")
-            continue
-        try:
-            header = read_header(path)[2]
-        except RequestError:  # a header that can't be read is not the one that was written either
-            header = b""
-        if hashlib.sha256(header).hexdigest() != file.header_sha256:
-            problems.append(f"{path}: wanted the header that was written, found another. {FIX}")
+    try:
+        for name, sha256 in receipt.files_sha256.items():
+            path = f"{out}/{name}"
+            found = "no file" if size_of_file(store, path) is None else store.sha256(path)
+            if found != sha256:
+                problems.append(f"{path}: wanted sha256 {sha256}, as in the receipt, found {found}. {FIX}")
+        for file in receipt.outputs:
+            path = f"{out}/{file.name}"
+            if (size := size_of_file(store, path)) != file.bytes:
+                found = "no file" if size is None else f"{size}"
+                problems.append(f"{path}: wanted {file.bytes} bytes, as in the receipt, found {found}. {FIX}")
+            elif hashlib.sha256(_header(store, path, file.bytes)).hexdigest() != file.header_sha256:
+                problems.append(f"{path}: wanted the header that was written, found another. {FIX}")
+    except OSError as error:
+        raise RequestError(object_problem(out, error)) from None
     return problems
 
 
-def sizes_of(receipt: Receipt, out: Path) -> Sizes:
+def _header(store: Store, file: str, size: int) -> bytes:
+    """The bytes before the tensors; nothing if there can be none."""
+    length = bytearray(min(8, size))
+    store.read(file, 0, memoryview(length))
+    header = bytearray(min(8 + int.from_bytes(length, "little"), size, MAX_HEADER_BYTES))
+    store.read(file, 0, memoryview(header))
+    return bytes(header)
+
+
+def sizes_of(receipt: Receipt, out: str) -> Sizes:
     names = [field.name for field in dataclasses.fields(Sizes)]
     found = dict(receipt.sizes)
     # So many chunks and pieces no plan has; to list them would take for ever.
@@ -173,7 +184,7 @@ def sizes_of(receipt: Receipt, out: Path) -> Sizes:
     return Sizes(**found)
 
 
-def check_facts(plan: Plan, receipt: Receipt, out: Path) -> None:
+def check_facts(plan: Plan, receipt: Receipt, out: str) -> None:
     """A receipt that belongs to another recipe can't be used at all. Raises RequestError."""
     wanted: dict[str, object] = {"method": plan.method.full_name, "N": plan.N, "D": plan.D}
     wanted["thresholds"] = sorted(name for one in plan.method.passes for name in one.gives)
@@ -203,7 +214,7 @@ def wrong_inputs(plan: Plan, receipt: Receipt) -> list[str]:
     ]
 
 
-def wrong_tensors(plan: Plan, receipt: Receipt, out: Path) -> list[str]:
+def wrong_tensors(plan: Plan, receipt: Receipt, out: str) -> list[str]:
     """Files of the same headers may be matched otherwise: by values, or by the tables of transformers."""
     if plan.tensors_sha256 == receipt.tensors_sha256:
         return []
@@ -215,6 +226,6 @@ def wrong_tensors(plan: Plan, receipt: Receipt, out: Path) -> list[str]:
     ]
 
 
-def wrong_outputs(plan: Plan, receipt: Receipt, out: Path) -> list[str]:
+def wrong_outputs(plan: Plan, receipt: Receipt, out: str) -> list[str]:
     wanted, found = [(f.name, f.size) for f in plan.files], [(f.name, f.bytes) for f in receipt.outputs]
     return [] if wanted == found else [f"{out}: outputs: wanted {wanted}, which the inputs give, found {found}. {FIX}"]

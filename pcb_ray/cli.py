@@ -75,7 +75,8 @@ Without --address a local Ray is started for the merge; inside a Ray job the job
   pcb-ray merge recipe.yaml merged
   ray job submit --address http://head:8265 --working-dir . -- pcb-ray merge recipe.yaml /shared/merged
 
-The output appears under its name only when whole. After a crash or Ctrl-C, the same command with --resume goes on where it stopped.
+The output appears under its name only when whole; in an object store (OUT is s3://bucket/name, or gs, az) its receipt, which comes
+last, says that it is. After a crash or Ctrl-C, the same command with --resume goes on where it stopped, from any machine.
 With --resume it may simply be run again, as schedulers do: it starts, goes on, or ends with 0 if OUT is this very merge already.
 The bytes are the same whatever --workers and --memory are.
 
@@ -257,8 +258,10 @@ def parser() -> argparse.ArgumentParser:
     merge = command("merge", "Merge the models of RECIPE into the directory OUT.", MERGE_HELP + "\n" + _recipe_help())
     merge.usage = "pcb-ray merge RECIPE OUT [options]\n       pcb-ray merge RECIPE [RECIPE ...] --into DIR [options]"
     merge.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
-    merge.add_argument("more", metavar="OUT", type=Path, nargs="*", help="the directory to make, which transformers loads")
-    merge.add_argument("--into", metavar="DIR", type=Path, help="merge each recipe into DIR, to a directory that is named after it")
+    merge.add_argument(
+        "more", metavar="OUT", nargs="*", help="the directory to make, which transformers loads; or a prefix, s3://bucket/name"
+    )
+    merge.add_argument("--into", metavar="DIR", help="merge each recipe into DIR, to a directory that is named after it")
     merge.set_defaults(refuse=merge.error)
     merge.add_argument("--workers", type=count, metavar="N", help="workers (default: one per core or GPU of the cluster)")
     merge.add_argument(
@@ -283,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
     sweep = command("sweep", "Score a grid of the method's parameters and variants.", _sweep_help())
     for one, made in (search, "the directory to make: the merged winner and the report"), (sweep, "the directory to make"):
         one.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
-        one.add_argument("out", metavar="OUT", type=Path, help=made)
+        one.add_argument("out", metavar="OUT", help=made)
         one.add_argument(
             "--workers", type=count, metavar="N", help="workers of the analysis (default: one per core of the cluster)"
         )
@@ -313,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     verify = command("verify", "Check a merged directory: all digests, and a sample of parts recomputed from the inputs.", "")
-    verify.add_argument("out", metavar="OUT", type=Path, help="a directory that pcb-ray merge wrote")
+    verify.add_argument("out", metavar="OUT", help="a directory, or a prefix in an object store, that pcb-ray merge wrote")
     verify.add_argument("--sample", type=count, default=8, metavar="N", help="parts to recompute (default: 8)")
     for one in plan, merge, search, sweep, verify:
         one.add_argument("-v", "--verbose", action="store_true", help="explain what is done")
@@ -550,16 +553,16 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _recipes_and_out(options: argparse.Namespace) -> tuple[list[Path], Path]:
+def _recipes_and_out(options: argparse.Namespace) -> tuple[list[Path], str]:
     """Of a merge: what is to be merged, and where to. Ends the process if there is neither OUT nor --into, or too much."""
     if options.into is not None:
-        return [options.recipe, *options.more], options.into
+        return [options.recipe, *map(Path, options.more)], options.into
     if len(options.more) != 1:
         options.refuse(f"wanted RECIPE and OUT, or --into DIR, found {_number(1 + len(options.more), 'name')} and no --into")
     return [options.recipe], options.more[0]
 
 
-def _merge_many(recipes: Sequence[Path], into: Path, how: Mapping[str, Any]) -> int:
+def _merge_many(recipes: Sequence[Path], into: str, how: Mapping[str, Any]) -> int:
     from pcb_ray.many import merge_many
 
     found = merge_many(recipes, into, **how)
@@ -586,7 +589,7 @@ def _search(options: argparse.Namespace) -> int:
     print(tables.scoreboard(found.request, found.scores).as_text())
     for note in found.notes:
         print(f"note: {note}")
-    print(f"{options.out}: the winner of {found.trials} candidates, merged; {options.out / 'report.html'} shows the search")
+    print(f"{options.out}: the winner of {found.trials} candidates, merged; {options.out}/report.html shows the search")
     return 0
 
 
@@ -600,7 +603,7 @@ def _sweep(options: argparse.Namespace) -> int:
     print(tables.grid_table(request, records).as_text())
     for note in report.notes_of_sweep(request, records, found.base[request.search_split][request.metric]):
         print(f"note: {note}")
-    print(f"{options.out}: {len(found.records)} points; {options.out / 'report.html'} shows them")
+    print(f"{options.out}: {len(found.records)} points; {options.out}/report.html shows them")
     return 0
 
 
@@ -626,7 +629,7 @@ def _submit(options: argparse.Namespace) -> int:
         return submitting.follow(submitting.Cluster(options.address), options.follow)
     of_job = options.submitted
     recipes: list[Path] = [of_job.recipe] if "recipe" in of_job else []
-    out: Path | None = of_job.out if "out" in of_job else None
+    out: str | None = of_job.out if "out" in of_job else None
     if options.words[0] == "merge":
         recipes, out = _recipes_and_out(of_job)
     return submitting.run(options.words, recipes, out, options.include, options.address, wait=not options.no_wait)

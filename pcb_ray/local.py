@@ -33,7 +33,14 @@ class LocalOwners:
         """Of all owners."""
         return [owner.state() for owner in self._owners]
 
-    def ask(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+    def ask(
+        self,
+        question: Question[Answer],
+        items: Sequence[int],
+        *,
+        doubles: bool = True,  # noqa: ARG002 - it does everything once
+        usual_s: float | None = None,  # noqa: ARG002 - and waits for ever
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
         """(some items, the answer about them), as answers come, in no order; each item once. Raises what an owner raises."""
         import torch
 

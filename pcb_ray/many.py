@@ -21,11 +21,14 @@ from pcb_ray.cluster import check_cluster, choose_device, choose_workers, cluste
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.files.foreign import some
 from pcb_ray.files.room import Room
+from pcb_ray.files.store import is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.grid import MAX_POINTS, points_of
-from pcb_ray.merging import merged, merged_before, opened
-from pcb_ray.output.place import check_out, check_place, existing_parent
-from pcb_ray.output.state import State, asked_of, is_unfinished, state_folder
+from pcb_ray.merging import merged, merged_before, opened, writer_bytes
+from pcb_ray.output.folder import Folder, existing_parent
+from pcb_ray.output.place import check_into, inside, place_of
+from pcb_ray.output.prefix import Prefix
+from pcb_ray.output.state import Place, State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan
 from pcb_ray.receipt import Receipt
 from pcb_ray.recipe import Recipe
@@ -72,18 +75,19 @@ def merge_many(
     scratch_bytes: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Merged]:
-    """Merge each recipe into `into`/NAME, and each point of a recipe's grid into `into`/NAME/KEY=VALUE,...; what became of them by
-    NAME or NAME/KEY=VALUE,..., in sorted order. Names are those of a mapping, or those of the files without their endings.
+    """Merge each recipe into `into`/NAME (`into` is a folder, or a prefix in an object store), and each point of a recipe's grid
+    into `into`/NAME/KEY=VALUE,...; what became of them by NAME or NAME/KEY=VALUE,..., in sorted order. Names are those of a
+    mapping, or those of the files without their endings.
 
     All is as in `merge`, for each of them. What is wrong with one is told before anything is computed, and the others are merged
     nevertheless.
 
     Raises RequestError if names are equal or not all fits on the disk, RunError if there is no cluster."""
     start = time.monotonic()
-    into = Path(into)
     if isinstance(recipes, str | os.PathLike):
         recipes = [recipes]
-    check_place(into)
+    into = os.fspath(into)
+    check_into(into)
     check_cluster(address)
     room = Room.for_a_run(cache, scratch, scratch_bytes)
     how = _How(into, max_shard_bytes, memory, device, workers, room, resume=resume, overwrite=overwrite, quiet=quiet)
@@ -102,7 +106,7 @@ def merge_many(
 
 @dataclass(frozen=True)
 class _How:
-    into: Path
+    into: str
     max_shard_bytes: int
     memory: int | None
     device: str
@@ -118,10 +122,10 @@ class _One:
     """A merge that is to be done."""
 
     name: str
-    out: Path
+    place: Folder | Prefix
     inputs: Inputs
     plan: Plan
-    state: State | None = None
+    state: State[Place] | None = None
 
 
 # --- before anything is computed --------------------------------------------------------------------------------------------------
@@ -171,28 +175,28 @@ def _opened(recipes: Mapping[str, Recipe], how: _How, results: dict[str, Merged]
     like: dict[object, tuple[Inputs, Plan]] = {}
     told: set[str] = set()
     for name, recipe in recipes.items():
-        out = how.into / name
         try:
-            before = merged_before(recipe, out, how.max_shard_bytes) if how.resume else ()
+            place = place_of(inside(how.into, name), recipe.storage, overwrite=how.overwrite)
+            before = merged_before(recipe, place, how.max_shard_bytes) if how.resume else ()
             if isinstance(before, Receipt):
                 results[name] = Merged(before, before=True)
                 continue
 
-            def check(plan: Plan, out: Path = out, before: tuple[str, ...] = before) -> None:
+            def check(plan: Plan, place: Place = place, before: tuple[str, ...] = before) -> None:
                 try:
-                    check_out(out, plan, overwrite=how.overwrite, resume=how.resume)
+                    place.check(plan, resume=how.resume)
                 except RequestError as error:
                     raise RequestError([*error.problems, *before]) from None
 
             models = _models_of(recipe)
             like[models] = inputs, plan = opened(recipe, how.max_shard_bytes, check, like.get(models))
             if how.memory is not None:
-                choose_block(plan, "cpu", how.memory)
+                choose_block(plan, "cpu", how.memory, writer_bytes(plan, place))
         except RequestError as error:
             results[name] = Merged(failure=error)
             continue
-        found.append(_One(name, out, inputs, plan))
-        notes = () if how.resume and is_unfinished(out) else plan.notes  # told when it began
+        found.append(_One(name, place, inputs, plan))
+        notes = () if how.resume and place.is_unfinished else plan.notes  # told when it began
         for note in notes:
             if note not in told:
                 log.warning("note: %s: %s", name, note)
@@ -218,11 +222,13 @@ def _ordered(todo: Sequence[_One]) -> list[_One]:
     return [one for _, group in groups for one in group]
 
 
-def _check_room(todo: Sequence[_One], into: Path) -> None:
-    """Raises RequestError if all of them together don't fit."""
+def _check_room(todo: Sequence[_One], into: str) -> None:
+    """Raises RequestError if all of them together don't fit on a disk."""
+    if is_remote(into):
+        return
     needed = sum(one.plan.written_bytes + sum(file.size for file in one.plan.along) for one in todo)
-    there = sum(f.lstat().st_blocks * 512 for one in todo for f in state_folder(one.out).rglob("*"))
-    parent = existing_parent((into / "any").resolve())
+    there = sum(one.place.bytes_there for one in todo if isinstance(one.place, Folder))
+    parent = existing_parent((Path(into) / "any").resolve())
     free = shutil.disk_usage(parent).free
     if free + there < needed:
         raise RequestError(
@@ -240,7 +246,7 @@ def _begun(todo: Sequence[_One], how: _How, results: dict[str, Merged]) -> Itera
             stamps = one.plan.stamps
             asked = asked_of(one.plan, ARITHMETIC, stamps)
             try:
-                one.state = State(one.out, asked, stamps, resume=how.resume, overwrite=how.overwrite)
+                one.state = State(one.place, asked, stamps, [file.name for file in one.plan.files], resume=how.resume)
             except RequestError as error:
                 results[one.name] = Merged(failure=error)
             else:
@@ -253,9 +259,9 @@ def _begun(todo: Sequence[_One], how: _How, results: dict[str, Merged]) -> Itera
                     one.state.close()
                 else:
                     one.state.discard()
-            if one.out.parent != how.into:
+            if "/" in one.name and isinstance(one.place, Folder):
                 with contextlib.suppress(OSError):
-                    one.out.parent.rmdir()  # of a grid of which nothing is there
+                    Path(one.place.out).parent.rmdir()  # of a grid of which nothing is there
 
 
 # --- the merges -------------------------------------------------------------------------------------------------------------------
@@ -267,7 +273,8 @@ def _with_room(todo: Sequence[_One], how: _How, results: dict[str, Merged]) -> l
     for one in todo:
         try:
             device = choose_device(how.device)
-            needed = worker_bytes(one.plan, choose_block(one.plan, device, how.memory))
+            beside = writer_bytes(one.plan, one.place)
+            needed = worker_bytes(one.plan, choose_block(one.plan, device, how.memory, beside)) + beside
             choose_workers(how.workers, device, needed, one.plan.chunks)
         except RequestError as error:
             results[one.name] = _given_up(one, error)
@@ -286,7 +293,8 @@ def _merge_all(todo: Sequence[_One], how: _How, results: dict[str, Merged], star
                 workers=how.workers,
                 device=how.device,
                 memory=how.memory,
-                writes_to=lambda: _state_of(left[0]).staging,
+                beside=max(writer_bytes(one.plan, one.place) for one in left),
+                writes_to=lambda: _state_of(left[0]).place,
                 room=how.room if any(one.plan.is_remote for one in left) else None,
                 quiet=how.quiet,
             ) as session:
@@ -307,7 +315,7 @@ def _merge_all(todo: Sequence[_One], how: _How, results: dict[str, Merged], star
             _tell({one.name: results[one.name]}, set())
 
 
-def _state_of(one: _One) -> State:
+def _state_of(one: _One) -> State[Place]:
     if one.state is None:
         raise AssertionError(f"{one.name} was not begun")
     return one.state

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from pcb_ray.analysis import analyse, differing
@@ -15,12 +14,14 @@ from pcb_ray.budget import choose_block
 from pcb_ray.claims import differences
 from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.errors import RequestError
+from pcb_ray.files.objects import upload_bytes
 from pcb_ray.files.room import Room
+from pcb_ray.files.store import is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.methods import Known
-from pcb_ray.output.companions import side_files, write_side_files
-from pcb_ray.output.place import check_out, check_place
-from pcb_ray.output.state import State, asked_of, is_left_over, is_unfinished
+from pcb_ray.output.companions import check_side_files, side_files
+from pcb_ray.output.place import place_of
+from pcb_ray.output.state import Place, State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, fetched, open_inputs, plan_of, related
 from pcb_ray.questions import shown_digest
 from pcb_ray.receipt import Receipt, Sweep
@@ -49,11 +50,12 @@ def merge(
     scratch_bytes: int | None = None,
     quiet: bool = False,
 ) -> Receipt:
-    """Merge the recipe's models into the directory `out` on Ray, and return the receipt (also in `out`/pcb_receipt.json).
+    """Merge the recipe's models into `out` on Ray, a directory or a prefix in an object store (`s3://bucket/merged`), and return
+    the receipt (also in `out`/pcb_receipt.json).
 
     The output's bytes are a function of the inputs and the recipe: neither `workers`, `memory` (bytes of anonymous memory per
-    worker), `device` nor a lost worker shows in them. `out` appears only when whole. A run that was killed goes on with
-    `resume=True`.
+    worker), `device` nor a lost worker shows in them. A directory appears only when whole; what lies in a store is whole when its
+    receipt is there. A run that was killed goes on with `resume=True`.
 
     What is fetched from object stores each node keeps for later sweeps: in `cache` bytes of memory (None: half of what is free),
     then in at most `scratch_bytes` of the folder `scratch`, if one is named.
@@ -61,51 +63,64 @@ def merge(
     Raises RequestError if the request or an input is wrong (before anything is written), RunError if the run can't be finished.
     """
     start = time.monotonic()
-    recipe, out = Recipe.of(recipe), Path(out)
-    check_place(out)
+    recipe = Recipe.of(recipe)
+    place = place_of(out, recipe.storage, overwrite=overwrite)
     check_cluster(address)
-    before = merged_before(recipe, out, max_shard_bytes) if resume else ()
+    before = merged_before(recipe, place, max_shard_bytes) if resume else ()
     if isinstance(before, Receipt):
         return before
 
     def check(plan: Plan) -> None:
         try:
-            check_out(out, plan, overwrite=overwrite, resume=resume)
+            place.check(plan, resume=resume)
         except RequestError as error:
             raise RequestError([*error.problems, *before]) from None
 
     inputs, plan = opened(recipe, max_shard_bytes, check)
+    beside = writer_bytes(plan, place)
     if memory is not None:
-        choose_block(plan, "cpu", memory)  # a wrong bound is told before a cluster starts
-    for note in () if resume and is_unfinished(out) else plan.notes:  # told when it began
+        choose_block(plan, "cpu", memory, beside)  # a wrong bound is told before a cluster starts
+    for note in () if resume and place.is_unfinished else plan.notes:  # told when it began
         log.warning("note: %s", note)
     room = Room.for_a_run(cache, scratch, scratch_bytes) if plan.is_remote else None
     stamps = plan.stamps
+    asked, files = asked_of(plan, ARITHMETIC, stamps), [file.name for file in plan.files]
     with (
-        State(out, asked_of(plan, ARITHMETIC, stamps), stamps, resume=resume, overwrite=overwrite) as state,
+        State(place, asked, stamps, files, resume=resume) as state,
         cluster(address),
-        placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, room=room, quiet=quiet) as session,
+        placed(
+            [plan],
+            workers=workers,
+            device=device,
+            memory=memory,
+            beside=beside,
+            writes_to=lambda: place,
+            room=room,
+            quiet=quiet,
+        ) as session,
     ):
         return merged(session, state, inputs, max_shard_bytes, start)
 
 
-def merged(session: Session, state: State, inputs: Inputs, max_shard_bytes: int, start: float) -> Receipt:
+def merged(session: Session, state: State[Place], inputs: Inputs, max_shard_bytes: int, start: float) -> Receipt:
     """Take the steps of the plan that the session has begun, from the analysis to the published output. `start` is when the merge
     was asked for, on the monotonic clock."""
     startup_s = time.monotonic() - start
     recipe = session.plan.recipe
-    store = open_store(session.plan.stamps, recipe.storage)
+    store = open_store(session.plan.stamps, recipe.storage, fence=state.place.fence)
     kept = Kept(state.found, session, start)
     kept.settle(inputs, lambda inputs: plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes), state)
-    digests = write_side_files(state.staging, side_files(recipe, session.plan, inputs.base, inputs.tokenizer), store)
+    files = side_files(recipe, session.plan, inputs.base, inputs.tokenizer)
+    check_side_files(files, store)
     known = kept.analysed(state)
-    output = write_from(state.stamps, session, store, known, str(state.staging), state)
+    output = write_from(state.stamps, session, store, known, state.place.files, state)
     return publish(
         session,
         state,
+        store,
         known,
         output,
-        digests,
+        files,
         sweeps=kept.sweeps(),
         spent=kept.spent(),
         max_shard_bytes=max_shard_bytes,
@@ -114,13 +129,15 @@ def merged(session: Session, state: State, inputs: Inputs, max_shard_bytes: int,
     )
 
 
-def merged_before(recipe: Recipe, out: Path, max_shard_bytes: int) -> Receipt | tuple[str, ...]:
-    """The receipt of `out` if this very merge lies there already, which is said; else why what is there is another one."""
-    if not os.path.lexists(out) or (is_unfinished(out) and not is_left_over(out)):
+def merged_before(recipe: Recipe, place: Place, max_shard_bytes: int) -> Receipt | tuple[str, ...]:
+    """The receipt of the output if this very merge lies there already, which is said; else why what is there is another one."""
+    out = place.out
+    if not place.is_there or (place.is_unfinished and not place.is_left_over):
         return ()
+    store = open_store(storage=recipe.storage)
     try:
-        receipt = Receipt.of(out)
-        found = differences(recipe, out, receipt, max_shard_bytes, open_store(storage=recipe.storage))
+        receipt = Receipt.of(out, store)
+        found = differences(recipe, out, receipt, max_shard_bytes, store)
     except RequestError as error:
         found = list(error.problems)
     if found:
@@ -161,6 +178,11 @@ def settled(session: Session, inputs: Inputs, replan: Callable[[Inputs], Plan]) 
     return inputs
 
 
+def writer_bytes(plan: Plan, place: Place) -> int:
+    """What a worker takes to write there, beside the work itself."""
+    return upload_bytes(max(file.size for file in plan.files)) if is_remote(place.files) else 0
+
+
 class Kept:
     """What the analysis of a plan has found and taken, in a table that the state keeps: a run that is resumed goes on from
     there."""
@@ -174,7 +196,7 @@ class Kept:
         if (one := found.get("relation")) is not None:
             session.relation = Relation.from_json(one)
 
-    def settle(self, inputs: Inputs, replan: Callable[[Inputs], Plan], state: State) -> None:
+    def settle(self, inputs: Inputs, replan: Callable[[Inputs], Plan], state: State[Place]) -> None:
         """`settled`, as far as an earlier run has not; what it reads counts."""
 
         def replanned(inputs: Inputs) -> Plan:
@@ -190,7 +212,7 @@ class Kept:
         elif apart := frozenset(Apart(**one) for one in self._found.get("apart", ())):
             self._session.begin(replace(replan(replace(inputs, apart=apart)), relation=self._session.plan.relation))
 
-    def analysed(self, state: State) -> Known:
+    def analysed(self, state: State[Place]) -> Known:
         """What the method must know; each pass is kept as soon as it is found. Raises InputError as `analyse` does."""
         known = {name: tuple(values) for name, values in self._found.get("thresholds", {}).items()}
 
@@ -206,7 +228,7 @@ class Kept:
 
         return analyse(self._session, known, keep)
 
-    def keep_inputs(self, state: State) -> None:
+    def keep_inputs(self, state: State[Place]) -> None:
         """Keep what a sweep has seen of the inputs, which may be the first one."""
         self._found["inputs"] = [shown_digest(digest) for digest in self._session.inputs]
         state.save()

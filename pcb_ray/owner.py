@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcb_ray.budget import MIN_BLOCK, choose_block
-from pcb_ray.errors import InputError, RequestError
-from pcb_ray.files.objects import object_problem
-from pcb_ray.files.store import Store, is_remote
+from pcb_ray.errors import InputError, RequestError, RunError
+from pcb_ray.files.objects import CutOff, object_problem
+from pcb_ray.files.store import PartWriter, Range, Store, is_remote
 from pcb_ray.kernels import choose_kernel
 from pcb_ray.kernels.reference import Loaded, keys
 from pcb_ray.methods import Extrema, Known, Ranks, Sums
@@ -47,6 +47,7 @@ from pcb_ray.questions import (
     Sampled,
     SampleKeys,
     Summed,
+    WriteFiles,
     WriteParts,
     Written,
 )
@@ -59,6 +60,8 @@ PassT = TypeVar("PassT", Ranks, Extrema, Sums)
 # Float sums are taken over fixed runs of this many elements and then exactly over the runs, so that no block size can show in them.
 SUM_RUN = 1 << 12
 COPIED_AT_ONCE = 1 << 20
+TRIED = b"written to see whether this machine may write here\n"
+FILE_TRIES = 3  # uploads that a store may lose of one file
 NOTE_MEMORY_S = 0.02  # to ask the system takes up to a millisecond
 
 
@@ -74,8 +77,8 @@ class Owner:
     def __init__(
         self, plan: Plan, store: Store, *, device: str = "cpu", block_elements: int | None = None, writes_to: str = ""
     ) -> None:
-        """`writes_to` is a folder that this machine must see. Raises RequestError if it, or an input, is not there or not the
-        same."""
+        """`writes_to` is a folder that this machine must see, or a prefix where it must be able to write. Raises RequestError if it
+        is not so, or if an input is not there or not the same."""
         self.plan, self.store = plan, store
         self.device = torch.device(device)
         self.kernel = choose_kernel(plan.method, plan.settings, self.device)
@@ -181,20 +184,50 @@ class Owner:
     def write(self, parts: Sequence[int], question: WriteParts) -> dict[int, Written]:
         result = {}
         for number in self._parts_ahead(parts):
-            part, digests, digest = self.plan.parts[number], self._digests(), xxhash.xxh3_128(seed=number)
-            gram = self._gram(question.relate)
+            part = self.plan.parts[number]
             with self.store.part(self._out_file(question.folder, part), part.start, part.stop) as out:
-                for data, _ in self._outputs(part, question.known, digests, gram):
-                    out.write(data)
-                    digest.update(data)
-            result[number] = Written(digest.intdigest(), _totals(digests), gram)
+                result[number] = self._write_part(number, out, question)
         self.note_memory()
         return result
 
+    def write_files(self, files: Sequence[int], question: WriteFiles) -> dict[int, Written]:
+        return {number: self._write_file(number, question) for number in files}
+
+    def _write_file(self, number: int, question: WriteFiles, tries: int = FILE_TRIES) -> Written:
+        """One file of the output, by one upload; it is begun anew if it was lost on the way."""
+        file = self.plan.files[number]
+        path = os.path.join(question.folder, file.name)
+        try:
+            with self.store.part(path, 0, file.size) as out:
+                parts = [self._write_part(part, out, question) for part in self._parts_ahead(self.plan.parts_of(number))]
+        except CutOff:
+            if tries == 1:
+                raise
+            return self._write_file(number, question, tries - 1)
+        self.note_memory()
+        stamp = self.store.stamp(path)
+        if stamp.size != file.size:
+            raise RunError(
+                f"{path}: wanted {file.size} bytes, as they were sent, found {stamp.size}. Fix: let nothing else write there, and "
+                "merge to another prefix."
+            )
+        return Written.together(parts, stamp.tag)
+
+    def _write_part(self, number: int, out: PartWriter, question: WriteParts | WriteFiles) -> Written:
+        part, digests, digest = self.plan.parts[number], self._digests(), xxhash.xxh3_128(seed=number)
+        gram = self._gram(question.relate)
+        for data, _ in self._outputs(part, question.known, digests, gram):
+            out.write(data)
+            digest.update(data)
+        return Written(digest.intdigest(), _totals(digests), gram)
+
     def digest_parts(self, parts: Sequence[int], folder: str) -> dict[int, Digest]:
         result = {}
-        for number in parts:
+        for k, number in enumerate(parts):
             part, digest = self.plan.parts[number], xxhash.xxh3_128(seed=number)
+            if is_remote(folder):
+                near = (self.plan.parts[one] for one in parts[k : k + 2])
+                self.store.expect(Range(self._out_file(folder, one), one.start, one.stop) for one in near)
             for data in self._bytes_of(self._out_file(folder, part), part.start, part.stop):
                 digest.update(data)
             result[number] = digest.intdigest()
@@ -519,7 +552,9 @@ class Owner:
                         f"{file.path}: wanted {file.size} bytes, as planned, found {size} on node {node}. "
                         f"Fix: let all nodes see the same files, on {shared}."
                     )
-        if writes_to and not os.path.isdir(writes_to):
+        if is_remote(writes_to):
+            problems += self._unwritable(writes_to)
+        elif writes_to and not os.path.isdir(writes_to):
             problems.append(f"{writes_to}: wanted the output's folder, found none on node {node}. Fix: choose one on {shared}.")
         if problems:
             raise RequestError(problems)
@@ -534,6 +569,16 @@ class Owner:
             except OSError as error:
                 problems.append(f"node {node}: {object_problem(file, error)}")
         return problems
+
+    def _unwritable(self, prefix: str) -> list[str]:
+        """Whether this machine may write there, by one object; its own credentials may be others than the driver's."""
+        node = socket.gethostname()
+        try:
+            with self.store.part(f"{prefix}/tried/{node}-{os.getpid()}", 0, len(TRIED)) as out:
+                out.write(TRIED)
+        except OSError as error:
+            return [f"node {node}: {object_problem(prefix, error, 'write')}"]
+        return []
 
     def note_memory(self) -> None:
         if time.monotonic() - self._noted >= NOTE_MEMORY_S:

@@ -351,6 +351,13 @@ class Plan:
             found.append(Part(number, start, stop, tuple(segments)))
         return tuple(found)
 
+    def parts_of(self, file: int) -> Sequence[int]:
+        """The parts of one output file, from its first byte to its last."""
+        return range(
+            bisect.bisect_left(self.parts, file, key=lambda part: part.file),
+            bisect.bisect_right(self.parts, file, key=lambda part: part.file),
+        )
+
     def part_bytes(self, number: int) -> int:
         """What a part of the output takes."""
         return self.parts[number].stop - self.parts[number].start

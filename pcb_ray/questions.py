@@ -73,8 +73,13 @@ class Owners(Protocol):
         """How many owners of this plan were lost and replaced."""
         ...
 
-    def ask(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
-        """(some items, the answer about them), as answers come, in no order; each item once."""
+    def ask(
+        self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True, usual_s: float | None = None
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
+        """(some items, the answer about them), as answers come, in no order; each item once.
+
+        `doubles`: two may be at the same item at once, when one of them is slow. `usual_s`: how long an item takes, as far as that
+        is known before the first answer."""
         ...
 
     def fold(self, question: Question[TotalT], items: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
@@ -266,15 +271,36 @@ class Written:
     inputs: tuple[Digest, ...]
     gram: Gram | None = dataclasses.field(default=None, compare=False)
     """Of a part, if it was asked for; the journal does not keep it."""
+    tag: str = ""
+    """What the store calls the object that was written."""
 
     def to_text(self) -> str:
-        return " ".join(shown_digest(d) for d in (self.digest, *self.inputs))
+        digests = " ".join(shown_digest(d) for d in (self.digest, *self.inputs))
+        return f"{digests} ={self.tag}" if self.tag else digests
 
     @classmethod
     def from_text(cls, text: str) -> Written:
         """Raises ValueError for what `to_text` has not written."""
-        digest, *inputs = (int(part, 16) for part in text.split())
-        return cls(digest, tuple(inputs))
+        digests, _, tag = text.partition(" =")
+        digest, *inputs = (int(part, 16) for part in digests.split())
+        return cls(digest, tuple(inputs), tag=tag)
+
+    @classmethod
+    def together(cls, written: Iterable[Written], tag: str) -> Written:
+        """Several parts as one."""
+        parts = list(written)
+        return cls(sum_of(one.digest for one in parts), inputs_of(parts), gram_of(parts), tag)
+
+
+def gram_of(written: Sequence[Written]) -> Gram | None:
+    """Of all that was written, if it was asked for: added in their order, which shows in the last bits."""
+    grams = [one.gram for one in written if one.gram is not None]
+    if not grams:
+        return None
+    total = dataclasses.replace(grams[0])
+    for one in grams[1:]:
+        total.merge(one)
+    return total
 
 
 def inputs_of(written: Iterable[Written]) -> tuple[Digest, ...]:
@@ -292,6 +318,18 @@ class WriteParts:
 
     def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Written]:
         return owner.write(items, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteFiles:
+    """Merge these files of the output into the folder of a store, each whole: there a file has one writer."""
+
+    known: Known
+    folder: str
+    relate: bool = False
+
+    def answer(self, owner: Owner, items: Sequence[int]) -> dict[int, Written]:
+        return owner.write_files(items, self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,16 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from pcb_ray.checks import shown, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.files.foreign import is_inside, strict_json
 from pcb_ray.files.hub import hub_id
+from pcb_ray.files.objects import object_problem
 from pcb_ray.files.safetensors import File
-from pcb_ray.files.store import is_remote
+from pcb_ray.files.store import Store, is_remote
+from pcb_ray.files.stores import open_store, size_of_file
 from pcb_ray.planning import Input, Plan
 from pcb_ray.relation import Relation
 from pcb_ray.tied import Apart
@@ -134,19 +135,9 @@ class Receipt:
         return receipt
 
     @classmethod
-    def of(cls, out: Path) -> Self:
-        """The receipt in an output folder. Raises RequestError."""
-        path = out / RECEIPT
-        if not path.is_file():  # a pipe would be waited for
-            raise RequestError(f"{path}: wanted a receipt, found no file. Fix: name a directory that pcb-ray merge wrote.")
-        try:
-            with path.open("rb") as file:
-                raw = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise RequestError(f"{path}: wanted to read it, found: {error.strerror}. Fix: check the file and its rights.") from None
-        if len(raw) > MAX_BYTES:
-            raise RequestError(f"{path}: wanted at most {MAX_BYTES:,} bytes, found more. Fix: {_FIX}.")
-        return cls.from_json(raw, str(path))
+    def of(cls, out: str | os.PathLike[str], store: Store | None = None) -> Self:
+        """The receipt in an output: a folder, or a prefix in a store. Raises RequestError."""
+        return cls.from_json(read_small(out, RECEIPT, store or open_store()), f"{os.fspath(out)}/{RECEIPT}")
 
     def _inconsistencies(self, where: str) -> list[str]:
         problems = [
@@ -163,6 +154,29 @@ class Receipt:
         names = [*self.files_sha256, *(file.name for file in self.outputs)]
         problems += [wrong(f"{where}: a file", "a name inside the output", name, _FIX) for name in names if not is_inside(name)]
         return problems
+
+
+def read_small(out: str | os.PathLike[str], name: str, store: Store) -> bytes:
+    """A small file of an output. Raises RequestError."""
+    file = f"{os.fspath(out)}/{name}"
+    try:
+        size = size_of_file(store, file)
+        if size is None:
+            what = "a receipt" if name == RECEIPT else "a file"
+            raise RequestError(
+                f"{file}: wanted {what}, found no file. Fix: name a directory (or a prefix) that pcb-ray merge wrote."
+            )
+        if size > MAX_BYTES:
+            raise RequestError(f"{file}: wanted at most {MAX_BYTES:,} bytes, found more. Fix: {_FIX}.")
+        data = bytearray(size)
+        store.read(file, 0, memoryview(data))
+    except OSError as error:
+        raise RequestError(
+            object_problem(file, error)
+            if is_remote(file)
+            else f"{file}: wanted to read it, found: {error.strerror}. Fix: check the file and its rights."
+        ) from None
+    return bytes(data)
 
 
 @dataclass(frozen=True)

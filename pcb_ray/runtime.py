@@ -29,6 +29,7 @@ from pcb_ray.questions import Answer, OwnerState, Question, TotalT
 from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, proved
 
 if TYPE_CHECKING:
+    from pcb_ray.files.objects import Fence
     from pcb_ray.files.room import Room
     from pcb_ray.owner import Owner
 
@@ -53,7 +54,9 @@ class Options(NamedTuple):
     device: str
     block_elements: int
     writes_to: str = ""
-    """A folder that each must see."""
+    """A folder that each must see, or a prefix where it must be able to write."""
+    fence: Fence | None = None
+    """What says that the run may still write to stores."""
     room: Room | None = None
     """Where a node may keep what it fetched."""
 
@@ -66,7 +69,7 @@ def make_owner(plan: Plan, options: Options) -> Owner:
     from pcb_ray.owner import Owner
 
     torch.set_num_threads(1)  # one owner per core
-    store = open_store(plan.stamps, plan.recipe.storage, options.room)
+    store = open_store(plan.stamps, plan.recipe.storage, options.room, options.fence)
     return Owner(plan, store, device=options.device, block_elements=options.block_elements, writes_to=options.writes_to)
 
 
@@ -210,11 +213,12 @@ class RayOwners:
         """How many owners of this plan were lost and replaced."""
         return self._deaths
 
-    def use(self, plan: Plan, block_elements: int, writes_to: str = "") -> None:
+    def use(self, plan: Plan, block_elements: int, writes_to: str = "", fence: Fence | None = None) -> None:
         """All questions from now on are about this plan. The actors stay, and get new owners; so do their replacements."""
         import ray
 
-        self._arguments = (self._make_owner, ray.put(plan), Options(self._device, block_elements, writes_to, self._room))
+        options = Options(self._device, block_elements, writes_to, fence, self._room)
+        self._arguments = (self._make_owner, ray.put(plan), options)
         self._states, self._deaths = {}, 0
         for worker in self._workers.values():
             self._open(worker)
@@ -239,12 +243,16 @@ class RayOwners:
 
     # --- questions ----------------------------------------------------------------------------------------------------------------
 
-    def ask(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+    def ask(
+        self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True, usual_s: float | None = None
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
         """(some items, the answer about them), as answers come, in no order; each item once.
 
         Raises what an owner raised, or RunError if items keep killing owners.
         """
-        yield from self._work(self._job(question, items, keeps=False))
+        job = self._job(question, items, keeps=False, doubles=doubles)
+        job.pace.expect(usual_s)
+        yield from self._work(job)
 
     def store(
         self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True

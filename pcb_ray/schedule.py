@@ -94,6 +94,11 @@ class Pace:
 
     def __init__(self) -> None:
         self._items, self._seconds = 0, 0.0
+        self._expected_s: float | None = None  # for one
+
+    def expect(self, seconds: float | None) -> None:
+        """An item is expected to take so long, as long as nothing is learned."""
+        self._expected_s = seconds
 
     def learn(self, items: int, seconds: float) -> None:
         """So many items took so long."""
@@ -101,8 +106,10 @@ class Pace:
         self._seconds += seconds
 
     def usual_s(self, items: int) -> float | None:
-        """What so many items take; nothing is known before the first answer."""
-        return items * self._seconds / self._items if self._items else None
+        """What so many items take; nothing may be known before the first answer."""
+        if self._items:
+            return items * self._seconds / self._items
+        return None if self._expected_s is None else items * self._expected_s
 
 
 # --- who does what ----------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ from pcb_ray.questions import Answer, Digest, Gram, Owners, Question, TotalT
 from pcb_ray.receipt import Sweep
 from pcb_ray.relation import Relation, relation_from
 
+UNKNOWN_RATE = 50e6
+"""Bytes that a worker surely reads in a second, where no sweep has told."""
+
 
 class Session:
     """What several steps, and several merges of the same models, share.
@@ -84,6 +87,22 @@ class Session:
             for batch, answer in self.owners.store(question, items, doubles=self.plan.method.tolerance == 0):
                 sweep.advance(batch)
                 yield batch, answer
+
+    def store_files(self, name: str, question: Question[Answer], files: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+        """The same about whole files of the output: each has one writer at a time."""
+        with _Sweep(self, name, files, self._bytes_of_file) as sweep:
+            largest = max(map(self._bytes_of_file, files), default=0)
+            for batch, answer in self.owners.ask(question, files, doubles=False, usual_s=self._usual_s(largest)):
+                sweep.advance(batch)
+                yield batch, answer
+
+    def _usual_s(self, read: int) -> float:
+        """How long one worker takes for what reads so many bytes, by the last sweep."""
+        last = next((one for one in reversed(self.sweeps) if one.bytes and one.elapsed_s), None)
+        return 2 * (read / UNKNOWN_RATE if last is None else read * last.elapsed_s * max(1, self.workers) / last.bytes)
+
+    def _bytes_of_file(self, number: int) -> int:
+        return sum(map(self._bytes_of_part, self.plan.parts_of(number)))
 
     def _bytes_of_chunk(self, share: float) -> Callable[[int], int]:
         plan = self.plan

@@ -28,20 +28,29 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import choose_device, choose_workers
-from pcb_ray.errors import InputError
+from pcb_ray.errors import InputError, RunError
 from pcb_ray.files.room import Room
-from pcb_ray.files.store import Pins, Stamp, Store, changed
-from pcb_ray.files.stores import open_store
+from pcb_ray.files.store import Pins, Stamp, Store, changed, is_remote
 from pcb_ray.methods import Known
-from pcb_ray.output.companions import CARD, model_card, write_side_files
-from pcb_ray.output.state import State
+from pcb_ray.output.companions import CARD, SideFile, model_card, write_side_files
+from pcb_ray.output.state import Place, State
 from pcb_ray.planning import Plan
 from pcb_ray.progress import ByteBar, readable_bytes
-from pcb_ray.questions import Digest, DigestParts, Gram, WriteParts, Written, inputs_of, shown_digest, sum_of
+from pcb_ray.questions import (
+    Digest,
+    DigestParts,
+    Gram,
+    WriteFiles,
+    WriteParts,
+    Written,
+    gram_of,
+    inputs_of,
+    shown_digest,
+    sum_of,
+)
 from pcb_ray.receipt import RECEIPT, VERSION, Receipt, Sweep, WrittenFile, inputs_of_receipt, names_of_inputs
 from pcb_ray.session import Session
 
@@ -61,12 +70,12 @@ def placed(
     device: str = "cpu",
     memory: int | None = None,
     beside: int = 0,
-    writes_to: Path | Callable[[], Path],
+    writes_to: Callable[[], Place],
     room: Room | None = None,
     quiet: bool,
 ) -> Iterator[Session]:
     """Owners on the cluster that was joined, with room for each of the plans and `beside` more bytes; the session begins with the
-    first plan. `writes_to` is the folder that owners must see, or gives it whenever a plan is begun.
+    first plan. `writes_to` gives the place of the output whenever a plan is begun, which owners must be able to write to.
 
     Raises RequestError if the cluster has no room for them."""
     from pcb_ray.runtime import RayOwners  # and Ray
@@ -79,8 +88,8 @@ def placed(
     owners = RayOwners(workers=chosen, device=device, worker_bytes=needed, room=room)
 
     def owners_for(plan: Plan) -> RayOwners:
-        folder = writes_to() if callable(writes_to) else writes_to
-        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), str(folder))
+        place = writes_to()
+        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), place.notes, place.fence)
         return owners
 
     try:
@@ -115,17 +124,27 @@ class Output:
     inputs: tuple[Digest, ...]
 
 
-def write(session: Session, store: Store, known: Known, folder: str, state: State | None = None, label: str = "part") -> Output:
-    """Merge into the files of `folder`. The journal of `state`, if there is one, remembers each part under `label`, and what it
-    remembers is not written again if the files hold just those bytes.
+def write(
+    session: Session, store: Store, known: Known, folder: str, state: State[Place] | None = None, label: str = "part"
+) -> Output:
+    """Merge into the files of `folder`, or below a prefix of an object store. The journal of `state`, if there is one, remembers
+    each part (or file) under `label`, and what it remembers is not written again if it is still there.
 
     Raises InputError if the inputs are no longer what the analysis has read."""
+    how = _write_files if is_remote(folder) else _write_parts
+    written, gram = how(session, store, known, folder, state, label)
+    inputs = inputs_of(written)
+    session.saw_inputs(inputs, "write", gram)
+    return Output(sum_of(one.digest for one in written), inputs)
+
+
+def _write_parts(
+    session: Session, store: Store, known: Known, folder: str, state: State[Place] | None, label: str
+) -> tuple[list[Written], Gram | None]:
+    """In a folder: files are made at their full size, and whoever is free writes a part."""
     plan = session.plan
     for file in plan.files:
-        path = os.path.join(folder, file.name)
-        if os.path.dirname(file.name):  # a part of a pipeline has a folder of its own
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        store.create(path, file.size)
+        store.create(os.path.join(folder, file.name), file.size)
     written = {} if state is None else _written_before(session, folder, state, label)
     todo = [number for number in range(len(plan.parts)) if number not in written]
     relates = session.relates and not written  # of parts that are there already nothing is known
@@ -133,22 +152,11 @@ def write(session: Session, store: Store, known: Known, folder: str, state: Stat
         written |= answer  # some come again, if their owner was lost
         if state is not None:
             state.wrote({f"{label} {number}": one.to_text() for number, one in answer.items()})
-    inputs = inputs_of(written.values())
-    session.saw_inputs(inputs, "write", _sum_of_grams(written) if relates else None)
-    return Output(sum_of(one.digest for one in written.values()), inputs)
+    ordered = [one for _, one in sorted(written.items())]
+    return ordered, gram_of(ordered) if relates else None
 
 
-def _sum_of_grams(written: Mapping[int, Written]) -> Gram | None:
-    grams = [one.gram for _, one in sorted(written.items()) if one.gram is not None]
-    if not grams:
-        return None
-    total = replace(grams[0])
-    for one in grams[1:]:
-        total.merge(one)
-    return total
-
-
-def _written_before(session: Session, folder: str, state: State, label: str) -> dict[int, Written]:
+def _written_before(session: Session, folder: str, state: State[Place], label: str) -> dict[int, Written]:
     """The parts that the journal of an earlier run names, as far as the files hold just those bytes."""
     names = {number: f"{label} {number}" for number in range(len(session.plan.parts))}
     claimed = state.claimed(names)
@@ -164,8 +172,55 @@ def _written_before(session: Session, folder: str, state: State, label: str) -> 
     return good
 
 
+def _write_files(
+    session: Session, store: Store, known: Known, folder: str, state: State[Place] | None, label: str
+) -> tuple[list[Written], Gram | None]:
+    """In an object store: each file has one writer, and is there when it is whole. What it then is called tells later whether it is
+    still the one that was written."""
+    plan = session.plan
+    names = {number: f"{label} of {file.name}" for number, file in enumerate(plan.files)}
+    claimed = {} if state is None else state.claimed(names)
+    written = {number: claimed[number] for number in _still_there(session, store, folder, claimed)}
+    if claimed:
+        log.info("%d of %d files were written before", len(written), len(names))
+    todo = [number for number in names if number not in written]
+    relates = session.relates and not written
+    for _, answer in session.store_files("write", WriteFiles(known, folder, relates), todo):
+        written |= answer
+        if state is not None:
+            state.wrote({names[number]: one.to_text() for number, one in answer.items()})
+    if lost := [plan.files[number].name for number in set(written) - set(_still_there(session, store, folder, written))]:
+        raise RunError(
+            f"{folder}: wanted the files as they were written, found others or none in the place of {', '.join(sorted(lost))}. "
+            "Fix: let nothing else write there, and write them again with --resume."
+        )
+    ordered = [one for _, one in sorted(written.items())]
+    return ordered, gram_of(ordered) if relates else None
+
+
+def _still_there(session: Session, store: Store, folder: str, written: Mapping[int, Written]) -> list[int]:
+    """The numbers of those files that are still what was written."""
+
+    def is_there(number: int) -> bool:
+        file = session.plan.files[number]
+        try:
+            found = store.stamp(f"{folder}/{file.name}")
+        except FileNotFoundError:
+            return False
+        return (found.size, found.tag) == (file.size, written[number].tag)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [number for number, found in zip(written, pool.map(is_there, written), strict=True) if found]
+
+
 def write_from(
-    stamps: Pins, session: Session, store: Store, known: Known, folder: str, state: State | None = None, label: str = "part"
+    stamps: Pins,
+    session: Session,
+    store: Store,
+    known: Known,
+    folder: str,
+    state: State[Place] | None = None,
+    label: str = "part",
 ) -> Output:
     """`write`, and a proof that the inputs stayed what they were when they had these stamps. Raises InputError if they did not."""
     output = write(session, store, known, folder, state, label)
@@ -234,10 +289,11 @@ class Spent:
 
 def publish(
     session: Session,
-    state: State,
+    state: State[Place],
+    store: Store,
     known: Known,
     output: Output,
-    files_sha256: Mapping[str, str],
+    files: Mapping[str, SideFile],
     *,
     sweeps: Sequence[Sweep],
     spent: Spent,
@@ -246,8 +302,8 @@ def publish(
     resumed: bool,
     commit: bool = True,
 ) -> Receipt:
-    """Put the card and the receipt into the staging folder, which holds the tensors and other files (with these digests), and give
-    it its name (unless it is part of a larger output)."""
+    """Put the files beside the tensors, the card, and the receipt last, and give the output its name (unless it is part of a larger
+    one)."""
     plan = session.plan
     receipt = Receipt(
         version=VERSION,
@@ -283,9 +339,9 @@ def publish(
         startup_s=round(startup_s, 3),
         elapsed_s=spent.elapsed_s,
     )
-    card = write_side_files(state.staging, {CARD: model_card(plan, receipt.versions["pcb_ray"])}, open_store())
-    receipt = replace(receipt, files_sha256={**files_sha256, **card})
-    (state.staging / RECEIPT).write_text(receipt.to_json())
+    folder, card = state.place.files, model_card(plan, receipt.versions["pcb_ray"])
+    receipt = replace(receipt, files_sha256=write_side_files(folder, {**files, CARD: card}, store))
+    write_side_files(folder, {RECEIPT: receipt.to_json().encode()}, store)
     if commit:
         state.commit()
     for warning in receipt.warnings:

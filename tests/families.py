@@ -23,7 +23,8 @@ from pcb_ray.analysis import analyse
 from pcb_ray.files.store import LocalStore
 from pcb_ray.local import LocalOwners
 from pcb_ray.methods import Known
-from pcb_ray.output.companions import side_files, write_side_files
+from pcb_ray.output.companions import side_files
+from pcb_ray.output.folder import Folder
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import Plan, Sizes, open_inputs, plan_of
 from pcb_ray.questions import WriteParts
@@ -164,13 +165,13 @@ def merged_to(out: Path, recipe: Recipe) -> Path:
     """`out` as `merge` writes it, without Ray: the same steps."""
     inputs, store = open_inputs(recipe), LocalStore()
     made = plan_of(recipe, inputs)
-    with State(out, asked_of(made, steps.ARITHMETIC, {}), {}) as state:
-        files = write_side_files(state.staging, side_files(recipe, made, inputs.base, inputs.tokenizer), store)
+    with State(Folder(out), asked_of(made, steps.ARITHMETIC, {}), {}) as state:
+        files = side_files(recipe, made, inputs.base, inputs.tokenizer)
         session = Session(made, lambda plan: LocalOwners(plan, store), quiet=True, relate=True)
         known = analyse(session)
-        output = steps.write(session, store, known, str(state.staging), state)
+        output = steps.write(session, store, known, state.place.files, state)
         measured: dict[str, Any] = {"sweeps": session.sweeps, "spent": steps.Spent(), "startup_s": 0.0, "resumed": False}
-        steps.publish(session, state, known, output, files, max_shard_bytes=5 * 10**9, **measured)
+        steps.publish(session, state, store, known, output, files, max_shard_bytes=5 * 10**9, **measured)
     return out
 
 

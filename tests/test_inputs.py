@@ -21,6 +21,8 @@ import pcb_ray as package
 from pcb_ray.analysis import analyse
 from pcb_ray.cluster import ACCELERATORS, AUTH_MODE, cluster
 from pcb_ray.files.stores import open_store
+from pcb_ray.output.folder import Folder
+from pcb_ray.output.state import State
 from pcb_ray.planning import open_inputs, plan_of
 from pcb_ray.recipe import Recipe
 from pcb_ray.steps import placed, write
@@ -201,7 +203,11 @@ def test_several_recipes_over_one_session_share_what_their_analyses_share(tmp_pa
     plans = [plan_of(recipe, inputs) for recipe in recipes]
     names: list[str] = []
     ray_address()
-    with cluster(None), placed(plans, workers=2, writes_to=tmp_path, quiet=True) as session:
+    with (
+        State(Folder(tmp_path / "state"), {}, {}) as state,
+        cluster(None),
+        placed(plans, workers=2, writes_to=lambda: state.place, quiet=True) as session,
+    ):
         for k, made in enumerate(plans):
             session.begin(made)
             known = analyse(session)

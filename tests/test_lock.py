@@ -20,6 +20,7 @@ import pytest
 
 from pcb_ray import RequestError
 from pcb_ray.output import lock
+from pcb_ray.output.folder import Folder
 from pcb_ray.output.lock import FolderLock, Holder
 from pcb_ray.output.state import State
 
@@ -31,10 +32,11 @@ HOLD = """
 import sys
 from pathlib import Path
 from pcb_ray import RequestError
+from pcb_ray.output.folder import Folder
 from pcb_ray.output.state import State
 sys.stdin.readline()
 try:
-    with State(Path(sys.argv[1]), {"a": 1}, {}, resume=True):
+    with State(Folder(Path(sys.argv[1])), {"a": 1}, {}, resume=True):
         print("held", flush=True)
         sys.stdin.readline()
 except RequestError as error:
@@ -194,10 +196,10 @@ def test_a_place_that_is_just_being_taken_is_left_alone(tmp_path, monkeypatch):
 
 def test_a_lock_tells_its_holder(tmp_path):
     with (
-        State(tmp_path / "out", {}, {}),
+        State(Folder(tmp_path / "out"), {}, {}),
         pytest.raises(RequestError, match=f"another merge is writing it now: .* by process {os.getpid()} on"),
     ):
-        State(tmp_path / "out", {}, {})
+        State(Folder(tmp_path / "out"), {}, {})
 
 
 def test_a_lock_file_that_is_replaced_before_it_is_locked_locks_nobody_out(tmp_path, monkeypatch):

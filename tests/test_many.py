@@ -21,7 +21,8 @@ from families import Family, merged_to
 from pcb_ray import Merged, Recipe, RequestError, RunError, cli, many, merge_many, merging, verify
 from pcb_ray.files.store import LocalStore
 from pcb_ray.local import LocalOwners
-from pcb_ray.output.state import State
+from pcb_ray.output.folder import Folder
+from pcb_ray.output.state import Place, State
 from pcb_ray.planning import Plan
 from pcb_ray.questions import WriteParts
 from pcb_ray.session import Session
@@ -37,12 +38,12 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> Pools:
     made = Pools()
 
     @contextlib.contextmanager
-    def placed(plans: Sequence[Plan], *, writes_to: Callable[[], Path], **_: Any) -> Iterator[Session]:
+    def placed(plans: Sequence[Plan], *, writes_to: Callable[[], Place], **_: Any) -> Iterator[Session]:
         made.append([f"{plan.recipe.parameters['lambda']:g}" for plan in plans])
         store = LocalStore()
 
         def owners_for(plan: Plan) -> LocalOwners:
-            assert writes_to().is_dir()
+            assert Path(writes_to().notes).is_dir()
             return LocalOwners(plan, store)
 
         yield Session(plans[0], owners_for, relate=True)
@@ -227,7 +228,7 @@ def test_what_the_cluster_has_no_room_for_is_told_and_the_others_are_merged(fami
 
 def test_an_output_that_another_process_writes_is_told_and_the_others_are_merged(family, pools, tmp_path):
     recipe = family().recipe_file("A.yaml", grid=GRID)
-    with State(tmp_path / POINTS[1], {}, {}):
+    with State(Folder(tmp_path / POINTS[1]), {}, {}):
         results = merged(recipe, tmp_path, overwrite=True)
         assert states(results) == {POINTS[0]: "done", POINTS[1]: "wrong", POINTS[2]: "done"}
         assert "another merge is writing it now" in str(results[POINTS[1]].failure)
@@ -267,8 +268,8 @@ def test_after_a_failure_the_others_share_what_was_found(family, pools, tmp_path
     store = many.merged
 
     def failing(session: Session, state: State, *more: Any) -> Any:
-        if state.out.name == "lambda=1":
-            raise OSError(28, "No space left on device", str(state.staging))
+        if Path(state.place.out).name == "lambda=1":
+            raise OSError(28, "No space left on device", state.place.files)
         return store(session, state, *more)
 
     monkeypatch.setattr(many, "merged", failing)
@@ -313,7 +314,7 @@ def test_an_input_that_changes_between_two_merges_is_told(family, pools, tmp_pat
 
     def changed_after(session: Session, state: State, *more: Any) -> Any:
         receipt = store(session, state, *more)
-        if state.out.name == "lambda=1":
+        if Path(state.place.out).name == "lambda=1":
             families.write(one.folder / "model1", families.fine_tuned(3, scale=20, seed=5)[1][1])
         return receipt
 

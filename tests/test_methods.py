@@ -26,6 +26,7 @@ from families import Family, merge_locally, small_engine
 import pcb_ray as package
 from pcb_ray import Recipe, RequestError
 from pcb_ray.methods import METHODS, Method, Ranks, names, own_method, variants_of
+from pcb_ray.output.folder import Folder
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import Plan, plan
 from pcb_ray.questions import CompareParts
@@ -558,13 +559,13 @@ def test_other_code_is_another_merge(grid: Family, tmp_path: Path) -> None:
     assert one != other
     changed = {key for key, value in one.fingerprint().items() if other.fingerprint()[key] != value}
     assert changed == {"code_sha256"}
-    with State(tmp_path / "out", asked_of(one, "any", {}), {}) as state:
+    with State(Folder(tmp_path / "out"), asked_of(one, "any", {}), {}) as state:
         state.wrote({"part 0": "0"})
     with pytest.raises(
         RequestError, match=r"--resume: .*code_sha256 was '[0-9a-f]{64}', now '[0-9a-f]{64}'\n.*Fix: ask for the same merge"
     ):
-        State(tmp_path / "out", asked_of(other, "any", {}), {}, resume=True)
-    with State(tmp_path / "out", asked_of(same, "any", {}), {}, resume=True) as state:
+        State(Folder(tmp_path / "out"), asked_of(other, "any", {}), {}, resume=True)
+    with State(Folder(tmp_path / "out"), asked_of(same, "any", {}), {}, resume=True) as state:
         assert state.journal == {"part 0": "0"}
 
 

@@ -16,8 +16,8 @@ import pytest
 from families import Family
 
 from pcb_ray import Recipe, RequestError, RunError
-from pcb_ray.output import place
-from pcb_ray.output.place import check_out
+from pcb_ray.output import folder
+from pcb_ray.output.folder import Folder
 from pcb_ray.output.state import State, _differences, asked_of
 from pcb_ray.planning import Plan, plan
 
@@ -26,16 +26,16 @@ def planned(family: Family, *, max_shard_bytes: int = 10**9, **changes: Any) -> 
     return plan(Recipe.from_dict(family.recipe(**changes)), max_shard_bytes=max_shard_bytes)
 
 
-def state_of(out: Path, made: Plan, *, resume: bool = False, overwrite: bool = False) -> State:
-    return State(out, asked_of(made, "a-1", made.stamps), made.stamps, resume=resume, overwrite=overwrite)
+def state_of(out: Path, made: Plan, *, resume: bool = False, overwrite: bool = False) -> State[Folder]:
+    return State(Folder(out, overwrite=overwrite), asked_of(made, "a-1", made.stamps), made.stamps, resume=resume)
 
 
 def beside(out: Path) -> Path:
     return out.parent / f".{out.name}.pcb-ray"
 
 
-def fill(state: State, text: str = "new") -> None:
-    (state.staging / "file").write_text(text)
+def fill(state: State[Folder], text: str = "new") -> None:
+    (state.place.staging / "file").write_text(text)
 
 
 # --- before anything is computed --------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def fill(state: State, text: str = "new") -> None:
 
 def problems_of(out: Path, made: Plan, *, overwrite: bool = False, resume: bool = False) -> tuple[str, ...]:
     try:
-        check_out(out, made, overwrite=overwrite, resume=resume)
+        Folder(out, overwrite=overwrite).check(made, resume=resume)
     except RequestError as error:
         return error.problems
     return ()
@@ -125,7 +125,7 @@ def test_all_that_is_in_the_way_is_told_at_once(family, monkeypatch):
     one = family(1)
     made, out = planned(one), one.folder / "base"
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(place.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     found = problems_of(out, made)
     assert len(found) == 3
     assert "exists" in found[0]
@@ -154,7 +154,7 @@ def test_a_name_too_long_for_the_state_beside_it_is_told(family, tmp_path):
 def test_what_a_resumed_run_has_on_disk_counts_as_room(family, tmp_path, monkeypatch):
     made, out = planned(family(2)), tmp_path / "out"
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(place.shutil, "disk_usage", lambda _: usage(10**6, 0, 4096))
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage(10**6, 0, 4096))
     (beside(out) / "out").mkdir(parents=True)
     (beside(out) / "out" / "model.safetensors").write_bytes(b"x" * made.written_bytes)
     assert len(problems_of(out, made)) == 1
@@ -188,7 +188,7 @@ def test_two_merges_cannot_write_one_output_at_once(family, tmp_path):
 def test_what_was_found_and_written_is_there_again_on_resume(family, tmp_path):
     made, out = planned(family(1)), tmp_path / "out"
     with state_of(out, made) as state:
-        (state.staging / "model.safetensors").write_bytes(b"half")
+        (state.place.staging / "model.safetensors").write_bytes(b"half")
         state.found["thresholds"] = {"low": [0.1]}
         state.save()
         state.wrote({"3": "aa", "4": "bb"})
@@ -198,10 +198,10 @@ def test_what_was_found_and_written_is_there_again_on_resume(family, tmp_path):
     with state_of(out, made, resume=True) as again:
         assert again.found == {"thresholds": {"low": [0.1]}}
         assert again.journal == {"3": "aa", "4": "bb", "copy 0 0": "cc"}
-        assert (again.staging / "model.safetensors").read_bytes() == b"half"
+        assert (again.place.staging / "model.safetensors").read_bytes() == b"half"
     with state_of(out, made) as fresh:
         assert fresh.found == fresh.journal == {}
-        assert not list(fresh.staging.iterdir())
+        assert not list(fresh.place.staging.iterdir())
 
 
 def test_a_journal_goes_on_after_a_line_that_was_cut_off(family, tmp_path):
@@ -233,7 +233,7 @@ def test_a_resume_of_another_merge_tells_every_difference(family, tmp_path):
     with pytest.raises(RequestError, match=re.escape(f"modified.{path} was")):
         state_of(out, planned(one), resume=True)
     with pytest.raises(RequestError, match="arithmetic was 'a-1', now 'a-2'"):
-        State(out, asked_of(planned(one), "a-2", {}), {}, resume=True)
+        State(Folder(out), asked_of(planned(one), "a-2", {}), {}, resume=True)
 
 
 def test_differences_name_the_place_and_both_values():
@@ -323,7 +323,7 @@ def test_a_crash_between_the_two_renames_loses_neither_output(family, tmp_path, 
     with state_of(out, made, resume=resume, overwrite=True) as again:
         assert (out / "file").read_text() == "old", "restored first"
         if resume:
-            assert (again.staging / "file").read_text() == "new"
+            assert (again.place.staging / "file").read_text() == "new"
         else:
             fill(again)
         again.commit()
@@ -367,7 +367,7 @@ def test_an_output_that_appears_during_the_run_is_not_touched_and_the_work_is_ke
     out.rename(tmp_path / "moved")  # the advice, followed
     assert problems_of(out, made, resume=True) == ()
     with state_of(out, made, resume=True) as again:
-        assert (again.staging / "file").read_text() == "new"
+        assert (again.place.staging / "file").read_text() == "new"
         again.commit()
     assert contents(out) == {"file": "new"}
     assert contents(tmp_path / "moved") == before
@@ -387,7 +387,7 @@ def test_a_folder_that_appeared_during_the_run_is_replaced_if_that_is_asked_for(
         state_of(out, made, resume=True)
     assert problems_of(out, made, resume=True, overwrite=True) == ()
     with state_of(out, made, resume=True, overwrite=True) as again:
-        assert (again.staging / "file").read_text() == "new"
+        assert (again.place.staging / "file").read_text() == "new"
         again.commit()
     assert contents(out) == {"file": "new"}
     assert not beside(out).exists()
@@ -482,7 +482,7 @@ def test_after_the_commit_there_is_nothing_to_resume_even_if_the_old_output_is_s
     place_a_folder(out)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), state_of(out, made, overwrite=True) as state:
         fill(state)
-        patch.setattr(State, "_clear", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Folder, "_clear", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         state.commit()
     assert contents(out) == {"file": "new"}
     assert contents(beside(out) / "replaced") == {"file": "theirs"}

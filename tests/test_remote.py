@@ -25,7 +25,7 @@ from pcb_ray.files.room import KeptHere, Room
 from pcb_ray.files.store import Range, Traffic
 from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
-from pcb_ray.output.place import check_place
+from pcb_ray.output.place import place_of
 from pcb_ray.planning import Plan, plan
 from pcb_ray.questions import WriteParts
 from pcb_ray.session import Session
@@ -312,7 +312,7 @@ def test_objects_are_made_once_and_changed_only_as_they_were_seen(server: Object
     with pytest.raises(objects.Exists):
         store.put(uri, b"three", only=first)
     assert server.get("lease") == b"two"
-    assert store.head(uri) == second
+    assert store.look(uri) == (b"two", second)
     assert store.sizes(f"{server.uri}/") | {"lease": 3} == store.sizes(f"{server.uri}/")
     store.delete(uri)
     store.delete(uri)  # there is nothing to do
@@ -387,10 +387,14 @@ def test_a_piece_is_fetched_once_by_two_that_want_it_at_once(server: ObjectServe
         store.close()
 
 
-def test_an_output_in_a_store_is_refused_and_no_folder_of_that_name_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "out", ["hf://org/name", "http://127.0.0.1/out", "s3://bucket", "s3://bucket/", "s3://key:secret@bucket/a"]
+)
+def test_an_output_where_none_can_be_written_is_refused_and_no_folder_of_that_name_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match=r"s3:/bucket/out: wanted a folder, found a URI"):
-        check_place(Path("s3://bucket/out"))
+    with pytest.raises(RequestError, match="Fix: ") as refused:
+        place_of(out)
+    assert "secret" not in str(refused.value)
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,8 @@ from pcb_ray.errors import InputError
 from pcb_ray.files.store import LocalStore
 from pcb_ray.local import LocalOwners
 from pcb_ray.merging import Kept
-from pcb_ray.output.state import State, asked_of, is_unfinished, state_folder
+from pcb_ray.output.folder import Folder
+from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import Plan, fetched, open_inputs, plan
 from pcb_ray.recipe import Recipe
 from pcb_ray.searching.run import _with_basis
@@ -127,19 +128,19 @@ def test_a_bit_that_is_changed_between_two_runs_is_told_by_the_second(tmp_path: 
 
     def run(*, resume: bool) -> None:
         stamps = one.made.stamps
-        with State(out, asked_of(one.made, ARITHMETIC, stamps), stamps, resume=resume) as state:
+        with State(Folder(out), asked_of(one.made, ARITHMETIC, stamps), stamps, resume=resume) as state:
             session = Session(one.made, lambda plan: LocalOwners(plan, store, threads=1))
             known = Kept(state.found, session, 0.0).analysed(state)
-            write_from(state.stamps, session, store, known, str(state.staging), state)
+            write_from(state.stamps, session, store, known, state.place.files, state)
 
     run(resume=False)
-    journal = state_folder(out) / "journal.jsonl"
+    journal = Folder(out).folder / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: len(lines) // 2]))  # as if it had been killed half-way
     flip(one.file, one.first)
     with pytest.raises(InputError, match=r"model1.*it was changed during the run"):
         run(resume=True)
-    assert not is_unfinished(out)
+    assert not Folder(out).is_unfinished
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "pcb"])
@@ -149,7 +150,7 @@ def test_a_bit_that_is_changed_while_a_basis_is_built_is_told(tmp_path: Path, me
     def built(store: LocalStore, name: str) -> tuple[int, list[str]]:
         """How often the basis was built, and what is known of the inputs then."""
         (tmp_path / name).mkdir()
-        with State(tmp_path / f"out-{name}", {}, one.made.stamps) as state:
+        with State(Folder(tmp_path / f"out-{name}"), {}, one.made.stamps) as state:
             session = Session(one.made, lambda plan: LocalOwners(plan, store, threads=1))
             _with_basis(Arm(one.made, str(tmp_path / name), {}), session, state, "", scored=False)
             return [sweep.name for sweep in session.sweeps].count("basis"), state.found["arms"][""]["inputs"]

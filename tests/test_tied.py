@@ -25,6 +25,7 @@ from pcb_ray.files.store import LocalStore, MemoryStore
 from pcb_ray.local import LocalOwners
 from pcb_ray.matching import match
 from pcb_ray.merging import Kept
+from pcb_ray.output.folder import Folder
 from pcb_ray.output.state import State
 from pcb_ray.planning import Plan, open_inputs, plan_of
 from pcb_ray.searching.run import check_follows
@@ -319,7 +320,7 @@ def test_copies_that_differ_after_all_are_merged_apart_and_said_to_be(tmp_path: 
     plans = []
     for _ in range(2):  # a run that is resumed remembers it
         session = Session(made, lambda plan: LocalOwners(plan, LocalStore()))
-        with State(tmp_path / "out", {}, {}, resume=True) as state:
+        with State(Folder(tmp_path / "out"), {}, {}, resume=True) as state:
             kept = Kept(state.found, session, 0.0)
             kept.settle(inputs, lambda inputs: plan_of(asked, inputs), state)
             assert (kept.spent().bytes_read > 0) == (not plans)

@@ -9,18 +9,23 @@ own words: a server's answer, or an address, may carry a credential.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
+import itertools
+import json
 import os
+import queue
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from pcb_ray.errors import RequestError
+from pcb_ray.errors import RequestError, RunError
 from pcb_ray.files.foreign import mismatch
 from pcb_ray.files.store import Stamp
 
@@ -55,8 +60,34 @@ Storage = Mapping[str, Access]
 """By the kind of the store: s3, gs, az."""
 
 
+class Version(NamedTuple):
+    """What an object is changed by only as it was seen; stores tell it by the one or the other."""
+
+    e_tag: str | None
+    version: str | None
+
+
+class Fence(NamedTuple):
+    """An object, and the run that it names as long as that run may write beside it."""
+
+    uri: str
+    run: str
+
+
 class Busy(OSError):
     """A store gave no answer within the patience."""
+
+
+class CutOff(OSError):
+    """An upload came to nothing, and may be begun anew."""
+
+
+def lost_place(where: str) -> RunError:
+    """What to say where another run has taken an output over."""
+    return RunError(
+        f"{where}: wanted to write it for this run, found that another run has taken the output over. Fix: let one of them go on; "
+        "--resume waits for the other to end."
+    )
 
 
 class Changed(Exception):
@@ -101,7 +132,7 @@ class Objects:
 
     def __init__(self, storage: Storage | None = None, *, patience_s: float = PATIENCE_S) -> None:
         self._storage, self._patience_s = storage or {}, patience_s
-        self._stores: dict[str, Any] = {}
+        self._stores: dict[tuple[str, bool], Any] = {}
         self._lock = threading.Lock()
         self.retries = 0
         """Requests that were made again."""
@@ -131,29 +162,40 @@ class Objects:
             raise Changed
         return data, stamp
 
-    def sizes(self, uri: str) -> dict[str, int]:
-        """The objects below a prefix that ends with `/`, by their names from there. Raises OSError."""
+    def sizes(self, uri: str, *, all_of_them: bool = True) -> dict[str, int]:
+        """The objects below a prefix that ends with `/`, or some of them, by their names from there. Raises OSError."""
         import obstore
 
         def attempt(store: Any, key: str) -> dict[str, int]:
-            found = (one for batch in obstore.list(store, prefix=key) for one in batch)
+            batches = iter(obstore.list(store, prefix=key))
+            found = (one for batch in (batches if all_of_them else itertools.islice(batches, 1)) for one in batch)
             names = {one["path"]: one["size"] for one in found}
             within = f"{key}/" if key else ""
             return {name.removeprefix(within): size for name, size in names.items() if name.startswith(within)}
 
         return self._patiently(uri.removesuffix("/"), attempt)
 
-    def put(self, uri: str, data: bytes, *, only: Literal["", "new"] | Stamp = "") -> Stamp:
-        """Write a small object at once; `only` if there is none yet, or if it still is what it was.
+    def look(self, uri: str) -> tuple[bytes, Version]:
+        """A small object whole, and its version. Raises OSError."""
+        import obstore
+
+        def attempt(store: Any, key: str) -> tuple[bytes, Version]:
+            found = obstore.get(store, key)
+            return bytes(found.bytes()), Version(found.meta.get("e_tag"), found.meta.get("version"))
+
+        return self._patiently(uri, attempt)
+
+    def put(self, uri: str, data: bytes | bytearray, *, only: Literal["", "new"] | Version = "") -> Version:
+        """Write a small object at once; `only` if there is none yet, or if it still is this version.
 
         Raises Exists if that is not so, OSError."""
         import obstore
 
-        mode: Any = "overwrite" if only == "" else "create" if only == "new" else {"e_tag": only.tag}
+        mode: Any = "overwrite" if only == "" else "create" if only == "new" else {k: v for k, v in only._asdict().items() if v}
 
-        def attempt(store: Any, key: str) -> Stamp:
+        def attempt(store: Any, key: str) -> Version:
             made = obstore.put(store, key, data, mode=mode, use_multipart=False)
-            return Stamp(len(data), 0, 0, made["e_tag"] or made["version"] or "")
+            return Version(made["e_tag"], made["version"])
 
         try:
             return self._patiently(uri, attempt)
@@ -167,15 +209,57 @@ class Objects:
         with contextlib.suppress(FileNotFoundError):
             self._patiently(uri, lambda store, key: obstore.delete(store, key))
 
-    def store_of(self, uri: str) -> tuple[Any, str]:
-        """The store of obstore, and the object's key in it."""
+    def holds(self, fence: Fence) -> bool:
+        """Whether the run that the fence names still has the right to write. Raises OSError."""
+        try:
+            content = json.loads(self.look(fence.uri)[0])
+        except (FileNotFoundError, ValueError):
+            return False
+        return isinstance(content, dict) and content.get("run") == fence.run
+
+    @contextlib.contextmanager
+    def upload(self, uri: str, size: int, fence: Fence | None) -> Iterator[Callable[[memoryview], object]]:
+        """Write an object of this size: the block is given what takes the bytes, front to back. The object is there when the block
+        has ended, and not before; not if the block raises, and not if the fence names another run by then.
+
+        Raises CutOff if the upload was lost on the way and may be begun anew, RunError for a run that has lost the right to write,
+        OSError."""
+        if size <= UPLOAD_PIECE:
+            whole = bytearray()
+            yield whole.extend
+            self._check(fence, uri)
+            self.put(uri, whole)
+            return
+        store, key = self.store_of(uri, patient=True)
+        upload = _Upload(store, key, uri, size)
+        try:
+            yield upload.write
+            upload.flush()
+            self._check(fence, uri)
+            upload.finish()
+        except BaseException as error:
+            upload.abort(error)
+            if isinstance(error, CutOff):
+                with self._lock:
+                    self.retries += 1
+                self._forget(uri)  # its credentials may have expired
+            raise
+
+    def _check(self, fence: Fence | None, uri: str) -> None:
+        if fence is not None and not self.holds(fence):
+            raise lost_place(uri)
+
+    def store_of(self, uri: str, *, patient: bool = False) -> tuple[Any, str]:
+        """The store of obstore, and the object's key in it. A `patient` one makes requests again by itself, uncounted: an upload
+        has no other way."""
         scheme, _, rest = uri.partition("://")
         bucket, _, key = rest.partition("/")
         where = f"{scheme}://{bucket}"
         with self._lock:
-            if where not in self._stores:
-                self._stores[where] = _opened(where, self._storage.get(SCHEMES[scheme], Access()))
-            return self._stores[where], key
+            if (where, patient) not in self._stores:
+                access = self._storage.get(SCHEMES[scheme], Access())
+                self._stores[where, patient] = _opened(where, access, self._patience_s if patient else 0.0)
+            return self._stores[where, patient], key
 
     def _patiently(self, uri: str, attempt: Callable[[Any, str], _T]) -> _T:
         begin, pause, renewals = time.monotonic(), FIRST_PAUSE_S, 0
@@ -202,7 +286,8 @@ class Objects:
     def _forget(self, uri: str) -> None:
         """Open the store anew when it is asked next: with the credentials that there are then."""
         with self._lock:
-            self._stores.pop("/".join(uri.split("/")[:3]), None)
+            for patient in (False, True):
+                self._stores.pop(("/".join(uri.split("/")[:3]), patient), None)
 
 
 _ENDPOINTS = {
@@ -213,7 +298,7 @@ _ENDPOINTS = {
 """The variables that name another address than the provider's, as its own tools read them."""
 
 
-def _opened(where: str, access: Access) -> Any:
+def _opened(where: str, access: Access, patience_s: float) -> Any:
     from obstore.store import from_url
 
     kind = SCHEMES[where.partition("://")[0]]
@@ -237,6 +322,9 @@ def _opened(where: str, access: Access) -> Any:
         **({"allow_http": True} if endpoint.startswith("http://") else {}),
     }
     retries: Any = {"max_retries": 0}  # ours are counted
+    if patience_s:
+        pauses = {"init_backoff": _seconds(FIRST_PAUSE_S), "max_backoff": _seconds(LONGEST_PAUSE_S), "base": 2}
+        retries = {"max_retries": 10_000, "retry_timeout": _seconds(patience_s), "backoff": pauses}
     try:
         return from_url(where, config=config, client_options=client, retry_config=retries, **options)
     except Exception as error:
@@ -244,6 +332,10 @@ def _opened(where: str, access: Access) -> Any:
             f"{where}: wanted a store that can be opened, found: {reason(error)}. Fix: check the bucket, and `storage` or the "
             "variables that say how it is reached."
         ) from None
+
+
+def _seconds(seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=seconds)
 
 
 def _of_boto3() -> Any:
@@ -272,6 +364,131 @@ def _of_boto3() -> Any:
 def _stamp(meta: Mapping[str, Any]) -> Stamp:
     """What tells an object from what it may become: its ETag, or where a store has none its version or time."""
     return Stamp(meta["size"], 0, 0, meta.get("e_tag") or meta.get("version") or str(meta.get("last_modified", "")))
+
+
+# ---------------------------------------------------------------------------------------------------- uploads
+
+
+UPLOAD_PIECE = 8 << 20
+"""What is sent at once: a store wants at least 5 MiB, and at most 10,000 of them, so that those of very large files are larger."""
+UPLOADS = 4
+"""Pieces of one object under way at once."""
+MAX_PIECES = 10_000
+
+
+def upload_bytes(largest: int) -> int:
+    """The most memory that the upload of a file takes, of `largest` bytes: pieces under way, one that waits, and one that fills."""
+    return min(largest, (UPLOADS + 2) * _piece_of(largest))
+
+
+def _piece_of(size: int) -> int:
+    return max(UPLOAD_PIECE, -(-size // MAX_PIECES // (1 << 20)) * (1 << 20))
+
+
+class _Upload:
+    """An object on its way, written front to back. obstore sends it from a thread of its own, which keeps what it is given."""
+
+    def __init__(self, store: Any, key: str, uri: str, size: int) -> None:
+        self._store, self._key, self._uri, self._size = store, key, uri, size
+        self._piece = _piece_of(size)
+        self._filling = bytearray(min(self._piece, size))
+        self._filled, self.written = 0, 0
+        self._queue: queue.Queue[bytearray | BaseException | None] = queue.Queue(maxsize=1)
+        self._made: Future[None] = Future()
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+
+    def write(self, data: memoryview) -> None:
+        """Append these bytes. Raises CutOff, OSError."""
+        while data:
+            taken = data[: len(self._filling) - self._filled]
+            self._filling[self._filled : self._filled + len(taken)] = taken
+            self._filled, self.written, data = self._filled + len(taken), self.written + len(taken), data[len(taken) :]
+            if self._filled == len(self._filling):
+                self._hand_over(self._filling)
+                self._filling, self._filled = bytearray(min(self._piece, max(1, self._size - self.written))), 0
+
+    def flush(self) -> None:
+        """Hand over what is left."""
+        if self._filled:
+            self._hand_over(self._filling[: self._filled])
+            self._filled = 0
+
+    def finish(self) -> None:
+        """Make the object of it. Raises CutOff, OSError."""
+        self._hand_over(None)
+        self._made.result()
+
+    def abort(self, error: BaseException) -> None:
+        """Let nothing of it stay."""
+        while not self._made.done():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(error, timeout=_LOOK_S)
+                break
+        self._thread.join()
+
+    def _hand_over(self, piece: bytearray | None) -> None:
+        while True:
+            if self._made.done():
+                self._made.result()  # it has failed
+            with contextlib.suppress(queue.Full):
+                self._queue.put(piece, timeout=_LOOK_S)
+                return
+
+    def _pieces(self) -> Iterator[bytearray]:
+        while (piece := self._queue.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise _Aborted
+            yield piece
+
+    def _send(self) -> None:
+        import obstore
+
+        try:
+            obstore.put(self._store, self._key, self._pieces(), chunk_size=self._piece, max_concurrency=UPLOADS, use_multipart=True)
+        except BaseException as error:
+            for_good = _for_good(error, self._uri) if isinstance(error, Exception) else error
+            refused = isinstance(for_good, PermissionError | _Aborted) or not isinstance(for_good, OSError | None)
+            told = f"the upload was cut off ({reason(error)})" if isinstance(error, Exception) else "interrupted"
+            self._made.set_exception(for_good if refused and for_good else CutOff(errno.EIO, told, self._uri))
+        else:
+            self._made.set_result(None)
+
+
+_LOOK_S = 0.2  # how often a writer that waits looks whether its upload has failed
+
+
+class _Aborted(Exception):
+    """The writer gave up."""
+
+
+def abandon_uploads(uri: str, storage: Storage | None) -> int | None:
+    """Abort the uploads below a prefix that nobody goes on with; how many there were. None where they can't be asked for: in other
+    stores than S3, and without boto3. Raises OSError."""
+    if SCHEMES[uri.partition("://")[0]] != "s3":
+        return None
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return None
+    access = (storage or {}).get("s3", Access())
+    address = urlsplit(uri)
+    limits = Config(connect_timeout=CONNECT_S, read_timeout=SILENCE_S, retries={"max_attempts": 5, "mode": "standard"})
+    try:
+        region = access.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        client = boto3.client("s3", endpoint_url=access.endpoint or None, region_name=region, config=limits)
+        found = 0
+        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=address.netloc, Prefix=address.path[1:]):
+            for one in page.get("Uploads", ()):
+                with contextlib.suppress(client.exceptions.NoSuchUpload):
+                    client.abort_multipart_upload(Bucket=address.netloc, Key=one["Key"], UploadId=one["UploadId"])
+                found += 1
+        return found
+    except (BotoCoreError, ClientError) as error:
+        code = error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else type(error).__name__
+        raise OSError(errno.EIO, f"unfinished uploads can't be looked for ({code})", uri) from None
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -325,16 +542,17 @@ def find_objects(where: str, storage: Storage | None) -> ObjectModel:
     return ObjectModel(where, sizes, objects)
 
 
-def object_problem(uri: str, error: OSError) -> str:
-    """What to say of an object, or of the prefix of many, that can't be read."""
+def object_problem(uri: str, error: OSError, verb: str = "read") -> str:
+    """What to say of an object, or of the prefix of many, that can't be read or written."""
     found = f"{error.strerror or type(error).__name__}"
     if isinstance(error, FileNotFoundError):
         found, fix = "none", "check the name"
     elif isinstance(error, PermissionError):
-        fix = "give this machine a role or credentials that may read there, or write `storage: {s3: {anonymous: true}}` (or gs, az)"
+        fix = f"give this machine a role or credentials that may {verb} there"
+        fix += ", or write `storage: {s3: {anonymous: true}}` (or gs, az)" if verb == "read" else ""
     else:
         fix = "check the endpoint (AWS_ENDPOINT_URL and the like, or `storage`) and the network, and run again"
-    return f"{uri}: {mismatch('to read it', found, fix)}"
+    return f"{uri}: {mismatch(f'to {verb} it', found, fix)}"
 
 
 # ---------------------------------------------------------------------------------------------------- failures
@@ -355,6 +573,8 @@ def _for_good(error: Exception, uri: str) -> Exception | None:
     text, told = str(error), reason(error)
     if _is_expired(error):
         return None
+    if "NotImplemented" in text or "status code: 501" in text or isinstance(error, NotImplementedError):
+        return OSError(errno.EOPNOTSUPP, "this store can't do that", uri)
     if "NoSuchBucket" in text or "ContainerNotFound" in text:
         return FileNotFoundError(errno.ENOENT, "no such bucket", uri)
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pcb_ray.errors import InputError
-from pcb_ray.files.objects import LOOKING_PATIENCE_S, PATIENCE_S, Changed, Objects, Storage
+from pcb_ray.files.objects import LOOKING_PATIENCE_S, PATIENCE_S, Changed, Fence, Objects, Storage
 from pcb_ray.files.room import KeptHere, Room
-from pcb_ray.files.store import PartWriter, Pins, Range, Stamp, Traffic, changed
+from pcb_ray.files.store import PartWriter, Pins, Range, Stamp, Traffic, as_bytes, changed, wrong_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,9 +33,10 @@ FETCHES = 32
 class RemoteStore:
     """Objects by their URIs, as a Store."""
 
-    def __init__(self, pins: Pins, storage: Storage | None, room: Room | None) -> None:
+    def __init__(self, pins: Pins, storage: Storage | None, room: Room | None, fence: Fence | None = None) -> None:
         self._objects = Objects(storage, patience_s=PATIENCE_S if pins else LOOKING_PATIENCE_S)
         self._pins = dict(pins)
+        self._fence = fence
         self._kept = None if room is None else KeptHere(room)
         self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
         self._lock = threading.Lock()
@@ -97,8 +98,15 @@ class RemoteStore:
 
     @contextmanager
     def part(self, file: str, start: int, stop: int) -> Iterator[PartWriter]:
-        raise NotImplementedError(file, start, stop)
-        yield
+        """A part is the whole file."""
+        if start:
+            raise ValueError(f"{file}: an object is written whole, found a part from byte {start} on")
+        with self._objects.upload(file, stop, self._fence) as take:
+            part = _Part(file, stop, take)
+            yield part
+            part.check()
+        with self._lock:
+            self._pins.pop(file, None)  # it is another object now
 
     def sync(self) -> None:
         pass
@@ -169,3 +177,19 @@ class RemoteStore:
         if (pin := self._pins.get(file)) is None:
             pin = self._pins.setdefault(file, self._objects.head(file))
         return pin
+
+
+class _Part:
+    def __init__(self, file: str, size: int, take: Callable[[memoryview], object]) -> None:
+        self._file, self._size, self._at, self._take = file, size, 0, take
+
+    def write(self, data: bytes | memoryview | NDArray[Any]) -> None:
+        given = as_bytes(data)
+        self._at += len(given)
+        if self._at > self._size:
+            raise wrong_count(self._file, 0, self._size, self._at)
+        self._take(given)
+
+    def check(self) -> None:
+        if self._at != self._size:
+            raise wrong_count(self._file, 0, self._size, self._at)

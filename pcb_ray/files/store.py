@@ -108,13 +108,15 @@ class Store(Protocol):
         ...
 
     def create(self, file: str, size: int) -> None:
-        """Make a file of this size, to write its parts. One that is there is brought to the size and keeps what it holds."""
+        """Make a file of this size, and its folder, to write its parts. One that is there is brought to the size and keeps what it
+        holds."""
         ...
 
     def part(self, file: str, start: int, stop: int) -> AbstractContextManager[PartWriter]:
         """Write bytes `start` to `stop` of a file that was created; leaving the block checks that all were given.
 
-        A part belongs to one writer at a time. Parts of one file may be written in any order, at once, and anew after a failure.
+        A part belongs to one writer at a time. Parts of one file may be written in any order, at once, and anew after a failure. An
+        object has one part, the whole of it, and is durable when the block is left.
         """
         ...
 
@@ -211,6 +213,7 @@ class LocalStore:
         return Traffic()
 
     def create(self, file: str, size: int) -> None:
+        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
         with self._writing(file, os.O_CREAT) as descriptor:
             try:
                 os.ftruncate(descriptor, size)
@@ -349,9 +352,9 @@ class _LocalPart:
         self._start, self._at, self._stop = start, start, stop
 
     def write(self, data: bytes | memoryview | NDArray[Any]) -> None:
-        left = _as_bytes(data)
+        left = as_bytes(data)
         if self._at + len(left) > self._stop:
-            raise _wrong_count(self._file, self._start, self._stop, self._at + len(left))
+            raise wrong_count(self._file, self._start, self._stop, self._at + len(left))
         while left:
             try:
                 count = os.pwrite(self._descriptor, left, self._at)
@@ -361,7 +364,7 @@ class _LocalPart:
 
     def check(self) -> None:
         if self._at != self._stop:
-            raise _wrong_count(self._file, self._start, self._stop, self._at)
+            raise wrong_count(self._file, self._start, self._stop, self._at)
 
 
 # ---------------------------------------------------------------------------------------------------- arrays in memory
@@ -436,15 +439,15 @@ class _MemoryPart:
         self._start, self._at, self._stop = start, start, stop
 
     def write(self, data: bytes | memoryview | NDArray[Any]) -> None:
-        given = _as_bytes(data)
+        given = as_bytes(data)
         if self._at + len(given) > self._stop:
-            raise _wrong_count(self._file, self._start, self._stop, self._at + len(given))
+            raise wrong_count(self._file, self._start, self._stop, self._at + len(given))
         self._array.data[self._at : self._at + len(given)] = given
         self._at += len(given)
 
     def check(self) -> None:
         if self._at != self._stop:
-            raise _wrong_count(self._file, self._start, self._stop, self._at)
+            raise wrong_count(self._file, self._start, self._stop, self._at)
 
 
 # ---------------------------------------------------------------------------------------------------- what both need
@@ -462,7 +465,8 @@ def changed(file: str, wanted: object, found: object) -> InputError:
     )
 
 
-def _as_bytes(data: bytes | memoryview | NDArray[Any]) -> memoryview:
+def as_bytes(data: bytes | memoryview | NDArray[Any]) -> memoryview:
+    """A view of what is to be written."""
     seen = data.data if isinstance(data, np.ndarray) else memoryview(data)
     return seen.cast("B") if seen.nbytes else memoryview(b"")  # An empty shape can't be cast.
 
@@ -474,7 +478,8 @@ def _cut_short(file: str, wanted: int, found: int) -> InputError:
     )
 
 
-def _wrong_count(file: str, start: int, stop: int, at: int) -> ValueError:
+def wrong_count(file: str, start: int, stop: int, at: int) -> ValueError:
+    """What to say of a part that got too few or too many bytes."""
     return ValueError(f"{file}: wanted the {stop - start} bytes of the part from byte {start} on, found {at - start}")
 
 

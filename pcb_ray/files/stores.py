@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pcb_ray.files.objects import Storage
+from pcb_ray.files.objects import Fence, Storage
 from pcb_ray.files.room import Room
 from pcb_ray.files.store import LocalStore, PartWriter, Pins, Range, Stamp, Store, Traffic, is_remote
 
@@ -18,20 +19,32 @@ if TYPE_CHECKING:
     from pcb_ray.files.remote import RemoteStore
 
 
-def open_store(pins: Pins | None = None, storage: Storage | None = None, room: Room | None = None) -> Store:
+def open_store(
+    pins: Pins | None = None, storage: Storage | None = None, room: Room | None = None, fence: Fence | None = None
+) -> Store:
     """Return the store that merges read and write by: local files by their paths, objects by their URIs.
 
     Files with a pin are read only while they are what it says: a read of another raises InputError. `storage` says how stores are
-    reached; `room` is where this machine may keep what was fetched."""
-    return _Stores(pins or {}, storage, room)
+    reached; `room` is where this machine may keep what was fetched. Objects are written only while the `fence` stands."""
+    return _Stores(pins or {}, storage, room, fence)
+
+
+def size_of_file(store: Store, file: str) -> int | None:
+    """How large a file is; None if there is none of this name. Raises OSError if that can't be told."""
+    if not is_remote(file):
+        return os.path.getsize(file) if os.path.isfile(file) else None
+    try:
+        return store.stamp(file).size
+    except FileNotFoundError:
+        return None
 
 
 class _Stores:
     """Hands each call on by how its file is named."""
 
-    def __init__(self, pins: Pins, storage: Storage | None, room: Room | None) -> None:
+    def __init__(self, pins: Pins, storage: Storage | None, room: Room | None, fence: Fence | None) -> None:
         self._local = LocalStore(pins=pins)
-        self._arguments = pins, storage, room
+        self._arguments = pins, storage, room, fence
         self._opened: RemoteStore | None = None
         self._opening = threading.Lock()
 

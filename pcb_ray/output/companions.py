@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -165,15 +166,18 @@ def _named(recipe: Recipe, plan: Plan) -> Recipe:
     )
 
 
-def write_side_files(folder: Path, files: Mapping[str, SideFile], store: Store) -> dict[str, str]:
-    """Write them, copies from `store`; their sha256 by name. Raises RunError."""
+def write_side_files(folder: str | os.PathLike[str], files: Mapping[str, SideFile], store: Store) -> dict[str, str]:
+    """Write them, through `store` as they are read from there; their sha256 by name. Raises RunError.
+
+    What makes a loader take a folder for a model comes last: the config, and the index after it."""
     digests = {}
-    for name, content in files.items():
-        path, sha256 = folder / name, hashlib.sha256()
+    for name in sorted(files, key=lambda name: (name.endswith(CONFIG), name.endswith(".index.json"))):
+        content, path, sha256 = files[name], os.path.join(folder, name), hashlib.sha256()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as target:
-                for piece in _pieces(content, store):
+            size = _size_of(content, store)
+            store.create(path, size)
+            with store.part(path, 0, size) as target:
+                for piece in _pieces(content, size, store):
                     sha256.update(piece)
                     target.write(piece)
         except OSError as error:
@@ -183,19 +187,33 @@ def write_side_files(folder: Path, files: Mapping[str, SideFile], store: Store) 
     return digests
 
 
+def check_side_files(files: Mapping[str, SideFile], store: Store) -> None:
+    """Whether those that are copied can be read, before anything is computed. Raises RunError."""
+    for content in files.values():
+        try:
+            sha256_of(content, store)
+        except OSError as error:
+            raise RunError(
+                f"{error.filename or content!r}: wanted to copy it, found: {error.strerror}. Fix: mend that and run it again."
+            ) from None
+
+
 def sha256_of(content: SideFile, store: Store) -> str:
     """The digest of what such a file will hold."""
     sha256 = hashlib.sha256()
-    for piece in _pieces(content, store):
+    for piece in _pieces(content, _size_of(content, store), store):
         sha256.update(piece)
     return sha256.hexdigest()
 
 
-def _pieces(content: SideFile, store: Store) -> Iterator[bytes | memoryview]:
+def _size_of(content: SideFile, store: Store) -> int:
+    return len(content) if isinstance(content, bytes) else store.stamp(content).size
+
+
+def _pieces(content: SideFile, size: int, store: Store) -> Iterator[bytes | memoryview]:
     if isinstance(content, bytes):
         yield content
         return
-    size = store.stamp(content).size
     for start in range(0, size, _AT_ONCE):
         piece = memoryview(bytearray(min(_AT_ONCE, size - start)))
         store.read(content, start, piece)

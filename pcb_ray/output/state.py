@@ -1,29 +1,96 @@
-"""The state of an unfinished output.
-
-Beside OUT lies `.OUT.pcb-ray/`: `state.json` (what was asked and found so far), `journal.jsonl` (what was written, with digests),
-`out/` (the files to be), and `replaced/` while an old OUT is being replaced. It survives crashes and Ctrl-C for `--resume`, and
-goes when OUT is committed.
-"""
+"""The state of an unfinished output: what was asked and found so far (`state.json`), and what was written, with digests
+(`journal.jsonl`). Where it is kept, and how the output comes to its name, is the place's affair."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pcb_ray.errors import InputError, RequestError, RunError
-from pcb_ray.files.store import Stamp, write_atomically
-from pcb_ray.output.lock import HOLDER, LOCK, FolderLock
-from pcb_ray.output.publish import REPLACED, kind_of, publish, restore
+from pcb_ray.files.objects import Fence
+from pcb_ray.files.store import Stamp
+from pcb_ray.output.folder import JOURNAL, STATE
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Written
 
-STATE, JOURNAL, STAGING = "state.json", "journal.jsonl", "out"
+
+class Place(Protocol):
+    """Where an output is made, and the notes of an unfinished run to it are kept. One run at a time has it."""
+
+    @property
+    def out(self) -> str:
+        """The output's name, as the user gave it: a path or a URI."""
+        ...
+
+    @property
+    def files(self) -> str:
+        """The folder, or the prefix of a store, where owners write the output's files."""
+        ...
+
+    @property
+    def notes(self) -> str:
+        """The folder, or the prefix, of the notes: owners must be able to write there."""
+        ...
+
+    @property
+    def fence(self) -> Fence | None:
+        """What tells writers that the place is still this run's; a folder needs none."""
+        ...
+
+    @property
+    def is_there(self) -> bool:
+        """Whether anything has the output's name."""
+        ...
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a run was begun and can be resumed."""
+        ...
+
+    @property
+    def is_left_over(self) -> bool:
+        """Whether the run that was begun has finished the output, and was killed before its notes could go."""
+        ...
+
+    def check(self, plan: Plan, *, resume: bool) -> None:
+        """Raises RequestError with all that is in the way of the output, before anything is computed."""
+        ...
+
+    def open(self, files: Sequence[str], *, resume: bool) -> bool:
+        """Take the place, until `close`; whether an unfinished run is gone on with. `files` will be written to it.
+
+        Raises RequestError if another process has it, or if something has the output's name that may not be replaced."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """What a note holds, if there is one."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Let a note hold this, durably."""
+        ...
+
+    def append(self, name: str, line: bytes) -> None:
+        """Add a line to a note."""
+        ...
+
+    def publish(self) -> None:
+        """The output is whole: it gets its name, and the notes go. Raises RunError, with all work kept."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the run: there is nothing in it to go on with."""
+        ...
+
+    def close(self) -> None:
+        """Let others have the place; a second time this does nothing."""
+        ...
+
+
+PlaceT = TypeVar("PlaceT", bound=Place, covariant=True)
 
 
 def asked_of(plan: Plan, arithmetic: str, stamps: Mapping[str, Stamp]) -> dict[str, Any]:
@@ -32,111 +99,71 @@ def asked_of(plan: Plan, arithmetic: str, stamps: Mapping[str, Stamp]) -> dict[s
     return {**plan.fingerprint(), "arithmetic": arithmetic, "modified": modified}
 
 
-def state_folder(out: Path) -> Path:
-    out = out.resolve()  # a link to a folder stays, and what it leads to is replaced
-    return out.parent / f".{out.name}.pcb-ray"
-
-
-def is_unfinished(out: Path) -> bool:
-    """Whether a run to OUT was begun and can be resumed."""
-    return (state_folder(out) / STATE).exists()
-
-
-def is_left_over(out: Path) -> bool:
-    """Whether the run that was begun gave OUT its name, and was killed before its state could go."""
-    return is_unfinished(out) and not (state_folder(out) / STAGING).exists() and os.path.lexists(out)
-
-
-class State:
-    """The state of one merge (or search) on disk. `with State(...)` holds its lock: two to one OUT can't run at once.
+class State(Generic[PlaceT]):
+    """The state of one merge (or search) to a place. `with State(...)` holds the place: two to one OUT can't run at once.
 
     `asked` is what an unfinished one must share with the one that resumes it, as JSON values. `stamps` are those of the inputs; the
-    state keeps them as they were when it was begun. `overwrite` lets `commit` replace an
-    OUT that is there. Raises RequestError if another process holds the state, if OUT is there and may not be replaced, or if
-    another run was begun."""
+    state keeps them as they were when it was begun. `files` are those that will be written. Raises RequestError if the place can't
+    be had, or if another run was begun there."""
 
     def __init__(
         self,
-        out: Path,
+        place: PlaceT,
         asked: Mapping[str, Any],
         stamps: Mapping[str, Stamp],
+        files: Sequence[str] = (),
         *,
         resume: bool = False,
-        overwrite: bool = False,
     ) -> None:
-        self.out = out.resolve()
-        self.folder = state_folder(out)
-        self.staging = self.folder / STAGING
+        self.place = place
         self.stamps = dict(stamps)
         self.found: dict[str, Any] = {}
         self.journal: dict[str, str] = {}
         self._asked = json.loads(json.dumps(asked))
-        self._overwrite = overwrite
-        self.resumed = False
         self._whole = False
-        self._lock = FolderLock(self.folder, out)
+        self.resumed = place.open(files, resume=resume)
         try:
-            unfinished = (self.folder / STATE).exists()
-            if unfinished:
-                restore(self.out, self.folder / REPLACED)
-            if os.path.lexists(self.out) and not overwrite:
-                raise RequestError(
-                    f"{out}: exists: wanted a free name, found {kind_of(self.out)}. Fix: move it away, or replace it with "
-                    f"{'--resume --overwrite; the unfinished run goes on' if resume and unfinished else '--overwrite'}."
-                )
-            if resume and unfinished:
+            if self.resumed:
                 self._load()
             else:
-                self._clear(REPLACED)
                 self.save()
-            self.staging.mkdir(exist_ok=True)
         except BaseException:
             self.close()
             raise
 
     def _load(self) -> None:
-        path = self.folder / STATE
         try:
-            saved = json.loads(path.read_text())
+            saved = json.loads(self.place.read(STATE) or b"")
             asked, self.found = saved["asked"], dict(saved["found"])
             self.stamps = {file: Stamp(*stamp) for file, stamp in saved["stamps"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(
-                f"{path}: can't be read as it was written: wanted the state of a run, found {error!r}. "
-                "Fix: start afresh with --overwrite."
+                f"{self.place.notes}/{STATE}: can't be read as it was written: wanted the state of a run, found {error!r}. "
+                f"Fix: start afresh{self._afresh}."
             ) from None
-        self.resumed = True
         differences = list(_differences(asked, self._asked))
         if differences:
             raise RequestError(
                 [f"--resume: this is not the merge that was begun: {d}" for d in differences]
-                + ["Fix: ask for the same merge, or start afresh with --overwrite"]
+                + [f"Fix: ask for the same merge, or start afresh{self._afresh}"]
             )
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.folder / JOURNAL).read_text().splitlines():
-                with contextlib.suppress(ValueError):  # the last line may be cut off
-                    self.journal.update(json.loads(line))
+        for line in (self.place.read(JOURNAL) or b"").decode(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # the last line may be cut off
+                self.journal.update(json.loads(line))
 
-    def _clear(self, *spared: str) -> None:
-        """Remove all of the state but the lock, and what is to be spared."""
-        for path in self.folder.iterdir():
-            if path.name in (LOCK, HOLDER, *spared):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    @property
+    def _afresh(self) -> str:
+        return " with --overwrite" if self.place.fence is None else " at another prefix"
 
     def save(self) -> None:
         """Make `found` durable."""
         content = {"asked": self._asked, "stamps": self.stamps, "found": self.found}
-        write_atomically(self.folder / STATE, json.dumps(content).encode())
+        self.place.write(STATE, json.dumps(content).encode())
 
     def wrote(self, entries: Mapping[str, str]) -> None:
         """Note pieces of the output that were written, with their digests."""
         self.journal.update(entries)
-        with (self.folder / JOURNAL).open("a") as journal:
-            journal.write(f"\n{json.dumps(entries)}\n")  # on a line of its own, also after one that was cut off
+        self.place.append(JOURNAL, json.dumps(entries).encode())
 
     def claimed(self, names: Mapping[int, str]) -> dict[int, Written]:
         """What the journal says of the pieces with these names. Whether the files hold it is yet to be seen."""
@@ -147,21 +174,18 @@ class State:
         return claimed
 
     def commit(self) -> None:
-        """Make everything durable and give it its name. Raises RunError, keeping all work, if an OUT appeared that may not go."""
+        """The output is whole, and gets its name. Raises RunError, keeping all work, if that can't be."""
         self._whole = True
-        publish(self.staging, self.out, overwrite=self._overwrite)
-        # From here on there is nothing to resume, even if an old output takes long to remove.
-        (self.folder / STATE).unlink(missing_ok=True)
-        self._clear()
+        self.place.publish()
         self.close()
 
     def discard(self) -> None:
         """Forget this merge: there is nothing in it to go on with."""
-        self._clear(REPLACED)
+        self.place.discard()
         self.close()
 
     def close(self) -> None:
-        self._lock.release()
+        self.place.close()
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from typing import Any
 
 from pcb_ray.cluster import nodes
 from pcb_ray.errors import RequestError, RunError, reason_in, with_place
-from pcb_ray.output.state import State
+from pcb_ray.output.state import Place, State
 from pcb_ray.progress import CountBar
 from pcb_ray.schedule import Patience
 from pcb_ray.searching.request import Config, key_of
@@ -27,7 +27,7 @@ _One = tuple[str, str]
 """What is scored by its name, and the split."""
 
 
-def dry_score(job: Job, state: State, *, quiet: bool) -> Scores:
+def dry_score(job: Job, state: State[Place], *, quiet: bool) -> Scores:
     """The base on both splits, before anything expensive: a wrong evaluator shows itself here."""
     if state.found.get("base", {}).get("by") == job.scored_by:
         known: Scores = state.found["base"]["scores"]
@@ -60,7 +60,7 @@ def dry_score(job: Job, state: State, *, quiet: bool) -> Scores:
 
 
 def references(
-    job: Job, state: State, base: Scores, records: list[dict[str, Any]], best: Mapping[str, Any], *, quiet: bool
+    job: Job, state: State[Place], base: Scores, records: list[dict[str, Any]], best: Mapping[str, Any], *, quiet: bool
 ) -> tuple[dict[str, Scores], dict[str, Any]]:
     """The scores of base, experts, start and winner on both splits; and the winner's config: the best of start and trials.
 

@@ -28,8 +28,9 @@ from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.merging import Kept, opened, settled
 from pcb_ray.methods import Known
-from pcb_ray.output.companions import RECIPE, SideFile, side_files, write_side_files
-from pcb_ray.output.place import check_out, check_place
+from pcb_ray.output.companions import RECIPE, SideFile, check_side_files, side_files, write_side_files
+from pcb_ray.output.folder import Folder
+from pcb_ray.output.place import folder_of
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, plan_of
 from pcb_ray.progress import readable_bytes
@@ -76,12 +77,12 @@ def search(
     later), RunError if the run can't be finished; `resume` goes on with it.
     """
     start = time.monotonic()
-    recipe, out = Recipe.of(recipe), Path(out)
+    recipe, place = Recipe.of(recipe), Folder(folder_of(out), overwrite=overwrite)
     request = Search.of(recipe, has_evaluator=evaluator is not None)
     how = _How(workers, address, memory, max_shard_bytes, resume, overwrite, quiet)
     report, tune = _tools()
     variants = request.variants or (_variant(recipe),)
-    with _prepared(recipe, request, out, variants, evaluator, how, model=True) as run:
+    with _prepared(recipe, request, place, variants, evaluator, how, model=True) as run:
         state, job = run.state, run.job
         progress, known = _progress(request.budget, job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Generations(job.search, job.space, progress), progress, request.budget, known)
@@ -100,7 +101,7 @@ def search(
             receipt=receipt,
         )
         found = dataclasses.replace(found, notes=tuple(report.notes_of(found)))
-        report.write_search(state.staging, records, found)
+        report.write_search(state.place.staging, records, found)
         _commit(state, winner)
     return found
 
@@ -122,7 +123,7 @@ def sweep(
     There is one analysis per variant, and nothing is read again.
     `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Raises as `search` does.
     """
-    recipe, out = Recipe.of(recipe), Path(out)
+    recipe, place = Recipe.of(recipe), Folder(folder_of(out), overwrite=overwrite)
     points = grid_of(recipe)
     asked = Search.of(recipe, has_evaluator=evaluator is not None)
     # Without an optimizer there are no generations: all points are one. And nothing is reported on a split of its own.
@@ -132,7 +133,7 @@ def sweep(
     variants = tuple(dict.fromkeys(p.get("variant", _variant(recipe)) for p in points))
     largest = max((p[request.share] for p in points if request.share in p), default=None)
     swept = recipe if largest is None else recipe.with_parameters({request.share: largest})
-    with _prepared(swept, request, out, variants, evaluator, how, model=False, scored=largest is not None) as run:
+    with _prepared(swept, request, place, variants, evaluator, how, model=False, scored=largest is not None) as run:
         state, job = run.state, run.job
         progress, known = _progress(len(points), job, state, quiet=quiet)
         records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
@@ -142,7 +143,7 @@ def sweep(
             touched = check_unchanged(open_store(), state.stamps)
         for file in touched:
             log.warning("%s: touched during the sweep, its time of writing apart: if its content was changed, sweep again", file)
-        report.write_sweep(state.staging, job.search, points, records, run.base)
+        report.write_sweep(state.place.staging, job.search, points, records, run.base)
         _commit(state, winner)
     return Swept(job.search, best, winner, run.base, tuple(records))
 
@@ -180,7 +181,7 @@ class _Run:
     """A search whose bases are made: all that is left is to try candidates."""
 
     how: _How
-    state: State
+    state: State[Folder]
     job: Job
     inputs: Inputs
     base: Scores
@@ -190,7 +191,7 @@ class _Run:
 def _prepared(
     recipe: Recipe,
     request: Search,
-    out: Path,
+    place: Folder,
     variants: tuple[str, ...],
     evaluator: Any,
     how: _How,
@@ -206,12 +207,11 @@ def _prepared(
 
     scored = request.scored if scored is None else scored
     check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
-    check_place(out)
     check_cluster(how.address)
 
     def check(plan: Plan) -> None:
         check_follows(plan)
-        check_out(out, plan, overwrite=how.overwrite, resume=how.resume, model=model)
+        place.check(plan, resume=how.resume, model=model)
 
     first = _analysed(recipe, request, variants[0])
     inputs, plan = opened(first, how.max_shard_bytes, check)
@@ -228,7 +228,7 @@ def _prepared(
         check(plan)
     plans = {v: plan_of(_analysed(recipe, request, v), inputs, max_shard_bytes=how.max_shard_bytes) for v in variants}
     beside = sum(basis_bytes(p, scored) for p in plans.values())
-    check_out(out, plan, overwrite=how.overwrite, resume=how.resume, model=model, beside=beside)
+    place.check(plan, resume=how.resume, model=model, beside=beside)
     for one in plans.values():
         choose_block(one, "cpu", how.memory, writer_bytes(one, scored))  # a wrong bound is told before a cluster starts
     space = Space.of(request, recipe, plan)
@@ -247,8 +247,8 @@ def _prepared(
         **asked_of(plan, ARITHMETIC, stamps),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
     }
-    with State(out, asked, stamps, resume=how.resume, overwrite=how.overwrite) as state:
-        model_dir = state.folder / "model"
+    with State(place, asked, stamps, resume=how.resume) as state:
+        model_dir = state.place.folder / "model"
         _make_model_dir(model_dir, inputs.base, files)
         with cluster(how.address):
             if request.memory is None and not request.gpu:
@@ -258,7 +258,7 @@ def _prepared(
             log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), shown)
             tune.check_loggers(request)
             kind = "scored" if scored else "combined"
-            arms = {v: Arm(p, str(state.folder / f"basis-{v or 'only'}-{kind}"), {}) for v, p in plans.items()}
+            arms = {v: Arm(p, str(state.place.folder / f"basis-{v or 'only'}-{kind}"), {}) for v, p in plans.items()}
             scored_by = _identity(request, recipe, evaluator)
             folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
             job = Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator)
@@ -377,18 +377,18 @@ def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, SideFile
 # --- the steps --------------------------------------------------------------------------------------------------------------------
 
 
-def _with_bases(arms: Mapping[str, Arm], state: State, scored: bool, how: _How) -> dict[str, Arm]:
+def _with_bases(arms: Mapping[str, Arm], state: State[Folder], scored: bool, how: _How) -> dict[str, Arm]:
     """Each variant's arm with its basis: analysed and built, or taken from an earlier run."""
     plans = [arm.plan for arm in arms.values()]
     for arm in arms.values():
         Path(arm.folder).mkdir(exist_ok=True)
     beside = max(writer_bytes(plan, scored) for plan in plans)
-    place = placed(plans, workers=how.workers, memory=how.memory, beside=beside, writes_to=state.folder, quiet=how.quiet)
+    place = placed(plans, workers=how.workers, memory=how.memory, beside=beside, writes_to=lambda: state.place, quiet=how.quiet)
     with place as session:
         return {variant: _with_basis(arm, session, state, variant, scored) for variant, arm in arms.items()}
 
 
-def _with_basis(arm: Arm, session: Session, state: State, variant: str, scored: bool) -> Arm:
+def _with_basis(arm: Arm, session: Session, state: State[Folder], variant: str, scored: bool) -> Arm:
     plan, folder = arm.plan, Path(arm.folder)
     session.begin(plan)
     kept = Kept(state.found.setdefault("arms", {}).setdefault(variant, {}), session, time.monotonic())
@@ -438,13 +438,13 @@ def _check_linear(session: Session, known: Known, scored: bool) -> None:
 
 
 def _tried(
-    job: Job, state: State, asker: Any, progress: Any, total: int, known: Mapping[str, Any]
+    job: Job, state: State[Folder], asker: Any, progress: Any, total: int, known: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The records of all trials, and the best. Raises RunError if there is none with a score."""
     from pcb_ray.searching import tune
 
-    shutil.rmtree(state.folder / "tune", ignore_errors=True)
-    records = tune.run_trials(job, asker, progress, total, storage=state.folder, known=known, name="tune")
+    shutil.rmtree(state.place.folder / "tune", ignore_errors=True)
+    records = tune.run_trials(job, asker, progress, total, storage=state.place.folder, known=known, name="tune")
     if progress.best is None:
         raise RunError(
             f"search: wanted a trial with a score, found none among {len(records)}; the last: {records[-1]['error']}. "
@@ -454,26 +454,26 @@ def _tried(
 
 
 @contextlib.contextmanager
-def _trials_kept(state: State, wanted: str) -> Iterator[None]:
+def _trials_kept(state: State[Folder], wanted: str) -> Iterator[None]:
     """Inputs that prove wrong now cost no trials: they took long, and may tell what the user wants to know."""
     try:
         yield
     except InputError as error:
-        log.warning("%s; what the trials found is kept in %s", wanted, state.folder)
+        log.warning("%s; what the trials found is kept in %s", wanted, state.place.folder)
         raise RequestError(error.problems) from error
 
 
-def _commit(state: State, winner: Recipe) -> None:
+def _commit(state: State[Folder], winner: Recipe) -> None:
     """Add what search and sweep both leave, and give the output its name."""
-    (state.staging / BEST).write_text(winner.resolved().to_yaml())
-    for pickled in (state.folder / "tune").rglob("*.pkl"):
+    (state.place.staging / BEST).write_text(winner.resolved().to_yaml())
+    for pickled in (state.place.folder / "tune").rglob("*.pkl"):
         pickled.unlink()  # for Tune to go on with; they hold the evaluator's options, whatever these may be
-    shutil.rmtree(state.staging / "tune", ignore_errors=True)  # of an earlier run that could not be committed
-    (state.folder / "tune").rename(state.staging / "tune")
+    shutil.rmtree(state.place.staging / "tune", ignore_errors=True)  # of an earlier run that could not be committed
+    (state.place.folder / "tune").rename(state.place.staging / "tune")
     state.commit()
 
 
-def _progress(total: int, job: Job, state: State, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
+def _progress(total: int, job: Job, state: State[Folder], *, quiet: bool) -> tuple[Any, dict[str, Any]]:
     """What keeps a record of each trial as it ends, and the records of an earlier run."""
     from pcb_ray.searching import tune
 
@@ -485,7 +485,7 @@ def _progress(total: int, job: Job, state: State, *, quiet: bool) -> tuple[Any, 
     return tune.Ledger(total, job.search, keep, known, base=base, room=tune.check_resources(job.search), quiet=quiet), known
 
 
-def _known_trials(job: Job, state: State) -> dict[str, Any]:
+def _known_trials(job: Job, state: State[Folder]) -> dict[str, Any]:
     """The trials of an earlier run that had a score, and those without one that later generations have been told of: scored now,
     they would change what was asked since. What the evaluator scored before it was changed is not known any more."""
     of_trials = {key: text for key, text in state.journal.items() if key.startswith("trial ")}
@@ -513,22 +513,24 @@ def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
     plan = plan_of(winner, run.inputs, max_shard_bytes=how.max_shard_bytes)
     label = "winner " + hashlib.sha256(json.dumps([winner.to_yaml(), known], sort_keys=True).encode()).hexdigest()[:16]
     if state.found.get("winner") != label:  # another one may have been written before the evaluator was changed
-        shutil.rmtree(state.staging)
-        state.staging.mkdir()
+        shutil.rmtree(state.place.staging)
+        state.place.staging.mkdir()
         state.found["winner"] = label
         state.save()
     store = open_store(plan.stamps, winner.storage)
-    with placed([plan], workers=how.workers, memory=how.memory, writes_to=state.staging, quiet=how.quiet) as session:
+    with placed([plan], workers=how.workers, memory=how.memory, writes_to=lambda: state.place, quiet=how.quiet) as session:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
         with _trials_kept(state, "the winner could not be merged"):
-            digests = write_side_files(state.staging, side_files(winner, plan, run.inputs.base, run.inputs.tokenizer), store)
-            output = write_from(state.stamps, session, store, known, str(state.staging), state, label)
+            files = side_files(winner, plan, run.inputs.base, run.inputs.tokenizer)
+            check_side_files(files, store)
+            output = write_from(state.stamps, session, store, known, state.place.files, state, label)
             return publish(
                 session,
                 state,
+                store,
                 known,
                 output,
-                digests,
+                files,
                 sweeps=kept.sweeps(),
                 spent=kept.spent(),
                 max_shard_bytes=how.max_shard_bytes,
