@@ -436,14 +436,19 @@ def describe_cluster(found: Estimate) -> list[str]:
         f"{size(on.network)}/s of network{disk}",
         f"workers    {found.workers_per_node} on a node: one per core, in {SHARE_OF_WORKERS:.0%} of {size(on.memory_bytes)} at "
         f"{size(found.worker_bytes)} each; {found.workers:,} in all, for {found.chunks:,} chunks",
+        f"memory     {found.workers_per_node} x {size(found.worker_bytes)} + {size(found.kept_in_memory)} kept = "
+        f"{size(found.node_bytes)} of {size(on.memory_bytes)}"
+        + (": too much, give --workers or --cache" if found.node_bytes > on.memory_bytes else ""),
         f"inputs     {size(found.input_bytes * on.nodes)} / {_number(on.nodes, 'node')} = {size(found.input_bytes)} on each",
     ]
     if found.remote_bytes:
-        again = f" + {found.passes - 1} passes x {size(found.fetched_again)} again" if found.fetched_again else ", each byte once"
+        first, write = found.sweeps[0], found.sweeps[-1]
         lines += [
             f"room       a node keeps {size(found.kept_in_memory)} in memory (of half, {size(found.memory_room)})"
             + (f", {size(found.kept_on_disk)} in --scratch" if on.disk else ""),
-            f"fetches    {size(found.fetched_bytes)} on each node{again}",
+            f"fetches    {size(found.fetched_bytes)} on each node: {size(first.received_bytes)} by the first sweep, "
+            f"{size(found.fetched_again)} by each other, {size(write.received_bytes)} by the write: "
+            f"{_number(found.files, 'file')}, whose inputs other nodes keep too",
         ]
     lines += [
         f"writes     {size(found.written_bytes * on.nodes)} / {_number(on.nodes, 'node')} = {size(found.written_bytes)} on each",

@@ -1,8 +1,9 @@
 """What a merge would take on a cluster that isn't here: seconds of each sweep, bytes of each node, from a plan and measured rates.
 
-Pure arithmetic, and all of it is shown. It reckons with nodes that are alike, work that is shared evenly and stays where its bytes
-were fetched, and reading, computing and writing at the same time: a sweep takes as long as the slowest of the three. It leaves out
-what starting takes, what the driver adds, and making the output durable."""
+Pure arithmetic, and all of it is shown. It reckons with nodes that are alike, an analysis that stays where its bytes were fetched,
+and reading, computing and writing at the same time: a sweep takes as long as the slowest of the three. The output goes where the
+inputs lie: parts that whoever is free writes, or files in a store, which have one writer each. It leaves out what starting takes,
+what the driver adds, and making the output durable."""
 
 from __future__ import annotations
 
@@ -119,6 +120,8 @@ class Estimate:
     workers: int
     """In all: never more than there are chunks."""
     chunks: int
+    files: int
+    """Of the output."""
     input_bytes: float
     """Of one full sweep."""
     remote_bytes: float
@@ -128,17 +131,20 @@ class Estimate:
     kept_in_memory: float
     kept_on_disk: float
     fetched_again: float
-    """By each pass but the first: what there is no room for."""
-    passes: int
-    """Over what lies in object stores."""
+    """By each further sweep of the analysis: what there is no room for."""
     fetched_bytes: float
-    """Of all passes."""
+    """In all, from object stores."""
     written_bytes: float
     sweeps: tuple[SweepEstimate, ...]
 
     @property
     def seconds(self) -> float:
         return sum(sweep.seconds for sweep in self.sweeps)
+
+    @property
+    def node_bytes(self) -> float:
+        """The memory that workers, and what is kept in memory, take of a node."""
+        return self.workers_per_node * self.worker_bytes + self.kept_in_memory
 
     def summary(self) -> dict[str, Any]:
         """As JSON values, with what follows from the rest."""
@@ -180,50 +186,55 @@ def estimate(plan: Plan, cluster: Cluster, worker_bytes: int, rates: Mapping[str
     copied_remote = sum(t.nbytes for c in plan.copies for t in c.models or (c.source,) if is_remote(t.file)) / cluster.nodes
     copied_local = plan.copied_bytes / cluster.nodes - copied_remote
     repeated = sum(plan.tensors[one.tensor].numel for one in plan.again)
+    largest = max(file.size for file in plan.files) / plan.written_bytes
+    files_here = min(1.0, -(-len(plan.files) // cluster.nodes) * largest)
 
     sweeps: list[SweepEstimate] = []
+    fetched_bytes = 0.0
     for name, share in sweeps_of(plan):
         # Whoever samples what lies in a store fetches it whole: there is a run of the sample in each piece.
-        received = again if sweeps else remote
+        fetched = again if sweeps else remote
         scratch = on_disk * (share if sweeps else 1.0)  # written by the first, read by the others
-        from_files, sent, elements, items = share * local, 0.0, share * plan.D, plan.chunks
+        from_files, to_files, to_store = share * local, 0.0, 0.0
+        busiest = -(-plan.chunks // workers) * share * plan.D / plan.chunks
         if name == "write":
-            received, from_files, elements = received + copied_remote, from_files + copied_local, elements + repeated
-            sent, items = written, len(plan.parts)
-        on_files = sent if sent and not remote else 0.0  # the output goes where the inputs lie
-        if cluster.disk is None:
-            received, disk_bytes = received + from_files, 0.0
-        else:
-            disk_bytes, sent = scratch + from_files + on_files, sent - on_files
-        busiest = -(-items // workers) * elements / items
+            elements, from_files = plan.D + repeated, from_files + copied_local
+            if remote:  # the output goes where the inputs lie, and a file there has one writer, who needs what other nodes keep
+                busiest = -(-len(plan.files) // workers) * largest * elements
+                fetched = files_here * (cluster.nodes * (remote + copied_remote) - in_memory - on_disk)
+                to_store = files_here * plan.written_bytes
+            else:
+                busiest = -(-len(plan.parts) // workers) * elements / len(plan.parts)
+                to_files = written
+        fetched_bytes += fetched
+        on_network = (fetched, to_store) if cluster.disk else (fetched + from_files, to_store + to_files)
+        disk_bytes = scratch + from_files + to_files if cluster.disk else 0.0
         sweeps.append(
             SweepEstimate(
                 name,
-                received,
-                sent,
+                *on_network,
                 disk_bytes,
                 busiest,
                 rates[name],
-                network_s=max(received, sent) / cluster.network,
+                network_s=max(on_network) / cluster.network,
                 disk_s=disk_bytes / cluster.disk if cluster.disk else 0.0,
                 arithmetic_s=busiest / rates[name],
             )
         )
-    passes = len(sweeps)
     return Estimate(
         cluster,
         worker_bytes,
-        per_node,
-        workers,
-        plan.chunks,
-        remote + local,
-        remote,
-        room,
-        in_memory,
-        on_disk,
-        again,
-        passes,
-        fetched_bytes=remote + (passes - 1) * again + copied_remote,
+        workers_per_node=per_node,
+        workers=workers,
+        chunks=plan.chunks,
+        files=len(plan.files),
+        input_bytes=remote + local,
+        remote_bytes=remote,
+        memory_room=room,
+        kept_in_memory=in_memory,
+        kept_on_disk=on_disk,
+        fetched_again=again,
+        fetched_bytes=fetched_bytes,
         written_bytes=written,
         sweeps=tuple(sweeps),
     )
