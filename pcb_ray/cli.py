@@ -460,7 +460,7 @@ def describe_cluster(found: Estimate) -> list[str]:
         how = [
             f"network {size(moved)} / {size(on.network)}/s = {_seconds(one.network_s)}" if moved else "",
             f"disk {size(one.disk_bytes)} / {size(on.disk)}/s = {_seconds(one.disk_s)}" if on.disk and one.disk_bytes else "",
-            f"arithmetic {one.busiest_elements / 1e6:.3g} M / {one.rate / 1e6:.3g} M/s = {_seconds(one.arithmetic_s)}",
+            f"arithmetic {_millions(one.busiest_elements)} / {_millions(one.rate)}/s = {_seconds(one.arithmetic_s)}",
         ]
         lines.append(f"{one.name:22} {_seconds(one.seconds):>8}  {one.bound_by:10}  {'; '.join(filter(None, how))}")
     return [
@@ -469,6 +469,10 @@ def describe_cluster(found: Estimate) -> list[str]:
         "",
         "Network and disk: bytes of a node. Arithmetic: elements of the busiest worker, by the rate of a core here, just measured.",
     ]
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} G"
 
 
 def _seconds(seconds: float) -> str:

@@ -7,8 +7,9 @@ what the driver adds, and making the output durable."""
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -186,8 +187,8 @@ def estimate(plan: Plan, cluster: Cluster, worker_bytes: int, rates: Mapping[str
     copied_remote = sum(t.nbytes for c in plan.copies for t in c.models or (c.source,) if is_remote(t.file)) / cluster.nodes
     copied_local = plan.copied_bytes / cluster.nodes - copied_remote
     repeated = sum(plan.tensors[one.tensor].numel for one in plan.again)
-    largest = max(file.size for file in plan.files) / plan.written_bytes
-    files_here = min(1.0, -(-len(plan.files) // cluster.nodes) * largest)
+    file_bytes = [file.size for file in plan.files]
+    of_worker, of_node = (_busiest_share(file_bytes, takers) for takers in (workers, cluster.nodes))
 
     sweeps: list[SweepEstimate] = []
     fetched_bytes = 0.0
@@ -200,9 +201,9 @@ def estimate(plan: Plan, cluster: Cluster, worker_bytes: int, rates: Mapping[str
         if name == "write":
             elements, from_files = plan.D + repeated, from_files + copied_local
             if remote:  # the output goes where the inputs lie, and a file there has one writer, who needs what other nodes keep
-                busiest = -(-len(plan.files) // workers) * largest * elements
-                fetched = files_here * (cluster.nodes * (remote + copied_remote) - in_memory - on_disk)
-                to_store = files_here * plan.written_bytes
+                busiest = of_worker * elements
+                fetched = of_node * (cluster.nodes * (remote + copied_remote) - in_memory - on_disk)
+                to_store = of_node * plan.written_bytes
             else:
                 busiest = -(-len(plan.parts) // workers) * elements / len(plan.parts)
                 to_files = written
@@ -238,3 +239,11 @@ def estimate(plan: Plan, cluster: Cluster, worker_bytes: int, rates: Mapping[str
         written_bytes=written,
         sweeps=tuple(sweeps),
     )
+
+
+def _busiest_share(sizes: Sequence[int], takers: int) -> float:
+    """The share of the whole that falls to one of so many, if the largest is always given to whoever has least."""
+    loads = [0] * min(takers, len(sizes))
+    for size in sorted(sizes, reverse=True):
+        heapq.heapreplace(loads, loads[0] + size)
+    return max(loads) / sum(sizes)
