@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any
 
+from pcb_ray.budget import CPU_BLOCK
 from pcb_ray.errors import RunError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, Checkpoint, Tensor
 from pcb_ray.files.room import MEMORY
@@ -64,7 +66,7 @@ def measured_rates(plan: Plan, block_elements: int) -> dict[str, float]:
             if (one := tensor.sources[source]) is not None:
                 elements[one.dtype] += one.numel
         dtypes.append(elements.most_common(1)[0][0] if elements else None)
-    model = _Model(plan.recipe, tuple(dtypes), block_elements)
+    model = _Model(plan.recipe, tuple(dtypes), min(block_elements, CPU_BLOCK))  # more only where a block is a whole tensor
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = min(cores, AT_ONCE)
     context = multiprocessing.get_context("spawn")
@@ -111,7 +113,8 @@ def _measure(model: _Model) -> dict[str, float]:
             yield from super().store(*arguments, **options)
             self.core_s.append(time.process_time() - start_s)
 
-    with tempfile.TemporaryDirectory(prefix="pcb-ray-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:
+    in_memory = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 3 * AT_ONCE * MODEL_BYTES  # containers have less
+    with tempfile.TemporaryDirectory(prefix="pcb-ray-", dir=MEMORY if in_memory else None) as folder:
         plan, store = _synthetic(model, Path(folder)), LocalStore()
         owners = Timed(plan, store, threads=1, block_elements=model.block_elements)
         elements, core_s = defaultdict[str, float](float), defaultdict[str, float](float)
@@ -137,7 +140,7 @@ def _synthetic(model: _Model, folder: Path) -> Plan:
     from pcb_ray.sources import DTYPES
 
     elements, generator = model.elements, torch.Generator().manual_seed(0)
-    tensors = max(1, elements // model.block_elements)
+    tensors = -(-elements // model.block_elements)  # none is larger than a block
     cuts = [elements // ROW * k // tensors for k in range(tensors + 1)]
     base_D = torch.randn(elements, generator=generator).mul_(0.02)
     opened = []

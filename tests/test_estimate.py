@@ -336,6 +336,14 @@ def test_rates_of_all_methods_are_measured(family: MakeFamily, method):
     assert all(rate > 0 for rate in rates.values())
 
 
+@pytest.mark.very_slow
+def test_rates_of_a_method_of_ones_own_that_sees_whole_tensors_are_measured(family: MakeFamily, tmp_path):
+    text = 'mean = Method("mean", lambda block, known, settings: block.theta + block.tau.mean(0), unit="tensor")'
+    (tmp_path / "mine.py").write_text(f"from pcb_ray.methods import Method\n{text}\n")
+    made, rates = rates_of(family, merge_method=f"{tmp_path / 'mine.py'}:mean", dtype="float16", exclude=["*norm*"])
+    assert list(rates) == [name for name, _ in sweeps_of(made)] == ["write"]
+
+
 # --- the command ------------------------------------------------------------------------------------------------------------------
 
 
