@@ -253,7 +253,7 @@ def check_unchanged(store: Store, before: Pins) -> list[str]:
         found = list(pool.map(look, before))
     for (path, stamp), now in zip(before.items(), found, strict=True):
         if isinstance(now, Stamp) and now.content == stamp.content:
-            touched += [path] if now != stamp else []
+            touched += [path] if now.changed_ns != stamp.changed_ns else []
         else:
             problems += changed(path, stamp, now).problems
     if problems:

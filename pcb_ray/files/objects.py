@@ -363,7 +363,8 @@ def _of_boto3() -> Any:
 
 def _stamp(meta: Mapping[str, Any]) -> Stamp:
     """What tells an object from what it may become: its ETag, or where a store has none its version or time."""
-    return Stamp(meta["size"], 0, 0, meta.get("e_tag") or meta.get("version") or str(meta.get("last_modified", "")))
+    modified = meta["last_modified"]
+    return Stamp(meta["size"], int(modified.timestamp()) * 10**9, 0, meta.get("e_tag") or meta.get("version") or str(modified))
 
 
 # ---------------------------------------------------------------------------------------------------- uploads

@@ -41,12 +41,12 @@ class Stamp(NamedTuple):
     changed_ns: int
     """When anything of it was last changed, its mode and its names too: nobody can set this time."""
     tag: str = ""
-    """What an object store calls this content (ETag); objects have no times."""
+    """What an object store calls this content (ETag)."""
 
     @property
     def content(self) -> tuple[int, int, str]:
         """What is another where the content is another."""
-        return self.size, self.modified_ns, self.tag
+        return self.size, 0 if self.tag else self.modified_ns, self.tag
 
 
 class Range(NamedTuple):

@@ -171,7 +171,7 @@ def write_side_files(folder: str | os.PathLike[str], files: Mapping[str, SideFil
 
     What makes a loader take a folder for a model comes last: the config, and the index after it."""
     digests = {}
-    for name in sorted(files, key=lambda name: (name.endswith(CONFIG), name.endswith(".index.json"))):
+    for name in sorted(files, key=lambda name: (name.endswith(".index.json"), os.path.basename(name) == CONFIG)):
         content, path, sha256 = files[name], os.path.join(folder, name), hashlib.sha256()
         try:
             size = _size_of(content, store)
