@@ -46,6 +46,7 @@ class _Model:
     dtypes: tuple[str | None, ...]
     """Of the base (None: it is not read) and the models: the one that most elements have."""
     block_elements: int
+    sample_stride: int
 
     @property
     def elements(self) -> int:
@@ -66,7 +67,8 @@ def measured_rates(plan: Plan, block_elements: int) -> dict[str, float]:
             if (one := tensor.sources[source]) is not None:
                 elements[one.dtype] += one.numel
         dtypes.append(elements.most_common(1)[0][0] if elements else None)
-    model = _Model(plan.recipe, tuple(dtypes), min(block_elements, CPU_BLOCK))  # more only where a block is a whole tensor
+    block = min(block_elements, CPU_BLOCK)  # more only where a block is a whole tensor
+    model = _Model(plan.recipe, tuple(dtypes), block, plan.sizes.sample_stride)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = min(cores, AT_ONCE)
     context = multiprocessing.get_context("spawn")
@@ -165,5 +167,5 @@ def _synthetic(model: _Model, folder: Path) -> Plan:
         sweep=None,
         storage={},
     )
-    sizes = Sizes(elements, sample_stride=16 * Sizes.sample_run, tally_entries=TALLY_ENTRIES)
+    sizes = Sizes(elements, sample_stride=model.sample_stride, tally_entries=TALLY_ENTRIES)
     return plan_of(recipe, Inputs(opened[0], tuple(opened[1:]), opened[0]), max_shard_bytes=1 << 62, sizes=sizes)
