@@ -28,12 +28,28 @@ UNITS = {
     "TIB": 1 << 40,
 }
 
-_SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}")
+_SECRET = re.compile(
+    r"""
+    (?P<kept> :// | :/ ) [^/@\s:]* : [^/@\s]* (?=@)                  # user and password in an address; Path makes one slash of two
+    | (?<=://) (?<!abfs://) (?<!abfss://) [^/@\s]+ (?=@)             # a user, or a token; not the container in abfs://CONTAINER@HOST
+    | \b hf_[A-Za-z0-9]{30,}                                        # a token of the Hub
+    | (?<=[?&]sig=) [^&\s'"]+                                       # of a signed address, as Azure makes them, or S3 and Google
+    | (?<=-(?i:signature)=) [^&\s'"]+
+    | (?<=TOKEN=|ECRET=|SWORD=|S_KEY=|I_KEY=|T_KEY=) [^\s$][^\s]{7,}  # NAME=value in a command
+    """,
+    flags=re.VERBOSE,
+)
+_SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|_KEY)$")
 
 
 def without_secrets(text: str) -> str:
-    """A text as it may stand in messages, logs and records: Hub tokens, and users and passwords in addresses, are blotted out."""
-    return _SECRET.sub("***", text)
+    """A text as it may stand in messages, logs and records. Blotted out are Hub tokens, users, passwords and signatures in
+    addresses, and what variables of this process's environment hold that are called a secret, token, password or key."""
+    text = _SECRET.sub(r"\g<kept>***", text)
+    for name, value in os.environ.items():
+        if len(value) >= 8 and value in text and _SECRET_VARIABLE.search(name):
+            text = text.replace(value, "***")
+    return text
 
 
 def shown(value: object) -> str:

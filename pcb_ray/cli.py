@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pcb_ray.budget import choose_block, worker_bytes
-from pcb_ray.checks import size_of
+from pcb_ray.checks import size_of, without_secrets
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.estimate import EXAMPLE, SHARE_OF_WORKERS, Cluster, Estimate, estimate
 from pcb_ray.methods import METHODS, Method, Parameter, names, variants_of
@@ -147,8 +147,8 @@ The command runs as a job on the cluster whose dashboard has this address, as it
 All options that are not listed here are those of the command (pcb-ray merge --help). OUT is an absolute path or a URI.
 
 The recipe is sent, with the files that it names by paths relative to its folder: evaluators and methods (and what these import from
-there), an evaluator's data, files named in its command. Less than 100 MB in all; models are never sent: name them by absolute
-paths that all nodes see, URIs or Hub ids.
+there), an evaluator's data, files named in its command; code outside of that folder only with --allow-code. The file of verify's
+--method is sent too. Less than 100 MB in all. Models are never sent: name them by absolute paths that all nodes see, URIs, Hub ids.
 
 When the connection drops, it is tried again for 10 minutes, and no line is lost or shown twice. Ctrl-C asks whether to stop the job
 or to leave it. Exit code: that of the command on the cluster (0 done, 1 failed, 2 the request or an input was wrong); 143 if the
@@ -315,8 +315,20 @@ def parser() -> argparse.ArgumentParser:
             "--memory", type=size, metavar="SIZE", help="bound on a worker's anonymous memory, torch included, such as 2GB"
         )
 
+    for one in plan, merge, search, sweep:
+        one.add_argument(
+            "--allow-code",
+            action="store_true",
+            help="run a method or evaluator that RECIPE names also if it is a module, or a file outside of RECIPE's folder",
+        )
+
     verify = command("verify", "Check a merged directory: all digests, and a sample of parts recomputed from the inputs.", "")
     verify.add_argument("out", metavar="OUT", help="a directory, or a prefix in an object store, that pcb-ray merge wrote")
+    verify.add_argument(
+        "--method",
+        metavar="FILE[:NAME]",
+        help="the code of a method of one's own, the same as merged: what OUT holds or names is not run",
+    )
     verify.add_argument("--sample", type=count, default=8, metavar="N", help="parts to recompute (default: 8)")
     for one in plan, merge, search, sweep, verify:
         one.add_argument("-v", "--verbose", action="store_true", help="explain what is done")
@@ -350,17 +362,19 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     options = parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("pcb_ray").setLevel(logging.INFO if getattr(options, "verbose", False) else logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         commands = {"plan": _plan, "merge": _merge, "search": _search, "sweep": _sweep, "verify": _verify, "submit": _submit}
         return commands[options.command](options)
     except RequestError as error:
-        print(f"pcb-ray: {error}", file=sys.stderr)
+        print(f"pcb-ray: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"pcb-ray: {error}", file=sys.stderr)
+        print(f"pcb-ray: {without_secrets(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -377,6 +391,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Formatter(logging.Formatter):
+    """The last net: what others' messages quote, with their tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -384,7 +405,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 def _plan(options: argparse.Namespace) -> int:
     from pcb_ray.planning import plan
 
-    made = plan(options.recipe, max_shard_bytes=options.max_shard_size)
+    made = plan(options.recipe, max_shard_bytes=options.max_shard_size, allow_code=options.allow_code)
     block = choose_block(made, "cpu", options.memory)
     memory = {"worker_bytes": worker_bytes(made, block), "block_elements": block}
     free = shutil.disk_usage(Path.cwd()).free
@@ -617,13 +638,13 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _shared(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("workers", "address", "memory", "resume", "overwrite")}
+    return {name: getattr(options, name) for name in ("workers", "address", "memory", "resume", "overwrite", "allow_code")}
 
 
 def _verify(options: argparse.Namespace) -> int:
     from pcb_ray.verifying import verify
 
-    found = verify(options.out, sample=options.sample)
+    found = verify(options.out, method=options.method, sample=options.sample)
     for problem in found.problems:
         print(f"pcb-ray: {problem}", file=sys.stderr)
     if found.ok:
@@ -641,4 +662,12 @@ def _submit(options: argparse.Namespace) -> int:
     out: str | None = of_job.out if "out" in of_job else None
     if options.words[0] == "merge":
         recipes, out = _recipes_and_out(of_job)
-    return submitting.run(options.words, recipes, out, options.include, options.address, wait=not options.no_wait)
+    method = of_job.method if "method" in of_job else None
+    code = [] if method is None else _files_of_code(method)
+    package = submitting.gather(recipes, options.include, code, allow_code="allow_code" in of_job and of_job.allow_code)
+    return submitting.run(options.words, package, out, options.address, wait=not options.no_wait)
+
+
+def _files_of_code(method: str) -> list[Path]:
+    """The file that --method names, if it is one of this machine."""
+    return [path for path in (Path(method), Path(method.rpartition(":")[0])) if path.is_file()][:1]

@@ -25,7 +25,9 @@ Point = Mapping[str, Any]
 """Values by the keys of a grid."""
 
 
-def points_of(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Recipe | RequestError]:
+def points_of(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], *, allow_code: bool = False
+) -> dict[str, Recipe | RequestError]:
     """The recipe of each point of a recipe's grid, or what is wrong with it, by `key=value,...` in the order of the keys. A recipe
     without a grid is its only point, and has an empty name.
 
@@ -34,15 +36,16 @@ def points_of(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> di
     if isinstance(recipe, Recipe):
         return {"": recipe}
     mapping, folder = (recipe, Path.cwd()) if isinstance(recipe, Mapping) else read_file(recipe)
+    allow_code = allow_code or isinstance(recipe, Mapping)  # the caller's own
     if not isinstance(mapping, Mapping) or mapping.get(GRID) is None:
-        return {"": Recipe.from_dict(mapping, folder)}
+        return {"": Recipe.from_dict(mapping, folder, allow_code=allow_code)}
     named = mapping.get("merge_method", Recipe.merge_method)
     axes = _axes(mapping[GRID], named)
     found: dict[str, Recipe | RequestError] = {}
     for point in _points(axes, named):
         name = ",".join(f"{key}={_text(value)}" for key, value in sorted(point.items()))
         try:
-            found[name] = Recipe.from_dict(_at(mapping, point), folder)
+            found[name] = Recipe.from_dict(_at(mapping, point), folder, allow_code=allow_code)
         except RequestError as error:
             found[name] = error
     return found

@@ -73,6 +73,7 @@ def merge_many(
     cache: int | None = None,
     scratch: str = "",
     scratch_bytes: int | None = None,
+    allow_code: bool = False,
     quiet: bool = False,
 ) -> dict[str, Merged]:
     """Merge each recipe into `into`/NAME (`into` is a folder, or a prefix in an object store), and each point of a recipe's grid
@@ -92,7 +93,7 @@ def merge_many(
     room = Room.for_a_run(cache, scratch, scratch_bytes)
     how = _How(into, max_shard_bytes, memory, device, workers, room, resume=resume, overwrite=overwrite, quiet=quiet)
     results, told = dict[str, Merged](), set[str]()
-    todo = _ordered(_opened(_recipes(recipes, results), how, results))
+    todo = _ordered(_opened(_recipes(recipes, allow_code, results), how, results))
     _check_room(todo, into)
     with _begun(todo, how, results) as begun:
         _tell(results, told)
@@ -142,7 +143,9 @@ def _tell(results: Mapping[str, Merged], told: set[str]) -> None:
     told |= set(results)
 
 
-def _recipes(recipes: Mapping[str, Asked] | Sequence[str | os.PathLike[str]], results: dict[str, Merged]) -> dict[str, Recipe]:
+def _recipes(
+    recipes: Mapping[str, Asked] | Sequence[str | os.PathLike[str]], allow_code: bool, results: dict[str, Merged]
+) -> dict[str, Recipe]:
     """All recipes by name, in sorted order; those that are wrong are among the results."""
     named = list(recipes.items()) if isinstance(recipes, Mapping) else [(Path(one).stem, one) for one in recipes]
     names = [name for name, _ in named]
@@ -156,7 +159,7 @@ def _recipes(recipes: Mapping[str, Asked] | Sequence[str | os.PathLike[str]], re
     found: dict[str, Recipe] = {}
     for name, asked in sorted(named, key=lambda one: one[0]):
         try:
-            for point, recipe in sorted(points_of(asked).items()):
+            for point, recipe in sorted(points_of(asked, allow_code=allow_code).items()):
                 full = f"{name}/{point}" if point else name
                 if isinstance(recipe, RequestError):
                     results[full] = Merged(failure=recipe)

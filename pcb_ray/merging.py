@@ -48,6 +48,7 @@ def merge(
     cache: int | None = None,
     scratch: str = "",
     scratch_bytes: int | None = None,
+    allow_code: bool = False,
     quiet: bool = False,
 ) -> Receipt:
     """Merge the recipe's models into `out` on Ray, a directory or a prefix in an object store (`s3://bucket/merged`), and return
@@ -60,10 +61,13 @@ def merge(
     What is fetched from object stores each node keeps for later sweeps: in `cache` bytes of memory (None: half of what is free),
     then in at most `scratch_bytes` of the folder `scratch`, if one is named.
 
+    A method of one's own that a recipe's file names is run if it is a file in or below the recipe's folder; with `allow_code` it
+    may lie anywhere, or be a module. What a mapping or a Recipe names is the caller's own.
+
     Raises RequestError if the request or an input is wrong (before anything is written), RunError if the run can't be finished.
     """
     start = time.monotonic()
-    recipe = Recipe.of(recipe)
+    recipe = Recipe.of(recipe, allow_code=allow_code)
     place = place_of(out, recipe.storage, overwrite=overwrite)
     check_cluster(address)
     before = merged_before(recipe, place, max_shard_bytes) if resume else ()
@@ -142,6 +146,8 @@ def merged_before(recipe: Recipe, place: Place, max_shard_bytes: int) -> Receipt
         found = list(error.problems)
     if found:
         return tuple(f"--resume: {out} is not this very merge: {one}" for one in found)
+    if place.is_left_over:
+        place.tidy()
     log.warning("%s: is this very merge already, and nothing was done", out)
     return receipt
 

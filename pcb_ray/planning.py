@@ -541,13 +541,18 @@ def _opened(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Inputs:
     return dataclasses.replace(inputs, notes=tuple(notes), problems=tuple(wrong))
 
 
-def plan(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+def plan(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    allow_code: bool = False,
+) -> Plan:
     """The plan of a recipe (or of its file, or of the dictionary that such a file holds), from headers, and a sample of models that
-    lie on disk.
+    lie on disk. `allow_code` is as in `merge`.
 
     Raises RequestError with everything that is wrong with the inputs.
     """
-    recipe = Recipe.of(recipe)
+    recipe = Recipe.of(recipe, allow_code=allow_code)
     inputs = open_inputs(recipe)
     made = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
     return made if inputs.on_hub else related(made, open_store(storage=recipe.storage))

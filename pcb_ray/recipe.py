@@ -114,6 +114,9 @@ class Recipe:
     """Relative paths are resolved against it."""
     code: UserCode | None = field(default=None, repr=False)
     """Of a method of the user's own, as it was read when the recipe was made."""
+    allow_code: bool = field(default=True, repr=False, compare=False)
+    """Whether code may be run that is no file in or below `folder`. Recipes that Python code makes may name what it likes; those
+    that are read from YAML may not, unless whoever reads them says so."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What a mergekit user should know, to be printed before the run."""
 
@@ -121,7 +124,7 @@ class Recipe:
         problems: list[str] = []
         notes = list(self.notes)
         folder = Path(self.folder)
-        name, code, variants = _methods(self.merge_method, self.code, folder, problems)
+        name, code, variants = _methods(self.merge_method, self.code, folder, self.allow_code, problems)
         given: object = self.parameters
         by_tensor = self.lambda_by_tensor
         if next(iter(variants.values())).scale:
@@ -166,7 +169,7 @@ class Recipe:
         if method.normalize.unasked and not method.variant and any(value != 1.0 for model in models for _, value in model.weight):
             notes.append(method.normalize.unasked)
         if code is not None:
-            notes.append(f"merge_method runs code of {code.file} (sha256 {code.sha256[:12]}...).")
+            notes.append(f"merge_method runs {code.told}.")
         object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
 
     def __hash__(self) -> int:
@@ -176,7 +179,7 @@ class Recipe:
     def method(self) -> Method:
         """The record of the method."""
         if self.code is not None:
-            return methods.own_method(self.code, self.folder)
+            return methods.own_method(self.code)
         return methods.variants_of(self.merge_method)[self.parameters.get("variant", "")]
 
     def with_parameters(self, changes: Mapping[str, Any]) -> Recipe:
@@ -188,25 +191,36 @@ class Recipe:
         return dataclasses.replace(self, models=models, parameters={**self.parameters, **changes}, lambda_by_tensor=by_tensor)
 
     @classmethod
-    def of(cls, recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:
+    def of(cls, recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], *, allow_code: bool = False) -> Recipe:
         """A recipe from its file, from the dictionary that such a file holds, or as it is. Raises RequestError."""
         if isinstance(recipe, Recipe):
-            return recipe
-        return cls.from_dict(recipe, os.getcwd()) if isinstance(recipe, Mapping) else cls.from_file(recipe)
+            return dataclasses.replace(recipe, allow_code=True) if allow_code and not recipe.allow_code else recipe
+        return cls.from_dict(recipe, os.getcwd()) if isinstance(recipe, Mapping) else cls.from_file(recipe, allow_code=allow_code)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> Recipe:
-        """The recipe in the file; relative paths in it are resolved against its folder. Raises RequestError."""
-        return cls.from_dict(*read_file(path))
+    def from_file(cls, path: str | os.PathLike[str], *, allow_code: bool = False) -> Recipe:
+        """The recipe in the file; relative paths in it are resolved against its folder. Code of the user's own must be a file in or
+        below that folder, unless `allow_code`. Raises RequestError."""
+        mapping, folder = read_file(path)
+        return cls.from_dict(mapping, folder, allow_code=allow_code)
 
     @classmethod
-    def from_yaml(cls, text: str | bytes, folder: str | os.PathLike[str] = ".") -> Recipe:
-        """The recipe in the text: one YAML document of at most 512 KiB, without aliases and tags. Raises RequestError."""
-        return cls.from_dict(read_yaml(text), folder)
+    def from_yaml(cls, text: str | bytes, folder: str | os.PathLike[str] = ".", *, allow_code: bool = False) -> Recipe:
+        """The recipe in the text, as in a file in `folder`: one YAML document of at most 512 KiB, without aliases and tags. Raises
+        RequestError."""
+        return cls.from_dict(read_yaml(text), folder, allow_code=allow_code)
 
     @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any], folder: str | os.PathLike[str] = ".") -> Recipe:
-        """The recipe in a mapping of the YAML file's layout. Raises RequestError."""
+    def from_dict(
+        cls,
+        mapping: Mapping[str, Any],
+        folder: str | os.PathLike[str] = ".",
+        *,
+        allow_code: bool = True,
+        code: UserCode | None = None,
+    ) -> Recipe:
+        """The recipe in a mapping of the YAML file's layout. `code` is that of its method, if it has been read already. Raises
+        RequestError."""
         # Here only keys and sections are looked at, and what they mean in mergekit: the constructor checks the values.
         if not isinstance(mapping, Mapping):
             raise RequestError(wrong("recipe", "`key: value` lines", mapping, "start with `merge_method: pcb`"))
@@ -237,7 +251,7 @@ class Recipe:
             notes.append(_INT8_MASK)
         named = top.get("merge_method", cls.merge_method)
         if normalize is not None:
-            _, _, variants = _methods(named, None, Path(folder), [])
+            _, _, variants = _methods(named, code, Path(folder), allow_code, [])
             _normalize(normalize, next(iter(variants.values())), parameters, problems, notes)
         notes += _unasked(named, parameters, models)
         if "dtype" in top and top.get("out_dtype", top["dtype"]) != top["dtype"]:
@@ -248,6 +262,8 @@ class Recipe:
             "models": models,
             "dtype": top.get("out_dtype", top.get("dtype")),
             "folder": Path(folder),
+            "code": code,
+            "allow_code": allow_code,
             "notes": tuple(notes),
         }
         try:
@@ -362,7 +378,7 @@ _UNREAD_METHOD = dataclasses.replace(_ANY_METHOD)  # of the user's own: nobody k
 
 
 def _methods(
-    raw: object, code: UserCode | None, folder: Path, problems: list[str]
+    raw: object, code: UserCode | None, folder: Path, allow_code: bool, problems: list[str]
 ) -> tuple[str, UserCode | None, dict[str, Method]]:
     """The name of a method, the code of one of the user's own, and the records by variant."""
     if not names_code(raw):
@@ -371,8 +387,8 @@ def _methods(
     name = str(raw)
     try:
         if code is None or code.name != name:
-            code = read_code(name, folder, "merge_method")
-        return name, code, {"": methods.own_method(code, folder)}
+            code = read_code(name, folder, "merge_method", allow_code=allow_code)
+        return name, code, {"": methods.own_method(code)}
     except RequestError as error:
         problems += error.problems
         return name, None, {"": _UNREAD_METHOD}

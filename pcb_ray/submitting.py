@@ -29,7 +29,7 @@ from pcb_ray.checks import shown, without_secrets
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import read_yaml, sources_in
-from pcb_ray.user_code import names_code
+from pcb_ray.user_code import check_below, names_code
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 MOST_BYTES = 10**8  # Ray takes 100 MiB, with what an archive adds
@@ -70,15 +70,21 @@ class Package(NamedTuple):
         return stream.getvalue()
 
 
-def gather(recipes: Sequence[Path], include: Sequence[Path] = ()) -> Package:
-    """The recipes, with all that they name by paths relative to their folders and that is a file, and what else is to be included:
-    their places to each other stay. Folders are included with all files below them.
+def gather(
+    recipes: Sequence[Path], include: Sequence[Path] = (), code: Sequence[Path] = (), *, allow_code: bool = False
+) -> Package:
+    """The recipes, with all that they name by paths relative to their folders and that is a file; Python files that the command
+    names, with what they import from beside them; and what else is to be included. Their places to each other stay. Folders are
+    included with all files below them.
 
-    Raises RequestError with all that can't be sent: models, files that aren't there, more than Ray takes."""
+    Raises RequestError with all that can't be sent: models, files that aren't there, code outside of a recipe's folder unless
+    `allow_code`, more than Ray takes."""
     problems: list[str] = []
     found: dict[Path, None] = {}
     for recipe in recipes:
-        found |= dict.fromkeys(_named_by(recipe, problems))
+        found |= dict.fromkeys(_named_by(recipe, allow_code, problems))
+    for file in code:
+        found |= dict.fromkeys(_with_imports([file], file.parent))
     for path in include:
         inside = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
         found |= dict.fromkeys(inside)
@@ -108,10 +114,11 @@ def gather(recipes: Sequence[Path], include: Sequence[Path] = ()) -> Package:
             f"{shown(odd[0])}: wanted a name that Ray unpacks on every system, found one with a backslash, a drive or "
             "a character that can't be seen. Fix: rename it."
         )
-    return Package({name: path for path, name in in_job.items()}, {r: in_job[Path(os.path.abspath(r))] for r in recipes})
+    named = {path: in_job[Path(os.path.abspath(path))] for path in (*recipes, *code)}
+    return Package({name: path for path, name in in_job.items()}, named)
 
 
-def _named_by(recipe: Path, problems: list[str]) -> Iterator[Path]:
+def _named_by(recipe: Path, allow_code: bool, problems: list[str]) -> Iterator[Path]:
     """The recipe and the files that it names."""
     try:
         if not recipe.is_file():  # a pipe would be waited for
@@ -143,16 +150,20 @@ def _named_by(recipe: Path, problems: list[str]) -> Iterator[Path]:
     search = mapping.get("search")
     evaluator = search.get("evaluator") if isinstance(search, Mapping) else None
     named = dict(evaluator) if isinstance(evaluator, Mapping) else {evaluator: None}
-    files = [*_code(mapping.get("merge_method"), "merge_method", folder, problems)]
+    grid = mapping.get("grid")
+    of_grid = grid.get("method") if isinstance(grid, Mapping) else None
+    files: list[Path] = []
+    for method in (mapping.get("merge_method"), *(of_grid if isinstance(of_grid, list | tuple) else ())):
+        files += _code(method, "merge_method", folder, allow_code, problems)
     for name, options in named.items():
-        files += _code(name, "search.evaluator", folder, problems)
+        files += _code(name, "search.evaluator", folder, allow_code, problems)
         files += _data(options, folder)
     yield from _with_imports(files, folder)
 
 
-def _code(name: object, place: str, folder: Path, problems: list[str]) -> list[Path]:
+def _code(name: object, place: str, folder: Path, allow_code: bool, problems: list[str]) -> list[Path]:
     """The files that `file.py:object` or `module:object` names, if they lie beside the recipe."""
-    if not isinstance(name, str) or not names_code(name):
+    if not names_code(name):
         return []
     source = name.rpartition(":")[0]
     if not source.endswith(".py"):
@@ -164,6 +175,11 @@ def _code(name: object, place: str, folder: Path, problems: list[str]) -> list[P
             f"{place}: wanted a file, found none at {folder / source}. Fix: check the path; it is relative to the recipe."
         )
         return []
+    if not allow_code:
+        try:
+            check_below(source, folder, place)
+        except RequestError as error:
+            problems += error.problems
     return [folder / source]
 
 
@@ -253,7 +269,15 @@ def command_line(words: Sequence[str], names: Mapping[Path, str], out: object = 
             "Fix: give an absolute path on storage that the cluster sees and that lasts."
         )
     in_job = {path: f"./{name}" if name.startswith("-") else name for path, name in names.items()}
-    return shlex.join(["pcb-ray", *(in_job.get(Path(word), word) for word in words)])
+
+    def there(word: str) -> str:
+        if Path(word) in in_job:
+            return in_job[Path(word)]
+        option, equals, value = word.rpartition("=")  # --method=FILE:NAME
+        file, colon, name = value.partition(":")
+        return f"{option}{equals}{in_job[Path(file)]}{colon}{name}" if Path(file) in in_job else word
+
+    return shlex.join(["pcb-ray", *map(there, words)])
 
 
 # ------------------------------------------------------------------------------------------------ the cluster
@@ -472,13 +496,11 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM: nobody is to be asked."""
 
 
-def run(
-    words: Sequence[str], recipes: Sequence[Path], out: object, include: Sequence[Path], address: str | None, wait: bool
-) -> int:
-    """Run `pcb-ray` with these words as a job, and follow it; the job's exit code, or 0 once it is submitted without `wait`.
+def run(words: Sequence[str], package: Package, out: object, address: str | None, wait: bool) -> int:
+    """Run `pcb-ray` with these words as a job that gets the package, and follow it; the job's exit code, or 0 once it is submitted
+    without `wait`.
 
     Raises RequestError and RunError before there is a job, or when it is lost."""
-    package = gather(recipes, include)
     entrypoint = command_line(words, package.names, out)
     job = f"pcb-ray-{words[0]}-{secrets.token_hex(4)}"
     try:

@@ -6,12 +6,14 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 import socket
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
+from pcb_ray.checks import shown
 from pcb_ray.errors import RequestError, with_place
 
 
@@ -24,43 +26,79 @@ class UserCode(NamedTuple):
     text: str
     """Empty for a module, which each machine imports by itself."""
     sha256: str
+    folder: str
+    """Of the recipe: what lies there can be imported."""
+
+    @property
+    def told(self) -> str:
+        return f"code of {self.file} (sha256 {self.sha256})"
 
     @property
     def is_file(self) -> bool:
         return self.name.rpartition(":")[0].endswith(".py")
 
 
-def names_code(name: object) -> bool:
+def names_code(name: object) -> TypeGuard[str]:
     """Whether a name in a recipe is that of an object in the user's code."""
     return isinstance(name, str) and ":" in name
 
 
-def read_code(name: str, folder: Path, where: str) -> UserCode:
-    """The code that defines `name`, not run yet; `where` is the place in the recipe. Raises RequestError."""
+def check_allowed(name: str, folder: Path, where: str) -> None:
+    """Raises RequestError for code that is no file in or below the folder. A module is none, since it may lie anywhere."""
     source = name.rpartition(":")[0]
+    if source.endswith(".py"):
+        check_below(source, folder, where)
+    else:
+        _refuse(f"the module {shown(source)}", folder, where)
+
+
+def check_below(path: str, folder: Path, where: str) -> None:
+    """Raises RequestError for a path that leads out of the folder, by links too."""
+    found = os.path.realpath(folder / os.path.expanduser(path))
+    if not Path(found).is_relative_to(os.path.realpath(folder)):
+        _refuse(found, folder, where)
+
+
+def _refuse(found: str, folder: Path, where: str) -> NoReturn:
+    raise RequestError(
+        f"{where}: wanted code in a file in or below the recipe's folder {folder.absolute()}, which is run without asking, found "
+        f"{found}. Fix: read that code, and if it is to be run, give --allow-code (allow_code=True in Python)."
+    )
+
+
+def read_code(name: str, folder: Path, where: str, *, allow_code: bool) -> UserCode:
+    """The code that defines `name`, not run yet; `where` is the place in the recipe, whose folder is `folder`.
+
+    Unless `allow_code`, it must be a file in or below that folder. Raises RequestError."""
+    source = name.rpartition(":")[0]
+    beside = str(folder.absolute())
     try:
+        if not allow_code:
+            check_allowed(name, folder, where)
         if source.endswith(".py"):
             path = (folder / Path(source).expanduser()).absolute()
-            text = path.read_text(encoding="utf-8")
-            return UserCode(name, str(path), text, hashlib.sha256(text.encode()).hexdigest())
-        _find_beside(folder)
+            content = path.read_bytes()
+            return UserCode(name, str(path), content.decode("utf-8"), hashlib.sha256(content).hexdigest(), beside)
+        _find_beside(beside)
         found = importlib.util.find_spec(source)
         if found is None or found.origin is None:
             raise ModuleNotFoundError(f"no module named {source!r}")
-        return UserCode(name, found.origin, "", hashlib.sha256(Path(found.origin).read_bytes()).hexdigest())
+        return UserCode(name, found.origin, "", hashlib.sha256(Path(found.origin).read_bytes()).hexdigest(), beside)
+    except RequestError:
+        raise
     except Exception as error:
         # To find a module Python runs the packages around it, which may raise anything.
         reason = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else with_place(error)
-        fix = "write file.py:object with a path relative to the recipe, or module:object of a module that can be imported"
+        fix = f"write file.py:object with a path relative to {beside}, or module:object of a module that can be imported"
         raise RequestError(f"{where}: wanted code that can be read, found {name}: {reason}. Fix: {fix}.") from None
 
 
-def load_object(code: UserCode, folder: Path, where: str) -> Any:
+def load_object(code: UserCode, where: str) -> Any:
     """Run the code, once in this process, and return the object that it names. Raises RequestError with what it raised and
     where."""
     attribute = code.name.rpartition(":")[2]
     try:
-        _find_beside(folder)
+        _find_beside(code.folder)
         found: Any = _module_of(code) if code.is_file else _imported(code, where)
     except RequestError:
         raise
@@ -81,10 +119,10 @@ _imports: dict[str, str] = {}
 """The digests of the modules that were imported here, as they were then."""
 
 
-def _find_beside(folder: Path) -> None:
+def _find_beside(folder: str) -> None:
     """What lies beside the recipe can be imported, as what lies in the folder that `python` runs in."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def _imported(code: UserCode, where: str) -> ModuleType:

@@ -211,6 +211,8 @@ def test_a_run_that_was_killed_after_its_output_had_its_name_is_done(case):
     state_of(out).mkdir()
     (state_of(out) / "state.json").write_text("{}")
     assert merge(family.recipe(), out) == Receipt.of(out)
-    (state_of(out) / "out").mkdir()  # there is work of another run, which is to replace it
+    assert not state_of(out).exists()
+    (state_of(out) / "out").mkdir(parents=True)
+    (state_of(out) / "state.json").write_text("{}")  # there is work of another run, which is to replace it
     with pytest.raises(RequestError, match="the unfinished run goes on"):
         merge(family.recipe(), out)

@@ -211,7 +211,7 @@ def test_a_plan_announces_the_search_of_its_recipe(family, capsys):
     assert found["basis_bytes"] > entries * 12 + entries * 8, "of `paper` and `pairwise`, at the largest density"
     wrong = one.recipe_file("wrong.yaml", search=search | {"evaluator": "none.py:X", "budget": 40})
     assert main(["plan", str(wrong)]) == 2
-    assert "none.py. Fix: check the path" in capsys.readouterr().err
+    assert "search.evaluator: wanted code that can be read, found none.py:X: No such file" in capsys.readouterr().err
 
 
 def test_a_plan_refuses_a_search_by_a_method_that_does_not_say_it_is_linear(family, capsys):

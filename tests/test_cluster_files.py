@@ -424,6 +424,32 @@ def test_no_file_here_holds_a_secret_or_opens_a_dashboard():
             assert not re.search(r"dashboard-host[= ]+0\.0\.0\.0", text), path
 
 
+# What tells Ray to want a token, in each file that starts one or makes what starts one.
+TOKENS = {
+    "Dockerfile": "RAY_AUTH_MODE=token",
+    "aws.yaml": "--env RAY_AUTH_MODE=token",
+    "local.sh": "export RAY_TMPDIR=$folder RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token",
+    "rayjob.yaml": "mode: token",
+    "slurm.sh": "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN",
+}
+
+
+def test_every_file_that_starts_ray_wants_a_token_and_keeps_the_dashboard_on_loopback():
+    starts = re.compile(r"\bray (start|symmetric-run)\b|RayJob|rayVersion|^FROM ", flags=re.MULTILINE)
+    code = {
+        path.name: "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))
+        for path in CLUSTER.iterdir()
+        if path.suffix in (".sh", ".yaml") or path.name == "Dockerfile"
+    }
+    assert {name for name, text in code.items() if starts.search(text)} == set(TOKENS)
+    for name, text in code.items():
+        assert TOKENS.get(name, "") in text, name
+        assert not re.search(r"RAY_AUTH_MODE[=: ]+[\"']?(?!token)\w", text), name
+        hosts = re.findall(r"dashboard-host[\"']?[=: ]+[\"']?([\w.:*]+)", text)
+        assert set(hosts) <= {"127.0.0.1"}, name
+    assert "serviceType: ClusterIP" in code["rayjob.yaml"]
+
+
 @pytest.mark.parametrize("script", sorted(CLUSTER.glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_bash_and_say_how_they_are_called(script):
     subprocess.run(["bash", "-n", script], check=True)

@@ -33,9 +33,10 @@ from pcb_ray.errors import with_place
 from pcb_ray.files.checkpoint import open_checkpoint
 from pcb_ray.planning import plan
 from pcb_ray.searching.evaluators import check_splits, make_evaluator, match, module_of
-from pcb_ray.searching.request import Search, Space
+from pcb_ray.searching.request import BUILT_IN, Search, Space
 from pcb_ray.searching.run import _make_model_dir
 from pcb_ray.searching.scorer import Arm, Job, Scorer
+from pcb_ray.user_code import read_code
 
 EVALUATORS = Path(__file__).parent / "evaluators_of_tests.py"
 TOKEN = "hf_" + 34 * "x"
@@ -68,7 +69,14 @@ def job_of(family: Family, evaluator: Any, metric: str = "near") -> Job:
     made = plan(recipe)
     search = Search.of(recipe, has_evaluator=False)
     arm = Arm(made, "nowhere", {})
-    return Job(search, Space.of(search, made.recipe, made), {"pairwise": arm}, str(family.folder / "base"), str(family.folder))
+    own = search.evaluator not in BUILT_IN
+    code = read_code(search.evaluator, family.folder, "search.evaluator", allow_code=True) if own else None
+    space = Space.of(search, made.recipe, made)
+    return Job(search, space, {"pairwise": arm}, str(family.folder / "base"), str(family.folder), code=code)
+
+
+def made_of(name: str, folder: Path) -> Any:
+    return make_evaluator(name, {}, folder, read_code(name, folder, "search.evaluator", allow_code=True))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +85,7 @@ def job_of(family: Family, evaluator: Any, metric: str = "near") -> Job:
         ("Lacking", False, "Lacking lacks score"),
         ("not_an_evaluator", False, "lacks load and score"),
         ("not_an_evaluator", True, "wanted no options for the object"),
-        ("Nearest", True, "has no attribute 'Nearest'"),
+        ("Nearest", True, "wanted 'Nearest' in it, found no such name"),
         ("Near", False, "missing a required argument: 'target'"),
         ("WrongModule", True, "wanted a module with the 11 merged tensors, found one without 11 of them"),
         ("NoModule", True, "wanted a torch.nn.Module from load(), found str"),
@@ -97,18 +105,18 @@ def test_a_wrong_evaluator_is_refused_with_a_fix(family, name, options, complain
 
 @pytest.mark.parametrize(
     ("name", "complaint"),
-    [("nowhere.py:X", "no such file"), ("no_such_module:X", "ModuleNotFoundError"), ("broken.py:X", "ZeroDivisionError")],
+    [("nowhere.py:X", "No such file"), ("no_such_module:X", "ModuleNotFoundError"), ("broken.py:X", "ZeroDivisionError")],
 )
 def test_an_evaluator_that_cant_be_loaded_is_named_with_what_happened(tmp_path, name, complaint):
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    with pytest.raises(RequestError, match=complaint):
-        make_evaluator(name, {}, tmp_path)
+    with pytest.raises(RequestError, match=rf"search.evaluator: .*{complaint}.* Fix: "):
+        made_of(name, tmp_path)
 
 
 def test_a_module_beside_the_recipe_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", ["/usr/lib"])
     (tmp_path / "beside_the_recipe.py").write_text("class E:\n    def load(self, d): ...\n    def score(self, s): ...\n")
-    assert make_evaluator("beside_the_recipe:E", {}, tmp_path).__class__.__name__ == "E"
+    assert made_of("beside_the_recipe:E", tmp_path).__class__.__name__ == "E"
 
 
 def test_a_model_is_scored_by_its_merged_tensors_and_the_base_comes_back(family):

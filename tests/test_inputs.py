@@ -122,7 +122,7 @@ def test_an_input_that_is_edited_during_the_trials_makes_no_output_and_costs_no_
     options = {"target": str(family.folder / "model0" / "model.safetensors"), "path": str(edited), "hidden": hidden}
     search = {"evaluator": {f"{EVALUATORS}:Edits": options}, "metric": "near", "budget": 8, "population": 8, "concurrency": 1}
     recipe = family.recipe_file(search=search, sweep={"lambda": [0.5, 1.0]})
-    run = pcb_ray(command, recipe, out, "--address", ray_address(), "--workers", 1)
+    run = pcb_ray(command, recipe, out, "--allow-code", "--address", ray_address(), "--workers", 1)
     assert run.process.returncode == 2, run.text
     assert "model1" in run.text
     assert told in run.text

@@ -398,7 +398,7 @@ def test_recipes_and_options_of_the_command_line_are_those_of_the_function(tmp_p
     asked: dict[str, Any] = {}
     monkeypatch.setattr(many, "merge_many", lambda *given, **options: asked.update(options, given=given) or {})
     cli.main(["merge", "a.yaml", "b.yaml", "--into", str(tmp_path), "--resume", "--memory", "2GB", "--workers", "3"])
-    assert asked["given"] == ([Path("a.yaml"), Path("b.yaml")], tmp_path)
+    assert asked["given"] == ([Path("a.yaml"), Path("b.yaml")], str(tmp_path))
     assert asked["resume"] is True
     assert (asked["memory"], asked["workers"], asked["overwrite"]) == (2 * 10**9, 3, False)
 

@@ -603,7 +603,7 @@ def test_a_method_can_be_an_object_of_a_module(grid: Family, tmp_path: Path) -> 
     with pytest.raises(
         RequestError, match=r"pack.own_methods:Mine.best: wanted a module with sha256 0{64}, .* on node .*Fix: install the"
     ):
-        own_method(elsewhere, recipe.folder)
+        own_method(elsewhere)
 
 
 def test_a_package_that_can_not_be_run_is_told_with_its_line(tmp_path: Path) -> None:
@@ -759,20 +759,17 @@ def test_the_example_gives_the_same_bytes_on_any_number_of_workers_and_is_verifi
         assert receipt["code_sha256"] == hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()
     assert digests(tmp_path / "out1") == digests(tmp_path / "out3")
 
-    assert pcb_ray("verify", out).process.returncode == 0
     code = tmp_path / "recipes" / EXAMPLE.name
-    code.write_text(EXAMPLE.read_text() + "\n# changed\n")
-    run = pcb_ray("verify", out)
-    assert run.process.returncode == 1, run.text
-    assert re.search(r"trimmed_mean.py:trimmed_mean: wanted the code that merged, with sha256 \w{64}, found \w{64}", run.text)
-    code.write_text("trimmed_mean = 3\n")  # no method at all any more
-    run = pcb_ray("verify", out)
-    assert run.process.returncode == 2, run.text
-    assert "wanted a pcb_ray.methods.Method, found" in run.text
+    assert pcb_ray("verify", out, "--method", code).process.returncode == 0
+    for text in (EXAMPLE.read_text() + "\n# changed\n", "trimmed_mean = 3\n"):
+        code.write_text(text)
+        run = pcb_ray("verify", out, "--method", code)
+        assert run.process.returncode == 2, run.text
+        assert re.search(r"trimmed_mean.py: wanted the code that merged .*, with sha256 \w{64}, found \w{64}", run.text)
     code.unlink()
-    run = pcb_ray("verify", out)
+    run = pcb_ray("verify", out, "--method", code)
     assert run.process.returncode == 2
-    assert re.search(r"merge_method: wanted code that can be read, found .*trimmed_mean.py.*No such file.*Fix: ", run.text)
+    assert re.search(r"--method: wanted code that can be read, found .*trimmed_mean.py.*No such file.*Fix: ", run.text)
 
 
 @pytest.mark.very_slow
@@ -799,7 +796,7 @@ def test_a_killed_merge_by_the_example_goes_on_with_the_same_code_alone(large: F
     assert run.process.returncode == 0, run.text
     assert "ranks of" not in run.text, "what was found is not looked for again"
     assert (out / "model.safetensors").read_bytes() == expected
-    assert package.verify(out, quiet=True).ok
+    assert package.verify(out, method=EXAMPLE, quiet=True).ok
 
 
 @on_ray
@@ -818,21 +815,21 @@ def test_what_the_code_raises_on_a_worker_is_told_with_its_line(small: Family, t
 def test_a_search_by_the_example_scores_what_it_merges(small: Family, tmp_path: Path) -> None:
     space = {"lambda": {"lower": 0.5, "upper": 1.5}}
     recipe = with_example(small, tmp_path / "recipes", search=search_of(small) | {"space": space})
-    found = package.search(recipe, tmp_path / "out", workers=1, quiet=True)
+    found = package.search(recipe, tmp_path / "out", allow_code=True, workers=1, quiet=True)
     merged = families.load(tmp_path / "out")
     assert near_of(merged, small) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
     assert found.scores["winner"]["val"]["near"] > found.scores["start"]["val"]["near"]
-    package.merge(tmp_path / "out" / "best_recipe.yaml", tmp_path / "again", workers=1, quiet=True)
+    package.merge(tmp_path / "out" / "best_recipe.yaml", tmp_path / "again", allow_code=True, workers=1, quiet=True)
     again = (tmp_path / "again" / "model.safetensors").read_bytes()
     assert again == (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert package.verify(tmp_path / "out", quiet=True).ok
+    assert package.verify(tmp_path / "out", method=EXAMPLE, quiet=True).ok
 
 
 @pytest.mark.very_slow
 @on_ray
 def test_a_sweep_by_the_example_scores_the_merges_of_its_grid(small: Family, tmp_path: Path) -> None:
     recipe = with_example(small, tmp_path / "recipes", search=search_of(small), sweep={"lambda": [0.7, 1.0, 1.3]})
-    found = package.sweep(recipe, tmp_path / "out", workers=1, quiet=True)
+    found = package.sweep(recipe, tmp_path / "out", allow_code=True, workers=1, quiet=True)
     assert len(found.records) == 3
     for row in found.records:
         lambda_ = row["config"]["lambda"]
@@ -849,7 +846,7 @@ def test_a_method_that_is_not_linear_as_it_says_is_not_searched(what: Any, small
         match=r"merge_method: wanted trimmed_mean.py:trimmed_mean linear in the weights, as "
         r"its record says, found .*Fix: set `linear=False`",
     ):
-        what(recipe, tmp_path / "out", workers=1, quiet=True)
+        what(recipe, tmp_path / "out", allow_code=True, workers=1, quiet=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -300,6 +300,11 @@ def trimmed(noise: str = "1.0", tolerance: float = 0.0) -> str:
     return TRIMMED.replace("NOISE", noise).replace("TOLERANCE", str(tolerance))
 
 
+def own_beside(out: Path) -> Path:
+    """The code that made the output."""
+    return out.parent / "own.py"
+
+
 @pytest.fixture
 def own_output(tmp_path: Path) -> Callable[[str], Path]:
     """Makes an output of the method in this text."""
@@ -315,22 +320,25 @@ def own_output(tmp_path: Path) -> Callable[[str], Path]:
 
 def test_an_output_is_right_until_the_code_or_the_file_is_another(own_output: Callable[[str], Path], tmp_path: Path) -> None:
     out = own_output(trimmed())
-    assert verify(out, quiet=True).problems == ()
+    own = tmp_path / "own.py"
+    assert verify(out, method=own, quiet=True).problems == ()
     method_in(tmp_path, trimmed("1.5"))
-    (problem,) = verify(out, quiet=True).problems
-    assert "wanted the code that merged, with sha256" in problem
-    (tmp_path / "own.py").unlink()
-    with pytest.raises(RequestError, match=r"merge_method: wanted code that can be read, found .*own\.py:own: No such file"):
-        verify(out, quiet=True)
+    with pytest.raises(
+        RequestError, match=r"--method .*own\.py: wanted the code that merged .*, with sha256 \w{64}, found \w{64}\. Fix"
+    ):
+        verify(out, method=own, quiet=True)
+    own.unlink()
+    with pytest.raises(RequestError, match=r"--method: wanted code that can be read, found .*own\.py:own: No such file"):
+        verify(out, method=own, quiet=True)
     method_in(tmp_path, trimmed())
-    assert verify(out, quiet=True).ok
+    assert verify(out, method=f"{own}:own", quiet=True).ok
 
 
 def test_verify_shows_the_bytes_of_the_output_that_it_reads(
     own_output: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = own_output(trimmed())
-    assert verify(out).ok
+    assert verify(out, method=own_beside(out)).ok
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     assert f"read the output: done, {readable_bytes(size)} in" in capfd.readouterr().err
 
@@ -342,9 +350,9 @@ def test_a_method_is_verified_within_the_tolerance_that_it_states(
     """It gives other values on other machines: here one in which a variable says so."""
     code = trimmed("(1.0 + float(__import__('os').environ.get('ANOTHER_MACHINE', '0')) * 1e-3)", tolerance)
     out = own_output(code)
-    assert verify(out, quiet=True).ok
+    assert verify(out, method=own_beside(out), quiet=True).ok
     monkeypatch.setenv("ANOTHER_MACHINE", "1")
-    assert verify(out, quiet=True, sample=10**6).ok == ok
+    assert verify(out, method=own_beside(out), quiet=True, sample=10**6).ok == ok
 
 
 def test_the_tolerance_is_a_share_of_the_largest_value_of_the_whole_tensor(own_output: Callable[[str], Path]) -> None:
@@ -361,9 +369,9 @@ own = Method(name="own", merge=merge, tolerance=1e-4)
     out = own_output(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ANOTHER_MACHINE", "1")
-        assert verify(out, quiet=True, sample=10**6).ok
+        assert verify(out, method=own_beside(out), quiet=True, sample=10**6).ok
         patch.setenv("ANOTHER_MACHINE", "1000")
-        assert not verify(out, quiet=True, sample=10**6).ok
+        assert not verify(out, method=own_beside(out), quiet=True, sample=10**6).ok
 
 
 @pytest.mark.parametrize(
@@ -389,11 +397,11 @@ def test_a_receipt_that_was_damaged_ends_in_a_complaint(
         .replace("return block.theta", "return block.theta + 0 * known['sum'][0]")
     )
     out = own_output(text)
-    assert verify(out, quiet=True).ok
+    assert verify(out, method=own_beside(out), quiet=True).ok
     whole = json.loads((out / "pcb_receipt.json").read_text())
     (out / "pcb_receipt.json").write_text(json.dumps(whole | changes(whole)))
     try:
-        found = "\n".join(verify(out, quiet=True).problems)
+        found = "\n".join(verify(out, method=own_beside(out), quiet=True).problems)
     except RequestError as error:
         found = str(error)
     assert re.search(message, found), found
@@ -411,7 +419,7 @@ def test_texts_and_lists_can_be_parameters_of_each_model(own_output: Callable[[s
 
 VERIFYING = """
 import sys, pcb_ray
-print([__debug__, *(pcb_ray.verify(out, quiet=True, sample=10**6) for out in sys.argv[1:])])
+print([__debug__, *(pcb_ray.verify(out, method=sys.argv[1], quiet=True, sample=10**6) for out in sys.argv[2:])])
 """
 
 
@@ -421,9 +429,9 @@ def test_verify_finds_the_same_without_asserts(own_output: Callable[[str], Path]
     data = bytearray((damaged / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (damaged / "model.safetensors").write_bytes(data)
-    found = [verify(folder, quiet=True, sample=10**6) for folder in (out, damaged)]
+    found = [verify(folder, method=own_beside(out), quiet=True, sample=10**6) for folder in (out, damaged)]
     assert [len(one.problems) for one in found] == [0, 2]
-    command = [sys.executable, "-O", "-c", VERIFYING, str(out), str(damaged)]
+    command = [sys.executable, "-O", "-c", VERIFYING, str(own_beside(out)), str(out), str(damaged)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == str([False, *found])

@@ -203,7 +203,7 @@ def test_a_search_that_is_killed_and_interrupted_is_resumed_with_the_same_candid
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(json.dumps(uneven(family, 2)))
     journal = state_of(out) / "journal.jsonl"
-    command = ("search", recipe, out, "--workers", 1, "--address", ray_address())
+    command = ("search", recipe, out, "--allow-code", "--workers", 1, "--address", ray_address())
 
     def trials() -> int:
         return journal.read_text().count('"trial ') if journal.exists() else 0
@@ -233,7 +233,7 @@ def test_a_trial_process_that_dies_while_it_idles_costs_no_trial(family, tmp_pat
     asked = recipe_of(family, "SlowOnce", options={"folder": str(pids)}, budget=9, population=3, concurrency=2)
     recipe.write_text(json.dumps(asked))
     journal = state_of(out) / "journal.jsonl"
-    with running("search", recipe, out, "--workers", 1, "--address", ray_address()) as run:
+    with running("search", recipe, out, "--allow-code", "--workers", 1, "--address", ray_address()) as run:
         await_that("a trial of a quick process", lambda: journal.exists() and '"trial ' in journal.read_text(), DEADLINE_S)
         slow = os.readlink(pids / "slow")
         quick = next(p.name[4:] for p in pids.glob("pid-*") if p.name[4:] != slow)
@@ -250,7 +250,7 @@ def test_a_lost_node_costs_no_trial_and_changes_no_candidate(family, calm, three
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(json.dumps(uneven(family, 3)))
     journal = state_of(out) / "journal.jsonl"
-    with running("search", recipe, out, "--workers", 1, "--address", three_nodes.address) as run:
+    with running("search", recipe, out, "--allow-code", "--workers", 1, "--address", three_nodes.address) as run:
         await_that("five trials", lambda: journal.exists() and journal.read_text().count('"trial ') >= 5, DEADLINE_S)
         three_nodes.remove_node(next(iter(three_nodes.worker_nodes)), allow_graceful=False)
         assert run.finish() == 0, run.text
@@ -291,7 +291,7 @@ def test_a_trial_that_takes_the_memory_of_its_node_costs_itself_only(family, tmp
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(json.dumps(recipe_of(family, "Sick", {"ways": ["hog", *[""] * 5]}, budget=8)))
     try:
-        with running("search", recipe, out, "--workers", 1, "--address", cluster.address) as run:
+        with running("search", recipe, out, "--allow-code", "--workers", 1, "--address", cluster.address) as run:
             assert run.finish() == 0, run.text
     finally:
         cluster.shutdown()
@@ -333,7 +333,7 @@ def test_a_search_that_fails_too_often_stops_with_the_reason_and_goes_on_when_it
 @pytest.mark.parametrize(
     ("name", "search", "complaint"),
     [
-        ("Nearest", {}, "has no attribute 'Nearest'"),
+        ("Nearest", {}, "wanted 'Nearest' in it, found no such name"),
         ("Near", {"metric": "nearness"}, "search.metric"),
         ("ValOnly", {}, "KeyError: 'test'"),
         ("NanBase", {}, "wanted a finite near of the base on val, found nan"),
@@ -544,9 +544,9 @@ def assert_own_winner(found: Found, folder: Path, family: Family) -> None:
     """What was scored is what is written, and what the ordinary merge gives."""
     out, again = folder / "out", folder / "again"
     assert near_of(out, family) == pytest.approx(found.scores["winner"]["val"]["near"], abs=2e-6)
-    package.merge(out / "best_recipe.yaml", again, workers=1, quiet=True)
+    package.merge(out / "best_recipe.yaml", again, allow_code=True, workers=1, quiet=True)
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    assert package.verify(out, quiet=True).ok
+    assert package.verify(out, method=folder / "own.py", quiet=True).ok
 
 
 @pytest.mark.parametrize("weight", ["weight * weight", "weight * (weight if block.first >= settings.D // 2 else 1)"])
@@ -586,7 +586,7 @@ def test_the_merge_of_the_winner_that_was_killed_goes_on_where_it_was(large, tmp
     recipe, out, log = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "log"
     recipe.write_text(json.dumps(recipe_of(large, options={"log": str(log)}, budget=8)))
     journal = state_of(out) / "journal.jsonl"
-    command = ("search", recipe, out, "--workers", 1, "--address", ray_address())
+    command = ("search", recipe, out, "--allow-code", "--workers", 1, "--address", ray_address())
     with running(*command) as run:
         await_that("a part of the winner", lambda: journal.exists() and '"winner ' in journal.read_text(), DEADLINE_S)
         os.killpg(run.process.pid, signal.SIGKILL)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from pcb_ray.errors import InputError, RequestError, with_place
@@ -59,9 +58,9 @@ def variants_of(name: str) -> dict[str, Method]:
 
 
 @functools.cache
-def own_method(code: UserCode, folder: Path) -> Method:
+def own_method(code: UserCode) -> Method:
     """The record that the user's code defines. Raises RequestError."""
-    found = load_object(code, folder, "merge_method")
+    found = load_object(code, "merge_method")
     if not isinstance(found, Method):
         raise RequestError(
             f"merge_method: wanted a pcb_ray.methods.Method, found {code.name} to be a {type(found).__name__}. "

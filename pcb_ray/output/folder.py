@@ -6,6 +6,7 @@ while an old OUT is being replaced. It survives crashes and Ctrl-C for `--resume
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -193,6 +194,12 @@ class Folder:
         # From here on there is nothing to resume, even if an old output takes long to remove.
         (self.folder / STATE).unlink(missing_ok=True)
         self._clear()
+
+    def tidy(self) -> None:
+        with contextlib.suppress(RequestError):  # another process has it
+            self._lock = FolderLock(self.folder, self._given)
+            self._clear()
+            self.close()
 
     def discard(self) -> None:
         self._clear(REPLACED)

@@ -7,6 +7,7 @@ Beside `s3://bucket/a/OUT` lie the objects of `s3://bucket/a/.OUT.pcb-ray/`: the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import NoReturn
@@ -179,6 +180,16 @@ class Prefix:
         """The receipt has said that OUT is whole: nothing stays beside it."""
         self._abandon(False)
         self._forget()
+
+    def tidy(self) -> None:
+        try:
+            with contextlib.suppress(RequestError):  # another run has it
+                self._lease = Lease(f"{self.notes}/{LEASE}", self.out, self._objects)
+                self.publish()
+        except OSError as error:
+            self._refuse(error)
+        finally:
+            self.close()
 
     def discard(self) -> None:
         """Remove what this run has written: all objects of these names, where there were none when it began."""

@@ -81,6 +81,10 @@ class Place(Protocol):
         """The output is whole: it gets its name, and the notes go. Raises RunError, with all work kept."""
         ...
 
+    def tidy(self) -> None:
+        """Remove the notes that are left over, unless another process does. Raises RequestError."""
+        ...
+
     def discard(self) -> None:
         """Forget the run: there is nothing in it to go on with."""
         ...

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -34,8 +33,9 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from pcb_ray import checks
 from pcb_ray.conversions import as_saved
-from pcb_ray.errors import RequestError, with_place
+from pcb_ray.errors import RequestError
 from pcb_ray.recipe import DTYPES
+from pcb_ray.user_code import UserCode, check_below, load_object, read_code
 
 if TYPE_CHECKING:
     import torch
@@ -58,26 +58,13 @@ class Evaluator(Protocol):
         ...
 
 
-def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evaluator:
-    """The evaluator that a recipe names. Relative paths are resolved against `folder`. Raises RequestError."""
+def make_evaluator(name: str, options: Mapping[str, Any], folder: Path, code: UserCode | None = None) -> Evaluator:
+    """The evaluator that a recipe names, of `code` if it is none of those that are built in. Relative paths are resolved against
+    `folder`. Raises RequestError."""
     where = "search.evaluator"
-    if name in _BUILT_IN:
+    if code is None:
         return checked(_built_in(_BUILT_IN[name], options, folder, f"{where}.{name}"), name)
-    source, _, attribute = name.rpartition(":")
-    try:
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))  # what lies beside the recipe is found, as in the folder that `python` runs in
-        found: Any = _load_file(folder / source) if source.endswith(".py") else importlib.import_module(source)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:
-        # Whatever the user's file raises: it is theirs, and is told as it is.
-        fix = (
-            "check the name, and that every node sees the file"
-            if isinstance(error, AttributeError | ImportError | OSError)
-            else "mend the file"
-        )
-        raise RequestError(f"{where}: wanted {name}, found {with_place(error)}. Fix: {fix}.") from error
+    found = load_object(code, where)
     if inspect.isclass(found):
         found = _call(found, options, where, name)
     elif options:
@@ -87,15 +74,19 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path) -> Evalu
     return checked(found, name)
 
 
-def check_evaluator(name: str, options: Mapping[str, Any], folder: Path, splits: Mapping[str, str]) -> None:
-    """What can be told without importing anything of the user's. Raises RequestError."""
-    source = name.rpartition(":")[0]
-    if name in _BUILT_IN:
-        check_splits(make_evaluator(name, options, folder), splits)
-    elif source.endswith(".py") and not (folder / source).is_file():
-        raise RequestError(
-            f"search.evaluator: wanted a file, found none at {folder / source}. Fix: check the path; it is relative to the recipe."
-        )
+def check_evaluator(
+    name: str, options: Mapping[str, Any], folder: Path, splits: Mapping[str, str], *, allow_code: bool
+) -> UserCode | None:
+    """The code of an evaluator of the user's own, as it is now; None for one that is built in, after a look at its options.
+
+    Nothing of the user's is run. Unless `allow_code`, all code must lie in or below `folder`. Raises RequestError."""
+    if name not in _BUILT_IN:
+        return read_code(name, folder, "search.evaluator", allow_code=allow_code)
+    made = make_evaluator(name, options, folder)
+    check_splits(made, splits)
+    if isinstance(made, LMEval) and made.include_path is not None and not allow_code:  # tasks may name functions beside them
+        check_below(str(made.include_path), folder, "search.evaluator.lm_eval.include_path")
+    return None
 
 
 def checked(evaluator: Any, name: str) -> Evaluator:
@@ -150,16 +141,6 @@ def _call(what: Any, options: Mapping[str, Any], where: str, name: str) -> Any:
             f"{where}.{name}: wanted its options ({known or 'none'}), found {error}. Fix: write these below its name."
         ) from None
     return what(**options)
-
-
-def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"pcb_ray_evaluator_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look it up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def _by_split(raw: Any, where: str, wanted: str, fix: str, problems: list[str]) -> Iterator[tuple[str, str, Any]]:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pcb_ray import checks
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
@@ -46,6 +47,7 @@ from pcb_ray.searching.scorer import Arm, Job
 from pcb_ray.searching.volumes import basis_bytes, chunks_of_volume, volume_file, volumes_of, writer_bytes
 from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, check_unchanged, placed, publish, write_from
+from pcb_ray.user_code import UserCode
 
 log = logging.getLogger("pcb_ray")
 
@@ -65,19 +67,20 @@ def search(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     resume: bool = False,
     overwrite: bool = False,
+    allow_code: bool = False,
     quiet: bool = False,
 ) -> Found:
     """Search the coefficients that the recipe's `search:` section opens, and merge the best candidate into the directory `out`.
 
     `evaluator` is an object with `load` and `score` (see `searching.evaluators`), instead of the one that the recipe names.
-    `workers`, `address` and `memory` are for the analysis, as in `merge`. `out` also holds best_recipe.yaml, trials.parquet,
-    report.html and the Tune experiment.
+    `workers`, `address` and `memory` are for the analysis, as in `merge`; `allow_code` counts for the evaluator too. `out` also
+    holds best_recipe.yaml, trials.parquet, report.html and the Tune experiment.
 
     Raises RequestError if the request, an input or the evaluator is wrong (before the first trial, unless an input is edited
     later), RunError if the run can't be finished; `resume` goes on with it.
     """
     start = time.monotonic()
-    recipe, place = Recipe.of(recipe), Folder(folder_of(out), overwrite=overwrite)
+    recipe, place = Recipe.of(recipe, allow_code=allow_code), Folder(folder_of(out), overwrite=overwrite)
     request = Search.of(recipe, has_evaluator=evaluator is not None)
     how = _How(workers, address, memory, max_shard_bytes, resume, overwrite, quiet)
     report, tune = _tools()
@@ -116,6 +119,7 @@ def sweep(
     memory: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    allow_code: bool = False,
     quiet: bool = False,
 ) -> Swept:
     """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section.
@@ -123,7 +127,7 @@ def sweep(
     There is one analysis per variant, and nothing is read again.
     `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Raises as `search` does.
     """
-    recipe, place = Recipe.of(recipe), Folder(folder_of(out), overwrite=overwrite)
+    recipe, place = Recipe.of(recipe, allow_code=allow_code), Folder(folder_of(out), overwrite=overwrite)
     points = grid_of(recipe)
     asked = Search.of(recipe, has_evaluator=evaluator is not None)
     # Without an optimizer there are no generations: all points are one. And nothing is reported on a split of its own.
@@ -206,7 +210,7 @@ def _prepared(
     from pcb_ray.searching import tune
 
     scored = request.scored if scored is None else scored
-    check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
+    code, of_code = (None, []) if evaluator is not None else _code_of(request, recipe)
     check_cluster(how.address)
 
     def check(plan: Plan) -> None:
@@ -235,7 +239,7 @@ def _prepared(
     tune.check_optimizer(request, space)
     _check_picklable(evaluator)
     files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
-    for note in (*plan.notes, *space.notes):
+    for note in (*plan.notes, *space.notes, *of_code):
         log.warning("note: %s", note)
     if len(space.groups) > 1:
         sizes = Counter(space.group_of)
@@ -259,9 +263,9 @@ def _prepared(
             tune.check_loggers(request)
             kind = "scored" if scored else "combined"
             arms = {v: Arm(p, str(state.place.folder / f"basis-{v or 'only'}-{kind}"), {}) for v, p in plans.items()}
-            scored_by = _identity(request, recipe, evaluator)
+            scored_by = _identity(request, evaluator, code)
             folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
-            job = Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator)
+            job = Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator, code)
             base = dry_score(job, state, quiet=how.quiet)
             job = dataclasses.replace(job, arms=_with_bases(arms, state, scored, how))
             yield _Run(how, state, job, inputs, base)
@@ -295,7 +299,7 @@ def announced(plan: Plan) -> dict[str, Any]:
     """What a search of the plan's recipe will be, as far as that is known before it: for `pcb-ray plan`. Raises RequestError."""
     recipe, section = plan.recipe, plan.recipe.search
     request = Search.of(recipe, has_evaluator=not (isinstance(section, Mapping) and "evaluator" in section))
-    check_evaluator(request.evaluator, request.options, recipe.folder, request.splits)
+    _, of_code = _code_of(request, recipe)
     check_follows(plan)
     space = Space.of(request, recipe, plan)
     scored = request.scored
@@ -309,7 +313,7 @@ def announced(plan: Plan) -> dict[str, Any]:
         "basis_bytes": sum(basis_bytes(one, scored) for one in plans),
         "worker_bytes": max(worker_bytes(one, choose_block(one, "cpu", None)) + writer_bytes(one, scored) for one in plans),
         "trial_bytes": request.memory or (None if request.gpu else model_bytes(plan)),
-        "notes": list(space.notes),
+        "notes": [*space.notes, *of_code],
     }
 
 
@@ -327,7 +331,17 @@ def _analysed(recipe: Recipe, request: Search, variant: str) -> Recipe:
     return dataclasses.replace(recipe.with_parameters(changes), search=None, sweep=None)
 
 
-def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
+def _code_of(request: Search, recipe: Recipe) -> tuple[UserCode | None, list[str]]:
+    """The code of the evaluator that the recipe names, if it names one of the user's own, and what to announce of what will be run.
+    Raises RequestError for a wrong evaluator."""
+    name, options = request.evaluator, request.options
+    code = check_evaluator(name, options, recipe.folder, request.splits, allow_code=recipe.allow_code) if name else None
+    if code is not None:
+        return code, [f"search.evaluator runs {code.told}."]
+    return None, [f"search.evaluator runs a shell command: {checks.shown(options['run'])}."] if name == "command" else []
+
+
+def _identity(request: Search, evaluator: Any, code: UserCode | None) -> str:
     """What tells an evaluator from what it was before it was changed, as far as its name, its options and its own source do."""
     if evaluator is not None:
         name = type(evaluator).__qualname__
@@ -336,9 +350,7 @@ def _identity(request: Search, recipe: Recipe, evaluator: Any) -> str:
         except (OSError, TypeError):
             source = ""  # typed into a prompt
     else:
-        name, file = request.evaluator, request.evaluator.rpartition(":")[0]
-        path = recipe.folder / (file if file.endswith(".py") else file.replace(".", "/") + ".py")
-        source = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        name, source = request.evaluator, code.sha256 if code else ""
     # On a GPU models are scored in another dtype.
     told = json.dumps([name, request.options, source, bool(request.gpu)], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from pcb_ray.methods import Known
 from pcb_ray.planning import Plan
 from pcb_ray.searching.evaluators import Evaluator, Metrics, check_splits, checked, make_evaluator, match
 from pcb_ray.searching.request import Candidate, Search, Space
+from pcb_ray.user_code import UserCode
 
 T = TypeVar("T")
 
@@ -51,6 +52,8 @@ class Job:
     """What tells the evaluator from what it was before it was changed, so that their scores don't mix."""
     evaluator: Any = None
     """The evaluator that Python code gave; None stands for the one that the recipe names."""
+    code: UserCode | None = None
+    """Of the one that the recipe names, if it is the user's own."""
 
 
 class Scorer:
@@ -60,7 +63,7 @@ class Scorer:
         self.job, self._bases = job, dict[str, Any]()
         search = job.search
         self.evaluator: Evaluator = (
-            make_evaluator(search.evaluator, search.options, Path(job.folder))
+            make_evaluator(search.evaluator, search.options, Path(job.folder), job.code)
             if job.evaluator is None
             else checked(job.evaluator, "")
         )

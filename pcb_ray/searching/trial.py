@@ -31,7 +31,8 @@ def prepare_process(job: Job) -> None:
     lent to others."""
     if not job.search.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.chdir(job.folder)
+    if os.path.isdir(job.folder):  # not on every node; the code comes with the job
+        os.chdir(job.folder)
     import torch
 
     torch.set_num_threads(max(1, int(job.search.cpu)))

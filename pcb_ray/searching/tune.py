@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables would prin
 from ray import tune
 from ray.air.execution._internal import actor_manager
 from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.tune.execution import tune_controller
+from ray.tune.execution import class_cache, tune_controller
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.nevergrad import NevergradSearch
@@ -559,12 +559,15 @@ def _settings(room: int) -> Iterator[None]:
     }
     before, logger = {name: os.environ.get(name) for name in wanted}, logging.getLogger("ray.tune")
     level = logger.level
+    sent = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE -= sent  # Tune would send the driver's keys to all nodes, whose logs show them
     os.environ.update(wanted)
     logger.setLevel(logging.CRITICAL)  # the records hold the errors
     try:
         yield
     finally:
         logger.setLevel(level)
+        class_cache.ENV_VARS_TO_PROPAGATE |= sent
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
