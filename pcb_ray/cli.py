@@ -78,7 +78,8 @@ Without --address a local Ray is started for the merge; inside a Ray job the job
   ray job submit --address http://head:8265 --working-dir . -- pcb-ray merge recipe.yaml /shared/merged
 
 The output appears under its name only when whole; in an object store (OUT is s3://bucket/name, or gs, az) its receipt, which comes
-last, says that it is. After a crash or Ctrl-C, the same command with --resume goes on where it stopped, from any machine.
+last, says that it is; on the Hub (hf://org/name@branch) it is one commit. After a crash or Ctrl-C, the same command with --resume
+goes on where it stopped, from any machine.
 With --resume it may simply be run again, as schedulers do: it starts, goes on, or ends with 0 if OUT is this very merge already.
 The bytes are the same whatever --workers and --memory are.
 
@@ -303,6 +304,10 @@ def parser() -> argparse.ArgumentParser:
         help="memory of each node for what is fetched from object stores (default: half of it)",
     )
     merge.add_argument("--scratch", default="", metavar="DIR", help="a folder on a disk of each node for what does not fit there")
+    merge.add_argument(
+        "--state", default="", metavar="DIR", help="where the state of a run to hf:// lies: a folder (default: RECIPE's), or a URI"
+    )
+    merge.add_argument("--pull-request", action="store_true", help="end a merge to hf://org/name with a pull request")
     merge.add_argument("--scratch-size", type=size, metavar="SIZE", help="bound on it (default: nine tenths of what is free)")
     for one in plan, merge, search:
         one.add_argument(
@@ -578,7 +583,7 @@ def _merge(options: argparse.Namespace) -> int:
         return _merge_many(recipes, out, how)
     from pcb_ray.merging import merge
 
-    receipt = merge(options.recipe, out, **how)
+    receipt = merge(options.recipe, out, state=options.state, pull_request=options.pull_request, **how)
     print(
         f"{out}: {receipt.N} models merged in {receipt.elapsed_s:.1f} s by {receipt.workers} workers; "
         f"read {readable_bytes(receipt.bytes_read)} in {receipt.full_sweeps} full sweeps, wrote "

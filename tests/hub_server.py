@@ -1,4 +1,5 @@
-"""The part of the Hugging Face Hub that the real `huggingface_hub` client needs, on 127.0.0.1, with a record of use.
+"""The part of the Hugging Face Hub that the real `huggingface_hub` client needs, on 127.0.0.1, with a record of use: reading, sending
+files ahead by the protocol of git LFS, and commits.
 
 Weight files are redirected to another host name and port, as the Hub does to its CDN, by an address that is signed and expires;
 what arrives there is recorded too. Small files are redirected to another address of the same host.
@@ -6,6 +7,7 @@ what arrives there is recorded too. Small files are redirected to another addres
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
@@ -14,7 +16,7 @@ import secrets
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 SIGNED = "secretSignature"
@@ -60,6 +62,8 @@ class HubServer:
     cdn: str = ""  # where weight files are; to put a proxy before it, set it anew
     linked: bool = True  # whether the Hub tells size and digest of a file on the CDN; some mirrors don't
     never: bool = False  # whether the CDN takes no address at all
+    blobs: dict[str, bytes] = field(default_factory=dict)  # files that were sent ahead, by digest
+    readers: frozenset[str] = frozenset()  # tokens that may not write
     _signed: set[str] = field(default_factory=set)
 
     def __enter__(self) -> HubServer:
@@ -132,6 +136,66 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        """A file that is sent ahead."""
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        hub, query = self.server_hub, urlsplit(self.path).query
+        name = urlsplit(self.path).path.rpartition("/")[2]
+        if not self.is_cdn or not hub.takes(query) or hashlib.sha256(data).hexdigest() != name:
+            return self._send(403, b"", {})
+        hub.blobs[name] = data
+        return self._send(200, b"", {})
+
+    def do_POST(self) -> None:
+        hub, path = self.server_hub, unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        match = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+?)(?:\.git/info/lfs/objects/batch|/(preupload|commit)/(.+))", path)
+        if path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if match is None or (model := hub.models.get(match[1])) is None:
+            return self._fail(404, "RepoNotFound", "Repository not found")
+        if status := hub.failing or model.failing:
+            return self._send(status, b"{}", {})
+        given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if not given or given in hub.readers:
+            return self._fail(403, "", "You have no rights to write")
+        if match[2] is None:
+            return self._send_json({"transfer": "basic", "objects": [self._place_for(one) for one in json.loads(body)["objects"]]})
+        if match[3] not in model.revisions:
+            return self._fail(404, "RevisionNotFound", f"Invalid rev id: {match[3]}")
+        if match[2] == "preupload":
+            modes = {True: "lfs", False: "regular"}
+            told = [
+                {"path": one["path"], "uploadMode": modes[one["size"] > 1 << 20], "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
+            return self._send_json({"files": told})
+        return self._commit(match[1], model, match[3], [json.loads(line) for line in body.splitlines()])
+
+    def _place_for(self, one: dict[str, Any]) -> dict[str, Any]:
+        """Where to send a file; nowhere, if it is here."""
+        there = one["oid"] in self.server_hub.blobs
+        action = {"href": self.server_hub.sign(f"/{one['oid']}"), "header": {}}
+        return {**one, "authenticated": True, **({} if there else {"actions": {"upload": action}})}
+
+    def _commit(self, repo: str, model: Model, branch: str, lines: list[dict[str, Any]]) -> None:
+        head, *changes = ((line["key"], line["value"]) for line in lines)
+        before = model.revisions[branch]
+        if head[1].get("parentCommit", before) != before:
+            return self._send(412, b'{"error": "A commit has happened since."}', {"X-Error-Message": "A commit has happened since."})
+        files = dict(model.commits[before])
+        for key, value in changes:
+            if key == "lfsFile" and value["oid"] not in self.server_hub.blobs:
+                return self._fail(400, "", "an LFS file is not here")
+            files[value["path"]] = self.server_hub.blobs[value["oid"]] if key == "lfsFile" else base64.b64decode(value["content"])
+        commit = commit_of(f"{repo} {branch} {before}")
+        is_request = "create_pr=1" in urlsplit(self.path).query
+        model.commits[commit] = files
+        model.revisions["refs/pr/1" if is_request else branch] = commit
+        url = f"{self.server_hub.endpoint}/{repo}"
+        more = {"pullRequestUrl": f"{url}/discussions/1"} if is_request else {}
+        return self._send_json({"success": True, "commitOid": commit, "commitUrl": f"{url}/commit/{commit}", **more})
+
     def _answer(self) -> None:
         hub = self.server_hub
         path = unquote(urlsplit(self.path).path)
@@ -199,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
             for name, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 for start in range(0, len(body), 1 << 14):
                     sent += self.wfile.write(body[start : start + (1 << 14)])
         except OSError:  # the client had enough

@@ -196,7 +196,7 @@ class HubFiles:
             link = self._link(uri, refused[-1] if refused else None)
             if tag and link.stamp.tag != tag:
                 raise Changed
-            with _IN_FLIGHT, _in_our_words(uri), _asked("GET", link.url, not link.is_signed, start, stop) as response:
+            with _IN_FLIGHT, in_our_words(uri), _asked("GET", link.url, not link.is_signed, start, stop) as response:
                 if link.is_signed and 400 <= response.status_code < 500 and response.status_code not in (408, 416, 429):
                     found = f"that the host to which {_hub_host()} sends refuses access (HTTP {response.status_code})"
                     if len(refused) == MAX_RENEWALS:
@@ -215,7 +215,7 @@ class HubFiles:
         with asking:  # the others wait for the answer
             found = self._links.get(uri)
             if found is None or found is refused:
-                with _in_our_words(uri):
+                with in_our_words(uri):
                     found = self._links[uri] = _located(uri)
             return found
 
@@ -349,7 +349,7 @@ def _may_pass(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _in_our_words(uri: str) -> Iterator[None]:
+def in_our_words(uri: str) -> Iterator[None]:
     """Raises Passing for what may pass, else OSError, that show nothing of the request."""
     try:
         yield

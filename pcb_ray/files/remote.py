@@ -8,15 +8,17 @@ Each file is held to what it was: by its pin, or by what the first answer about 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pcb_ray.errors import InputError
 from pcb_ray.files.hub import HubFiles
+from pcb_ray.files.hub_commit import Branch
 from pcb_ray.files.objects import HUB_SCHEME, LOOKING_PATIENCE_S, PATIENCE_S, Changed, Fence, Objects, Requests, Storage
 from pcb_ray.files.room import KeptHere, Room
 from pcb_ray.files.store import PartWriter, Pins, Range, Stamp, Traffic, as_bytes, changed, wrong_count
@@ -39,6 +41,7 @@ class RemoteStore:
         self._objects, self._hub = Objects(storage, patience_s=patience_s), HubFiles(patience_s=patience_s)
         self._pins = dict(pins)
         self._fence = fence
+        self._sent: dict[str, Stamp] = {}  # files for the Hub, which no commit names yet
         self._kept = None if room is None else KeptHere(room)
         self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
         self._lock = threading.Lock()
@@ -51,7 +54,7 @@ class RemoteStore:
         return Traffic(self._fetched, self._objects.retries + self._hub.retries, 0 if self._kept is None else self._kept.bytes)
 
     def stamp(self, file: str) -> Stamp:
-        return self._requests(file).head(file)
+        return self._sent.get(file) or self._requests(file).head(file)
 
     def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
         return None
@@ -103,12 +106,25 @@ class RemoteStore:
         """A part is the whole file."""
         if start:
             raise ValueError(f"{file}: an object is written whole, found a part from byte {start} on")
-        with self._objects.upload(file, stop, self._fence) as take:
+        with self._sent_ahead(file, stop) if file.startswith(HUB_SCHEME) else self._objects.upload(file, stop, self._fence) as take:
             part = _Part(file, stop, take)
             yield part
             part.check()
         with self._lock:
             self._pins.pop(file, None)  # it is another object now
+
+    @contextmanager
+    def _sent_ahead(self, file: str, size: int) -> Iterator[Callable[[memoryview], object]]:
+        """A file for the Hub lies on this machine until it is whole and sent: its digest is asked for first."""
+        at, _, name = file.removeprefix(HUB_SCHEME).partition("@")
+        branch, _, name = name.partition("/")
+        with nullcontext(None) if self._kept is None else self._kept.staged(size) as path:
+            if path is None:
+                raise OSError(errno.ENOSPC, f"no room for its {size:,} bytes in memory or --scratch", file)
+            with path.open("wb") as staged:
+                yield staged.write
+            sent = Branch.of(f"{HUB_SCHEME}{at}@{branch}").send(name, path)
+        self._sent[file] = Stamp(sent.size, 0, 0, sent.to_text())
 
     def sync(self) -> None:
         pass
