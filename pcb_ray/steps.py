@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import choose_device, choose_workers
 from pcb_ray.errors import InputError, RunError
+from pcb_ray.files.objects import is_object
 from pcb_ray.files.room import Room
 from pcb_ray.files.store import Pins, Stamp, Store, changed, is_remote
 from pcb_ray.methods import Known
@@ -194,7 +195,8 @@ def _write_files(
         written |= answer
         if state is not None:
             state.wrote({names[number]: one.to_text() for number, one in answer.items()})
-    if lost := [plan.files[number].name for number in set(written) - set(_still_there(session, state, written))]:
+    there = _still_there(session, state, written) if is_object(folder) else written  # of the Hub its commit asks that
+    if lost := [plan.files[number].name for number in set(written) - set(there)]:
         raise RunError(
             f"{folder}: wanted the files as they were written, found others or none in the place of {', '.join(sorted(lost))}. "
             "Fix: let nothing else write there, and write them again with --resume."

@@ -1,5 +1,5 @@
-"""The part of the Hugging Face Hub that the real `huggingface_hub` client needs, on 127.0.0.1, with a record of use: reading, sending
-files ahead by the protocol of git LFS, and commits.
+"""The part of the Hugging Face Hub that the real `huggingface_hub` client needs, on 127.0.0.1, with a record of use: reading,
+sending files ahead by the protocol of git LFS, and commits.
 
 Weight files are redirected to another host name and port, as the Hub does to its CDN, by an address that is signed and expires;
 what arrives there is recorded too. Small files are redirected to another address of the same host.
@@ -15,6 +15,7 @@ import re
 import secrets
 import threading
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -41,6 +42,7 @@ class Model:
     gated: bool = False
     failing: int | None = None  # the status of all answers about it
     ranges: bool = True  # whether the CDN heeds Range
+    dates: dict[str, str] = field(default_factory=dict)  # of commits that were made here
 
 
 @functools.cache
@@ -182,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         head, *changes = ((line["key"], line["value"]) for line in lines)
         before = model.revisions[branch]
         if head[1].get("parentCommit", before) != before:
-            return self._send(412, b'{"error": "A commit has happened since."}', {"X-Error-Message": "A commit has happened since."})
+            return self._send(412, b"{}", {"X-Error-Message": "A commit has happened since."})
         files = dict(model.commits[before])
         for key, value in changes:
             if key == "lfsFile" and value["oid"] not in self.server_hub.blobs:
@@ -190,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
             files[value["path"]] = self.server_hub.blobs[value["oid"]] if key == "lfsFile" else base64.b64decode(value["content"])
         commit = commit_of(f"{repo} {branch} {before}")
         is_request = "create_pr=1" in urlsplit(self.path).query
-        model.commits[commit] = files
+        model.commits[commit], model.dates[commit] = files, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
         model.revisions["refs/pr/1" if is_request else branch] = commit
         url = f"{self.server_hub.endpoint}/{repo}"
         more = {"pullRequestUrl": f"{url}/discussions/1"} if is_request else {}
@@ -200,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server_hub
         path = unquote(urlsplit(self.path).path)
         cdn = self.is_cdn
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|commits)/(.+))?", path)
         file = re.fullmatch(r"(?:/cdn)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or file
         model = hub.models.get(match[1]) if match else None
@@ -225,6 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
                     for name, data in files.items()
                 ]
                 return self._send_json(listing)
+            if api[2] == "commits":
+                return self._send_json([{"id": commit, "title": "", "message": "", "date": model.dates[commit], "authors": []}])
             with_sizes = "blobs=" in urlsplit(self.path).query
             siblings = [{"rfilename": name} | ({"size": len(data)} if with_sizes else {}) for name, data in files.items()]
             return self._send_json({"id": match[1], "modelId": match[1], "sha": commit, "siblings": siblings})

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from clusters import await_end, head_node, owners_under, pcb_ray, receipt_of, running
 from families import Family
-from hub_server import SIGNED, HubServer
+from hub_server import SIGNED, HubServer, Model
 from object_servers import FaultProxy, ObjectServer, Request, answer, meanwhile, s3_server
 from test_hub import TOKEN
-from test_hub_in_place import OLD, Hub
+from test_hub_in_place import NEW, OLD, Hub
 from test_remote import SECRET, put_all, remote_recipe
 
 from pcb_ray.files.remote import PIECE
@@ -148,3 +148,31 @@ def test_the_token_of_the_driver_is_not_sent_to_a_cluster_whose_nodes_have_none(
     assert f"node {os.uname().nodename}: hf://org/base@{OLD}/model.safetensors: wanted to read it, found no such model on" in text
     assert "Fix: give this machine a token that may read the model (HF_TOKEN, or `hf auth login`)" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_from_the_hub_to_the_hub_is_one_commit_and_a_node_that_may_not_write_is_named(hub: Hub, tmp_path: Path) -> None:
+    one = Family(tmp_path / "family", *families.fine_tuned(2, scale=64))
+    wanted = families.merge_locally(plan(one.recipe(), max_shard_bytes=1_500_000), tmp_path / "wanted").files
+    recipe, merged = tmp_path / "recipe.yaml", Model({NEW: {".gitattributes": b""}}, {"main": NEW}, token=TOKEN)
+    recipe.write_text(yaml.safe_dump(hub.put(one)))
+    hub.server.models["org/merged"] = merged
+    environment = environment_of(hub, tmp_path / "hf") | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = ("merge", recipe, "hf://org/merged", "--workers", 2, "--max-shard-size", "1.5MB")
+
+    hub.server.readers = frozenset({TOKEN})
+    refused = pcb_ray(*command, env=environment)
+    assert refused.process.returncode == 2, refused.text
+    text = " ".join(refused.text.split())
+    assert f"node {os.uname().nodename}: hf://org/merged@main: wanted to write it, found that 127.0.0.1" in text
+    assert not hub.server.blobs
+
+    hub.server.readers = frozenset()
+    done = pcb_ray(*command, env=environment)
+    assert done.process.returncode == 0, done.text
+    assert wanted.items() <= merged.commits[merged.revisions["main"]].items()
+    assert len(merged.commits) == 2
+    assert TOKEN not in done.text
+    checked = pcb_ray("verify", "hf://org/merged", env=environment)
+    assert checked.process.returncode == 0, checked.text
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".pcb-ray")]
+    await_end(owners_under(os.getpid()))

@@ -7,9 +7,10 @@ file is a text (`Sent`).
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -19,7 +20,7 @@ from pcb_ray.errors import RequestError, RunError
 from pcb_ray.files import objects
 from pcb_ray.files.foreign import mismatch
 from pcb_ray.files.hub import in_our_words
-from pcb_ray.files.objects import HUB_SCHEME, Retries, uri_problem, without_credentials
+from pcb_ray.files.objects import HUB_SCHEME, Changed, Retries, uri_problem, without_credentials
 
 _T = TypeVar("_T")
 
@@ -119,22 +120,47 @@ class Branch:
                     create_pr=pull_request,
                 )
             except HfHubHTTPError as error:
-                if error.response.status_code == 412:
-                    raise RunError(
-                        f"{self.uri}: wanted to commit on {parent[:12]}, which was the end of the branch when the run began, found "
-                        "that somebody has committed meanwhile. What was sent is kept. Fix: see what was committed, then --resume."
-                    ) from None
-                raise
+                raise Changed if error.response.status_code == 412 else error from None
             return str(made.pr_url or made.commit_url)
 
-        return self._patiently(ask)
+        try:
+            return self._patiently(ask)
+        except Changed:
+            raise RunError(
+                f"{self.uri}: wanted to commit on {parent[:12]}, which was the end of the branch when the run began, found that "
+                "somebody has committed meanwhile. What was sent is kept. Fix: see what was committed, then --resume."
+            ) from None
+
+    def committed_ns(self) -> int:
+        """When its last commit was made. Raises OSError."""
+        from huggingface_hub import HfApi
+
+        made = self._patiently(lambda: HfApi().list_repo_commits(self.repo, revision=self.name)[0].created_at)
+        return int(made.timestamp()) * 10**9
 
     def _patiently(self, ask: Callable[[], _T]) -> _T:
         def attempt() -> _T:
-            with in_our_words(self.uri):
-                return ask()
+            with in_our_words(self.uri), _without_bars():
+                try:
+                    return ask()
+                except RuntimeError as error:  # of an upload it says no more than that it failed
+                    raise (error.__cause__ or error) from None
 
         return Retries(objects.LOOKING_PATIENCE_S).ask(self.uri, attempt)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """The library's own bars would stand between ours."""
+    from huggingface_hub import utils
+
+    before = utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if not before:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 def _as_operation(name: str, sent: Sent) -> Any:

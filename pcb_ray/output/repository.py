@@ -7,6 +7,7 @@ runs the second is refused. The notes of the run lie elsewhere: in a folder, or 
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,7 @@ class Repository:
     def __init__(self, branch: Branch, notes: Place, *, pull_request: bool = False, overwrite: bool = False) -> None:
         self._branch, self._notes = branch, notes
         self._pull_request, self._overwrite = pull_request, overwrite
-        self._parent = ""
-        self._beside = tempfile.TemporaryDirectory(prefix="pcb-ray-", ignore_cleanup_errors=True)
+        self._parent, self._beside = "", ""
 
     @property
     def out(self) -> str:
@@ -48,7 +48,7 @@ class Repository:
 
     @property
     def beside(self) -> str:
-        return self._beside.name
+        return self._beside
 
     @property
     def notes(self) -> str:
@@ -116,8 +116,12 @@ class Repository:
     def open(self, files: Sequence[str], *, resume: bool) -> bool:  # noqa: ARG002 - nobody sees them
         if problems := self._taken():
             raise RequestError(problems)
-        self._parent = self._head()[0]
-        return self._notes.open((), resume=resume)
+        self._parent, self._beside = self._head()[0], tempfile.mkdtemp(prefix="pcb-ray-")
+        try:
+            return self._notes.open((), resume=resume)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, name: str) -> bytes | None:
         return self._notes.read(name)
@@ -159,4 +163,5 @@ class Repository:
 
     def close(self) -> None:
         self._notes.close()
-        self._beside.cleanup()
+        if self._beside:
+            shutil.rmtree(self._beside, ignore_errors=True)
