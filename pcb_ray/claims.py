@@ -9,7 +9,8 @@ import hashlib
 import itertools
 
 from pcb_ray.errors import RequestError, RunError, with_place
-from pcb_ray.files.objects import object_problem
+from pcb_ray.files.hub_commit import Branch
+from pcb_ray.files.objects import HUB_SCHEME, object_problem
 from pcb_ray.files.store import Store, is_remote
 from pcb_ray.files.stores import size_of_file
 from pcb_ray.local import LocalOwners
@@ -99,7 +100,8 @@ def _other_side_files(plan: Plan, inputs: Inputs, receipt: Receipt, out: str, st
 def _newer(plan: Plan, receipt: Receipt, out: str, store: Store) -> list[str]:
     """Files of the inputs that were changed after the merge, and other objects than were merged: they may hold other values. What a
     commit names stays what it is."""
-    written = store.stamp(f"{out}/{RECEIPT}").modified_ns
+    on_hub = out.startswith(HUB_SCHEME)
+    written = Branch.of(out).committed_ns() if on_hub else store.stamp(f"{out}/{RECEIPT}").modified_ns
     files = [file.path for one in plan.inputs if one.commit is None for file in one.files if not is_remote(file.path)]
     now = inputs_of_receipt(plan, [one.digest for one in receipt.inputs])
     objects = [
@@ -107,7 +109,7 @@ def _newer(plan: Plan, receipt: Receipt, out: str, store: Store) -> list[str]:
         f"({file.tag}). Fix: merge again."
         for one, before, after in zip(plan.inputs, receipt.inputs, now, strict=True)
         for was, file in zip(before.files, after.files, strict=True)
-        if file.tag and file.tag != was.tag
+        if one.commit is None and file.tag and file.tag != was.tag
     ]
     return objects + [
         f"{path}: wanted a file that nobody has changed since it was merged, found one that was changed after the receipt was "

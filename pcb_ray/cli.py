@@ -19,6 +19,9 @@ from typing import Any, NoReturn
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.checks import size_of, without_secrets
 from pcb_ray.errors import RequestError, RunError
+from pcb_ray.estimate import EXAMPLE, SHARE_OF_WORKERS, Cluster, Estimate, estimate
+from pcb_ray.files.objects import object_problem
+from pcb_ray.files.store import is_remote
 from pcb_ray.methods import METHODS, Method, Parameter, names, variants_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan
 from pcb_ray.progress import readable_bytes
@@ -75,7 +78,8 @@ Without --address a local Ray is started for the merge; inside a Ray job the job
   ray job submit --address http://head:8265 --working-dir . -- pcb-ray merge recipe.yaml /shared/merged
 
 The output appears under its name only when whole; in an object store (OUT is s3://bucket/name, or gs, az) its receipt, which comes
-last, says that it is. After a crash or Ctrl-C, the same command with --resume goes on where it stopped, from any machine.
+last, says that it is; on the Hub (hf://org/name@branch) it is one commit. After a crash or Ctrl-C, the same command with --resume
+goes on where it stopped, from any machine.
 With --resume it may simply be run again, as schedulers do: it starts, goes on, or ends with 0 if OUT is this very merge already.
 The bytes are the same whatever --workers and --memory are.
 
@@ -198,6 +202,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def cluster(text: str) -> Cluster:
+    try:
+        return Cluster.parse(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(" ".join(error.problems)) from None
+
+
 class _Parser(argparse.ArgumentParser):
     """With `submits`, it takes its own options and leaves the rest to the parser of the command that is submitted."""
 
@@ -239,6 +250,13 @@ def parser() -> argparse.ArgumentParser:
     plan = command("plan", "Tell what a merge will do, from headers and samples, in seconds; nothing is written.", _recipe_help())
     plan.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument(
+        "--cluster",
+        type=cluster,
+        metavar="KEYS",
+        help=f"also tell what the merge would take on nodes like these, by rates that are measured here: {EXAMPLE} (of each; "
+        "disk may be left out: it is for scratch, or the file system of local paths)",
+    )
 
     merge = command("merge", "Merge the models of RECIPE into the directory OUT.", MERGE_HELP + "\n" + _recipe_help())
     merge.usage = "pcb-ray merge RECIPE OUT [options]\n       pcb-ray merge RECIPE [RECIPE ...] --into DIR [options]"
@@ -286,6 +304,10 @@ def parser() -> argparse.ArgumentParser:
         help="memory of each node for what is fetched from object stores (default: half of it)",
     )
     merge.add_argument("--scratch", default="", metavar="DIR", help="a folder on a disk of each node for what does not fit there")
+    merge.add_argument(
+        "--state", default="", metavar="DIR", help="where the state of a run to hf:// lies: a folder (default: RECIPE's), or a URI"
+    )
+    merge.add_argument("--pull-request", action="store_true", help="end a merge to hf://org/name with a pull request")
     merge.add_argument("--scratch-size", type=size, metavar="SIZE", help="bound on it (default: nine tenths of what is free)")
     for one in plan, merge, search:
         one.add_argument(
@@ -365,6 +387,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
+        if is_remote(str(error.filename)):
+            print(f"pcb-ray: {object_problem(error.filename, error)}", file=sys.stderr)
+            return 1
         kept = "; what was finished is kept: --resume goes on" if "resume" in options else ""
         where = f"{error.filename}: " if error.filename else ""
         print(f"pcb-ray: {where}{error.strerror or error}. Fix: look after the disk and the rights there{kept}.", file=sys.stderr)
@@ -399,10 +424,17 @@ def _plan(options: argparse.Namespace) -> int:
         from pcb_ray.searching.run import announced
 
         search = announced(made)
+    found = None
+    if options.cluster is not None:
+        from pcb_ray.rates import measured_rates
+
+        found = estimate(made, options.cluster, memory["worker_bytes"], measured_rates(made, block))
     if options.json:
-        print(json.dumps(made.summary() | memory | {"disk_free_here": free} | ({"search": search} if search else {}), indent=2))
+        more = ({"search": search} if search else {}) | ({"cluster": found.summary()} if found else {})
+        print(json.dumps(made.summary() | memory | {"disk_free_here": free} | more, indent=2))
     else:
-        print("\n".join([*describe(made, memory["worker_bytes"], free), *(describe_search(search) if search else [])]))
+        lines = describe(made, memory["worker_bytes"], free)
+        print("\n".join([*lines, *(describe_search(search) if search else []), *(describe_cluster(found) if found else [])]))
     return 0
 
 
@@ -423,6 +455,59 @@ def describe_search(search: Mapping[str, Any]) -> list[str]:
         f"memory     at most {readable_bytes(search['worker_bytes'])} per worker of the analysis; {memory}",
         *(f"note: {note}" for note in search["notes"]),
     ]
+
+
+def describe_cluster(found: Estimate) -> list[str]:
+    """What a merge would take on a cluster, for people: each number with what it is made from."""
+    on, size = found.cluster, readable_bytes
+    disk = f", {size(on.disk)}/s of disk" if on.disk else ""
+    lines = [
+        "",
+        f"cluster    {_number(on.nodes, 'node')}, each of {_number(on.cores, 'core')}, {size(on.memory_bytes)} of memory, "
+        f"{size(on.network)}/s of network{disk}",
+        f"workers    {found.workers_per_node} on a node: one per core, in {SHARE_OF_WORKERS:.0%} of {size(on.memory_bytes)} at "
+        f"{size(found.worker_bytes)} each; {found.workers:,} in all, for {found.chunks:,} chunks",
+        f"memory     {found.workers_per_node} x {size(found.worker_bytes)} + {size(found.kept_in_memory)} kept = "
+        f"{size(found.node_bytes)} of {size(on.memory_bytes)}"
+        + (": too much, give --workers or --cache" if found.node_bytes > on.memory_bytes else ""),
+        f"inputs     {size(found.input_bytes * on.nodes)} / {_number(on.nodes, 'node')} = {size(found.input_bytes)} on each",
+    ]
+    if found.remote_bytes:
+        first, write = found.sweeps[0], found.sweeps[-1]
+        lines += [
+            f"room       a node keeps {size(found.kept_in_memory)} in memory (of half, {size(found.memory_room)})"
+            + (f", {size(found.kept_on_disk)} in --scratch" if on.disk else ""),
+            f"fetches    {size(found.fetched_bytes)} on each node: {size(first.received_bytes)} by the first sweep, "
+            f"{size(found.fetched_again)} by each other, {size(write.received_bytes)} by the write: "
+            f"{_number(found.files, 'file')}, whose inputs other nodes keep too",
+        ]
+    lines += [
+        f"writes     {size(found.written_bytes * on.nodes)} / {_number(on.nodes, 'node')} = {size(found.written_bytes)} on each",
+        "",
+        f"{'sweep':22} {'seconds':>8}  bound by    how",
+    ]
+    for one in found.sweeps:
+        moved = max(one.received_bytes, one.sent_bytes)
+        how = [
+            f"network {size(moved)} / {size(on.network)}/s = {_seconds(one.network_s)}" if moved else "",
+            f"disk {size(one.disk_bytes)} / {size(on.disk)}/s = {_seconds(one.disk_s)}" if on.disk and one.disk_bytes else "",
+            f"arithmetic {_millions(one.busiest_elements)} / {_millions(one.rate)}/s = {_seconds(one.arithmetic_s)}",
+        ]
+        lines.append(f"{one.name:22} {_seconds(one.seconds):>8}  {one.bound_by:10}  {'; '.join(filter(None, how))}")
+    return [
+        *lines,
+        f"{'in all':22} {_seconds(found.seconds):>8}  (starting, and making the output durable, come on top)",
+        "",
+        "Network and disk: bytes of a node. Arithmetic: elements of the busiest worker, by the rate of a core here, just measured.",
+    ]
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} G"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
 
 
 def describe(plan: Plan, worker: int, free: int) -> list[str]:
@@ -498,7 +583,7 @@ def _merge(options: argparse.Namespace) -> int:
         return _merge_many(recipes, out, how)
     from pcb_ray.merging import merge
 
-    receipt = merge(options.recipe, out, **how)
+    receipt = merge(options.recipe, out, state=options.state, pull_request=options.pull_request, **how)
     print(
         f"{out}: {receipt.N} models merged in {receipt.elapsed_s:.1f} s by {receipt.workers} workers; "
         f"read {readable_bytes(receipt.bytes_read)} in {receipt.full_sweeps} full sweeps, wrote "

@@ -27,7 +27,6 @@ from pcb_ray.grid import MAX_POINTS, points_of
 from pcb_ray.merging import merged, merged_before, opened, writer_bytes
 from pcb_ray.output.folder import Folder, existing_parent
 from pcb_ray.output.place import check_into, inside, place_of
-from pcb_ray.output.prefix import Prefix
 from pcb_ray.output.state import Place, State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan
 from pcb_ray.receipt import Receipt
@@ -123,7 +122,7 @@ class _One:
     """A merge that is to be done."""
 
     name: str
-    place: Folder | Prefix
+    place: Place
     inputs: Inputs
     plan: Plan
     state: State[Place] | None = None
@@ -194,7 +193,7 @@ def _opened(recipes: Mapping[str, Recipe], how: _How, results: dict[str, Merged]
             models = _models_of(recipe)
             like[models] = inputs, plan = opened(recipe, how.max_shard_bytes, check, like.get(models))
             if how.memory is not None:
-                choose_block(plan, "cpu", how.memory, writer_bytes(plan, place))
+                choose_block(plan, "cpu", how.memory, writer_bytes(plan, place, how.room.scratch))
         except RequestError as error:
             results[name] = Merged(failure=error)
             continue
@@ -276,7 +275,7 @@ def _with_room(todo: Sequence[_One], how: _How, results: dict[str, Merged]) -> l
     for one in todo:
         try:
             device = choose_device(how.device)
-            beside = writer_bytes(one.plan, one.place)
+            beside = writer_bytes(one.plan, one.place, how.room.scratch)
             needed = worker_bytes(one.plan, choose_block(one.plan, device, how.memory, beside)) + beside
             choose_workers(how.workers, device, needed, one.plan.chunks)
         except RequestError as error:
@@ -296,7 +295,7 @@ def _merge_all(todo: Sequence[_One], how: _How, results: dict[str, Merged], star
                 workers=how.workers,
                 device=how.device,
                 memory=how.memory,
-                beside=max(writer_bytes(one.plan, one.place) for one in left),
+                beside=max(writer_bytes(one.plan, one.place, how.room.scratch) for one in left),
                 writes_to=lambda: _state_of(left[0]).place,
                 room=how.room if any(one.plan.is_remote for one in left) else None,
                 quiet=how.quiet,

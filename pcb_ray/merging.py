@@ -14,7 +14,7 @@ from pcb_ray.budget import choose_block
 from pcb_ray.claims import differences
 from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.errors import RequestError
-from pcb_ray.files.objects import upload_bytes
+from pcb_ray.files.objects import HUB_SCHEME, upload_bytes
 from pcb_ray.files.room import Room
 from pcb_ray.files.store import is_remote
 from pcb_ray.files.stores import open_store
@@ -49,6 +49,8 @@ def merge(
     scratch: str = "",
     scratch_bytes: int | None = None,
     allow_code: bool = False,
+    state: str = "",
+    pull_request: bool = False,
     quiet: bool = False,
 ) -> Receipt:
     """Merge the recipe's models into `out` on Ray, a directory or a prefix in an object store (`s3://bucket/merged`), and return
@@ -68,7 +70,7 @@ def merge(
     """
     start = time.monotonic()
     recipe = Recipe.of(recipe, allow_code=allow_code)
-    place = place_of(out, recipe.storage, overwrite=overwrite)
+    place = place_of(out, recipe.storage, overwrite=overwrite, state=state or str(recipe.folder), pull_request=pull_request)
     check_cluster(address)
     before = merged_before(recipe, place, max_shard_bytes) if resume else ()
     if isinstance(before, Receipt):
@@ -81,16 +83,16 @@ def merge(
             raise RequestError([*error.problems, *before]) from None
 
     inputs, plan = opened(recipe, max_shard_bytes, check)
-    beside = writer_bytes(plan, place)
+    beside = writer_bytes(plan, place, scratch)
     if memory is not None:
         choose_block(plan, "cpu", memory, beside)  # a wrong bound is told before a cluster starts
     for note in () if resume and place.is_unfinished else plan.notes:  # told when it began
         log.warning("note: %s", note)
-    room = Room.for_a_run(cache, scratch, scratch_bytes) if plan.is_remote else None
+    room = Room.for_a_run(cache, scratch, scratch_bytes) if plan.is_remote or is_remote(place.files) else None
     stamps = plan.stamps
     asked, files = asked_of(plan, ARITHMETIC, stamps), [file.name for file in plan.files]
     with (
-        State(place, asked, stamps, files, resume=resume) as state,
+        State(place, asked, stamps, files, resume=resume) as begun,
         cluster(address),
         placed(
             [plan],
@@ -103,7 +105,7 @@ def merge(
             quiet=quiet,
         ) as session,
     ):
-        return merged(session, state, inputs, max_shard_bytes, start)
+        return merged(session, begun, inputs, max_shard_bytes, start)
 
 
 def merged(session: Session, state: State[Place], inputs: Inputs, max_shard_bytes: int, start: float) -> Receipt:
@@ -135,10 +137,9 @@ def merged(session: Session, state: State[Place], inputs: Inputs, max_shard_byte
 
 def merged_before(recipe: Recipe, place: Place, max_shard_bytes: int) -> Receipt | tuple[str, ...]:
     """The receipt of the output if this very merge lies there already, which is said; else why what is there is another one."""
-    out = place.out
     if not place.is_there or (place.is_unfinished and not place.is_left_over):
         return ()
-    store = open_store(storage=recipe.storage)
+    out, store = place.reads, open_store(storage=recipe.storage)
     try:
         receipt = Receipt.of(out, store)
         found = differences(recipe, out, receipt, max_shard_bytes, store)
@@ -184,9 +185,13 @@ def settled(session: Session, inputs: Inputs, replan: Callable[[Inputs], Plan]) 
     return inputs
 
 
-def writer_bytes(plan: Plan, place: Place) -> int:
-    """What a worker takes to write there, beside the work itself."""
-    return upload_bytes(max(file.size for file in plan.files)) if is_remote(place.files) else 0
+def writer_bytes(plan: Plan, place: Place, scratch: str) -> int:
+    """What a worker takes to write there, beside the work itself. A file for the Hub lies in memory whole, if there is no
+    scratch."""
+    largest = max(file.size for file in plan.files)
+    if place.files.startswith(HUB_SCHEME):
+        return 0 if scratch else largest
+    return upload_bytes(largest) if is_remote(place.files) else 0
 
 
 class Kept:

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from pcb_ray.budget import MIN_BLOCK, choose_block
 from pcb_ray.errors import InputError, RequestError, RunError
-from pcb_ray.files.objects import CutOff, object_problem
+from pcb_ray.files.hub import hub_id
+from pcb_ray.files.hub_commit import Branch
+from pcb_ray.files.objects import HUB_SCHEME, CutOff, container_of, object_problem
 from pcb_ray.files.store import PartWriter, Range, Store, is_remote
 from pcb_ray.kernels import choose_kernel
 from pcb_ray.kernels.reference import Loaded, keys
@@ -542,10 +544,12 @@ class Owner:
                 try:
                     size = self.store.stamp(file.path).size
                 except OSError as error:
-                    problems.append(
-                        f"{file.path}: wanted a file that node {node} can read, found: {error.strerror}. Fix: put the models on "
-                        f"{shared}."
-                    )
+                    fix = f"put the models on {shared}"
+                    if one.commit is not None:
+                        at = f"{HUB_SCHEME}{hub_id(one.source)}"
+                        how = "unset HF_HUB_OFFLINE" if one.source.startswith(HUB_SCHEME) else f"name it {at}"
+                        fix = f"{how}, so that each node reads it from the Hub itself, or let HF_HOME be a folder on {shared}"
+                    problems.append(f"{file.path}: wanted a file that node {node} can read, found: {error.strerror}. Fix: {fix}.")
                     continue
                 if size != file.size:
                     problems.append(
@@ -563,7 +567,7 @@ class Owner:
         """Stores that this machine can't read, by one byte of each: credentials are each machine's own."""
         node, problems = socket.gethostname(), []
         files = [file.path for one in self.plan.inputs for file in one.files if is_remote(file.path) and file.size]
-        for file in {file.split("/")[2]: file for file in files}.values():
+        for file in {container_of(file): file for file in files}.values():
             try:
                 self.store.read(file, 0, memoryview(bytearray(1)))
             except OSError as error:
@@ -574,6 +578,9 @@ class Owner:
         """Whether this machine may write there, by one object; its own credentials may be others than the driver's."""
         node = socket.gethostname()
         try:
+            if prefix.startswith(HUB_SCHEME):
+                Branch.of(prefix).may_write()
+                return []
             with self.store.part(f"{prefix}/tried/{node}-{os.getpid()}", 0, len(TRIED)) as out:
                 out.write(TRIED)
         except OSError as error:

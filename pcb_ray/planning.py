@@ -260,7 +260,8 @@ class Plan:
     @property
     def is_remote(self) -> bool:
         """Whether inputs are read over a network, and not from a file system."""
-        return any(is_remote(file.path) for one in self.inputs for file in one.files)
+        # What is yet to be downloaded has no stamp.
+        return any(is_remote(file.path) and file.stamp is not None for one in self.inputs for file in one.files)
 
     @property
     def sweep_bytes(self) -> int:
@@ -484,8 +485,8 @@ class Inputs:
 
     @property
     def on_hub(self) -> bool:
-        """Whether some are models of the Hub, which `fetched` downloads."""
-        return any(one.commit is not None for one in (self.base, *self.models, self.tokenizer))
+        """Whether some are models of the Hub that `fetched` downloads: those that are not read where they are."""
+        return any(_is_of_cache(one) for one in (self.base, *self.models, self.tokenizer))
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
@@ -500,7 +501,7 @@ def fetched(recipe: Recipe, inputs: Inputs) -> Inputs:
 
     def fetch(source: str) -> Checkpoint:
         before = at[source]
-        if before.commit is None:
+        if not _is_of_cache(before):
             return before
         found = open_checkpoint(source, recipe.folder, download=True)
         if found.commit != before.commit:  # the branch has moved meanwhile
@@ -515,6 +516,11 @@ def fetched(recipe: Recipe, inputs: Inputs) -> Inputs:
     _opened(recipe, fetch)
     # A download may take hours, in which a local model may become another one.
     return _opened(recipe, lambda source: open_again(source) if at[source].commit is None else at[source])
+
+
+def _is_of_cache(one: Checkpoint) -> bool:
+    """Whether it is a model of the Hub that is read in the Hub's cache."""
+    return one.commit is not None and one.prefix is None
 
 
 def _opened(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Inputs:

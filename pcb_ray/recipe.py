@@ -21,7 +21,7 @@ import yaml
 from pcb_ray import methods
 from pcb_ray.checks import choice, flag, nearest, number, present, section, shown, text, wrong
 from pcb_ray.errors import RequestError
-from pcb_ray.files.objects import SCHEMES, Access, is_object, uri_problem, without_credentials
+from pcb_ray.files.objects import HUB_SCHEME, SCHEMES, Access, is_object, uri_problem, without_credentials
 from pcb_ray.methods import Method, Parameter
 from pcb_ray.methods.method import SHARED_PARAMETERS
 from pcb_ray.user_code import UserCode, names_code, read_code
@@ -597,7 +597,7 @@ def _written_access(access: Access) -> dict[str, object]:
 def _place(raw: object, where: str, problems: list[str]) -> str:
     """The source of a model as text: a path, a Hub id, or a URI without credentials; `file://` is a path."""
     source = text(raw, where, problems)
-    if is_object(source) and (problem := uri_problem(source)) is not None:
+    if (is_object(source) or source.startswith(HUB_SCHEME)) and (problem := uri_problem(source)) is not None:
         problems.append(f"{where} {shown(without_credentials(source))}: {problem}")
         return ""
     return source.removeprefix("file://") if source.startswith("file:///") else source

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, Checkpoint, Tensor
 from pcb_ray.files.foreign import show
+from pcb_ray.files.objects import unreadable
 from pcb_ray.files.store import Range, Store
 from pcb_ray.recipe import read_yaml
 
@@ -228,7 +229,10 @@ def _values(store: Store, tensor: Tensor, start: int, stop: int) -> NDArray[np.f
     """Elements of a tensor in float64."""
     itemsize = DTYPE_BYTES[tensor.dtype]
     raw = np.empty((stop - start) * itemsize, dtype=np.uint8)
-    store.read(tensor.file, tensor.start + start * itemsize, raw.data)
+    try:
+        store.read(tensor.file, tensor.start + start * itemsize, raw.data)
+    except OSError as error:
+        raise RequestError(unreadable(tensor.file, error)) from None
     if tensor.dtype == "BF16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[tensor.dtype]).astype(np.float64)

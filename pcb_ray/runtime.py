@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pcb_ray.cluster import nodes
 from pcb_ray.errors import RunError, reason_in
+from pcb_ray.files.objects import object_problem
+from pcb_ray.files.store import is_remote
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, OwnerState, Question, TotalT
 from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, proved
@@ -557,6 +559,8 @@ def _ours(error: Exception) -> Exception:
     from ray.exceptions import RayError, RayTaskError
 
     cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+    if isinstance(cause, OSError) and is_remote(str(cause.filename)):
+        return RunError(f"{object_problem(cause.filename, cause)} Finished work is kept: --resume goes on.")
     if isinstance(cause, OSError):
         where = f"{cause.filename}: " if cause.filename else ""
         return RunError(

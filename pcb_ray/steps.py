@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import choose_device, choose_workers
 from pcb_ray.errors import InputError, RunError
+from pcb_ray.files.objects import is_object
 from pcb_ray.files.room import Room
 from pcb_ray.files.store import Pins, Stamp, Store, changed, is_remote
 from pcb_ray.methods import Known
@@ -90,18 +91,18 @@ def placed(
 
     def owners_for(plan: Plan) -> RayOwners:
         place = writes_to()
-        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), place.notes, place.fence)
+        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), place.tried, place.fence)
         return owners
 
     try:
         session = Session(plans[0], owners_for, workers=chosen, worker_bytes=needed, quiet=quiet, relate=True)
         owners.wait_until_ready()
-        if room is not None:
+        announced: dict[str, int] = {}
+        if room is not None and plans[0].is_remote:
             announced = {state.node: state.room for state in owners.states}
             _tell_of_room(plans[0], announced)
         yield session
-        if room is not None:
-            _tell_of_full_nodes(announced, owners.states)
+        _tell_of_full_nodes(announced, owners.states)
     finally:
         owners.close()
 
@@ -123,7 +124,7 @@ def _tell_of_room(plan: Plan, of_node: Mapping[str, int]) -> None:
 def _tell_of_full_nodes(announced: Mapping[str, int], states: Sequence[OwnerState]) -> None:
     """Which nodes could keep less than they had room for when the run began."""
     for node, room in announced.items():
-        kept = min((state.room for state in states if state.node == node), default=room)
+        kept = min((state.room for state in states if state.node == node and state.fetched), default=room)
         if kept == room:
             continue
         log.warning(
@@ -137,10 +138,12 @@ def _tell_of_full_nodes(announced: Mapping[str, int], states: Sequence[OwnerStat
 
 @dataclass(frozen=True)
 class Output:
-    """What was written: the digest of all parts, and of each input that of the bytes that they were made from."""
+    """What was written: the digest of all parts, and of each input that of the bytes that they were made from; of files that were
+    written whole, what the store calls them."""
 
     digest: Digest
     inputs: tuple[Digest, ...]
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 def write(
@@ -150,11 +153,14 @@ def write(
     each part (or file) under `label`, and what it remembers is not written again if it is still there.
 
     Raises InputError if the inputs are no longer what the analysis has read."""
-    how = _write_files if is_remote(folder) else _write_parts
-    written, gram = how(session, store, known, folder, state, label)
+    if is_remote(folder):
+        written, gram = _write_files(session, known, folder, state, label)
+    else:
+        written, gram = _write_parts(session, store, known, folder, state, label)
     inputs = inputs_of(written)
     session.saw_inputs(inputs, "write", gram)
-    return Output(sum_of(one.digest for one in written), inputs)
+    tags = {file.name: one.tag for file, one in zip(session.plan.files, written, strict=False) if one.tag}
+    return Output(sum_of(one.digest for one in written), inputs, tags)
 
 
 def _write_parts(
@@ -192,14 +198,14 @@ def _written_before(session: Session, folder: str, state: State[Place], label: s
 
 
 def _write_files(
-    session: Session, store: Store, known: Known, folder: str, state: State[Place] | None, label: str
+    session: Session, known: Known, folder: str, state: State[Place] | None, label: str
 ) -> tuple[list[Written], Gram | None]:
     """In an object store: each file has one writer, and is there when it is whole. What it then is called tells later whether it is
     still the one that was written."""
     plan = session.plan
     names = {number: f"{label} of {file.name}" for number, file in enumerate(plan.files)}
     claimed = {} if state is None else state.claimed(names)
-    written = {number: claimed[number] for number in _still_there(session, store, folder, claimed)}
+    written = {number: claimed[number] for number in _still_there(session, state, claimed)}
     if claimed:
         log.info("%d of %d files were written before", len(written), len(names))
     todo = [number for number in names if number not in written]
@@ -208,7 +214,8 @@ def _write_files(
         written |= answer
         if state is not None:
             state.wrote({names[number]: one.to_text() for number, one in answer.items()})
-    if lost := [plan.files[number].name for number in set(written) - set(_still_there(session, store, folder, written))]:
+    there = _still_there(session, state, written) if is_object(folder) else written  # of the Hub its commit asks that
+    if lost := [plan.files[number].name for number in set(written) - set(there)]:
         raise RunError(
             f"{folder}: wanted the files as they were written, found others or none in the place of {', '.join(sorted(lost))}. "
             "Fix: let nothing else write there, and write them again with --resume."
@@ -217,19 +224,14 @@ def _write_files(
     return ordered, gram_of(ordered) if relates else None
 
 
-def _still_there(session: Session, store: Store, folder: str, written: Mapping[int, Written]) -> list[int]:
-    """The numbers of those files that are still what was written."""
-
-    def is_there(number: int) -> bool:
-        file = session.plan.files[number]
-        try:
-            found = store.stamp(f"{folder}/{file.name}")
-        except FileNotFoundError:
-            return False
-        return (found.size, found.tag) == (file.size, written[number].tag)
-
+def _still_there(session: Session, state: State[Place] | None, written: Mapping[int, Written]) -> list[int]:
+    """The numbers of those files that are still what was written, as far as the place can be asked."""
+    if state is None:
+        return list(written)
+    files, place = session.plan.files, state.place
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return [number for number, found in zip(written, pool.map(is_there, written), strict=True) if found]
+        found = pool.map(lambda number: place.holds(files[number].name, files[number].size, written[number].tag), written)
+        return [number for number, is_there in zip(written, found, strict=True) if is_there]
 
 
 def write_from(
@@ -358,11 +360,11 @@ def publish(
         startup_s=round(startup_s, 3),
         elapsed_s=spent.elapsed_s,
     )
-    folder, card = state.place.files, model_card(plan, receipt.versions["pcb_ray"])
+    folder, card = state.place.beside, model_card(plan, receipt.versions["pcb_ray"])
     receipt = replace(receipt, files_sha256=write_side_files(folder, {**files, CARD: card}, store))
     write_side_files(folder, {RECEIPT: receipt.to_json().encode()}, store)
     if commit:
-        state.commit()
+        state.commit(output.tags)
     for warning in receipt.warnings:
         log.warning("warning: %s", warning)
     return receipt

@@ -13,7 +13,8 @@ from typing import Any
 from pcb_ray.conversions import tied_weights_of
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor
-from pcb_ray.files.foreign import os_problem, some
+from pcb_ray.files.foreign import some
+from pcb_ray.files.objects import unreadable
 from pcb_ray.files.store import Range, Store
 
 Tensors = Mapping[str, Tensor]
@@ -105,7 +106,7 @@ class Samples:
         try:
             self._store.read(tensor.file, tensor.start + at, data)
         except OSError as error:
-            raise RequestError(os_problem(tensor.file, error)) from None
+            raise RequestError(unreadable(tensor.file, error)) from None
         return data
 
 

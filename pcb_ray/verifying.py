@@ -44,7 +44,7 @@ def verify(
 
     Raises RequestError if OUT or its inputs can't be read at all, or `method` is missing or another one.
     """
-    out, store = place_of(out).out, open_store()
+    out, store = place_of(out).reads, open_store()
     receipt = Receipt.of(out, store)
     if receipt.arithmetic != ARITHMETIC:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""A merge of models in an object store on Ray, through the command line."""
+"""Merges of models in an object store, and on the Hub, on Ray, through the command line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from pathlib import Path
 import families
 import pytest
 import yaml
-from clusters import await_end, owners_under, pcb_ray, receipt_of, running
+from clusters import await_end, head_node, owners_under, pcb_ray, receipt_of, running
 from families import Family
+from hub_server import SIGNED, HubServer, Model
 from object_servers import FaultProxy, ObjectServer, Request, answer, meanwhile, s3_server
+from test_hub import TOKEN
+from test_hub_in_place import NEW, OLD, Hub
 from test_remote import SECRET, fill, put_all, remote_recipe
 
 from pcb_ray.files.remote import PIECE
@@ -92,4 +95,105 @@ def test_a_scratch_that_others_fill_is_done_without(server: ObjectServer, tmp_pa
     assert {name: (out / name).read_bytes() for name in wanted} == wanted
     assert fetched > 1.5 * sum(file.size for of in plan(one.recipe()).inputs for file in of.files)
     assert [path.name for path in small_disk.glob("scratch/*/*")] == []
+    await_end(owners_under(os.getpid()))
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with HubServer({}) as server, FaultProxy(server.endpoint) as front, FaultProxy(server.cdn_itself) as cdn:
+        server.cdn = cdn.endpoint.replace("127.0.0.1", "localhost")
+        yield Hub(server, front, cdn)
+
+
+def environment_of(hub: Hub, home: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.front.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
+
+
+def test_a_merge_in_place_from_the_hub_survives_faults_and_a_killed_worker_fetches_once_and_may_be_run_again(
+    hub: Hub, tmp_path: Path
+) -> None:
+    one = Family(tmp_path / "family", *families.fine_tuned(2, scale=1000), shards=2)
+    (one.folder / "base" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    wanted = families.merge_locally(plan(one.recipe()), tmp_path / "wanted").files
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(hub.put(one)))
+    command = ("merge", recipe, out, "--workers", 2, "--scratch", tmp_path / "scratch", "--cache", "20MB")
+    environment = environment_of(hub, tmp_path / "hf") | {"HF_TOKEN": TOKEN}
+    rules = [
+        hub.cdn.fail(answer(503, "SlowDown"), 5, step="get", where=is_whole_piece),
+        hub.cdn.fail(meanwhile(lambda _: hub.server.expire()), 2, step="get", where=is_whole_piece),
+    ]
+    with running(*command, env=environment) as run:
+        run.wait_for("ranks of |tau|: ")
+        with run.stopped():
+            (victim, _) = owners_under(run.pid)
+            victim.kill()
+        assert run.finish() == 0, run.text
+    assert {name: (out / name).read_bytes() for name in wanted} == wanted
+    assert (out / "tokenizer.json").read_bytes() == (one.folder / "base" / "tokenizer.json").read_bytes()
+    receipt, stored = receipt_of(out), sum(file.size for of in plan(one.recipe()).inputs for file in of.files)
+    assert (receipt["workers_lost"], [rule.left for rule in rules]) == (1, [0, 0])
+    assert receipt["retries"] >= 5  # the killed one may have met some that nobody heard of
+    assert [of["commit"] for of in receipt["inputs"]] == [OLD] * 3
+    assert hub.fetched < 1.3 * stored  # headers, samples of the plan, and what the killed one had under way
+    assert not list((tmp_path / "scratch").glob("*/*"))
+    assert not list((tmp_path / "hf").rglob("*"))
+    small = [path for path in out.iterdir() if path.suffix != ".safetensors"]
+    everything = "".join([run.text, *(path.read_text() for path in small)])
+    assert not any(secret in everything for secret in (TOKEN, SIGNED))
+
+    for model in hub.server.models.values():  # the branch moves on; the output's recipe names the commit
+        model.commits["0" * 40] = {}
+        model.revisions["main"] = "0" * 40
+    checked = pcb_ray("verify", out, env=environment)
+    assert checked.process.returncode == 0, checked.text
+    for model in hub.server.models.values():
+        model.revisions["main"] = OLD
+    again = pcb_ray(*command, "--resume", env=environment)
+    assert again.process.returncode == 0, again.text
+    assert f"{out}: is this very merge already" in again.text
+    await_end(owners_under(os.getpid()))
+
+
+def test_the_token_of_the_driver_is_not_sent_to_a_cluster_whose_nodes_have_none(hub: Hub, tmp_path: Path) -> None:
+    one, recipe = Family(tmp_path / "family", *families.fine_tuned(1)), tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(hub.put(one)))
+    command = ("merge", recipe, tmp_path / "out", "--workers", 1)
+    variables = environment_of(hub, tmp_path / "hf")
+    with head_node(**variables) as head:
+        own = {name: value for name, value in head.environment.items() if name.startswith("RAY_")}
+        refused = pcb_ray(*command, "--address", head.address, env=variables | own | {"HF_TOKEN": TOKEN})
+        assert refused.process.returncode == 2, refused.text
+        assert not any(TOKEN in path.read_text(errors="replace") for path in head.folder.rglob("*") if path.is_file())
+    text = " ".join(refused.text.split())
+    assert f"node {os.uname().nodename}: hf://org/base@{OLD}/model.safetensors: wanted to read it, found no such model on" in text
+    assert "Fix: give this machine a token that may read the model (HF_TOKEN, or `hf auth login`)" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_from_the_hub_to_the_hub_is_one_commit_and_a_node_that_may_not_write_is_named(hub: Hub, tmp_path: Path) -> None:
+    one = Family(tmp_path / "family", *families.fine_tuned(2, scale=64))
+    wanted = families.merge_locally(plan(one.recipe(), max_shard_bytes=1_500_000), tmp_path / "wanted").files
+    recipe, merged = tmp_path / "recipe.yaml", Model({NEW: {".gitattributes": b""}}, {"main": NEW}, token=TOKEN)
+    recipe.write_text(yaml.safe_dump(hub.put(one)))
+    hub.server.models["org/merged"] = merged
+    environment = environment_of(hub, tmp_path / "hf") | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = ("merge", recipe, "hf://org/merged", "--workers", 2, "--max-shard-size", "1.5MB")
+
+    hub.server.readers = frozenset({TOKEN})
+    refused = pcb_ray(*command, env=environment)
+    assert refused.process.returncode == 2, refused.text
+    text = " ".join(refused.text.split())
+    assert f"node {os.uname().nodename}: hf://org/merged@main: wanted to write it, found that 127.0.0.1" in text
+    assert not hub.server.blobs
+
+    hub.server.readers = frozenset()
+    done = pcb_ray(*command, env=environment)
+    assert done.process.returncode == 0, done.text
+    assert wanted.items() <= merged.commits[merged.revisions["main"]].items()
+    assert len(merged.commits) == 2
+    assert TOKEN not in done.text
+    checked = pcb_ray("verify", "hf://org/merged", env=environment)
+    assert checked.process.returncode == 0, checked.text
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".pcb-ray")]
     await_end(owners_under(os.getpid()))

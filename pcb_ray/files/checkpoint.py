@@ -33,8 +33,7 @@ from pcb_ray.files.foreign import (
     some,
     strict_json,
 )
-from pcb_ray.files.hub import HUB_SCHEME
-from pcb_ray.files.objects import SCHEMES, ObjectModel, Storage, find_objects, is_object
+from pcb_ray.files.objects import HUB_SCHEME, SCHEMES, ObjectModel, Storage, find_objects, is_object, without_credentials
 from pcb_ray.files.quantised import parts_of, quantisation_in, quantised
 from pcb_ray.files.safetensors import (
     DTYPE_BYTES,
@@ -71,9 +70,9 @@ class Checkpoint:
     """A model that can be read. `tensors` are sorted by file, and by offset within a file.
 
     `aliases` leads from a name to the first name with the same bytes (shared storage in a `.bin` file); an alias is
-    not in `tensors`. `folder` is where config and tokenizer files lie: None for a single file, and for a model on the
-    Hub that is not downloaded, whose files are named `hub://org/name@commit/file`. Where the data of a `.bin` file begin
-    is known only after the download: until then, `start` is the least that it can be.
+    not in `tensors`. `folder` is where config and tokenizer files lie: None for a single file, for a model in a store, and for
+    one of the Hub that is not downloaded yet, whose files are named `hub://org/name@commit/file`. Where the data of a `.bin`
+    file begin is known only after the download: until then, `start` is the least that it can be.
     """
 
     source: str
@@ -93,7 +92,7 @@ class Checkpoint:
     """The folder in it, with a `/` at its end, where the tensors and their config lie, if they don't lie beside the rest: a part of
     a pipeline, or the first of sentence-transformers' modules. The output has it too, with the rest of the model around it."""
     prefix: str | None = None
-    """In an object store, what its files are named below."""
+    """In an object store, or on the Hub and read there, what its files are named below."""
     read: Callable[[str], bytes] = field(default=_nothing, repr=False, compare=False)
     """The content of a small file beside the tensors, by its path from there. Raises RequestError."""
 
@@ -128,9 +127,9 @@ def open_checkpoint(
     """Open the model that `source` names, reading headers only.
 
     `source` is a folder in the Hugging Face layout, one `.safetensors` or `.bin` file, a Hub id
-    `org/name[@revision]`, or the URI of a folder or a file in an object store, which `storage` says how to reach. A path is taken
-    relative to `relative_to` (the recipe's folder), and wins over a Hub id, unless that is written as `hf://org/name`. With
-    `download` a Hub model's tensors, config and tokenizer are fetched into the Hub's cache and opened there.
+    `org/name[@revision]`, or a URI: of a folder or a file in an object store, which `storage` says how to reach, or of a model on
+    the Hub that is read there, `hf://org/name[@revision]`. A path is taken relative to `relative_to` (the recipe's folder), and
+    wins over a Hub id. With `download` a Hub id's tensors, config and tokenizer are fetched into the Hub's cache and opened there.
 
     Raises RequestError with all that is wrong, also when the Hub or the store can't be reached.
     """
@@ -138,7 +137,7 @@ def open_checkpoint(
         fix = "name a folder, a file, or org/name"
         raise RequestError(f"model: {mismatch('a path or a Hub id', show(source), fix)}")
     if source.startswith(HUB_SCHEME):
-        return _open_hub(source, Path(source), download)
+        return _open_hub(source, None, download)
     if is_object(source):
         return _open_listed(source, find_objects(source, storage))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
@@ -185,11 +184,15 @@ def _open_folder(folder: Path, source: str, commit: str | None) -> Checkpoint:
     return _checkpoint(source, folder, contents, survey, commit, others, notes, read)
 
 
-def _open_hub(source: str, path: Path, download: bool) -> Checkpoint:
-    """Open `org/name[@revision]`, there being nothing at `path`."""
+def _open_hub(source: str, path: Path | None, download: bool) -> Checkpoint:
+    """Open `org/name[@revision]`, there being nothing at `path`; or `hf://org/name[@revision]`, in place."""
     named = source.removeprefix(HUB_SCHEME)
-    parts = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([^\s@]+))?", named, flags=re.ASCII)
-    if parts is None or Path(parts[1]).suffix in (".safetensors", ".gguf", *_TORCH_SUFFIXES):
+    parts = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([^\s@?#]+))?", named, flags=re.ASCII)
+    if parts is None and path is None:
+        shown, found = clip(without_credentials(source)), "another URI"
+        fix = "name the repository; a folder or a file in it can't be named"
+        raise RequestError(f"model {shown}: {mismatch('hf://org/name[@revision]', found, fix)}")
+    if parts is None or (path is not None and Path(parts[1]).suffix in (".safetensors", ".gguf", *_TORCH_SUFFIXES)):
         if "+" in source:
             raise RequestError(_adapter_problem(source))
         found = f"no file or folder {path}, nor a Hub id org/name[@revision]"
@@ -200,6 +203,8 @@ def _open_hub(source: str, path: Path, download: bool) -> Checkpoint:
             return _open_folder(model.folder, source, model.folder.name)
         except RequestError as incomplete:
             raise RequestError([model.problem, *incomplete.problems]) from None
+    if path is None:
+        return _open_listed(source, model.in_place())
     if not download:
         return _open_listed(source, model)
     survey = _survey_listed(model)
@@ -263,8 +268,9 @@ def _open_listed(source: str, model: hub.HubModel | ObjectModel) -> Checkpoint:
         contents = _gather(survey.problems, [pool.submit(read_contents, inner + name).result for name in layout.files])
     where = f"{model.where}/{inner}".removesuffix("/")
     contents = _by_index(where, layout, contents, survey.config, survey.problems, notes)
-    commit = model.commit if isinstance(model, hub.HubModel) else None
-    opened = _checkpoint(source, None, contents, survey, commit, others, notes, lambda name: _read_small_of(model, inner + name))
+    opened = _checkpoint(
+        source, None, contents, survey, model.commit, others, notes, lambda name: _read_small_of(model, inner + name)
+    )
     return replace(opened, prefix=model.where) if isinstance(model, ObjectModel) else opened
 
 

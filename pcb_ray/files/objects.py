@@ -22,15 +22,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from pcb_ray.errors import RequestError, RunError
-from pcb_ray.files.foreign import mismatch
-from pcb_ray.files.store import Stamp
+from pcb_ray.files.foreign import mismatch, os_problem
+from pcb_ray.files.store import Stamp, is_remote
 
 SCHEMES = {"s3": "s3", "gs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 """By the scheme of a URI, the kind of its store: what `storage` names."""
+HUB_SCHEME = "hf://"
+"""What the URIs of models on the Hub begin with, and of their files."""
 
 CONNECT_S, SILENCE_S, REQUEST_S = 10, 20, 120
 """Limits of one request: to connect, between two pieces of its answer, and in all (16 MB need 0.14 MB/s)."""
@@ -98,16 +100,54 @@ class Exists(Exception):
     """There is an object where none was wanted, or another than was wanted."""
 
 
+class Passing(Exception):
+    """A request failed for a reason that may pass, which the text tells; it shows nothing of the request."""
+
+
+class Retries:
+    """Makes requests again that failed for a reason that may pass, and counts that. Any number of threads may use it at once."""
+
+    def __init__(self, patience_s: float) -> None:
+        self.patience_s, self._lock = patience_s, threading.Lock()
+        self.count = 0
+
+    def ask(self, uri: str, attempt: Callable[[], _T]) -> _T:
+        """What the attempt gives in the end. Raises Busy if it raised Passing for too long; whatever else it raises is for good."""
+        begin, pause = time.monotonic(), FIRST_PAUSE_S
+        while True:
+            try:
+                return attempt()
+            except Passing as failure:
+                left = self.patience_s - (time.monotonic() - begin)
+                if left <= 0:
+                    raise Busy(errno.ETIMEDOUT, f"no answer in {self.patience_s:.0f} s ({failure})", uri) from None
+                self.note()
+                time.sleep(min(left, pause * random.uniform(0.5, 1.0)))
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def note(self) -> None:
+        """Count one that is made again otherwise."""
+        with self._lock:
+            self.count += 1
+
+
 def is_object(uri: str) -> bool:
     """Whether a URI names an object in one of these stores."""
     return uri.partition("://")[0] in SCHEMES
+
+
+def container_of(uri: str) -> str:
+    """What an object is in that has credentials of its own: a bucket, or a model on the Hub."""
+    return "/".join(uri.split("/")[: 4 if uri.startswith(HUB_SCHEME) else 3])
 
 
 def uri_problem(uri: str) -> str | None:
     """What is wrong with a URI of an object or of a folder of them, in the form `wanted ..., found ...`; it shows no secret."""
     try:
         address = urlsplit(uri)
-        has_secret = bool(address.query or address.fragment or address.password or (address.scheme == "s3" and address.username))
+        has_secret = bool(
+            address.query or address.fragment or address.password or (address.scheme in ("s3", "hf") and address.username)
+        )
     except ValueError:
         return _NO_URI
     if has_secret:
@@ -131,11 +171,14 @@ class Objects:
     """Requests to these stores. Any number of threads may use it at once."""
 
     def __init__(self, storage: Storage | None = None, *, patience_s: float = PATIENCE_S) -> None:
-        self._storage, self._patience_s = storage or {}, patience_s
+        self._storage, self._retries = storage or {}, Retries(patience_s)
         self._stores: dict[tuple[str, bool], Any] = {}
         self._lock = threading.Lock()
-        self.retries = 0
+
+    @property
+    def retries(self) -> int:
         """Requests that were made again."""
+        return self._retries.count
 
     def head(self, uri: str) -> Stamp:
         """What an object is. Raises OSError."""
@@ -240,8 +283,7 @@ class Objects:
         except BaseException as error:
             upload.abort(error)
             if isinstance(error, CutOff):
-                with self._lock:
-                    self.retries += 1
+                self._retries.note()
                 self._forget(uri)  # its credentials may have expired
             raise
 
@@ -258,12 +300,14 @@ class Objects:
         with self._lock:
             if (where, patient) not in self._stores:
                 access = self._storage.get(SCHEMES[scheme], Access())
-                self._stores[where, patient] = _opened(where, access, self._patience_s if patient else 0.0)
+                self._stores[where, patient] = _opened(where, access, self._retries.patience_s if patient else 0.0)
             return self._stores[where, patient], key
 
     def _patiently(self, uri: str, attempt: Callable[[Any, str], _T]) -> _T:
-        begin, pause, renewals = time.monotonic(), FIRST_PAUSE_S, 0
-        while True:
+        renewals = 0
+
+        def once() -> _T:
+            nonlocal renewals
             store, key = self.store_of(uri)
             try:
                 return attempt(store, key)
@@ -275,19 +319,15 @@ class Objects:
                         raise PermissionError(errno.EACCES, "its credentials have expired", uri) from None
                     renewals += 1
                     self._forget(uri)
-                left = self._patience_s - (time.monotonic() - begin)
-                if left <= 0:
-                    raise Busy(errno.ETIMEDOUT, f"no answer in {self._patience_s:.0f} s ({reason(error)})", uri) from None
-                with self._lock:
-                    self.retries += 1
-                time.sleep(min(left, pause * random.uniform(0.5, 1.0)))
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+                raise Passing(reason(error)) from None
+
+        return self._retries.ask(uri, once)
 
     def _forget(self, uri: str) -> None:
         """Open the store anew when it is asked next: with the credentials that there are then."""
         with self._lock:
             for patient in (False, True):
-                self._stores.pop(("/".join(uri.split("/")[:3]), patient), None)
+                self._stores.pop((container_of(uri), patient), None)
 
 
 _ENDPOINTS = {
@@ -495,6 +535,14 @@ def abandon_uploads(uri: str, storage: Storage | None) -> int | None:
 # ---------------------------------------------------------------------------------------------------- models
 
 
+class Requests(Protocol):
+    """What a model that lies in a store is read by."""
+
+    def head(self, uri: str) -> Stamp: ...
+
+    def get(self, uri: str, start: int, stop: int, tag: str = "") -> tuple[memoryview, Stamp]: ...
+
+
 @dataclass(frozen=True)
 class ObjectModel:
     """The objects below a prefix. It is told apart from what it may become by what the first answer about each said."""
@@ -503,7 +551,9 @@ class ObjectModel:
     """Its URI, without a `/` at the end."""
     sizes: Mapping[str, int]
     """Of its files, by their names in it."""
-    objects: Objects = field(repr=False)
+    objects: Requests = field(repr=False)
+    commit: str | None = None
+    """Of a model on the Hub."""
     stamps: dict[str, Stamp] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
@@ -511,8 +561,8 @@ class ObjectModel:
         uri = f"{self.where}/{name}"
         before = self.stamps.get(name)
         try:
-            if self.sizes[name] == 0:  # there is no range of it
-                self.stamps[name] = self.objects.head(uri)
+            if self.sizes[name] == 0 and (stamp := self.objects.head(uri)).size == 0:  # there is no range of it
+                self.stamps[name] = stamp
                 return b"", 0
             data, stamp = self.objects.get(uri, start, stop, before.tag if before else "")
         except Changed:
@@ -546,7 +596,13 @@ def find_objects(where: str, storage: Storage | None) -> ObjectModel:
 def object_problem(uri: str, error: OSError, verb: str = "read") -> str:
     """What to say of an object, or of the prefix of many, that can't be read or written."""
     found = f"{error.strerror or type(error).__name__}"
-    if isinstance(error, FileNotFoundError):
+    if uri.startswith(HUB_SCHEME):
+        fix = "check HF_ENDPOINT, HF_HUB_OFFLINE and the network of this machine, and run again"
+        if isinstance(error, FileNotFoundError | PermissionError):
+            fix = (
+                "give this machine a token that may read the model (HF_TOKEN, or `hf auth login`), and accept its terms on the Hub"
+            )
+    elif isinstance(error, FileNotFoundError):
         found, fix = "none", "check the name"
     elif isinstance(error, PermissionError):
         fix = f"give this machine a role or credentials that may {verb} there"
@@ -554,6 +610,11 @@ def object_problem(uri: str, error: OSError, verb: str = "read") -> str:
     else:
         fix = "check the endpoint (AWS_ENDPOINT_URL and the like, or `storage`) and the network, and run again"
     return f"{uri}: {mismatch(f'to {verb} it', found, fix)}"
+
+
+def unreadable(file: str, error: OSError) -> str:
+    """What to say of a file, wherever it lies, that can't be read."""
+    return object_problem(file, error) if is_remote(file) else os_problem(file, error)
 
 
 # ---------------------------------------------------------------------------------------------------- failures

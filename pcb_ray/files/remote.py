@@ -8,15 +8,18 @@ Each file is held to what it was: by its pin, or by what the first answer about 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pcb_ray.errors import InputError
-from pcb_ray.files.objects import LOOKING_PATIENCE_S, PATIENCE_S, Changed, Fence, Objects, Storage
+from pcb_ray.files.hub import HubFiles
+from pcb_ray.files.hub_commit import Branch
+from pcb_ray.files.objects import HUB_SCHEME, LOOKING_PATIENCE_S, PATIENCE_S, Changed, Fence, Objects, Requests, Storage
 from pcb_ray.files.room import KeptHere, Room
 from pcb_ray.files.store import PartWriter, Pins, Range, Stamp, Traffic, as_bytes, changed, wrong_count
 
@@ -31,12 +34,14 @@ FETCHES = 32
 
 
 class RemoteStore:
-    """Objects by their URIs, as a Store."""
+    """Objects, and files of models on the Hub, by their URIs, as a Store."""
 
     def __init__(self, pins: Pins, storage: Storage | None, room: Room | None, fence: Fence | None = None) -> None:
-        self._objects = Objects(storage, patience_s=PATIENCE_S if pins else LOOKING_PATIENCE_S)
+        patience_s = PATIENCE_S if pins else LOOKING_PATIENCE_S
+        self._objects, self._hub = Objects(storage, patience_s=patience_s), HubFiles(patience_s=patience_s)
         self._pins = dict(pins)
         self._fence = fence
+        self._sent: dict[str, Stamp] = {}  # files for the Hub, which no commit names yet
         self._kept = None if room is None else KeptHere(room)
         self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
         self._lock = threading.Lock()
@@ -46,10 +51,10 @@ class RemoteStore:
 
     @property
     def traffic(self) -> Traffic:
-        return Traffic(self._fetched, self._objects.retries, 0 if self._kept is None else self._kept.bytes)
+        return Traffic(self._fetched, self._objects.retries + self._hub.retries, 0 if self._kept is None else self._kept.bytes)
 
     def stamp(self, file: str) -> Stamp:
-        return self._objects.head(file)
+        return self._sent.get(file) or self._requests(file).head(file)
 
     def view(self, file: str, start: int, stop: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
         return None
@@ -101,12 +106,25 @@ class RemoteStore:
         """A part is the whole file."""
         if start:
             raise ValueError(f"{file}: an object is written whole, found a part from byte {start} on")
-        with self._objects.upload(file, stop, self._fence) as take:
+        with self._sent_ahead(file, stop) if file.startswith(HUB_SCHEME) else self._objects.upload(file, stop, self._fence) as take:
             part = _Part(file, stop, take)
             yield part
             part.check()
         with self._lock:
             self._pins.pop(file, None)  # it is another object now
+
+    @contextmanager
+    def _sent_ahead(self, file: str, size: int) -> Iterator[Callable[[memoryview], object]]:
+        """A file for the Hub lies on this machine until it is whole and sent: its digest is asked for first."""
+        at, _, name = file.removeprefix(HUB_SCHEME).partition("@")
+        branch, _, name = name.partition("/")
+        with nullcontext(None) if self._kept is None else self._kept.staged(size) as path:
+            if path is None:
+                raise OSError(errno.ENOSPC, f"no room for its {size:,} bytes in memory or --scratch", file)
+            with path.open("wb") as staged:
+                yield staged.write
+            sent = Branch.of(f"{HUB_SCHEME}{at}@{branch}").send(name, path)
+        self._sent[file] = Stamp(sent.size, 0, 0, sent.to_text())
 
     def sync(self) -> None:
         pass
@@ -115,6 +133,9 @@ class RemoteStore:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._kept is not None:
             self._kept.close()
+
+    def _requests(self, file: str) -> Requests:
+        return self._hub if file.startswith(HUB_SCHEME) else self._objects
 
     # --- pieces -------------------------------------------------------------------------------------------------------------------
 
@@ -157,9 +178,9 @@ class RemoteStore:
     def _fetch(self, one: Range) -> memoryview:
         pin = self._pins.get(one.file)
         try:
-            data, now = self._objects.get(one.file, one.start, one.stop, "" if pin is None else pin.tag)
+            data, now = self._requests(one.file).get(one.file, one.start, one.stop, "" if pin is None else pin.tag)
         except Changed:
-            now = self._objects.head(one.file)
+            now = self._requests(one.file).head(one.file)
             raise changed(one.file, pin, now) from None
         with self._lock:
             pin = self._pins.setdefault(one.file, now)
@@ -175,7 +196,7 @@ class RemoteStore:
 
     def _pin(self, file: str) -> Stamp:
         if (pin := self._pins.get(file)) is None:
-            pin = self._pins.setdefault(file, self._objects.head(file))
+            pin = self._pins.setdefault(file, self.stamp(file))
         return pin
 
 

@@ -86,6 +86,19 @@ class KeptHere:
         return any(tier.put(key, data) for tier in self._tiers)
 
     @contextlib.contextmanager
+    def staged(self, size: int) -> Iterator[Path | None]:
+        """The name of a file of this size that goes when the block ends: on the disk, if there is one. None if it fits nowhere."""
+        fits = (tier.folder for tier in reversed(self._tiers) if shutil.disk_usage(tier.folder).free > size)
+        if (folder := next(fits, None)) is None:
+            yield None
+            return
+        path = folder / f"staged-{secrets.token_hex(8)}"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[None]:
         """In here no other process fetches the same, as long as this one is not stuck."""
         if not self._tiers:

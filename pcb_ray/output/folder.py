@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pcb_ray.errors import RequestError
@@ -48,6 +48,18 @@ class Folder:
     @property
     def notes(self) -> str:
         return str(self.folder)
+
+    @property
+    def tried(self) -> str:
+        return self.notes
+
+    @property
+    def reads(self) -> str:
+        return self.out
+
+    @property
+    def beside(self) -> str:
+        return self.files
 
     @property
     def files(self) -> str:
@@ -188,7 +200,10 @@ class Folder:
 
     # --- the end ------------------------------------------------------------------------------------------------------------------
 
-    def publish(self) -> None:
+    def holds(self, name: str, size: int, tag: str) -> bool:  # noqa: ARG002 - it has no tags, and is written in parts
+        return False
+
+    def publish(self, tags: Mapping[str, str]) -> None:  # noqa: ARG002
         """Make everything durable and give it its name. Raises RunError, keeping all work, if an OUT appeared that may not go."""
         publish(self.staging, self._out, overwrite=self._overwrite)
         # From here on there is nothing to resume, even if an old output takes long to remove.

@@ -7,18 +7,38 @@ import re
 from pathlib import Path
 
 from pcb_ray.errors import RequestError
-from pcb_ray.files.objects import Storage, is_object, without_credentials
+from pcb_ray.files.hub_commit import Branch
+from pcb_ray.files.objects import HUB_SCHEME, Storage, is_object, without_credentials
 from pcb_ray.output.folder import Folder
 from pcb_ray.output.prefix import Prefix
+from pcb_ray.output.repository import Repository
+from pcb_ray.output.state import Place
 
 _FILE = "file://"
 
 
-def place_of(out: str | os.PathLike[str], storage: Storage | None = None, *, overwrite: bool = False) -> Folder | Prefix:
-    """The place of an output. `storage` says how stores are reached; with `overwrite` a folder that is there is replaced.
+def place_of(
+    out: str | os.PathLike[str],
+    storage: Storage | None = None,
+    *,
+    overwrite: bool = False,
+    state: str = "",
+    pull_request: bool = False,
+) -> Place:
+    """The place of an output. `storage` says how stores are reached; with `overwrite` a folder that is there is replaced. `state`
+    is a folder or a prefix for the notes of a run to the Hub, which with `pull_request` ends with one.
 
     Raises RequestError for a URI where no output can be written, and for a relative path inside a Ray job."""
     name = os.fspath(out)
+    if name.startswith(HUB_SCHEME):
+        branch = Branch.of(name)
+        beside = place_of(inside(state or ".", re.sub(r"[^\w.-]", "-", f"hf-{branch.repo}-{branch.name}")), storage)
+        return Repository(branch, beside, pull_request=pull_request, overwrite=overwrite)
+    if state or pull_request:
+        raise RequestError(
+            f"{name}: wanted hf://org/name for --state and --pull-request, found another output, whose state lies beside it. "
+            "Fix: leave them out."
+        )
     if is_object(name):
         return Prefix(name, storage, overwrite=overwrite)
     return Folder(folder_of(name), overwrite=overwrite)
@@ -34,8 +54,8 @@ def folder_of(out: str | os.PathLike[str]) -> Path:
     name = os.fspath(out).removeprefix(_FILE)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
         raise RequestError(
-            f"{without_credentials(name)}: wanted a folder{'' if is_object(name) else ', or s3://, gs:// or az://'}, found a URI "
-            "where this output can't be written as yet. Fix: name a folder that all nodes see, and copy it when it is whole."
+            f"{without_credentials(name)}: wanted a folder (only a merge may go to s3://, gs://, az://, hf://), found a URI "
+            "where this can't be written. Fix: name a folder that all nodes see, and copy it when it is whole."
         )
     if not os.path.isabs(name) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise RequestError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from pcb_ray.errors import RequestError, RunError
@@ -53,6 +53,18 @@ class Prefix:
         self._texts: dict[str, bytes] = {}
         self._files: tuple[str, ...] = ()
         self._lease: Lease | None = None
+
+    @property
+    def tried(self) -> str:
+        return self.notes
+
+    @property
+    def reads(self) -> str:
+        return self.out
+
+    @property
+    def beside(self) -> str:
+        return self.files
 
     @property
     def files(self) -> str:
@@ -176,7 +188,14 @@ class Prefix:
 
     # --- the end ------------------------------------------------------------------------------------------------------------------
 
-    def publish(self) -> None:
+    def holds(self, name: str, size: int, tag: str) -> bool:
+        try:
+            found = self._objects.head(f"{self.out}/{name}")
+        except FileNotFoundError:
+            return False
+        return (found.size, found.tag) == (size, tag)
+
+    def publish(self, tags: Mapping[str, str]) -> None:  # noqa: ARG002 - its files are where they belong
         """The receipt has said that OUT is whole: nothing stays beside it."""
         self._abandon(False)
         self._forget()
@@ -185,7 +204,7 @@ class Prefix:
         try:
             with contextlib.suppress(RequestError):  # another run has it
                 self._lease = Lease(f"{self.notes}/{LEASE}", self.out, self._objects)
-                self.publish()
+                self.publish({})
         except OSError as error:
             self._refuse(error)
         finally:

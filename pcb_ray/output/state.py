@@ -26,13 +26,28 @@ class Place(Protocol):
         ...
 
     @property
+    def reads(self) -> str:
+        """Where the files of an output that is there are read."""
+        ...
+
+    @property
     def files(self) -> str:
-        """The folder, or the prefix of a store, where owners write the output's files."""
+        """The folder, or the prefix of a store, where owners write the output's tensors."""
+        ...
+
+    @property
+    def beside(self) -> str:
+        """Where the files beside the tensors are written."""
         ...
 
     @property
     def notes(self) -> str:
-        """The folder, or the prefix, of the notes: owners must be able to write there."""
+        """The folder, or the prefix, of the notes."""
+        ...
+
+    @property
+    def tried(self) -> str:
+        """Where each machine must be able to write."""
         ...
 
     @property
@@ -77,8 +92,13 @@ class Place(Protocol):
         """Add a line to a note."""
         ...
 
-    def publish(self) -> None:
-        """The output is whole: it gets its name, and the notes go. Raises RunError, with all work kept."""
+    def holds(self, name: str, size: int, tag: str) -> bool:
+        """Whether a file that was written whole is still there, and what it was."""
+        ...
+
+    def publish(self, tags: Mapping[str, str]) -> None:
+        """The output is whole: it gets its name, and the notes go. `tags` are those of files that were written whole. Raises
+        RunError, with all work kept."""
         ...
 
     def tidy(self) -> None:
@@ -177,10 +197,11 @@ class State(Generic[PlaceT]):
                 claimed[number] = Written.from_text(self.journal[name])
         return claimed
 
-    def commit(self) -> None:
-        """The output is whole, and gets its name. Raises RunError, keeping all work, if that can't be."""
+    def commit(self, tags: Mapping[str, str] | None = None) -> None:
+        """The output is whole, and gets its name. `tags` are what the store calls its files. Raises RunError, keeping all work, if
+        that can't be."""
         self._whole = True
-        self.place.publish()
+        self.place.publish(tags or {})
         self.close()
 
     def discard(self) -> None:

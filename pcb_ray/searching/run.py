@@ -25,6 +25,7 @@ from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.files.beside import WEIGHT_SUFFIXES
 from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.files.foreign import some
+from pcb_ray.files.objects import HUB_SCHEME
 from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.merging import Kept, opened, settled
@@ -220,9 +221,12 @@ def _prepared(
     first = _analysed(recipe, request, variants[0])
     inputs, plan = opened(first, how.max_shard_bytes, check)
     if inputs.base.prefix is not None:
+        source, fix = inputs.base.source, "copy the base to a folder"
+        if inputs.base.commit is not None:
+            fix = f"write {source.removeprefix(HUB_SCHEME)}, which is downloaded into the Hub's cache"
         raise RequestError(
-            f"base_model {inputs.base.source}: wanted a base on a disk, which trials map, found one in an object store. "
-            "Fix: copy the base to a folder; the models may stay where they are."
+            f"base_model {source}: wanted a base on a disk, which trials map, found one in a store. "
+            f"Fix: {fix}; the models may stay where they are."
         )
     if not all(twin.declared for twin in plan.twins):  # what they are decides what a candidate is
         store = open_store(plan.stamps, recipe.storage)
