@@ -70,7 +70,7 @@ def merge(
     """
     start = time.monotonic()
     recipe = Recipe.of(recipe, allow_code=allow_code)
-    place = place_of(out, recipe.storage, overwrite=overwrite, state=state or str(recipe.folder), pull_request=pull_request)
+    place = place_of(out, recipe.storage, overwrite=overwrite, state=state, beside=recipe.folder, pull_request=pull_request)
     check_cluster(address)
     before = merged_before(recipe, place, max_shard_bytes) if resume else ()
     if isinstance(before, Receipt):
@@ -88,7 +88,7 @@ def merge(
         choose_block(plan, "cpu", memory, beside)  # a wrong bound is told before a cluster starts
     for note in () if resume and place.is_unfinished else plan.notes:  # told when it began
         log.warning("note: %s", note)
-    room = Room.for_a_run(cache, scratch, scratch_bytes) if plan.is_remote or is_remote(place.files) else None
+    room = Room.for_a_run(cache, scratch, scratch_bytes) if plan.is_remote or place.files.startswith(HUB_SCHEME) else None
     stamps = plan.stamps
     asked, files = asked_of(plan, ARITHMETIC, stamps), [file.name for file in plan.files]
     with (

@@ -159,9 +159,9 @@ def test_other_stores_hold_the_same(
         assert_whole(server, "a/same", wanted)
         with pytest.raises(RequestError, match="exists: wanted a prefix without objects"):
             merge_to(f"{server.uri}/a/same", one)
-        first = Lease(f"{server.uri}/lease", "out", Objects())
+        first = Lease(f"{server.uri}/lease", "out")
         with pytest.raises(RequestError, match="another merge is writing it now"):
-            Lease(f"{server.uri}/lease", "out", Objects())
+            Lease(f"{server.uri}/lease", "out")
         first.release()
         assert "lease" not in server.list()
     assert "conditional" not in caplog.text
@@ -339,7 +339,7 @@ def test_a_receipt_that_was_written_last_thing_before_a_kill_counts(
     from pcb_ray.output.prefix import Prefix
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Prefix, "publish", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Prefix, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         merge_to(f"{server.uri}/c/killed", one)
     assert ".killed.pcb-ray/state.json" in {key.removeprefix("c/") for key in server.list("c/.killed")}
     merge_to(f"{server.uri}/c/killed", one, resume=True)
@@ -382,10 +382,9 @@ def test_what_was_changed_in_a_store_is_found(
 
 HOLD = """
 import sys
-from pcb_ray.files.objects import Objects
 from pcb_ray.output import lease
 lease.RENEWED_S = 0.2
-lease.Lease(sys.argv[1], "out", Objects())
+lease.Lease(sys.argv[1], "out")
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -418,7 +417,7 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(server: ObjectServe
     with holder(uri) as process:
         process.kill()
         process.wait()
-        taken = Lease(uri, "out", Objects())
+        taken = Lease(uri, "out")
     assert Objects().holds(taken.fence)
     taken.release()
     assert server.list("e/") == {}
@@ -430,13 +429,13 @@ def test_a_lease_that_nobody_renews_is_taken_over_and_its_holder_finishes_no_obj
     uri, out = f"{server.uri}/f/lease", f"{server.uri}/f/out/file"
     with monkeypatch.context() as patch:  # it is alive, and cut off from the store
         patch.setattr(lease, "RENEWED_S", 10_000.0)
-        first = Lease(uri, "out", Objects())
+        first = Lease(uri, "out")
         patch.setattr(lease.Holder, "is_dead", lambda _: False)
         began, second = threading.Event(), list[Lease]()
         store = open_store(fence=first.fence)
         with pytest.raises(RunError, match="another run has taken the output over"), store.part(out, 0, 12 << 20) as part:
             part.write(bytes(6 << 20))
-            second.append(Lease(uri, "out", Objects()))
+            second.append(Lease(uri, "out"))
             began.set()
             part.write(bytes(6 << 20))
     assert began.is_set()
@@ -455,7 +454,7 @@ def test_a_lease_that_nobody_renews_is_taken_over_and_its_holder_finishes_no_obj
 
 def test_a_lease_whose_answer_was_lost_is_held(server: ObjectServer, proxy: FaultProxy) -> None:
     rule = proxy.fail(reset(done=True), 1, method="PUT", key="g/lease")
-    mine = Lease(f"{server.uri}/g/lease", "out", Objects())
+    mine = Lease(f"{server.uri}/g/lease", "out")
     assert rule.left == 0
     renewed = proxy.fail(reset(done=True), 1, method="PUT", key="g/lease")
     renewed.wait()

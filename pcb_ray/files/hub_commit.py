@@ -72,7 +72,7 @@ class Branch:
             info = HfApi().model_info(self.repo, revision=self.name, timeout=objects.REQUEST_S)
             return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
 
-        return self._patiently(ask)
+        return self._patiently(ask, objects.LOOKING_PATIENCE_S)
 
     def send(self, name: str, file: Path) -> Sent:
         """Send a file ahead. Raises OSError."""
@@ -138,7 +138,7 @@ class Branch:
         made = self._patiently(lambda: HfApi().list_repo_commits(self.repo, revision=self.name)[0].created_at)
         return int(made.timestamp()) * 10**9
 
-    def _patiently(self, ask: Callable[[], _T]) -> _T:
+    def _patiently(self, ask: Callable[[], _T], patience_s: float = objects.PATIENCE_S) -> _T:
         def attempt() -> _T:
             with in_our_words(self.uri), _without_bars():
                 try:
@@ -146,7 +146,7 @@ class Branch:
                 except RuntimeError as error:  # of an upload it says no more than that it failed
                     raise (error.__cause__ or error) from None
 
-        return Retries(objects.LOOKING_PATIENCE_S).ask(self.uri, attempt)
+        return Retries(patience_s).ask(self.uri, attempt)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import time
 from typing import Literal
 
 from pcb_ray.errors import RequestError
-from pcb_ray.files.objects import Exists, Fence, Objects, Version, lost_place
+from pcb_ray.files.objects import Exists, Fence, Objects, Storage, Version, lost_place
 from pcb_ray.output.lock import Holder
 
 log = logging.getLogger("pcb_ray")
@@ -26,12 +26,15 @@ log = logging.getLogger("pcb_ray")
 RENEWED_S = 15.0
 DEAD_S = 60.0
 LOOK_S = 3.0
+END_S = 1.0  # who is asked to stop has little time
 
 
 class Lease:
     """Holds the object at `uri` until `release`. Raises RequestError if another run holds it, OSError; `out` is for messages."""
 
-    def __init__(self, uri: str, out: str, objects: Objects) -> None:
+    def __init__(self, uri: str, out: str, storage: Storage | None = None) -> None:
+        objects = Objects(storage)
+        self._at_the_end = Objects(storage, patience_s=END_S)
         self.fence = Fence(uri, secrets.token_hex(8))
         self._out, self._objects = out, objects
         self._me, self._renewals = Holder.this_process(), 0
@@ -122,8 +125,8 @@ class Lease:
         self._ended.set()  # a renewal that is on its way finds no object to renew
         if not self._lost:
             with contextlib.suppress(OSError):
-                if self._objects.holds(self.fence):
-                    self._objects.delete(self.fence.uri)
+                if self._at_the_end.holds(self.fence):
+                    self._at_the_end.delete(self.fence.uri)
 
     def _refusal(self, holder: Holder | None) -> RequestError:
         by = f"by {holder}" if holder else "by another run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,8 @@ from pcb_ray.output.prefix import Prefix
 from pcb_ray.output.repository import Repository
 from pcb_ray.output.state import Place
 
+log = logging.getLogger("pcb_ray")
+
 _FILE = "file://"
 
 
@@ -23,17 +26,25 @@ def place_of(
     *,
     overwrite: bool = False,
     state: str = "",
+    beside: Path = Path("."),
     pull_request: bool = False,
 ) -> Place:
     """The place of an output. `storage` says how stores are reached; with `overwrite` a folder that is there is replaced. `state`
-    is a folder or a prefix for the notes of a run to the Hub, which with `pull_request` ends with one.
+    is a folder or a prefix for the notes of a run to the Hub (or else they lie in the folder `beside`), which with `pull_request`
+    ends with one.
 
     Raises RequestError for a URI where no output can be written, and for a relative path inside a Ray job."""
     name = os.fspath(out)
     if name.startswith(HUB_SCHEME):
         branch = Branch.of(name)
-        beside = place_of(inside(state or ".", re.sub(r"[^\w.-]", "-", f"hf-{branch.repo}-{branch.name}")), storage)
-        return Repository(branch, beside, pull_request=pull_request, overwrite=overwrite)
+        if not state and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+            log.warning(
+                "note: %s: the state of this run lies in the job's folder, which goes with the job: without --state DIR (or "
+                "s3://bucket/states) what it has done can't be resumed",
+                name,
+            )
+        notes = place_of(inside(state or beside, re.sub(r"[^\w.-]", "-", f"hf-{branch.repo}-{branch.name}")), storage)
+        return Repository(branch, notes, pull_request=pull_request, overwrite=overwrite)
     if state or pull_request:
         raise RequestError(
             f"{name}: wanted hf://org/name for --state and --pull-request, found another output, whose state lies beside it. "

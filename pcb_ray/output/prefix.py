@@ -140,7 +140,7 @@ class Prefix:
     def open(self, files: Sequence[str], *, resume: bool) -> bool:
         self._files = tuple(files)
         try:
-            self._lease = Lease(f"{self.notes}/{LEASE}", self.out, self._objects)
+            self._lease = Lease(f"{self.notes}/{LEASE}", self.out, self._storage)
             if problems := self._taken(resume=resume):  # what came since, of a run that has ended
                 raise RequestError(problems)
             goes_on = self.read(STATE) is not None
@@ -203,7 +203,7 @@ class Prefix:
     def tidy(self) -> None:
         try:
             with contextlib.suppress(RequestError):  # another run has it
-                self._lease = Lease(f"{self.notes}/{LEASE}", self.out, self._objects)
+                self._lease = Lease(f"{self.notes}/{LEASE}", self.out, self._storage)
                 self.publish({})
         except OSError as error:
             self._refuse(error)
