@@ -28,7 +28,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import families
-from clusters import BIN, Run, await_end, lives, title
+from clusters import BIN, Run, await_end, title
 from machines import SCRATCH, Machine, machines
 from object_servers import FaultProxy, ObjectServer, answer, reset, s3_server, stall
 
@@ -106,18 +106,18 @@ def soak(merges: int, seed: int, scale: int, folder: Path) -> Soaked:
         cluster = _Cluster(server, proxy, nodes, address, command, wanted, chance)
         told = [cluster.merge("undisturbed", [])]
         requests = cluster.requests
-        before, lived = cluster.left(), cluster.long_living()
+        before = cluster.left()
+        lived = cluster.long_living()
         deck: list[str] = []
         for number in range(merges):
             if len(deck) < FAULTS_EACH:
                 deck += chance.sample(FAULTS, len(FAULTS))
             faults, deck = deck[:FAULTS_EACH], deck[FAULTS_EACH:]
-            told.append(cluster.merge(f"{number + 1}", [(chance.uniform(0.05, 0.95) * requests, fault) for fault in faults]))
+            told.append(cluster.merge(f"{number + 1}", [(chance.uniform(0.05, 0.8) * requests, fault) for fault in faults]))
             print(told[-1], file=sys.stderr, flush=True)
         told.append(cluster.merge("undisturbed again", []))
         after = cluster.left()
-        lived = {pid: name for pid, name in lived.items() if lives(pid)}
-        return Soaked(told, before, after, lived)
+        return Soaked(told, before, after, {process.pid: name for process, name in lived.items() if process.is_running()})
 
 
 @dataclass
@@ -210,22 +210,21 @@ class _Cluster:
         except AssertionError as error:
             told.problems.append(f"workers: {error}")
 
-    def long_living(self) -> dict[int, str]:
-        """Ray's own processes, which outlive any merge, by their pids."""
+    def long_living(self) -> dict[psutil.Process, str]:
+        """Ray's own processes, which outlive any merge, with their names."""
         found = {}
         for node in self.nodes:
             for process in node.processes:
                 if _kind(process) in ("raylet", "gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent"):
-                    found[process.pid] = f"{_kind(process)} of node {node.folder.name}"
+                    found[process] = f"{_kind(process)} of node {node.folder.name}"
         return found
 
     def left(self) -> Left:
         """What there is once all has settled."""
         time.sleep(20)  # what was killed is buried, what is idle is told
         descriptors, memory = {}, {}
-        for pid in self.long_living():
-            process = psutil.Process(pid)
-            descriptors[pid], memory[pid] = process.num_fds(), process.memory_full_info().uss
+        for process in self.long_living():
+            descriptors[process.pid], memory[process.pid] = process.num_fds(), process.memory_full_info().uss
         processes = collections.Counter(_kind(process) for node in self.nodes for process in node.processes)
         del processes["ray::IDLE"]
         return Left(
