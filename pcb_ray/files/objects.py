@@ -114,6 +114,7 @@ class Retries:
     def ask(self, uri: str, attempt: Callable[[], _T]) -> _T:
         """What the attempt gives in the end. Raises Busy if it raised Passing for too long; whatever else it raises is for good."""
         begin, pause = time.monotonic(), FIRST_PAUSE_S
+        longest = min(LONGEST_PAUSE_S, self.patience_s / 30)  # so that also a short patience is for many tries
         while True:
             try:
                 return attempt()
@@ -123,7 +124,7 @@ class Retries:
                     raise Busy(errno.ETIMEDOUT, f"no answer in {self.patience_s:.0f} s ({failure})", uri) from None
                 self.note()
                 time.sleep(min(left, pause * random.uniform(0.5, 1.0)))
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+                pause = min(2 * pause, longest)
 
     def note(self) -> None:
         """Count one that is made again otherwise."""

@@ -160,9 +160,9 @@ class Prefix:
             log.warning("%s: %d unfinished uploads of killed workers were aborted", self.out, found)
         elif found is None and goes_on:
             log.warning(
-                "note: %s: the run that was cut off may have left unfinished uploads, which cost and can't be looked for here (that "
-                "needs S3, boto3: pip install 'pcb-ray[s3]', and the right to list them); let a rule of the bucket abort them after "
-                "some days",
+                "note: %s: the run that was cut off may have left unfinished uploads, which cost and can't be looked for here "
+                "(that needs S3, boto3: pip install 'pcb-ray[s3]', and the right to list them); let a rule of the bucket abort "
+                "them after some days",
                 self.out,
             )
 
