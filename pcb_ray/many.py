@@ -29,7 +29,7 @@ from pcb_ray.output.state import State, asked_of, is_unfinished, state_folder
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan
 from pcb_ray.receipt import Receipt
 from pcb_ray.recipe import Recipe
-from pcb_ray.session import Session, what_is_read
+from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, check_unchanged, placed
 
 log = logging.getLogger("pcb_ray")
@@ -210,7 +210,7 @@ def _ordered(todo: Sequence[_One]) -> list[_One]:
     """Those that read the same one after another: a session forgets what it has found when it goes on to other models."""
     groups: list[tuple[object, list[_One]]] = []
     for one in todo:
-        read = what_is_read(one.plan)
+        read = one.plan.reads
         group = next((group for of_group, group in groups if of_group == read), None)
         if group is None:
             groups.append((read, group := []))

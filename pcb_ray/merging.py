@@ -26,7 +26,7 @@ from pcb_ray.questions import shown_digest
 from pcb_ray.receipt import Receipt, Sweep
 from pcb_ray.recipe import Recipe
 from pcb_ray.relation import Relation, notes_on
-from pcb_ray.session import Session, what_is_read
+from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, Spent, placed, publish, write_from
 from pcb_ray.tied import Apart
 
@@ -137,7 +137,7 @@ def opened(
     inputs = like[0] if like else open_inputs(recipe)
     plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
     check(plan)
-    if like and (relation := like[1].relation) and what_is_read(plan) == what_is_read(like[1]):
+    if like and (relation := like[1].relation) and plan.reads == like[1].reads:
         return inputs, replace(plan, relation=relation, notes=(*plan.notes, *notes_on(plan, relation)))
     if inputs.on_hub and not like:
         inputs = fetched(recipe, inputs)

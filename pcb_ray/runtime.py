@@ -18,14 +18,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pcb_ray.cluster import nodes
 from pcb_ray.errors import RunError, reason_in
 from pcb_ray.planning import Plan
-from pcb_ray.questions import Answer, OwnerState, Question, TotalT
+from pcb_ray.questions import Answer, ChunksOf, OwnerState, Question, TotalT
 from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, proved
 
 if TYPE_CHECKING:
@@ -79,9 +79,11 @@ class _Actor:
     def __init__(self) -> None:
         self.subtotal: Subtotal[Any] = Subtotal()
 
-    def where(self) -> str:
-        """How a person finds this process."""
-        return f"pid {os.getpid()} on {socket.gethostname()}"
+    def where(self) -> tuple[str, str]:
+        """How a person finds this process, and the node that it is on."""
+        import ray
+
+        return f"pid {os.getpid()} on {socket.gethostname()}", ray.get_runtime_context().get_node_id()
 
     def use(self, make: Callable[[Plan, Options], Owner], plan: Plan, options: Options) -> OwnerState:
         """Be the owner of this plan from now on."""
@@ -91,15 +93,17 @@ class _Actor:
             before.close()  # after the other has come, so that what both keep on this node stays
         return self.owner.state()
 
-    def ask(self, question: Question[Answer], items: Sequence[int]) -> tuple[Answer, OwnerState, float]:
-        """The answer, and how long it took."""
-        start = time.monotonic()
+    def ask(self, question: Question[Answer], items: Sequence[int], then: Sequence[int]) -> tuple[Answer, OwnerState, float]:
+        """The answer, and how long it took. `then` is what is asked for next."""
+        start, self.owner.then = time.monotonic(), then
         answer = question.answer(self.owner, items)
         return answer, self.owner.state(), time.monotonic() - start
 
-    def add(self, verdict: Verdict, batch: int, question: Question[Any], items: Sequence[int]) -> tuple[None, OwnerState, float]:
+    def add(
+        self, verdict: Verdict, batch: int, question: Question[Any], items: Sequence[int], then: Sequence[int]
+    ) -> tuple[None, OwnerState, float]:
         """Settle earlier answers, and keep this one apart until it is settled too."""
-        start = time.monotonic()
+        start, self.owner.then = time.monotonic(), then
         if self.subtotal.settle(verdict):
             self.subtotal.keep(verdict.number, batch, PartialTotal.of(items, question.answer(self.owner, items)))
         return None, self.owner.state(), time.monotonic() - start
@@ -127,6 +131,7 @@ class _Job:
 
     question: Any  # a reference to it: it travels once to each node, and not with each batch
     schedule: Schedule
+    chunks_of: ChunksOf | None
     adds_up: bool
     doubles: bool  # two owners may do the same batch
     pace: Pace = field(default_factory=Pace)
@@ -156,6 +161,7 @@ class _Worker:
     since_s: float = 0.0  # when it could begin the first of its calls
     calls: dict[Any, _Call] = field(default_factory=dict)  # by the reference to their results, in the order of its thread
     place: str = ""  # where it was placed
+    node: str = ""
     opening: int = 0  # how often it is yet to open its files
     warned: bool = False
 
@@ -190,6 +196,8 @@ class RayOwners:
         self._arguments: Sequence[Any] = ()  # of `use`
         self._workers: dict[int, _Worker] = {}  # by number; a replacement has a new one
         self._states: dict[int, OwnerState] = {}
+        self._homes: dict[int, str] = {}  # chunk -> the node that answered for it last: there its bytes are
+        self._reads: object = None  # what these chunks are of
         self._numbers = itertools.count(1)  # of subtotals, in all owners
         self._born = 0
         self._deaths = 0
@@ -216,6 +224,8 @@ class RayOwners:
 
         self._arguments = (self._make_owner, ray.put(plan), Options(self._device, block_elements, writes_to, self._room))
         self._states, self._deaths = {}, 0
+        if plan.reads != self._reads:
+            self._homes, self._reads = {}, plan.reads
         for worker in self._workers.values():
             self._open(worker)
 
@@ -239,19 +249,21 @@ class RayOwners:
 
     # --- questions ----------------------------------------------------------------------------------------------------------------
 
-    def ask(self, question: Question[Answer], items: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
+    def ask(
+        self, question: Question[Answer], items: Sequence[int], chunks_of: ChunksOf | None = None
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
         """(some items, the answer about them), as answers come, in no order; each item once.
 
         Raises what an owner raised, or RunError if items keep killing owners.
         """
-        yield from self._work(self._job(question, items, keeps=False))
+        yield from self._work(self._job(question, items, chunks_of, keeps=False))
 
     def store(
-        self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True
+        self, question: Question[Answer], items: Sequence[int], chunks_of: ChunksOf | None = None, *, doubles: bool = True
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and
         yielded, again. `doubles`: two may write the same at once, since they write the same bytes."""
-        job = self._job(question, items, keeps=True, doubles=doubles)
+        job = self._job(question, items, chunks_of, keeps=True, doubles=doubles)
         schedule = job.schedule
         while not schedule.done:
             yield from self._work(job)
@@ -261,12 +273,13 @@ class RayOwners:
             for number in self._aside(job, "make durable what it wrote", syncs, limits):
                 schedule.safe(number)
 
-    def fold(self, question: Question[TotalT], items: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
-        """The sum of the answers about all items. `done` is called with items as they are counted - again, if their owner was lost.
+    def fold(self, question: Question[TotalT], chunks: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
+        """The sum of the answers about all these chunks. `done` is called with chunks as they are counted - again, if their owner
+        was lost.
 
         Raises as `ask` does.
         """
-        job = self._job(question, items, keeps=True, adds_up=True)
+        job = self._job(question, chunks, lambda chunk: (chunk,), keeps=True, adds_up=True)
         setbacks = 0
         while setbacks <= 3 * (len(self._workers) + 1):
             for batch, _ in self._work(job):
@@ -276,19 +289,33 @@ class RayOwners:
                 setbacks += self._add_up(job, holders)
                 continue
             part: PartialTotal[TotalT] | None = self._total_of(job, holders[0]) if holders else None
-            if part is not None or not items:
-                return proved(part, items)
+            if part is not None or not chunks:
+                return proved(part, chunks)
             setbacks += 1
         raise RunError(f"the workers: wanted the sum of what they had counted, found that {setbacks} additions failed. {ADVICE}")
 
     def _job(
-        self, question: Question[Any], items: Sequence[int], *, keeps: bool, adds_up: bool = False, doubles: bool = True
+        self,
+        question: Question[Any],
+        items: Sequence[int],
+        chunks_of: ChunksOf | None,
+        *,
+        keeps: bool,
+        adds_up: bool = False,
+        doubles: bool = True,
     ) -> _Job:
         import ray
 
         self._fruitless = 0
-        schedule = Schedule(items, list(self._workers), keeps=keeps, numbers=self._numbers)
-        return _Job(ray.put(question), schedule, adds_up, doubles)
+        placed = {worker.number: worker.node for worker in self._workers.values() if worker.place}
+        homes = [self._home(chunks_of(item)) for item in items] if chunks_of else ()
+        schedule = Schedule(items, placed, homes, keeps=keeps, numbers=self._numbers)
+        return _Job(ray.put(question), schedule, chunks_of, adds_up, doubles)
+
+    def _home(self, chunks: Iterable[int]) -> str:
+        """The node where most of these chunks have their bytes."""
+        counted = collections.Counter(self._homes.get(chunk, "") for chunk in chunks)
+        return counted.most_common(1)[0][0] if counted else ""
 
     # --- the first thread of the owners: batches ----------------------------------------------------------------------------------
 
@@ -300,11 +327,11 @@ class RayOwners:
 
     def _hand_out(self, job: _Job) -> None:
         """Give each owner as much to do as it should have at hand. Those that find nothing left double what slow ones have."""
+        able = [worker for worker in self._workers.values() if worker.ready and self._standing(worker) < Standing.SLOW]
+        nodes_of = {worker.number: worker.node for worker in able}
         idle = []
-        for worker in self._workers.values():
-            if not worker.ready or len(worker.calls) >= IN_FLIGHT or self._standing(worker) >= Standing.SLOW:
-                continue
-            while len(worker.calls) < IN_FLIGHT and (batch := job.schedule.take(worker.number)) is not None:
+        for worker in able:
+            while len(worker.calls) < IN_FLIGHT and (batch := job.schedule.take(worker.number, nodes_of)) is not None:
                 self._send(job, worker, batch)
             if not worker.calls:
                 idle.append(worker)
@@ -317,8 +344,9 @@ class RayOwners:
 
     def _send(self, job: _Job, worker: _Worker, batch: int) -> None:
         items, verdict = job.schedule.batches[batch], job.schedule.verdict(worker.number)
-        actor, question = worker.actor, job.question
-        reference = actor.add.remote(verdict, batch, question, items) if job.adds_up else actor.ask.remote(question, items)
+        asked = job.question, items, job.schedule.following(worker.number)
+        actor = worker.actor
+        reference = actor.add.remote(verdict, batch, *asked) if job.adds_up else actor.ask.remote(*asked)
         self._expect(worker, reference, _Call(job, batch, verdict.number))
 
     def _turn(self, job: _Job | None) -> list[tuple[Sequence[int], Any]]:
@@ -366,6 +394,8 @@ class RayOwners:
             return []
         items = job.schedule.batches[call.batch]
         job.pace.learn(len(items), seconds)
+        if job.chunks_of is not None:
+            self._homes.update((chunk, worker.node) for item in items for chunk in job.chunks_of(item))
         return [(items, result)]
 
     # --- the second thread of the owners: totals and files ------------------------------------------------------------------------
@@ -461,7 +491,7 @@ class RayOwners:
 
     def _placed_or_opened(self, worker: _Worker, answer: Any) -> None:
         if not worker.place:
-            worker.place = answer
+            worker.place, worker.node = answer
         else:
             worker.opening -= 1
             self._states[worker.number] = answer

@@ -48,13 +48,13 @@ class Session:
         """Go on with another plan."""
         if plan is self.plan:
             return
-        if what_is_read(plan) != what_is_read(self.plan):
+        if plan.reads != self.plan.reads:
             self.inputs, self.relation, self.found = (), None, {}
         self.plan, self.owners, self.sweeps = plan, self._owners_for(plan), []
 
     def take_over(self, earlier: Session) -> None:
         """Know what an earlier session has found out, if its plan was about the same models."""
-        if what_is_read(earlier.plan) == what_is_read(self.plan):
+        if earlier.plan.reads == self.plan.reads:
             self.inputs, self.relation, self.found = earlier.inputs, earlier.relation, earlier.found
 
     # --- sweeps -------------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class Session:
         """The answers about these parts of the output, as they come. What is read for a part are its inputs, unless it is told how
         many bytes that are."""
         with _Sweep(self, name, parts, bytes_of or self._bytes_of_part) as sweep:
-            for batch, answer in self.owners.ask(question, parts):
+            for batch, answer in self.owners.ask(question, parts, self.plan.chunks_of_part):
                 sweep.advance(batch)
                 yield batch, answer
 
@@ -79,9 +79,10 @@ class Session:
         self, name: str, question: Question[Answer], items: Sequence[int], bytes_of: Callable[[int], int] | None = None
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """The same for questions that write: about parts, unless it is told how many bytes are read for an item."""
+        doubles = self.plan.method.tolerance == 0  # else it may write other bits over those whose digest counts
+        chunks_of = self.plan.chunks_of_part if bytes_of is None else None
         with _Sweep(self, name, items, bytes_of or self._bytes_of_part) as sweep:
-            # A method that does not promise the same bits may write others over those whose digest counts.
-            for batch, answer in self.owners.store(question, items, doubles=self.plan.method.tolerance == 0):
+            for batch, answer in self.owners.store(question, items, chunks_of, doubles=doubles):
                 sweep.advance(batch)
                 yield batch, answer
 
@@ -125,11 +126,6 @@ class Session:
         ]
         if problems:
             raise InputError(problems)
-
-
-def what_is_read(plan: Plan) -> object:
-    """Plans of which this is equal share what is found out about the models."""
-    return plan.inputs, [(tensor.first, tensor.sources) for tensor in plan.tensors], plan.bounds
 
 
 class _Sweep:

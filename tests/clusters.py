@@ -157,10 +157,27 @@ def head_node(cpus: int = 2, path: str = "", **variables: str) -> Iterator[Head]
 
 
 @contextlib.contextmanager
-def node_of(start: Sequence[Any], cpus: int, environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`ray start --block` with these arguments."""
+def node_apart(head: Head, name: str, *start: Any, cpus: int = 1, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A node that shares no memory with others of this machine, and has a name of its own: `/dev/shm` is another one there."""
+    environment, log = {**head.environment, **variables}, head.folder / f"{name}.log"
+    apart = ["unshare", "--mount", "--uts", "sh", "-c", f'mount -t tmpfs none /dev/shm && hostname {name} && exec "$0" "$@"']
+    with node_of(["--address", head.address, *start], cpus, environment, log, apart) as node:
+        await_that(f"{name} joins ({log})", lambda: "Ray runtime started" in log.read_text(), timeout_s=90)
+        yield node
+
+
+def can_be_apart() -> bool:
+    """Whether this user may make namespaces here."""
+    return subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True, check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def node_of(
+    start: Sequence[Any], cpus: int, environment: Mapping[str, str], log: Path, before: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start --block` with these arguments, as the command that `before` runs."""
     agent, agent_grpc, metrics, environments = free_ports(4)
-    command = [BIN / "ray", "start", "--block", "--disable-usage-stats", "--num-cpus", cpus, *start]
+    command = [*before, BIN / "ray", "start", "--block", "--disable-usage-stats", "--num-cpus", cpus, *start]
     command += ["--node-ip-address", "127.0.0.1", "--object-store-memory", 80 << 20, "--dashboard-agent-listen-port", agent]
     command += ["--dashboard-agent-grpc-port", agent_grpc, "--metrics-export-port", metrics]
     command += ["--runtime-env-agent-port", environments, "--min-worker-port", 0, "--max-worker-port", 0]
