@@ -33,6 +33,11 @@ class LocalOwners:
         """Of all owners."""
         return [owner.state() for owner in self._owners]
 
+    @property
+    def most(self) -> int:
+        """How many there are."""
+        return len(self._owners)
+
     def ask(
         self,
         question: Question[Answer],

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from pcb_ray.budget import choose_block, worker_bytes
-from pcb_ray.cluster import check_cluster, choose_device, choose_workers, cluster
+from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.files.foreign import some
 from pcb_ray.files.room import Room
 from pcb_ray.files.stores import open_store
 from pcb_ray.grid import MAX_POINTS, points_of
 from pcb_ray.merging import merged, merged_before, opened
+from pcb_ray.nodes import Needs, Pool, choose_device, choose_workers
 from pcb_ray.output.place import check_out, check_place, existing_parent
 from pcb_ray.output.state import State, asked_of, is_unfinished, state_folder
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan
@@ -65,6 +66,8 @@ def merge_many(
     address: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     memory: int | None = None,
+    labels: Mapping[str, str] | None = None,
+    resources: Mapping[str, float] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     cache: int | None = None,
@@ -83,10 +86,11 @@ def merge_many(
     into = Path(into)
     if isinstance(recipes, str | os.PathLike):
         recipes = [recipes]
+    pool = Pool(labels or {}, resources or {})
     check_place(into)
     check_cluster(address)
     room = Room.for_a_run(cache, scratch, scratch_bytes)
-    how = _How(into, max_shard_bytes, memory, device, workers, room, resume=resume, overwrite=overwrite, quiet=quiet)
+    how = _How(into, max_shard_bytes, memory, device, workers, pool, room, resume=resume, overwrite=overwrite, quiet=quiet)
     results, told = dict[str, Merged](), set[str]()
     todo = _ordered(_opened(_recipes(recipes, results), how, results))
     _check_room(todo, into)
@@ -107,6 +111,7 @@ class _How:
     memory: int | None
     device: str
     workers: int | None
+    pool: Pool
     room: Room
     resume: bool
     overwrite: bool
@@ -266,9 +271,9 @@ def _with_room(todo: Sequence[_One], how: _How, results: dict[str, Merged]) -> l
     found = []
     for one in todo:
         try:
-            device = choose_device(how.device)
+            device = choose_device(how.device, how.pool)
             needed = worker_bytes(one.plan, choose_block(one.plan, device, how.memory))
-            choose_workers(how.workers, device, needed, one.plan.chunks)
+            choose_workers(how.workers, Needs(device, needed, how.pool), one.plan.chunks)
         except RequestError as error:
             results[one.name] = _given_up(one, error)
         else:
@@ -286,6 +291,7 @@ def _merge_all(todo: Sequence[_One], how: _How, results: dict[str, Merged], star
                 workers=how.workers,
                 device=how.device,
                 memory=how.memory,
+                pool=how.pool,
                 writes_to=lambda: _state_of(left[0]).staging,
                 room=how.room if any(one.plan.is_remote for one in left) else None,
                 quiet=how.quiet,

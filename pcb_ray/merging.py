@@ -18,6 +18,7 @@ from pcb_ray.errors import RequestError
 from pcb_ray.files.room import Room
 from pcb_ray.files.stores import open_store
 from pcb_ray.methods import Known
+from pcb_ray.nodes import Pool
 from pcb_ray.output.companions import side_files, write_side_files
 from pcb_ray.output.place import check_out, check_place
 from pcb_ray.output.state import State, asked_of, is_left_over, is_unfinished
@@ -42,6 +43,8 @@ def merge(
     address: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     memory: int | None = None,
+    labels: Mapping[str, str] | None = None,
+    resources: Mapping[str, float] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     cache: int | None = None,
@@ -55,13 +58,16 @@ def merge(
     worker), `device` nor a lost worker shows in them. `out` appears only when whole. A run that was killed goes on with
     `resume=True`.
 
+    Without `workers` there is one for each core (GPU) of the cluster, and more as nodes join. `labels` say which nodes may work,
+    with values as Ray's label selectors have them; `resources` are what of custom ones each worker takes.
+
     What is fetched from object stores each node keeps for later sweeps: in `cache` bytes of memory (None: half of what is free),
     then in at most `scratch_bytes` of the folder `scratch`, if one is named.
 
     Raises RequestError if the request or an input is wrong (before anything is written), RunError if the run can't be finished.
     """
     start = time.monotonic()
-    recipe, out = Recipe.of(recipe), Path(out)
+    recipe, out, pool = Recipe.of(recipe), Path(out), Pool(labels or {}, resources or {})
     check_place(out)
     check_cluster(address)
     before = merged_before(recipe, out, max_shard_bytes) if resume else ()
@@ -84,7 +90,9 @@ def merge(
     with (
         State(out, asked_of(plan, ARITHMETIC, stamps), stamps, resume=resume, overwrite=overwrite) as state,
         cluster(address),
-        placed([plan], workers=workers, device=device, memory=memory, writes_to=state.staging, room=room, quiet=quiet) as session,
+        placed(
+            [plan], workers=workers, device=device, memory=memory, pool=pool, writes_to=state.staging, room=room, quiet=quiet
+        ) as session,
     ):
         return merged(session, state, inputs, max_shard_bytes, start)
 

@@ -73,6 +73,11 @@ class Owners(Protocol):
         ...
 
     @property
+    def most(self) -> int:
+        """How many owners there were at most at a time."""
+        ...
+
+    @property
     def deaths(self) -> int:
         """How many owners of this plan were lost and replaced."""
         ...

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pcb_ray.cluster import nodes
 from pcb_ray.errors import RunError, reason_in
+from pcb_ray.nodes import Needs, nodes, shown_nodes
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, ChunksOf, OwnerState, Question, TotalT
 from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, proved
@@ -40,6 +40,7 @@ MAX_DEATHS_OF_BATCH = 3
 ASIDE = {"concurrency_group": "aside"}
 LEAVE_S = 10.0
 TICK_S = 1.0  # how often the driver looks who is late
+LOOK_S = 5.0  # and which nodes there are
 ADVICE = "Fix: if they ran out of memory, lower --workers; finished work is kept: --resume goes on"
 ADVICE_ON_SILENCE = (
     "Fix: look whether the file systems of the inputs and the output answer on the nodes (a dead mount makes readers wait for "
@@ -181,18 +182,20 @@ class RayOwners:
         self,
         *,
         workers: int,
-        device: str,
-        worker_bytes: int,
+        needs: Needs,
+        at_most: int = 0,
         patience: Patience = Patience(),  # noqa: B008 - it is frozen
         room: Room | None = None,
         make_owner: Callable[[Plan, Options], Owner] = make_owner,
     ) -> None:
+        """`workers` to begin with, and up to `at_most` when nodes join that have room for them."""
         import ray
 
-        resources = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": 1}
         actor = ray.remote(concurrency_groups={"aside": 1})(_Actor)  # type: ignore[call-overload]  # its types lack it
-        self._remote = actor.options(scheduling_strategy="SPREAD", memory=worker_bytes, max_restarts=0, **resources)
-        self._device, self._make_owner, self._patience, self._room = device, make_owner, patience, room
+        self._remote = actor.options(scheduling_strategy="SPREAD", max_restarts=0, **needs.options)
+        self._needs, self._make_owner, self._patience, self._room = needs, make_owner, patience, room
+        self._at_most = max(workers, at_most)
+        self._most = 0
         self._arguments: Sequence[Any] = ()  # of `use`
         self._workers: dict[int, _Worker] = {}  # by number; a replacement has a new one
         self._states: dict[int, OwnerState] = {}
@@ -204,6 +207,7 @@ class RayOwners:
         self._fruitless = 0  # deaths since the last answer
         self._clock_s = 0.0  # how long the driver has waited
         self._last_sign_s = 0.0  # when it last heard of an owner
+        self._last_look_s = 0.0  # and looked at the nodes
         self._tick_s = min(TICK_S, patience.slow_least_s / 2)
         for _ in range(workers):
             self._place()
@@ -214,6 +218,11 @@ class RayOwners:
         return list(self._states.values())
 
     @property
+    def most(self) -> int:
+        """How many owners there were at most at a time."""
+        return self._most
+
+    @property
     def deaths(self) -> int:
         """How many owners of this plan were lost and replaced."""
         return self._deaths
@@ -222,7 +231,7 @@ class RayOwners:
         """All questions from now on are about this plan. The actors stay, and get new owners; so do their replacements."""
         import ray
 
-        self._arguments = (self._make_owner, ray.put(plan), Options(self._device, block_elements, writes_to, self._room))
+        self._arguments = (self._make_owner, ray.put(plan), Options(self._needs.device, block_elements, writes_to, self._room))
         self._states, self._deaths = {}, 0
         if plan.reads != self._reads:
             self._homes, self._reads = {}, plan.reads
@@ -307,6 +316,7 @@ class RayOwners:
         import ray
 
         self._fruitless = 0
+        self._grow()
         placed = {worker.number: worker.node for worker in self._workers.values() if worker.place}
         homes = [self._home(chunks_of(item)) for item in items] if chunks_of else ()
         schedule = Schedule(items, placed, homes, keeps=keeps, numbers=self._numbers)
@@ -481,9 +491,20 @@ class RayOwners:
         worker = _Worker(self._born, self._remote.remote())
         self._born += 1
         self._workers[worker.number] = worker
+        self._most = max(self._most, len(self._workers))
         self._expect(worker, worker.actor.where.remote(), _Call(None))
         if self._arguments:
             self._open(worker)
+
+    def _grow(self) -> None:
+        """Place more owners, if nodes have joined since."""
+        self._last_look_s = self._clock_s
+        if len(self._workers) < self._at_most:
+            more = min(self._at_most, self._needs.places(nodes())) - len(self._workers)
+            for _ in range(more):
+                self._place()
+            if more > 0:
+                log.info("nodes have joined: %d workers more", more)
 
     def _open(self, worker: _Worker) -> None:
         worker.opening += 1
@@ -522,7 +543,9 @@ class RayOwners:
         return self._patience.standing(silent_s, call.usual_s)
 
     def _look_after(self, job: _Job | None) -> None:
-        """Warn of owners that are late, and replace those that are lost."""
+        """Warn of owners that are late, replace those that are lost, and see whether there is room for more."""
+        if self._clock_s - self._last_look_s > LOOK_S:
+            self._grow()
         for worker in list(self._workers.values()):
             standing, silent_s = self._standing(worker), self._clock_s - worker.since_s
             if standing == Standing.LOST:
@@ -562,8 +585,8 @@ class RayOwners:
         waited_s = self._clock_s - self._last_sign_s
         if waited_s > self._patience.placement_s:
             raise RunError(
-                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {nodes()}, and other jobs, or "
-                "workers that a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
+                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {shown_nodes(nodes())}; other "
+                "jobs, or workers that a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
             )
 
 

@@ -25,15 +25,14 @@ class Session:
         plan: Plan,
         owners_for: Callable[[Plan], Owners],
         *,
-        workers: int = 0,
         worker_bytes: int = 0,
         quiet: bool = True,
         relate: bool = False,
     ) -> None:
         """`relate`: the first sweep also finds how the models stand to the base, for a receipt."""
         self._owners_for, self.quiet, self._relate = owners_for, quiet, relate
-        self.workers, self.worker_bytes = workers, worker_bytes
-        """How many there are, and the memory that each was announced to take."""
+        self.worker_bytes = worker_bytes
+        """The memory that each worker was announced to take."""
         self.plan, self.owners = plan, owners_for(plan)
         self.sweeps: list[Sweep] = []
         """Of the plan that was begun last."""

@@ -31,12 +31,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pcb_ray.budget import choose_block, worker_bytes
-from pcb_ray.cluster import choose_device, choose_workers
 from pcb_ray.errors import InputError
 from pcb_ray.files.room import Room
 from pcb_ray.files.store import Pins, Stamp, Store, changed
 from pcb_ray.files.stores import open_store
 from pcb_ray.methods import Known
+from pcb_ray.nodes import Needs, Pool, choose_device, choose_workers
 from pcb_ray.output.companions import CARD, model_card, write_side_files
 from pcb_ray.output.state import State
 from pcb_ray.planning import Plan
@@ -60,6 +60,7 @@ def placed(
     workers: int | None,
     device: str = "cpu",
     memory: int | None = None,
+    pool: Pool = Pool(),  # noqa: B008 - it is frozen
     beside: int = 0,
     writes_to: Path | Callable[[], Path],
     room: Room | None = None,
@@ -71,12 +72,13 @@ def placed(
     Raises RequestError if the cluster has no room for them."""
     from pcb_ray.runtime import RayOwners  # and Ray
 
-    device = choose_device(device)
+    device = choose_device(device, pool)
     blocks = {id(plan): choose_block(plan, device, memory, beside) for plan in plans}
     needed = max(worker_bytes(plan, blocks[id(plan)]) for plan in plans) + beside
-    chosen = choose_workers(workers, device, needed, max(plan.chunks for plan in plans))
+    needs, chunks = Needs(device, needed, pool), max(plan.chunks for plan in plans)
+    chosen = choose_workers(workers, needs, chunks)
     log.info("%d workers on %s, at most %s each", chosen, device, readable_bytes(needed))
-    owners = RayOwners(workers=chosen, device=device, worker_bytes=needed, room=room)
+    owners = RayOwners(workers=chosen, needs=needs, at_most=workers or chunks, room=room)
 
     def owners_for(plan: Plan) -> RayOwners:
         folder = writes_to() if callable(writes_to) else writes_to
@@ -84,7 +86,7 @@ def placed(
         return owners
 
     try:
-        session = Session(plans[0], owners_for, workers=chosen, worker_bytes=needed, quiet=quiet, relate=True)
+        session = Session(plans[0], owners_for, worker_bytes=needed, quiet=quiet, relate=True)
         owners.wait_until_ready()
         if room is not None:
             _tell_of_room(plans[0], {state.node: state.room for state in owners.states})
@@ -266,7 +268,7 @@ def publish(
         bytes_fetched=spent.bytes_fetched,
         retries=spent.retries,
         bytes_written=plan.written_bytes,
-        workers=session.workers,
+        workers=session.owners.most,
         workers_lost=spent.workers_lost,
         announced_worker_bytes=session.worker_bytes,
         peak_worker_bytes=spent.peak_worker_bytes,

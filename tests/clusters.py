@@ -157,13 +157,20 @@ def head_node(cpus: int = 2, path: str = "", **variables: str) -> Iterator[Head]
 
 
 @contextlib.contextmanager
-def node_apart(head: Head, name: str, *start: Any, cpus: int = 1, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A node that shares no memory with others of this machine, and has a name of its own: `/dev/shm` is another one there."""
-    environment, log = {**head.environment, **variables}, head.folder / f"{name}.log"
-    apart = ["unshare", "--mount", "--uts", "sh", "-c", f'mount -t tmpfs none /dev/shm && hostname {name} && exec "$0" "$@"']
-    with node_of(["--address", head.address, *start], cpus, environment, log, apart) as node:
+def joining_node(
+    head: Head, name: str, *start: Any, cpus: int = 1, before: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A node that has joined."""
+    log = head.folder / f"{name}.log"
+    with node_of(["--address", head.address, *start], cpus, head.environment, log, before) as node:
         await_that(f"{name} joins ({log})", lambda: "Ray runtime started" in log.read_text(), timeout_s=90)
         yield node
+
+
+def node_apart(head: Head, name: str, *start: Any, cpus: int = 1) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """One that shares no memory with others of this machine, and has a name of its own: `/dev/shm` is another one there."""
+    apart = ["unshare", "--mount", "--uts", "sh", "-c", f'mount -t tmpfs none /dev/shm && hostname {name} && exec "$0" "$@"']
+    return joining_node(head, name, *start, cpus=cpus, before=apart)
 
 
 def can_be_apart() -> bool:

@@ -1,117 +1,92 @@
-"""Several nodes: work stays where its bytes are."""
+"""Which nodes may work, and how many workers they hold."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
-
-import families
 import pytest
-from clusters import DEADLINE_S, Head, can_be_apart, head_node, node_apart
-from families import Family
-from object_servers import FaultProxy, ObjectServer, s3_server
-from test_remote import put_all, remote_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+from pcb_ray import RequestError, merge, nodes
+from pcb_ray.cli import parser
+from pcb_ray.nodes import Needs, Node, Pool, choose_device, choose_workers
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectServer]:
-    with s3_server() as server:
-        yield server
-
-
-ASK_TWO_NODES = """
-import collections, json, sys, psutil
-from pcb_ray.budget import worker_bytes
-from pcb_ray.cluster import cluster
-from pcb_ray.files.room import Room
-from pcb_ray.planning import plan
-from pcb_ray.questions import CountKeys
-from pcb_ray.runtime import RayOwners, make_owner
-from pcb_ray.selection import Bracket
-
-PIECE = 1 << 18
-
-def with_small_pieces(plan, options):
-    from pcb_ray.files import remote
-    remote.PIECE = PIECE
-    return make_owner(plan, options)
-
-class Homes(dict):
-    def update(self, found):
-        for chunk, node in found:
-            self[chunk] = node
-            had[node].add(chunk)
-
-def pieces_of(chunks):
-    found = set()
-    for chunk in chunks:
-        for one in made.ranges_of(made.cells_of(chunk)):
-            starts = range(one.start // PIECE * PIECE, one.stop, PIECE)
-            found |= {(one.file, at, min(at + PIECE, size[one.file])) for at in starts}
-    return found
-
-made = plan(json.loads(sys.argv[2]))
-size = {file.path: file.size for one in made.inputs for file in one.files}
-question = CountKeys(0, {}, ((Bracket(0, 1 << 29),),) * made.N)
-room, had = Room.for_a_run(None, "", None), collections.defaultdict(set)
-with cluster(sys.argv[1]):
-    owners = RayOwners(workers=4, device="cpu", worker_bytes=worker_bytes(made, 1 << 15), room=room, make_owner=with_small_pieces)
-    try:
-        fetched, probes, deaths, digests = 0, 0, 0, set()
-        for victim in (None, 0, 1):
-            if victim is not None:
-                process = psutil.Process(owners._states[victim].pid)
-                process.kill()
-                psutil.wait_procs([process])
-            owners.use(made, 1 << 15)
-            owners.wait_until_ready()
-            if victim is None:
-                owners._homes = Homes()
-            total = owners.fold(question, range(made.chunks), lambda chunks: None)
-            digests.add(total.digests)
-            fetched += sum(state.fetched for state in owners.states)
-            probes, deaths = probes + len(owners.states), deaths + owners.deaths
-        wanted = sum(stop - start for chunks in had.values() for _, start, stop in pieces_of(chunks))
-        everything = sum(stop - start for _, start, stop in pieces_of(range(made.chunks)))
-        print(json.dumps({
-            "nodes": len(had), "deaths": deaths, "digests": len(digests), "fetched": fetched, "wanted": wanted, "probes": probes,
-            "everything": everything,
-        }))
-    finally:
-        owners.close()
-"""
+GB = 10**9
+NODES = [
+    Node("a", {"CPU": 4, "memory": 3 * GB}, {"zone": "eu", "market": "spot"}),
+    Node("b", {"CPU": 2, "memory": 9 * GB, "disk": 1.5}, {"zone": "us"}),
+    Node("c", {"CPU": 1, "GPU": 2, "memory": 9 * GB, "disk": 0.3}, {}),
+]
 
 
-@pytest.mark.skipif(not can_be_apart(), reason="no right to make namespaces here")
-def test_chunks_stay_on_the_node_that_has_their_bytes_when_owners_come_and_go(server: ObjectServer, tmp_path: Path) -> None:
-    """Two nodes, neither of which sees what the other keeps. Owners are killed between sweeps, so that the order of all owners is
-    another one then; without homes nearly every chunk would change its node."""
-    one = Family(tmp_path / "family", *families.fine_tuned(2, scale=500), shards=2)
-    at = put_all(server, one.folder, "nodes")
-    with FaultProxy(server) as proxy, ExitStack() as stack:
-        variables = server.through(proxy)
-        head = stack.enter_context(head_node(cpus=0, **variables))
-        for name in ("one", "other"):
-            stack.enter_context(node_apart(head, name, cpus=2))
-        found = asked(head, ASK_TWO_NODES, json.dumps(remote_recipe(at, 2)))
-        print(found)
-    assert (found["nodes"], found["deaths"], found["digests"]) == (2, 2, 1)
-    assert found["wanted"] <= found["fetched"] <= found["wanted"] + found["probes"], (
-        "each piece once by each node that has to do with it"
-    )
-    assert found["fetched"] < 1.5 * found["everything"], "and few by both: at the ends of runs, and where one lags behind"
+@pytest.mark.parametrize(
+    ("selector", "admitted"),
+    [("eu", "a"), ("!eu", "bc"), ("in(eu,us)", "ab"), ("!in(eu,us)", "c"), ("asia", ""), ("in(us)", "b")],
+)
+def test_labels_select_as_in_ray(selector: str, admitted: str) -> None:
+    pool = Pool({"zone": selector})
+    assert [node.id for node in NODES if pool.admits(node)] == list(admitted)
 
 
-def asked(head: Head, script: str, *arguments: str) -> dict[str, Any]:
-    """What a driver of its own prints as JSON; Ray prints too."""
-    command = [sys.executable, "-c", script, head.address, *arguments]
-    done = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
+@pytest.mark.parametrize(
+    ("needs", "places"),
+    [
+        (Needs("cpu", GB), 3 + 2 + 1),
+        (Needs("cpu", 2 * GB), 1 + 2 + 1),
+        (Needs("cuda", GB), 2),
+        (Needs("cpu", GB, Pool(resources={"disk": 0.1})), 2 + 1),
+        (Needs("cpu", GB, Pool(resources={"disk": 1})), 1),
+        (Needs("cuda", GB, Pool(resources={"disk": 0.1})), 2),
+        (Needs("cpu", GB, Pool({"zone": "!us"})), 3 + 1),
+        (Needs("cpu", 10 * GB), 0),
+    ],
+)
+def test_a_node_holds_as_many_workers_as_what_it_has_least_of(needs: Needs, places: int) -> None:
+    assert needs.places(NODES) == places
+
+
+def test_what_no_node_has_is_told_at_once_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "nodes", lambda: NODES)
+    for needs, told in (
+        (Needs("cpu", GB, Pool({"zone": "asia"})), r"--label zone=asia: wanted a node with this, found zone: eu, us\. Fix:"),
+        (Needs("cpu", GB, Pool({"rack": "1"})), r"--label rack=1: wanted a node with this, found rack: on no node\. Fix:"),
+        (
+            Needs("cpu", GB, Pool(resources={"disk": 2})),
+            r"--resource disk=2: wanted a node with so much of it, found at most 1\.5\. ",
+        ),
+        (Needs("cpu", 10 * GB), r"room for a worker of 10\.00 GB and one CPU, found 4 CPUs, 0 GPUs and 3\.00 GB; 2 CPUs.* Fix:"),
+    ):
+        with pytest.raises(RequestError, match=told):
+            choose_workers(None, needs, 100)
+    with pytest.raises(RequestError, match=r"--workers: wanted 7, .*7 CPUs and memory for 6 workers .* Fix: ask for at most 6"):
+        choose_workers(7, Needs("cpu", GB), 100)
+    assert choose_workers(None, Needs("cpu", GB), 100) == 6
+    assert choose_device("auto", Pool({"zone": "eu"})) == "cpu"
+    assert choose_device("auto", Pool()) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("labels", "resources"),
+    [
+        ({"zone": ""}, {}),
+        ({"zone": "in()"}, {}),
+        ({"zone": "a b"}, {}),
+        ({"": "eu"}, {}),
+        ({}, {"CPU": 1.0}),
+        ({}, {"memory": 1.0}),
+        ({}, {"disk": 1.5}),
+        ({}, {"disk": 0.0}),
+        ({}, {"disk": float("nan")}),
+    ],
+)
+def test_what_can_be_no_label_or_resource_is_refused(labels: dict[str, str], resources: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match="wanted .* found .*Fix:"):
+        merge({}, "nowhere", labels=labels, resources=resources)
+
+
+def test_labels_and_resources_are_given_to_a_command_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["merge", "r", "o", "--label", "zone=eu", "--label", "ray.io/market-type=!spot", "--resource", "disk=0.5"]
+    options = parser().parse_args(words)
+    assert options.labels == {"zone": "eu", "ray.io/market-type": "!spot"}
+    assert options.resources == {"disk": 0.5}
+    for wrong in (["--label", "zone"], ["--label", "zone=us"], ["--resource", "disk=1"], ["--resource", "x=much"]):
+        with pytest.raises(SystemExit):
+            parser().parse_args([*words, *wrong])
+        assert "each once" in capsys.readouterr().err

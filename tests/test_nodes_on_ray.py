@@ -1,0 +1,157 @@
+"""Several nodes, which differ, come and go: who works where."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+from clusters import (
+    DEADLINE_S,
+    Head,
+    await_that,
+    can_be_apart,
+    head_node,
+    joining_node,
+    node_apart,
+    owners_under,
+    pcb_ray,
+    receipt_of,
+    running,
+    working,
+)
+from families import Family
+from object_servers import FaultProxy, ObjectServer, s3_server
+from test_remote import put_all, remote_recipe
+
+from pcb_ray.planning import plan
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectServer]:
+    with s3_server() as server:
+        yield server
+
+
+ASK_TWO_NODES = """
+import collections, json, sys, psutil
+from pcb_ray.budget import worker_bytes
+from pcb_ray.cluster import cluster
+from pcb_ray.files.room import Room
+from pcb_ray.planning import plan
+from pcb_ray.questions import CountKeys
+from pcb_ray.nodes import Needs
+from pcb_ray.runtime import RayOwners, make_owner
+from pcb_ray.selection import Bracket
+
+PIECE = 1 << 18
+
+def with_small_pieces(plan, options):
+    from pcb_ray.files import remote
+    remote.PIECE = PIECE
+    return make_owner(plan, options)
+
+class Homes(dict):
+    def update(self, found):
+        for chunk, node in found:
+            self[chunk] = node
+            had[node].add(chunk)
+
+def pieces_of(chunks):
+    found = set()
+    for chunk in chunks:
+        for one in made.ranges_of(made.cells_of(chunk)):
+            starts = range(one.start // PIECE * PIECE, one.stop, PIECE)
+            found |= {(one.file, at, min(at + PIECE, size[one.file])) for at in starts}
+    return found
+
+made = plan(json.loads(sys.argv[2]))
+size = {file.path: file.size for one in made.inputs for file in one.files}
+question = CountKeys(0, {}, ((Bracket(0, 1 << 29),),) * made.N)
+room, had = Room.for_a_run(None, "", None), collections.defaultdict(set)
+with cluster(sys.argv[1]):
+    owners = RayOwners(workers=4, needs=Needs("cpu", worker_bytes(made, 1 << 15)), room=room, make_owner=with_small_pieces)
+    try:
+        fetched, probes, deaths, digests = 0, 0, 0, set()
+        for victim in (None, 0, 1):
+            if victim is not None:
+                process = psutil.Process(owners._states[victim].pid)
+                process.kill()
+                psutil.wait_procs([process])
+            owners.use(made, 1 << 15)
+            owners.wait_until_ready()
+            if victim is None:
+                owners._homes = Homes()
+            total = owners.fold(question, range(made.chunks), lambda chunks: None)
+            digests.add(total.digests)
+            fetched += sum(state.fetched for state in owners.states)
+            probes, deaths = probes + len(owners.states), deaths + owners.deaths
+        wanted = sum(stop - start for chunks in had.values() for _, start, stop in pieces_of(chunks))
+        everything = sum(stop - start for _, start, stop in pieces_of(range(made.chunks)))
+        print(json.dumps({
+            "nodes": len(had), "deaths": deaths, "digests": len(digests), "fetched": fetched, "wanted": wanted, "probes": probes,
+            "everything": everything,
+        }))
+    finally:
+        owners.close()
+"""
+
+
+@pytest.mark.skipif(not can_be_apart(), reason="no right to make namespaces here")
+def test_chunks_stay_on_the_node_that_has_their_bytes_when_owners_come_and_go(server: ObjectServer, tmp_path: Path) -> None:
+    """Two nodes, neither of which sees what the other keeps. Owners are killed between sweeps, so that the order of all owners is
+    another one then; without homes nearly every chunk would change its node."""
+    one = Family(tmp_path / "family", *families.fine_tuned(2, scale=500), shards=2)
+    at = put_all(server, one.folder, "nodes")
+    with FaultProxy(server) as proxy, ExitStack() as stack:
+        variables = server.through(proxy)
+        head = stack.enter_context(head_node(cpus=0, **variables))
+        for name in ("one", "other"):
+            stack.enter_context(node_apart(head, name, cpus=2))
+        found = asked(head, ASK_TWO_NODES, json.dumps(remote_recipe(at, 2)))
+        print(found)
+    assert (found["nodes"], found["deaths"], found["digests"]) == (2, 2, 1)
+    assert found["wanted"] <= found["fetched"] <= found["wanted"] + found["probes"], (
+        "each piece once by each node that has to do with it"
+    )
+    assert found["fetched"] < 1.5 * found["everything"], "and few by both: at the ends of runs, and where one lags behind"
+
+
+def test_a_node_that_joins_is_used_if_its_labels_are_as_wanted(tmp_path: Path) -> None:
+    """The only worker stands still until the next one works."""
+    one, out = Family(tmp_path / "family", *families.fine_tuned(2, scale=280)), tmp_path / "out"
+    wanted = families.merge_locally(plan(one.recipe()), tmp_path / "wanted").files
+    with head_node(cpus=0) as head, ExitStack() as stack:
+        first = stack.enter_context(joining_node(head, "first", "--labels", "pool=merge"))
+        command = ("merge", one.recipe_file(), out, "--address", head.address, "--label", "pool=merge", "-v")
+        with running(*command, env=head.environment) as run:
+            run.wait_for("ranks of |tau|: ")
+            (owner,) = owners_under(first.pid)
+            owner.suspend()
+            stack.enter_context(joining_node(head, "other", "--labels", "pool=search", cpus=2))
+            second = stack.enter_context(joining_node(head, "second", "--labels", "pool=merge"))
+            await_that("the node gets a worker, and it works", lambda: any(map(working, owners_under(second.pid))), DEADLINE_S)
+            owner.resume()
+            assert run.finish() == 0, run.text
+        refused = pcb_ray(*command[:-2], "pool=none", "--resource", "disk=1", "--overwrite", env=head.environment)
+    receipt = receipt_of(out)
+    assert (receipt["workers"], receipt["workers_lost"]) == (2, 0)
+    assert {name: (out / name).read_bytes() for name in wanted} == wanted
+    assert refused.process.returncode == 2, refused.text
+    assert "--label pool=none: wanted a node with this, found pool: merge, search" in refused.text
+
+
+def asked(head: Head, script: str, *arguments: str) -> dict[str, Any]:
+    """What a driver of its own prints as JSON; Ray prints too."""
+    command = [sys.executable, "-c", script, head.address, *arguments]
+    done = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
