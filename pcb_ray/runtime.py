@@ -5,9 +5,10 @@ does not matter. `fold` is for answers that add up: each owner keeps the sum of 
 tree, so that the driver receives one answer whatever their number. `store` is for questions that write: it ends when all is
 durable.
 
-An owner dies with its process or node, which Ray tells; or it is stopped, or waits for a file system that does not answer, which
-nobody tells. So every call has a deadline (`Patience`): an owner that is slow has its work done by idle ones too, one that is late
-is warned of, and one that is lost is killed and replaced. What it had at hand and what it alone held is asked for again."""
+An owner dies with its process or node, which Ray tells. If Ray knows before that a node is about to go, what its owners hold is
+taken over while they live, and that is no failure. Or an owner is stopped, or waits for a file system that does not answer, which
+nobody tells. So every call has a deadline (`Patience`): an owner that is slow has its work done by idle ones too, one that is late is
+warned of, and one that is lost is killed and replaced. What it had at hand and what it alone held is asked for again."""
 
 from __future__ import annotations
 
@@ -23,10 +24,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pcb_ray.errors import RunError, reason_in
-from pcb_ray.nodes import Needs, nodes, shown_nodes
+from pcb_ray.nodes import Needs, draining, nodes, shown_nodes
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, ChunksOf, OwnerState, Question, TotalT
-from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, proved
+from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, batches_of, proved
 
 if TYPE_CHECKING:
     from pcb_ray.files.room import Room
@@ -40,7 +41,7 @@ MAX_DEATHS_OF_BATCH = 3
 ASIDE = {"concurrency_group": "aside"}
 LEAVE_S = 10.0
 TICK_S = 1.0  # how often the driver looks who is late
-LOOK_S = 5.0  # and which nodes there are
+LOOK_S = 2.0  # and which nodes have come, or are about to go: of that some have 30 s notice
 ADVICE = "Fix: if they ran out of memory, lower --workers; finished work is kept: --resume goes on"
 ADVICE_ON_SILENCE = (
     "Fix: look whether the file systems of the inputs and the output answer on the nodes (a dead mount makes readers wait for "
@@ -165,6 +166,7 @@ class _Worker:
     node: str = ""
     opening: int = 0  # how often it is yet to open its files
     warned: bool = False
+    leaves: bool = False  # its node is about to go, and another owner was placed for it
 
     def __str__(self) -> str:
         return f"worker {self.number} ({self.place or 'not yet placed'})"
@@ -207,7 +209,7 @@ class RayOwners:
         self._fruitless = 0  # deaths since the last answer
         self._clock_s = 0.0  # how long the driver has waited
         self._last_sign_s = 0.0  # when it last heard of an owner
-        self._last_look_s = 0.0  # and looked at the nodes
+        self._looked_s = 0.0  # and looked at the nodes, on the monotonic clock
         self._tick_s = min(TICK_S, patience.slow_least_s / 2)
         for _ in range(workers):
             self._place()
@@ -276,10 +278,7 @@ class RayOwners:
         schedule = job.schedule
         while not schedule.done:
             yield from self._work(job)
-            written_s = {n: job.pace.usual_s(schedule.items_held(n)) for n in schedule.holders()}
-            limits = {n: self._patience.sync_late_after(seconds) for n, seconds in written_s.items()}
-            syncs = {n: self._workers[n].actor.sync.options(**ASIDE).remote() for n in limits}
-            for number in self._aside(job, "make durable what it wrote", syncs, limits):
+            for number in self._synced(job, schedule.holders()):
                 schedule.safe(number)
 
     def fold(self, question: Question[TotalT], chunks: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
@@ -316,7 +315,7 @@ class RayOwners:
         import ray
 
         self._fruitless = 0
-        self._grow()
+        self._look_at_nodes(None)
         placed = {worker.number: worker.node for worker in self._workers.values() if worker.place}
         homes = [self._home(chunks_of(item)) for item in items] if chunks_of else ()
         schedule = Schedule(items, placed, homes, keeps=keeps, numbers=self._numbers)
@@ -337,7 +336,7 @@ class RayOwners:
 
     def _hand_out(self, job: _Job) -> None:
         """Give each owner as much to do as it should have at hand. Those that find nothing left double what slow ones have."""
-        able = [worker for worker in self._workers.values() if worker.ready and self._standing(worker) < Standing.SLOW]
+        able = [one for one in self._workers.values() if one.ready and self._standing(one) < Standing.SLOW]
         nodes_of = {worker.number: worker.node for worker in able}
         idle = []
         for worker in able:
@@ -384,7 +383,7 @@ class RayOwners:
             answer = ray.get(reference, timeout=self._patience.exchange_s)
         except ray.exceptions.RayError as error:  # a large answer is lost with the node that keeps it
             if _is_loss(error):
-                self._lose(worker, job, reason_in(error))
+                self._lose(worker, job, reason_in(error), preempted=_is_preempted(error))
                 return []
             if call.job is None or (call.job is job and not job.schedule.is_answered(call.batch)):
                 raise _ours(error) from None
@@ -410,6 +409,13 @@ class RayOwners:
 
     # --- the second thread of the owners: totals and files ------------------------------------------------------------------------
 
+    def _synced(self, job: _Job, holders: Iterable[int]) -> set[int]:
+        """Have what these wrote made durable. Returns the numbers of those that did it; the lost are replaced."""
+        written_s = {number: job.pace.usual_s(job.schedule.items_held(number)) for number in holders}
+        limits = {number: self._patience.sync_late_after(seconds) for number, seconds in written_s.items()}
+        syncs = {number: self._workers[number].actor.sync.options(**ASIDE).remote() for number in limits}
+        return self._aside(job, "make durable what it wrote", syncs, limits)
+
     def _aside(self, job: _Job, what: str, calls: Mapping[int, Any], limits: Mapping[int, float]) -> set[int]:
         """Wait for calls to some owners. Returns the numbers of those that did it; the lost are replaced."""
         import ray
@@ -425,7 +431,7 @@ class RayOwners:
                     if not _is_loss(error):
                         raise _ours(error) from None
                     if not isinstance(error, ray.exceptions.RayTaskError):  # else what it should have added was lost, and it lives
-                        self._lose(self._workers[number], job, reason_in(error))
+                        self._lose(self._workers[number], job, reason_in(error), preempted=_is_preempted(error))
                 else:
                     did.add(number)
             silent_s = self._clock_s - begin_s
@@ -444,8 +450,11 @@ class RayOwners:
         """One level of the tree: half of those who hold a total add another's to their own. Returns how many could not."""
         ordered = sorted(holders, key=lambda number: len(self._workers[number].calls))  # those still at work give theirs away
         half = (len(ordered) + 1) // 2
-        taker_of = dict(zip(ordered[half:], ordered[:half], strict=False))
-        limits = dict.fromkeys(ordered, self._patience.exchange_s)
+        return self._move(job, dict(zip(ordered[half:], ordered[:half], strict=False)))
+
+    def _move(self, job: _Job, taker_of: Mapping[int, int]) -> int:
+        """Have owners add others' totals to their own, each one. Returns how many could not."""
+        limits = dict.fromkeys([*taker_of, *taker_of.values()], self._patience.exchange_s)
         given, parts = {}, {}
         for giver in taker_of:
             given[giver], parts[giver] = self._give(job, self._workers[giver])
@@ -491,20 +500,63 @@ class RayOwners:
         worker = _Worker(self._born, self._remote.remote())
         self._born += 1
         self._workers[worker.number] = worker
-        self._most = max(self._most, len(self._workers))
+        self._most = max(self._most, sum(not one.leaves for one in self._workers.values()))
         self._expect(worker, worker.actor.where.remote(), _Call(None))
         if self._arguments:
             self._open(worker)
 
+    def _look_at_nodes(self, job: _Job | None) -> None:
+        self._let_leave(job)
+        self._grow()
+        self._looked_s = time.monotonic()
+
     def _grow(self) -> None:
         """Place more owners, if nodes have joined since."""
-        self._last_look_s = self._clock_s
-        if len(self._workers) < self._at_most:
-            more = min(self._at_most, self._needs.places(nodes())) - len(self._workers)
+        staying = sum(not worker.leaves for worker in self._workers.values())
+        if staying < self._at_most:
+            more = min(self._at_most, self._needs.places(nodes())) - staying
             for _ in range(more):
                 self._place()
             if more > 0:
                 log.info("nodes have joined: %d workers more", more)
+
+    def _let_leave(self, job: _Job | None) -> None:
+        """Replace owners whose nodes are about to go. As soon as there are others, these take over what they hold, and what they
+        have at hand is done by others: they may go."""
+        going = draining()
+        leaving = [worker for worker in self._workers.values() if worker.node in going]
+        for worker in leaving:
+            if not worker.leaves:
+                log.warning("%s leaves with its node; others take over what it has", worker)
+                worker.leaves = True
+                self._place()
+        staying = [worker.number for worker in self._workers.values() if worker.ready and worker.node not in going]
+        if not staying:
+            return  # it is better to work until the end than to wait
+        if job is not None:
+            self._take_over(job, [worker for worker in leaving if job.schedule.items_held(worker.number)], staying)
+        for worker in leaving:
+            if worker.number in self._workers:
+                self._dismiss(worker, job)
+
+    def _take_over(self, job: _Job, leaving: Sequence[_Worker], staying: Sequence[int]) -> None:
+        """Make sure of what these hold: in the totals of others, or in files that are durable."""
+        if job.adds_up:
+            for group in batches_of([worker.number for worker in leaving], len(staying)):
+                self._move(job, dict(zip(group, staying, strict=False)))
+            return
+        for number in self._synced(job, [worker.number for worker in leaving]):
+            job.schedule.safe(number)
+
+    def _dismiss(self, worker: _Worker, job: _Job | None) -> None:
+        """Let an owner go. What it has at hand, or still holds, is done again."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(worker.actor)  # a process that is stopped or stuck gets SIGKILL a few seconds later, and its place is free
+        del self._workers[worker.number]
+        if job is not None:
+            job.schedule.lost(worker.number)
 
     def _open(self, worker: _Worker) -> None:
         worker.opening += 1
@@ -543,9 +595,9 @@ class RayOwners:
         return self._patience.standing(silent_s, call.usual_s)
 
     def _look_after(self, job: _Job | None) -> None:
-        """Warn of owners that are late, replace those that are lost, and see whether there is room for more."""
-        if self._clock_s - self._last_look_s > LOOK_S:
-            self._grow()
+        """Warn of owners that are late, replace those that are lost, and see which nodes come and go."""
+        if time.monotonic() - self._looked_s > LOOK_S:
+            self._look_at_nodes(job)
         for worker in list(self._workers.values()):
             standing, silent_s = self._standing(worker), self._clock_s - worker.since_s
             if standing == Standing.LOST:
@@ -558,22 +610,23 @@ class RayOwners:
                     silent_s,
                 )
 
-    def _lose(self, worker: _Worker, job: _Job | None, reason: str, *, silent: bool = False) -> None:
+    def _lose(self, worker: _Worker, job: _Job | None, reason: str, *, silent: bool = False, preempted: bool = False) -> None:
         """Replace an owner that died or does not answer. Raises RunError if that happens too often."""
-        import ray
-
+        if preempted or worker.leaves:
+            log.warning("%s has left with its node; what it had is done again by another", worker)
+            self._dismiss(worker, job)
+            if not worker.leaves:
+                self._place()
+            return
         self._deaths, self._fruitless, self._last_sign_s = self._deaths + 1, self._fruitless + 1, self._clock_s
         log.warning("%s %s (%s); its part is done again by another", worker, "is given up" if silent else "died", reason)
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):
-            ray.kill(worker.actor)  # a process that is stopped or stuck gets SIGKILL a few seconds later, and its place is free
-        del self._workers[worker.number]
         same_part = 0
         if job is not None:
             first = next(iter(worker.calls.values()), None)
             if first is not None and first.job is job:
                 job.deaths[first.batch] += 1
                 same_part = job.deaths[first.batch]
-            job.schedule.lost(worker.number)
+        self._dismiss(worker, job)
         if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._workers) + 1):
             raise RunError(
                 f"{self._deaths} workers {'were lost' if silent else 'died'}, {same_part} of them on the same part of the model; "
@@ -595,6 +648,13 @@ def _is_loss(error: Exception) -> bool:
     from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
 
     return isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError | GetTimeoutError)
+
+
+def _is_preempted(error: Exception) -> bool:
+    """Whether an owner died since its node was to go."""
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError) and error.preempted
 
 
 def _ours(error: Exception) -> Exception:

@@ -241,7 +241,7 @@ class Schedule:
 
     def moved(self, giver: int, taker: int) -> None:
         """What one owner held is now held by another."""
-        self._held[taker] += self._held.pop(giver)
+        self._held.setdefault(taker, []).extend(self._held.pop(giver))
 
     def holders(self) -> list[int]:
         """The owners that hold something."""
@@ -364,6 +364,8 @@ class Subtotal(Generic[TotalT]):
     def absorb(self, number: int, part: PartialTotal[TotalT] | None) -> None:
         """Add what another owner has counted. Raises RunError if there is nothing to add, or no subtotal to add it to."""
         with self._lock:
+            if number > self._number:
+                self._begin(number)
             if part is None or number != self._number:
                 raise _miscounted("two subtotals to add up, found one at most")
             self._add(part)

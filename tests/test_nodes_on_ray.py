@@ -13,6 +13,7 @@ from typing import Any
 import families
 import pytest
 from clusters import (
+    BIN,
     DEADLINE_S,
     Head,
     await_that,
@@ -155,3 +156,99 @@ def asked(head: Head, script: str, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
+
+
+DRAIN_TWO_NODES = """
+import collections, json, subprocess, sys
+from pcb_ray.budget import worker_bytes
+from pcb_ray.cluster import cluster
+from pcb_ray.nodes import Needs, draining
+from pcb_ray.planning import plan
+from pcb_ray.questions import CountKeys, WriteParts
+from pcb_ray.runtime import RayOwners
+from pcb_ray.selection import Bracket
+import time
+
+address, recipe, known, folder, ray_command = sys.argv[1:]
+
+def drain(number):
+    node = owners._workers[number].node
+    command = [ray_command, "drain-node", "--address", address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    subprocess.run([*command, "--reason-message", "test", "--deadline-remaining-seconds", "600"], check=True, capture_output=True)
+    while node not in draining():
+        time.sleep(0.05)
+    owners._looked_s = 0
+
+class Drain:
+    # When two owners hold something, the node of one of them is drained.
+    def __init__(self):
+        self.done, self.number = collections.Counter(), None
+    def __call__(self, items):
+        self.done.update(items)
+        staying = [n for n in owners._workers if owners._workers[n].node not in draining()]
+        if self.number is None and len(staying) > 1 and len(self.done) > wanted // 2:
+            self.number = max(staying)
+            drain(self.number)
+
+made = plan(json.loads(recipe))
+with cluster(address):
+    owners = RayOwners(workers=2, needs=Needs("cpu", worker_bytes(made, 1 << 15)))
+    try:
+        owners.use(made, 1 << 15)
+        owners.wait_until_ready()
+        wanted, counted = made.chunks, Drain()
+        total = owners.fold(CountKeys(0, {}, ((Bracket(0, (1 << 31) - 1),),) * made.N), range(made.chunks), counted)
+        while len([w for w in owners._workers.values() if w.ready]) < 2:
+            owners._turn(None)
+        wanted, written = len(made.parts), Drain()
+        for file in made.files:
+            with open(folder + "/" + file.name, "wb") as stream:
+                stream.truncate(file.size)
+        for parts, _ in owners.store(WriteParts(json.loads(known), folder), range(len(made.parts))):
+            written(parts)
+        print(json.dumps({
+            "deaths": owners.deaths, "counted": sum(t.upto_hi for t in total.tallies[0]),
+            "drained": [counted.number, written.number], "left": list(owners._workers),
+            "times": [sorted(set(one.done.values())) for one in (counted, written)],
+            "items": [len(counted.done) == made.chunks, len(written.done) == len(made.parts)],
+        }))
+    finally:
+        owners.close()
+"""
+
+
+def test_what_owners_on_draining_nodes_hold_is_taken_over_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    """Two of three nodes are drained, one in a sweep and one in the write: totals move to another owner, what was written is made
+    durable, and only what was at hand is begun again."""
+    one = Family(tmp_path / "family", *families.fine_tuned(2, scale=280))
+    recipe = one.recipe()
+    wanted = families.merge_locally(plan(recipe), tmp_path / "wanted")
+    (tmp_path / "out").mkdir()
+    with head_node(cpus=0) as head, ExitStack() as stack:
+        for name in ("one", "two", "three"):
+            stack.enter_context(joining_node(head, name))
+        arguments = json.dumps(recipe), json.dumps(wanted.known), str(tmp_path / "out"), str(BIN / "ray")
+        found = asked(head, DRAIN_TWO_NODES, *arguments)
+    assert found["deaths"] == 0
+    assert None not in found["drained"]
+    assert not set(found["drained"]) & set(found["left"])
+    assert found["times"] == [[1], [1]], "each answer counted once, and for good"
+    assert found["items"] == [True, True]
+    assert found["counted"] == sum(t.numel() for t in one.base.values())
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in wanted.files} == wanted.files
+
+
+def test_a_node_that_is_told_to_end_costs_no_worker(tmp_path: Path) -> None:
+    one, out = Family(tmp_path / "family", *families.fine_tuned(2, scale=280)), tmp_path / "out"
+    wanted = families.merge_locally(plan(one.recipe()), tmp_path / "wanted").files
+    with head_node(cpus=0) as head, ExitStack() as stack:
+        told, *_ = [stack.enter_context(joining_node(head, name)) for name in ("one", "two", "three")]
+        with running("merge", one.recipe_file(), out, "--address", head.address, "-v", env=head.environment) as run:
+            run.wait_for("ranks of |tau|: ")
+            told.terminate()
+            assert run.finish() == 0, run.text
+    receipt = receipt_of(out)
+    print(run.text)
+    assert receipt["workers_lost"] == 0, run.text
+    assert "with its node" in run.text
+    assert {name: (out / name).read_bytes() for name in wanted} == wanted
