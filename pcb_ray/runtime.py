@@ -7,8 +7,8 @@ durable.
 
 An owner dies with its process or node, which Ray tells. If Ray knows before that a node is about to go, what its owners hold is
 taken over while they live, and that is no failure. Or an owner is stopped, or waits for a file system that does not answer, which
-nobody tells. So every call has a deadline (`Patience`): an owner that is slow has its work done by idle ones too, one that is late is
-warned of, and one that is lost is killed and replaced. What it had at hand and what it alone held is asked for again."""
+nobody tells. So every call has a deadline (`Patience`): an owner that is slow has its work done by idle ones too, one that is late
+is warned of, and one that is lost is killed and replaced. What it had at hand and what it alone held is asked for again."""
 
 from __future__ import annotations
 
