@@ -24,7 +24,7 @@ from pcb_ray.files.room import Room
 from pcb_ray.files.stores import open_store
 from pcb_ray.grid import MAX_POINTS, points_of
 from pcb_ray.merging import merged, merged_before, opened
-from pcb_ray.nodes import Needs, Pool, choose_device, choose_workers
+from pcb_ray.nodes import Needs, Pool, autoscales, choose_device, choose_workers
 from pcb_ray.output.place import check_out, check_place, existing_parent
 from pcb_ray.output.state import State, asked_of, is_unfinished, state_folder
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan
@@ -273,7 +273,8 @@ def _with_room(todo: Sequence[_One], how: _How, results: dict[str, Merged]) -> l
         try:
             device = choose_device(how.device, how.pool)
             needed = worker_bytes(one.plan, choose_block(one.plan, device, how.memory))
-            choose_workers(how.workers, Needs(device, needed, how.pool), one.plan.chunks)
+            if not autoscales():
+                choose_workers(how.workers, Needs(device, needed, how.pool), one.plan.chunks)
         except RequestError as error:
             results[one.name] = _given_up(one, error)
         else:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pcb_ray.errors import RequestError
+
+log = logging.getLogger("pcb_ray")
+
+AUTOSCALER_S = 600.0
+"""So long an autoscaler is waited for."""
 
 _NAME = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?"
 _KEY = re.compile(rf"({_NAME}/)?{_NAME}")
@@ -129,10 +138,64 @@ class Needs:
         )
 
 
+def autoscales() -> bool:
+    """Whether an autoscaler runs that may add nodes. It knows nodes by the types of its configuration; where there is none, Ray
+    makes up a type for each node."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2():
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        types = {node.node_id: node.ray_node_type_name for node in [*status.active_nodes, *status.idle_nodes]}
+    else:
+        status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
+        types = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    return any(kind != f"node_{node}" for node, kind in types.items())
+
+
+@contextlib.contextmanager
+def enough_nodes(workers: int | None, needs: Needs) -> Iterator[None]:
+    """With as many nodes as the wished number of workers needs (or one), as far as an autoscaler adds them within a while. What it
+    was asked for is withdrawn at the end."""
+    wanted, places = workers or 1, needs.places(nodes())
+    if places >= wanted or not autoscales():
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    log.warning(
+        "the autoscaler is asked for nodes: %d workers are wanted, the cluster has room for %d; it is waited for %.0f s at most",
+        wanted,
+        places,
+        AUTOSCALER_S,
+    )
+    labels = dict(needs.pool.labels)
+    try:
+        request_resources(bundles=[needs.amounts] * wanted, bundle_label_selectors=[labels] * wanted if labels else None)
+        begin = time.monotonic()
+        while places < wanted and time.monotonic() - begin < AUTOSCALER_S:
+            time.sleep(1.0)
+            places = needs.places(nodes())
+        waited_s = time.monotonic() - begin
+        log.log(
+            logging.INFO if places >= wanted else logging.WARNING,
+            "after %.0f s there is room for %d of %d workers%s",
+            waited_s,
+            places,
+            wanted,
+            "" if places >= wanted else "; nodes that come later are used",
+        )
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
 def choose_device(device: str, pool: Pool) -> str:
     """cpu or cuda; `auto` is cuda where nodes that may work have a GPU."""
     gpus = sum(node.has("GPU") for node in nodes() if pool.admits(node))
-    if device == "cuda" and gpus < 1:
+    if device == "cuda" and gpus < 1 and not autoscales():
         raise RequestError(
             "--device cuda: wanted a GPU, found none in the cluster. Fix: use --device cpu, or join a cluster with GPUs by "
             "--address"
@@ -142,20 +205,20 @@ def choose_device(device: str, pool: Pool) -> str:
 
 def choose_workers(workers: int | None, needs: Needs, chunks: int) -> int:
     """The wished number of workers, else one per core (GPU) of the cluster as memory allows; never more than the cluster can
-    place."""
+    place now."""
     found = nodes()
     places = needs.places(found)
     if places == 0:
         raise RequestError(_why_none(needs, found))
     if workers is None:
         return min(places, chunks)
-    if workers > places:
+    if workers > places and not autoscales():
         units = int(sum(node.has(needs.unit) for node in found if needs.pool.admits(node)))
         raise RequestError(
             f"--workers: wanted {workers}, found a cluster with {units} {needs.unit}s and memory for {places} workers of "
             f"{needs.memory / 1e9:.2f} GB. Fix: ask for at most {places}, or lower --memory."
         )
-    return workers
+    return min(workers, places)
 
 
 def _why_none(needs: Needs, found: Sequence[Node]) -> list[str]:

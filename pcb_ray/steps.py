@@ -36,7 +36,7 @@ from pcb_ray.files.room import Room
 from pcb_ray.files.store import Pins, Stamp, Store, changed
 from pcb_ray.files.stores import open_store
 from pcb_ray.methods import Known
-from pcb_ray.nodes import Needs, Pool, choose_device, choose_workers
+from pcb_ray.nodes import Needs, Pool, choose_device, choose_workers, enough_nodes
 from pcb_ray.output.companions import CARD, model_card, write_side_files
 from pcb_ray.output.state import State
 from pcb_ray.planning import Plan
@@ -76,23 +76,24 @@ def placed(
     blocks = {id(plan): choose_block(plan, device, memory, beside) for plan in plans}
     needed = max(worker_bytes(plan, blocks[id(plan)]) for plan in plans) + beside
     needs, chunks = Needs(device, needed, pool), max(plan.chunks for plan in plans)
-    chosen = choose_workers(workers, needs, chunks)
-    log.info("%d workers on %s, at most %s each", chosen, device, readable_bytes(needed))
-    owners = RayOwners(workers=chosen, needs=needs, at_most=workers or chunks, room=room)
+    with enough_nodes(workers, needs):
+        chosen = choose_workers(workers, needs, chunks)
+        log.info("%d workers on %s, at most %s each", chosen, device, readable_bytes(needed))
+        owners = RayOwners(workers=chosen, needs=needs, at_most=workers or chunks, room=room)
 
-    def owners_for(plan: Plan) -> RayOwners:
-        folder = writes_to() if callable(writes_to) else writes_to
-        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), str(folder))
-        return owners
+        def owners_for(plan: Plan) -> RayOwners:
+            folder = writes_to() if callable(writes_to) else writes_to
+            owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), str(folder))
+            return owners
 
-    try:
-        session = Session(plans[0], owners_for, worker_bytes=needed, quiet=quiet, relate=True)
-        owners.wait_until_ready()
-        if room is not None:
-            _tell_of_room(plans[0], {state.node: state.room for state in owners.states})
-        yield session
-    finally:
-        owners.close()
+        try:
+            session = Session(plans[0], owners_for, worker_bytes=needed, quiet=quiet, relate=True)
+            owners.wait_until_ready()
+            if room is not None:
+                _tell_of_room(plans[0], {state.node: state.room for state in owners.states})
+            yield session
+        finally:
+            owners.close()
 
 
 def _tell_of_room(plan: Plan, of_node: Mapping[str, int]) -> None:

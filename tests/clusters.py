@@ -131,8 +131,9 @@ BIN = Path(sys.executable).parent
 
 
 @contextlib.contextmanager
-def head_node(cpus: int = 2, path: str = "", **variables: str) -> Iterator[Head]:
-    """`ray start --head` on ports of its own, with these variables; `path` comes before the PATH of an activated environment."""
+def head_node(cpus: int = 2, path: str = "", start: Sequence[Any] = (), **variables: str) -> Iterator[Head]:
+    """`ray start --head` on ports of its own, with more arguments and these variables; `path` comes before the PATH of an activated
+    environment."""
     folder = Path(tempfile.mkdtemp(prefix="pcb"))  # Ray's sockets lie in it, and their names may have 107 characters
     token = secrets.token_hex(32)
     (folder / "token").write_text(token)
@@ -146,7 +147,7 @@ def head_node(cpus: int = 2, path: str = "", **variables: str) -> Iterator[Head]
     gcs, dashboard, client = free_ports(3)
     own = ["--port", gcs, "--dashboard-port", dashboard, "--ray-client-server-port", client, "--temp-dir", folder / "ray"]
     try:
-        with node_of(["--head", "--dashboard-host", "127.0.0.1", *own], cpus, environment, folder / "head.log") as process:
+        with node_of(["--head", "--dashboard-host", "127.0.0.1", *own, *start], cpus, environment, folder / "head.log") as process:
             url = f"http://127.0.0.1:{dashboard}"
             log = folder / "head.log"
             await_that(f"a head node starts ({log})", lambda: wants_token(url) or process.poll() is not None, timeout_s=90)

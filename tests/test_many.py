@@ -52,6 +52,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> Pools:
     monkeypatch.setattr(many, "cluster", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(many, "choose_device", lambda device, _pool: device)
     monkeypatch.setattr(many, "choose_workers", lambda *_: 1)
+    monkeypatch.setattr(many, "autoscales", lambda: False)
     return made
 
 

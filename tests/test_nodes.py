@@ -44,6 +44,7 @@ def test_a_node_holds_as_many_workers_as_what_it_has_least_of(needs: Needs, plac
 
 def test_what_no_node_has_is_told_at_once_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "nodes", lambda: NODES)
+    monkeypatch.setattr(nodes, "autoscales", lambda: False)
     for needs, told in (
         (Needs("cpu", GB, Pool({"zone": "asia"})), r"--label zone=asia: wanted a node with this, found zone: eu, us\. Fix:"),
         (Needs("cpu", GB, Pool({"rack": "1"})), r"--label rack=1: wanted a node with this, found rack: on no node\. Fix:"),

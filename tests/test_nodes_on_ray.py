@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import psutil
 import pytest
 from clusters import (
     BIN,
@@ -18,6 +20,7 @@ from clusters import (
     Head,
     await_that,
     can_be_apart,
+    descendants,
     head_node,
     joining_node,
     node_apart,
@@ -25,6 +28,7 @@ from clusters import (
     pcb_ray,
     receipt_of,
     running,
+    title,
     working,
 )
 from families import Family
@@ -251,4 +255,106 @@ def test_a_node_that_is_told_to_end_costs_no_worker(tmp_path: Path) -> None:
     print(run.text)
     assert receipt["workers_lost"] == 0, run.text
     assert "with its node" in run.text
+    assert {name: (out / name).read_bytes() for name in wanted} == wanted
+
+
+HEAD = "f" * 51 + "00000"  # as Ray's fake cluster has it
+AUTOSCALED = {
+    "cluster_name": "fake",
+    "max_workers": 2,
+    "idle_timeout_minutes": 0.1,
+    "provider": {
+        "type": "external",
+        "module": "fake_nodes.Provider",
+        "head_node_id": HEAD,
+        "use_node_id_as_ip": True,
+        "launch_multiple": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    },
+    "head_node_type": "ray.head.default",
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {
+            "resources": {"CPU": 1, "object_store_memory": 80 << 20, "memory": 3 << 30},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": 2,
+        },
+    },
+    **{key: {} for key in ("auth", "file_mounts")},
+    **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+    **{f"{name}_commands": [] for name in ("initialization", "setup", "head_setup", "worker_setup")},
+    **{f"{name}_start_ray_commands": [] for name in ("head", "worker")},
+    "file_mounts_sync_continuously": False,
+}
+
+ASK_FOR_TOO_MUCH = """
+import json, logging, sys
+import pcb_ray, pcb_ray.nodes
+pcb_ray.nodes.AUTOSCALER_S = 5.0
+logging.basicConfig(level=logging.WARNING)
+try:
+    pcb_ray.merge(json.loads(sys.argv[2]), sys.argv[3], address=sys.argv[1], workers=3, resources={"disk": 1}, quiet=True)
+except pcb_ray.RequestError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
+def test_an_autoscaler_is_asked_waited_for_and_asked_no_more(tmp_path: Path) -> None:
+    """Ray's autoscaler over processes of this machine. That the request is withdrawn shows in that idle nodes end."""
+    one, out, config = Family(tmp_path / "family", *families.fine_tuned(2, scale=80)), tmp_path / "out", tmp_path / "cluster.yaml"
+    wanted = families.merge_locally(plan(one.recipe()), tmp_path / "wanted").files
+    config.write_text(json.dumps(AUTOSCALED))
+    variables = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
+    variables["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    with head_node(cpus=0, start=("--autoscaling-config", config), **variables) as head:
+
+        def started() -> list[psutil.Process]:
+            """What the autoscaler started."""
+            return [
+                one
+                for monitor in descendants(head.process.pid)
+                if "monitor.py" in title(monitor)
+                for one in descendants(monitor.pid)
+            ]
+
+        try:
+            refused = asked(head, ASK_FOR_TOO_MUCH, json.dumps(one.recipe()), str(tmp_path / "other"))
+            run = pcb_ray("merge", one.recipe_file(), out, "--address", head.address, "--workers", 2, "-v", env=head.environment)
+            assert started()
+            await_that("idle nodes end, since nobody asks for them", lambda: not started(), DEADLINE_S)
+        finally:
+            for process in started():
+                process.kill()
+    assert "--resource disk=1: wanted a node with so much of it" in refused["error"]
+    assert run.process.returncode == 0, run.text
+    assert "the autoscaler is asked for nodes: 2 workers are wanted, the cluster has room for 0" in run.text
+    assert "there is room for 2 of 2 workers" in run.text
+    assert receipt_of(out)["workers"] == 2
+    assert {name: (out / name).read_bytes() for name in wanted} == wanted
+
+
+@pytest.mark.very_slow
+def test_a_node_that_hangs_is_noticed_and_changes_no_byte(three_nodes: Any, tmp_path: Path) -> None:
+    """All of its processes stand still. Nobody tells; Ray's health checks of that node fail, here within seconds."""
+    one, out = Family(tmp_path / "family", *families.fine_tuned(2, scale=280)), tmp_path / "out"
+    wanted = families.merge_locally(plan(one.recipe()), tmp_path / "wanted").files
+    node = next(iter(three_nodes.worker_nodes))
+    (raylet,) = [psutil.Process(info.process.pid) for info in node.all_processes["raylet"]]
+    stopped = [raylet, *descendants(raylet.pid)]
+    try:
+        with running("merge", one.recipe_file(), out, "--address", three_nodes.address, "--workers", 3) as run:
+            run.wait_for("ranks of |tau|: ")
+            with run.stopped():
+                stopped += [process for process in owners_under(raylet.pid) if process not in stopped]
+                assert any(title(process).startswith("ray::_Actor") for process in stopped)
+                for process in stopped:
+                    process.suspend()
+            assert run.finish() == 0, run.text
+    finally:
+        for process in stopped:
+            process.kill()
+        three_nodes.remove_node(node, allow_graceful=False)
+    assert receipt_of(out)["workers_lost"] == 1, run.text
     assert {name: (out / name).read_bytes() for name in wanted} == wanted
