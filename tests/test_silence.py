@@ -56,6 +56,7 @@ class Folder:
     """Stands for a plan: a folder that all processes see."""
 
     path: str
+    reads = None  # the same for all of them
 
     def claim(self, name: object) -> bool:
         """Whether the caller is the first one that asks for this."""
