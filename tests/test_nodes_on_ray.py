@@ -122,7 +122,6 @@ def test_chunks_stay_on_the_node_that_has_their_bytes_when_owners_come_and_go(se
         for name in ("one", "other"):
             stack.enter_context(node_apart(head, name, cpus=2))
         found = asked(head, ASK_TWO_NODES, json.dumps(remote_recipe(at, 2)))
-        print(found)
     assert (found["nodes"], found["deaths"], found["digests"]) == (2, 2, 1)
     assert found["wanted"] <= found["fetched"] <= found["wanted"] + found["probes"], (
         "each piece once by each node that has to do with it"
@@ -252,7 +251,6 @@ def test_a_node_that_is_told_to_end_costs_no_worker(tmp_path: Path) -> None:
             told.terminate()
             assert run.finish() == 0, run.text
     receipt = receipt_of(out)
-    print(run.text)
     assert receipt["workers_lost"] == 0, run.text
     assert "with its node" in run.text
     assert {name: (out / name).read_bytes() for name in wanted} == wanted
