@@ -129,6 +129,7 @@ def test_chunks_stay_on_the_node_that_has_their_bytes_when_owners_come_and_go(se
     assert found["fetched"] < 1.5 * found["everything"], "and few by both: at the ends of runs, and where one lags behind"
 
 
+@pytest.mark.very_slow
 def test_a_node_that_joins_is_used_if_its_labels_are_as_wanted(tmp_path: Path) -> None:
     """The only worker stands still until the next one works."""
     one, out = Family(tmp_path / "family", *families.fine_tuned(2, scale=280)), tmp_path / "out"
@@ -241,6 +242,7 @@ def test_what_owners_on_draining_nodes_hold_is_taken_over_and_nothing_is_done_tw
     assert {name: (tmp_path / "out" / name).read_bytes() for name in wanted.files} == wanted.files
 
 
+@pytest.mark.very_slow
 def test_a_node_that_is_told_to_end_costs_no_worker(tmp_path: Path) -> None:
     one, out = Family(tmp_path / "family", *families.fine_tuned(2, scale=280)), tmp_path / "out"
     wanted = families.merge_locally(plan(one.recipe()), tmp_path / "wanted").files
@@ -299,6 +301,7 @@ except pcb_ray.RequestError as error:
 """
 
 
+@pytest.mark.very_slow
 def test_an_autoscaler_is_asked_waited_for_and_asked_no_more(tmp_path: Path) -> None:
     """Ray's autoscaler over processes of this machine. That the request is withdrawn shows in that idle nodes end."""
     one, out, config = Family(tmp_path / "family", *families.fine_tuned(2, scale=80)), tmp_path / "out", tmp_path / "cluster.yaml"
