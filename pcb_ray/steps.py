@@ -44,6 +44,7 @@ from pcb_ray.questions import (
     Digest,
     DigestParts,
     Gram,
+    OwnerState,
     WriteFiles,
     WriteParts,
     Written,
@@ -99,9 +100,12 @@ def placed(
         try:
             session = Session(plans[0], owners_for, worker_bytes=needed, quiet=quiet, relate=True)
             owners.wait_until_ready()
+            announced: dict[str, int] = {}
             if room is not None and plans[0].is_remote:
-                _tell_of_room(plans[0], {state.node: state.room for state in owners.states})
+                announced = {state.node: state.room for state in owners.states}
+                _tell_of_room(plans[0], announced)
             yield session
+            _tell_of_full_nodes(announced, owners.states)
         finally:
             owners.close()
 
@@ -117,6 +121,21 @@ def _tell_of_room(plan: Plan, of_node: Mapping[str, int]) -> None:
             readable_bytes(wanted),
             readable_bytes(kept),
             plan.method.passes_over_inputs,
+        )
+
+
+def _tell_of_full_nodes(announced: Mapping[str, int], states: Sequence[OwnerState]) -> None:
+    """Which nodes could keep less than they had room for when the run began."""
+    for node, room in announced.items():
+        kept = min((state.room for state in states if state.node == node and state.fetched), default=room)
+        if kept == room:
+            continue
+        log.warning(
+            "note: node %s could keep %s of what was fetched, not %s, since its memory or --scratch was filled by others: the rest "
+            "was fetched again",
+            node,
+            readable_bytes(kept),
+            readable_bytes(room),
         )
 
 

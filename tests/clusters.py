@@ -219,8 +219,10 @@ class Run:
     """`python -m pcb_ray` as a process group of its own. `lines` are what it printed so far; each state of a progress bar is a
     line."""
 
-    def __init__(self, *arguments: Any, env: Mapping[str, str] | None = None, keyboard: bool = False) -> None:
-        """With `keyboard` what `type` gives is its input, as in a terminal: Ctrl-C too."""
+    def __init__(
+        self, *arguments: Any, env: Mapping[str, str] | None = None, keyboard: bool = False, within: Sequence[str] = ()
+    ) -> None:
+        """With `keyboard` what `type` gives is its input, as in a terminal: Ctrl-C too. `within` is a command that starts it."""
         self.lines: list[str] = []
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         ours, theirs = pty.openpty()
@@ -228,7 +230,7 @@ class Run:
         self._terminal = ours
         try:
             self.process = subprocess.Popen(
-                [*(["setsid", "--ctty"] if keyboard else []), sys.executable, "-m", "pcb_ray", *map(str, arguments)],
+                [*(["setsid", "--ctty"] if keyboard else []), *within, sys.executable, "-m", "pcb_ray", *map(str, arguments)],
                 stdin=theirs if keyboard else subprocess.DEVNULL,
                 stdout=theirs,
                 stderr=theirs,
@@ -313,18 +315,20 @@ class Run:
 
 
 @contextlib.contextmanager
-def running(*arguments: Any, env: Mapping[str, str] | None = None, keyboard: bool = False) -> Iterator[Run]:
+def running(
+    *arguments: Any, env: Mapping[str, str] | None = None, keyboard: bool = False, within: Sequence[str] = ()
+) -> Iterator[Run]:
     """A run that doesn't outlive the block."""
-    run = Run(*arguments, env=env, keyboard=keyboard)
+    run = Run(*arguments, env=env, keyboard=keyboard, within=within)
     try:
         yield run
     finally:
         run.close()
 
 
-def pcb_ray(*arguments: Any, env: Mapping[str, str] | None = None) -> Run:
+def pcb_ray(*arguments: Any, env: Mapping[str, str] | None = None, within: Sequence[str] = ()) -> Run:
     """A run that has ended."""
-    with running(*arguments, env=env) as run:
+    with running(*arguments, env=env, within=within) as run:
         run.finish()
         return run
 

@@ -296,24 +296,6 @@ def test_an_interrupt_while_ray_starts_leaves_no_process(job: Job, tmp_path: Pat
 # --- the disk -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small file system")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"can't mount a small file system: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 def test_a_disk_that_fills_up_ends_the_run_and_resume_finishes_it(job: Job, small_disk: Path) -> None:
     out, filler = small_disk / "out", small_disk / "filler"
     with running(*joined(job.recipe, out, "--workers", 2)) as run:

@@ -30,6 +30,7 @@ from object_servers import (
     s3_server,
 )
 from safetensors.torch import load
+from test_remote import put_all, remote_recipe
 
 from pcb_ray import Receipt, Recipe, RequestError, RunError, merge, merge_many, merging, verify
 from pcb_ray.errors import InputError
@@ -250,6 +251,77 @@ def test_a_store_that_fails_for_a_while_changes_no_byte(
     merge_to(f"{server.uri}/{key}", one)
     assert rule.left == 0
     assert_whole(server, key, wanted)
+
+
+OLD, NEW = "AKIAOLD", "AKIANEW"
+
+
+@pytest.fixture
+def profile(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file that gives this machine its credentials: those of the key OLD."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    hold(file, OLD)
+    return file
+
+
+def hold(profile: Path, key: str) -> None:
+    (written := profile.with_name("written")).write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = s\n")
+    written.replace(profile)
+
+
+@pytest.mark.parametrize("step", ["get", "start", "part", "complete", "put"])
+def test_credentials_that_expire_are_waited_for_and_the_run_goes_on_with_the_new_ones(
+    one: Family, wanted: dict[str, bytes], server: ObjectServer, proxy: FaultProxy, profile: Path, step: str
+) -> None:
+    recipe = remote_recipe(put_all(server, one.folder, "expiring"), 2)
+    expired, key = threading.Event(), f"expired/{step}"
+    # With the answer to a piece, or to a part, or to the first note of what is written, they are no longer valid.
+    wheres = {"get": is_piece, "put": lambda request: request.key.endswith("journal.jsonl")}
+    proxy.fail(meanwhile(lambda _: expired.set()), 1, step=step, where=wheres.get(step, is_data))
+    refused = proxy.fail(
+        answer(403, "ExpiredToken"), None, where=lambda of: expired.is_set() and OLD in of.headers.get("authorization", "")
+    )
+
+    def renew() -> None:
+        refused.wait(times=25, timeout=60)  # long after they have expired
+        hold(profile, NEW)
+
+    renewing = threading.Thread(target=renew)
+    renewing.start()
+    merge_to(f"{server.uri}/{key}", one, recipe=recipe)
+    renewing.join()
+    struck = len(refused.struck)
+    assert_whole(server, key, wanted)
+    assert len(refused.struck) == struck  # nobody asks with the old ones any more
+
+
+def is_piece(request: Request) -> bool:
+    return request.range is not None and request.range[1] - request.range[0] > 1 << 20
+
+
+def test_credentials_that_stay_expired_are_told(one: Family, server: ObjectServer, proxy: FaultProxy, profile: Path) -> None:
+    recipe = remote_recipe(put_all(server, one.folder, "expiring"), 2)
+    proxy.fail(answer(403, "ExpiredToken"), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objects, "LOOKING_PATIENCE_S", 0.5)
+        with pytest.raises(RequestError, match=r"expiring/base: wanted to read it, found its credentials have expired. Fix: give"):
+            merge_to(f"{server.uri}/expired/never", one, recipe=recipe)
+
+
+def test_who_may_not_list_uploads_may_merge(
+    one: Family, wanted: dict[str, bytes], server: ObjectServer, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    rule = proxy.fail(answer(403, "AccessDenied"), None, step="uploads")
+    merge_to(f"{server.uri}/unlisted", one)
+    assert rule.struck
+    assert_whole(server, "unlisted", wanted)
+    stopped_in_the_second_file(one, proxy, f"{server.uri}/unlisted-2")
+    proxy.fail(answer(403, "AccessDenied"), None, step="uploads")
+    merge_to(f"{server.uri}/unlisted-2", one, resume=True)
+    assert "may have left unfinished uploads" in caplog.text
 
 
 def test_an_upload_that_the_store_has_lost_is_made_again(

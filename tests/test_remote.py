@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,52 @@ def test_a_folder_for_scratch_that_can_not_be_written_is_told(tmp_path: Path, me
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(RequestError, match=r"--scratch .*/file/below: wanted a folder on each machine that can be written, found"):
         KeptHere(Room("run", None, str(tmp_path / "file" / "below"), None))
+
+
+def test_threads_and_workers_together_keep_no_more_than_the_limit(memory: Path) -> None:
+    workers = [KeptHere(Room("run", 200, "", None)) for _ in range(2)]
+
+    def put(number: int) -> bool:
+        return workers[number % 2].put(str(number), memoryview(b"1"))
+
+    with ThreadPoolExecutor(16) as pool:
+        kept = sum(pool.map(put, range(800)))
+    assert kept == 200
+    for one in workers:
+        one.close()
+
+
+def fill(disk: Path) -> None:
+    """Until nothing more goes on it, as others do."""
+    with contextlib.suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def test_a_disk_that_others_have_filled_keeps_nothing_and_is_left_as_it_was(small_disk: Path, memory: Path) -> None:
+    asked = Room("run", 0, str(small_disk / "scratch"), None)
+    early = KeptHere(asked)
+    assert early.put("a", memoryview(bytes(5000)))
+    assert early.bytes > 10**7
+    fill(small_disk)
+    late = KeptHere(asked)  # it replaces one that was killed
+    for one in (early, late):
+        with one.claim("b"):
+            assert not one.put("b", memoryview(bytes(5000)))
+        assert one.bytes == 5000
+        assert one.has("a")
+        assert not one.has("b")
+        assert not one.put("c", memoryview(bytes(1)))
+    early.close()
+    late.close()
+    assert not list(small_disk.glob("scratch/*/*"))
+    fill(small_disk)
+    never = KeptHere(asked)
+    assert never.bytes == 0
+    with never.claim("a"):
+        assert not never.put("a", memoryview(bytes(1)))
+    never.close()
+    assert not list(small_disk.glob("scratch/*/*"))
 
 
 def test_a_piece_is_fetched_once_by_two_that_want_it_at_once(server: ObjectServer, proxy: FaultProxy, memory: Path) -> None:

@@ -15,7 +15,7 @@ from hub_server import SIGNED, HubServer, Model
 from object_servers import FaultProxy, ObjectServer, Request, answer, meanwhile, s3_server
 from test_hub import TOKEN
 from test_hub_in_place import NEW, OLD, Hub
-from test_remote import SECRET, put_all, remote_recipe
+from test_remote import SECRET, fill, put_all, remote_recipe
 
 from pcb_ray.files.remote import PIECE
 from pcb_ray.planning import plan
@@ -74,6 +74,27 @@ def test_a_merge_from_a_store_survives_faults_and_a_killed_worker_fetches_once_a
         other = pcb_ray(*command, "--resume", env=environment)
         assert other.process.returncode == 2
         assert "wanted the object that was merged" in other.text
+    await_end(owners_under(os.getpid()))
+
+
+@pytest.mark.parametrize("small_disk", ["128m"], indirect=True)
+def test_a_scratch_that_others_fill_is_done_without(server: ObjectServer, tmp_path: Path, small_disk: Path) -> None:
+    one = Family(tmp_path / "family", *families.fine_tuned(2, scale=600))
+    wanted = families.merge_locally(plan(one.recipe()), tmp_path / "wanted").files
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(remote_recipe(put_all(server, one.folder, "full"), 2)))
+    command = ("merge", recipe, out, "--workers", 1, "--scratch", small_disk / "scratch", "--cache", "1MB")
+    with FaultProxy(server) as proxy:
+        second = proxy.fail(meanwhile(lambda _: None), 1, step="get", where=is_whole_piece)
+        proxy.fail(meanwhile(lambda _: fill(small_disk)), 1, step="get", where=is_whole_piece)
+        done = pcb_ray(*command, env=server.through(proxy))
+        fetched = sum(proxy.fetched().values())
+    assert done.process.returncode == 0, done.text
+    assert second.left == 0
+    assert "of what was fetched, not" in done.text
+    assert {name: (out / name).read_bytes() for name in wanted} == wanted
+    assert fetched > 1.5 * sum(file.size for of in plan(one.recipe()).inputs for file in of.files)
+    assert [path.name for path in small_disk.glob("scratch/*/*")] == []
     await_end(owners_under(os.getpid()))
 
 

@@ -42,7 +42,7 @@ LOOKING_PATIENCE_S = 30.0
 """The same while somebody waits for a plan."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 MAX_RENEWALS = 3
-"""How often credentials that a store calls expired are asked for anew, for one request."""
+"""How often an address that is refused is asked for anew, for one request."""
 
 _T = TypeVar("_T")
 
@@ -114,6 +114,7 @@ class Retries:
     def ask(self, uri: str, attempt: Callable[[], _T]) -> _T:
         """What the attempt gives in the end. Raises Busy if it raised Passing for too long; whatever else it raises is for good."""
         begin, pause = time.monotonic(), FIRST_PAUSE_S
+        longest = min(LONGEST_PAUSE_S, self.patience_s / 30)  # so that also a short patience is for many tries
         while True:
             try:
                 return attempt()
@@ -123,7 +124,7 @@ class Retries:
                     raise Busy(errno.ETIMEDOUT, f"no answer in {self.patience_s:.0f} s ({failure})", uri) from None
                 self.note()
                 time.sleep(min(left, pause * random.uniform(0.5, 1.0)))
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+                pause = min(2 * pause, longest)
 
     def note(self) -> None:
         """Count one that is made again otherwise."""
@@ -184,7 +185,15 @@ class Objects:
         """What an object is. Raises OSError."""
         import obstore
 
-        return _stamp(self._patiently(uri, lambda store, key: obstore.head(store, key)))
+        def attempt(store: Any, key: str) -> Stamp:
+            try:
+                return _stamp(obstore.head(store, key))
+            except obstore.exceptions.BaseError as error:
+                if re.search(r"status code: 40[013]\b", str(error)) is None:
+                    raise
+            return _stamp(obstore.get(store, key, options={"range": (0, 1)}).meta)  # the answer to a HEAD can't say why
+
+        return self._patiently(uri, attempt)
 
     def get(self, uri: str, start: int, stop: int, tag: str = "") -> tuple[memoryview, Stamp]:
         """Bytes start..stop-1 of an object, or up to its end if that comes first; and what it is.
@@ -273,6 +282,7 @@ class Objects:
             self._check(fence, uri)
             self.put(uri, whole)
             return
+        self._check(fence, uri)  # which also waits for credentials, where the last try has met expired ones
         store, key = self.store_of(uri, patient=True)
         upload = _Upload(store, key, uri, size)
         try:
@@ -300,28 +310,30 @@ class Objects:
         with self._lock:
             if (where, patient) not in self._stores:
                 access = self._storage.get(SCHEMES[scheme], Access())
-                self._stores[where, patient] = _opened(where, access, self._retries.patience_s if patient else 0.0)
+                self._stores[where, patient] = _opened(where, access, self._retries.patience_s, again=patient)
             return self._stores[where, patient], key
 
     def _patiently(self, uri: str, attempt: Callable[[Any, str], _T]) -> _T:
-        renewals = 0
+        expired = False
 
         def once() -> _T:
-            nonlocal renewals
+            nonlocal expired
             store, key = self.store_of(uri)
             try:
                 return attempt(store, key)
             except Exception as error:
                 if (told := _for_good(error, uri)) is not None:
                     raise told from None
-                if _is_expired(error):
-                    if renewals == MAX_RENEWALS:
-                        raise PermissionError(errno.EACCES, "its credentials have expired", uri) from None
-                    renewals += 1
-                    self._forget(uri)
+                if expired := _is_expired(error):
+                    self._forget(uri)  # there may be new ones by now
                 raise Passing(reason(error)) from None
 
-        return self._retries.ask(uri, once)
+        try:
+            return self._retries.ask(uri, once)
+        except Busy:
+            if expired:
+                raise PermissionError(errno.EACCES, "its credentials have expired", uri) from None
+            raise
 
     def _forget(self, uri: str) -> None:
         """Open the store anew when it is asked next: with the credentials that there are then."""
@@ -338,7 +350,8 @@ _ENDPOINTS = {
 """The variables that name another address than the provider's, as its own tools read them."""
 
 
-def _opened(where: str, access: Access, patience_s: float) -> Any:
+def _opened(where: str, access: Access, patience_s: float, *, again: bool) -> Any:
+    """A store of obstore; `again`: it makes requests again by itself, within the patience."""
     from obstore.store import from_url
 
     kind = SCHEMES[where.partition("://")[0]]
@@ -357,12 +370,12 @@ def _opened(where: str, access: Access, patience_s: float) -> Any:
         config["skip_signature"] = True
     client: Any = {
         "connect_timeout": f"{CONNECT_S}s",
-        "read_timeout": f"{SILENCE_S}s",
+        "read_timeout": f"{min(SILENCE_S, max(5, int(patience_s / 3)))}s",  # so that patience is for more than one silence
         "timeout": f"{REQUEST_S}s",
         **({"allow_http": True} if endpoint.startswith("http://") else {}),
     }
     retries: Any = {"max_retries": 0}  # ours are counted
-    if patience_s:
+    if again:
         pauses = {"init_backoff": _seconds(FIRST_PAUSE_S), "max_backoff": _seconds(LONGEST_PAUSE_S), "base": 2}
         retries = {"max_retries": 10_000, "retry_timeout": _seconds(patience_s), "backoff": pauses}
     try:
@@ -505,7 +518,7 @@ class _Aborted(Exception):
 
 def abandon_uploads(uri: str, storage: Storage | None) -> int | None:
     """Abort the uploads below a prefix that nobody goes on with; how many there were. None where they can't be asked for: in other
-    stores than S3, and without boto3. Raises OSError."""
+    stores than S3, without boto3, and without the right to list them. Raises OSError."""
     if SCHEMES[uri.partition("://")[0]] != "s3":
         return None
     try:
@@ -519,7 +532,8 @@ def abandon_uploads(uri: str, storage: Storage | None) -> int | None:
     limits = Config(connect_timeout=CONNECT_S, read_timeout=SILENCE_S, retries={"max_attempts": 5, "mode": "standard"})
     try:
         region = access.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        client = boto3.client("s3", endpoint_url=access.endpoint or None, region_name=region, config=limits)
+        # A session of its own: the one that boto3 keeps holds credentials that may have expired meanwhile.
+        client = boto3.Session().client("s3", endpoint_url=access.endpoint or None, region_name=region, config=limits)
         found = 0
         for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=address.netloc, Prefix=address.path[1:]):
             for one in page.get("Uploads", ()):
@@ -529,6 +543,8 @@ def abandon_uploads(uri: str, storage: Storage | None) -> int | None:
         return found
     except (BotoCoreError, ClientError) as error:
         code = error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else type(error).__name__
+        if code == "AccessDenied":
+            return None
         raise OSError(errno.EIO, f"unfinished uploads can't be looked for ({code})", uri) from None
 
 

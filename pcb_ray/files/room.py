@@ -8,14 +8,15 @@ a room that nobody holds was left by a crash, and whoever comes next removes it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import secrets
 import shutil
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class KeptHere:
 
     @property
     def bytes(self) -> int:
-        """What may be kept in all."""
+        """What may be kept in all; less once a disk has proved to be full."""
         return sum(tier.limit for tier in self._tiers)
 
     def has(self, key: str) -> bool:
@@ -104,7 +105,11 @@ class KeptHere:
             yield
             return
         number = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % _CLAIMS
-        file = os.open(self._tiers[0].folder / f"claim-{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            file = os.open(self._tiers[0].folder / f"claim-{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:  # the disk is full: at worst the same is fetched twice
+            yield
+            return
         try:
             until = time.monotonic() + CLAIM_S
             while not _locked(file, fcntl.LOCK_EX) and time.monotonic() < until:
@@ -133,23 +138,21 @@ class _Tier:
         self.folder = home / run
         self._lock = _hold(self.folder)
         self._full = False
-        with contextlib.suppress(FileExistsError):
-            aside = self.folder / f"limit-{secrets.token_hex(4)}"
-            aside.write_text(json.dumps(limit))
-            try:
-                os.link(aside, self.folder / "limit")
-            finally:
-                aside.unlink()
-        self.limit: int = json.loads((self.folder / "limit").read_text())
-        self._used = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._booking = threading.Lock()
+        try:
+            self._book = _opened_book(self.folder / "book", limit)
+            self.limit, _ = self._booked()
+        except BaseException:
+            self._leave()
+            raise
 
     def path(self, key: str) -> str:
         return f"{self.folder}/{hashlib.sha256(key.encode()).hexdigest()[:40]}"
 
     def put(self, key: str, data: memoryview) -> bool:
-        if self._full or not self._take(len(data)):
+        size, path = len(data), self.path(key)
+        if self._full or not self._take(size):
             return False
-        path = self.path(key)
         aside = f"{path}.{secrets.token_hex(4)}"
         try:
             with open(aside, "xb", buffering=0) as file:
@@ -161,30 +164,69 @@ class _Tier:
             self._full = True
             with contextlib.suppress(OSError):
                 os.unlink(aside)
+            self._take(-size)
+            self.limit = min(self.limit, self._booked()[1])
             return False
 
     def _take(self, size: int) -> bool:
-        fcntl.lockf(self._used, fcntl.LOCK_EX)
-        try:
-            (used,) = struct.unpack("q", os.pread(self._used, 8, 0).ljust(8, b"\0"))
-            if used + size > self.limit:
+        with self._booking:  # a lock on a file excludes no thread that uses the same descriptor
+            try:
+                fcntl.flock(self._book, fcntl.LOCK_EX)
+                limit, taken = self._booked()
+                if taken + size > limit:
+                    return False
+                os.pwrite(self._book, _BOOK.pack(limit, taken + size), 0)
+                return True
+            except OSError:  # a disk that takes no entry takes no piece
                 return False
-            os.pwrite(self._used, struct.pack("q", used + size), 0)
-            return True
-        finally:
-            fcntl.lockf(self._used, fcntl.LOCK_UN)
+            finally:
+                fcntl.flock(self._book, fcntl.LOCK_UN)
+
+    def _booked(self) -> tuple[int, int]:
+        limit, taken = _BOOK.unpack(os.pread(self._book, _BOOK.size, 0))
+        return limit, taken
 
     def close(self) -> None:
-        os.close(self._used)
+        os.close(self._book)
+        self._leave()
+
+    def _leave(self) -> None:
         os.close(self._lock)  # first: of several that leave at once, each would find the others still here
         _remove_if_free(self.folder)
+
+
+_BOOK = struct.Struct("qq")
+"""What may be kept in all, and what is taken of it."""
+
+
+def _opened_book(path: Path, limit: int) -> int:
+    """The file in which the processes here book what they keep; the first one has set the limit."""
+    if not path.exists():
+        aside = path.with_name(f"book-{secrets.token_hex(4)}")
+        try:
+            aside.write_bytes(_BOOK.pack(limit, 0))
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def _tier(root: Path, run: str, limit: int) -> _Tier | None:
+    """None where not even its first files find a place."""
+    try:
+        return _Tier(root, run, limit)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return None
 
 
 def _in_memory(room: Room) -> _Tier | None:
     limit = int(SHARE_OF_MEMORY * free_memory()) if room.memory is None else room.memory
     if limit <= 0 or not os.access(MEMORY, os.W_OK):
         return None
-    return _Tier(MEMORY, room.run, min(limit, shutil.disk_usage(MEMORY).free))
+    return _tier(MEMORY, room.run, min(limit, shutil.disk_usage(MEMORY).free))
 
 
 def _on_disk(room: Room) -> _Tier | None:
@@ -193,7 +235,7 @@ def _on_disk(room: Room) -> _Tier | None:
     try:
         Path(room.scratch).mkdir(parents=True, exist_ok=True)
         free = int(SHARE_OF_DISK * shutil.disk_usage(room.scratch).free)
-        return _Tier(Path(room.scratch), room.run, free if room.scratch_bytes is None else min(free, room.scratch_bytes))
+        return _tier(Path(room.scratch), room.run, free if room.scratch_bytes is None else min(free, room.scratch_bytes))
     except OSError as error:
         raise RequestError(
             f"--scratch {room.scratch}: wanted a folder on each machine that can be written, found: {error.strerror or error}. "

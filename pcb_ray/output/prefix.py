@@ -161,7 +161,8 @@ class Prefix:
         elif found is None and goes_on:
             log.warning(
                 "note: %s: the run that was cut off may have left unfinished uploads, which cost and can't be looked for here "
-                "(that needs S3, and boto3: pip install 'pcb-ray[s3]'); let a rule of the bucket abort them after some days",
+                "(that needs S3, boto3: pip install 'pcb-ray[s3]', and the right to list them); let a rule of the bucket abort "
+                "them after some days",
                 self.out,
             )
 
@@ -197,7 +198,10 @@ class Prefix:
 
     def publish(self, tags: Mapping[str, str]) -> None:  # noqa: ARG002 - its files are where they belong
         """The receipt has said that OUT is whole: nothing stays beside it."""
-        self._abandon(False)
+        try:
+            self._abandon(False)
+        except OSError as error:
+            log.warning("%s: is whole; %s", self.out, error.strerror)
         self._forget()
 
     def tidy(self) -> None:
