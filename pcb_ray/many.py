@@ -24,7 +24,7 @@ from pcb_ray.files.room import Room
 from pcb_ray.files.store import is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.grid import MAX_POINTS, points_of
-from pcb_ray.merging import merged, merged_before, opened, writer_bytes
+from pcb_ray.merging import merged, merged_before, needs_room, opened, writer_bytes
 from pcb_ray.nodes import Needs, Pool, autoscales, choose_device, choose_workers
 from pcb_ray.output.folder import Folder, existing_parent
 from pcb_ray.output.place import check_into, inside, place_of
@@ -182,7 +182,7 @@ def _opened(recipes: Mapping[str, Recipe], how: _How, results: dict[str, Merged]
     told: set[str] = set()
     for name, recipe in recipes.items():
         try:
-            place = place_of(inside(how.into, name), recipe.storage, overwrite=how.overwrite)
+            place = place_of(inside(how.into, name), recipe.storage, overwrite=how.overwrite, beside=recipe.folder)
             before = merged_before(recipe, place, how.max_shard_bytes) if how.resume else ()
             if isinstance(before, Receipt):
                 results[name] = Merged(before, before=True)
@@ -303,7 +303,7 @@ def _merge_all(todo: Sequence[_One], how: _How, results: dict[str, Merged], star
                 pool=how.pool,
                 beside=max(writer_bytes(one.plan, one.place, how.room.scratch) for one in left),
                 writes_to=lambda: _state_of(left[0]).place,
-                room=how.room if any(one.plan.is_remote for one in left) else None,
+                room=how.room if any(needs_room(one.plan, one.place) for one in left) else None,
                 quiet=how.quiet,
             ) as session:
                 if earlier is not None:

@@ -94,7 +94,7 @@ def merge(
         choose_block(plan, "cpu", memory, beside)  # a wrong bound is told before a cluster starts
     for note in () if resume and place.is_unfinished else plan.notes:  # told when it began
         log.warning("note: %s", note)
-    room = Room.for_a_run(cache, scratch, scratch_bytes) if plan.is_remote or place.files.startswith(HUB_SCHEME) else None
+    room = Room.for_a_run(cache, scratch, scratch_bytes) if needs_room(plan, place) else None
     stamps = plan.stamps
     asked, files = asked_of(plan, ARITHMETIC, stamps), [file.name for file in plan.files]
     with (
@@ -190,6 +190,11 @@ def settled(session: Session, inputs: Inputs, replan: Callable[[Inputs], Plan]) 
             if note not in before.notes:
                 log.warning("note: %s", note)
     return inputs
+
+
+def needs_room(plan: Plan, place: Place) -> bool:
+    """Whether machines keep anything for a while: what they have fetched, or a file that is yet to be sent to the Hub."""
+    return plan.is_remote or place.files.startswith(HUB_SCHEME)
 
 
 def writer_bytes(plan: Plan, place: Place, scratch: str) -> int:
