@@ -209,6 +209,21 @@ def cluster(text: str) -> Cluster:
         raise argparse.ArgumentTypeError(" ".join(error.problems)) from None
 
 
+class _Pairs(argparse.Action):
+    """KEY=VALUE, as often as wanted."""
+
+    def __call__(self, _parser: object, options: argparse.Namespace, text: Any, _option: object = None) -> None:
+        key, equals, value = text.partition("=")
+        found = {**(getattr(options, self.dest) or {})}
+        try:
+            value = value if self.dest == "labels" else float(value)
+        except ValueError:
+            equals = ""
+        if not key or not equals or key in found:
+            raise argparse.ArgumentError(self, f"wanted {self.metavar}, each once, found {text!r}")
+        setattr(options, self.dest, {**found, key: value})
+
+
 class _Parser(argparse.ArgumentParser):
     """With `submits`, it takes its own options and leaves the rest to the parser of the command that is submitted."""
 
@@ -309,6 +324,21 @@ def parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--pull-request", action="store_true", help="end a merge to hf://org/name with a pull request")
     merge.add_argument("--scratch-size", type=size, metavar="SIZE", help="bound on it (default: nine tenths of what is free)")
+    for one in merge, search, sweep:
+        one.add_argument(
+            "--label",
+            dest="labels",
+            action=_Pairs,
+            metavar="KEY=VALUE",
+            help="workers go to nodes with this label only (may be repeated): LABEL, !LABEL or in(LABEL,...)",
+        )
+        one.add_argument(
+            "--resource",
+            dest="resources",
+            action=_Pairs,
+            metavar="NAME=AMOUNT",
+            help="a custom resource that each worker takes of its node (may be repeated)",
+        )
     for one in plan, merge, search:
         one.add_argument(
             "--max-shard-size",
@@ -648,7 +678,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _shared(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("workers", "address", "memory", "resume", "overwrite", "allow_code")}
+    names = ("workers", "address", "memory", "labels", "resources", "resume", "overwrite", "allow_code")
+    return {name: getattr(options, name) for name in names}
 
 
 def _verify(options: argparse.Namespace) -> int:

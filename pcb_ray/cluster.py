@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and what it has room for."""
+"""Joining or starting a Ray cluster."""
 
 from __future__ import annotations
 
@@ -63,49 +63,6 @@ def is_same_cluster(address: str, running: str) -> bool:
         return False
     wanted, found = _addresses_of(host), _addresses_of(running_host)
     return bool(wanted & found) or (any(map(_is_ours, wanted)) and any(map(_is_ours, found)))
-
-
-def nodes() -> list[dict[str, float]]:
-    """CPUs, GPUs and memory of the cluster's living nodes."""
-    import ray
-
-    return [
-        {"CPU": n["Resources"].get("CPU", 0.0), "GPU": n["Resources"].get("GPU", 0.0), "memory": n["Resources"].get("memory", 0.0)}
-        for n in ray.nodes()
-        if n["Alive"]
-    ]
-
-
-def choose_device(device: str) -> str:
-    """cpu or cuda; `auto` is cuda where the cluster has a GPU."""
-    gpus = sum(n["GPU"] for n in nodes())
-    if device == "cuda" and gpus < 1:
-        raise RequestError(
-            "--device cuda: wanted a GPU, found none in the cluster. Fix: use --device cpu, or join a cluster with GPUs by "
-            "--address"
-        )
-    return ("cuda" if gpus >= 1 else "cpu") if device == "auto" else device
-
-
-def choose_workers(workers: int | None, device: str, worker_bytes: int, chunks: int) -> int:
-    """The wished number of workers, else one per core (GPU) of the cluster as memory allows; never more than the cluster can
-    place."""
-    unit = "GPU" if device == "cuda" else "CPU"
-    fits = [min(int(n[unit]), int(n["memory"] // worker_bytes)) for n in nodes()]
-    cores = int(sum(n[unit] for n in nodes()))
-    if sum(fits) == 0:
-        raise RequestError(
-            f"the cluster: wanted a node with room for a worker of {worker_bytes / 1e9:.2f} GB and one {unit}, found {nodes()}. "
-            "Fix: lower --memory or use larger nodes"
-        )
-    if workers is None:
-        return min(sum(fits), chunks)
-    if workers > sum(fits):
-        raise RequestError(
-            f"--workers: wanted {workers}, found a cluster with {cores} {unit}s and memory for {sum(fits)} workers of "
-            f"{worker_bytes / 1e9:.2f} GB. Fix: ask for at most {sum(fits)}, or lower --memory."
-        )
-    return workers
 
 
 def check_cluster(address: str | None) -> None:

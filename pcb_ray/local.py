@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from pcb_ray.planning import Plan
-from pcb_ray.questions import Answer, OwnerState, Question, TotalT
+from pcb_ray.questions import Answer, ChunksOf, OwnerState, Question, TotalT
 from pcb_ray.schedule import MAX_BATCH, PartialTotal, batches_of, proved
 
 if TYPE_CHECKING:
@@ -33,10 +33,16 @@ class LocalOwners:
         """Of all owners."""
         return [owner.state() for owner in self._owners]
 
+    @property
+    def most(self) -> int:
+        """How many there are."""
+        return len(self._owners)
+
     def ask(
         self,
         question: Question[Answer],
         items: Sequence[int],
+        chunks_of: ChunksOf | None = None,  # noqa: ARG002 - all is in one place
         *,
         doubles: bool = True,  # noqa: ARG002 - it does everything once
         usual_s: float | None = None,  # noqa: ARG002 - and waits for ever
@@ -63,21 +69,22 @@ class LocalOwners:
         finally:
             torch.set_num_threads(before)
 
-    def fold(self, question: Question[TotalT], items: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
-        """The sum of the answers about all items; `done` is called with items as they are counted."""
+    def fold(self, question: Question[TotalT], chunks: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
+        """The sum of the answers about all these chunks; `done` is called with chunks as they are counted."""
         total: PartialTotal[TotalT] | None = None
-        for batch, answer in self.ask(question, items):
+        for batch, answer in self.ask(question, chunks):
             if total is None:
                 total = PartialTotal.of(batch, answer)
             else:
                 total.merge(PartialTotal.of(batch, answer))
             done(batch)
-        return proved(total, items)
+        return proved(total, chunks)
 
     def store(
         self,
         question: Question[Answer],
         items: Sequence[int],
+        chunks_of: ChunksOf | None = None,  # noqa: ARG002
         *,
         doubles: bool = True,  # noqa: ARG002 - it does everything once
     ) -> Iterator[tuple[Sequence[int], Answer]]:

@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from pcb_ray.budget import choose_block, worker_bytes
-from pcb_ray.cluster import check_cluster, choose_device, choose_workers, cluster
+from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.files.foreign import some
 from pcb_ray.files.room import Room
 from pcb_ray.files.store import is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.grid import MAX_POINTS, points_of
-from pcb_ray.merging import merged, merged_before, opened, writer_bytes
+from pcb_ray.merging import merged, merged_before, needs_room, opened, writer_bytes
+from pcb_ray.nodes import Needs, Pool, autoscales, choose_device, choose_workers
 from pcb_ray.output.folder import Folder, existing_parent
 from pcb_ray.output.place import check_into, inside, place_of
 from pcb_ray.output.state import Place, State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan
 from pcb_ray.receipt import Receipt
 from pcb_ray.recipe import Recipe
-from pcb_ray.session import Session, what_is_read
+from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, check_unchanged, placed
 
 log = logging.getLogger("pcb_ray")
@@ -67,6 +68,8 @@ def merge_many(
     address: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     memory: int | None = None,
+    labels: Mapping[str, str] | None = None,
+    resources: Mapping[str, float] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     cache: int | None = None,
@@ -86,11 +89,11 @@ def merge_many(
     start = time.monotonic()
     if isinstance(recipes, str | os.PathLike):
         recipes = [recipes]
-    into = os.fspath(into)
+    into, pool = os.fspath(into), Pool(labels or {}, resources or {})
     check_into(into)
     check_cluster(address)
     room = Room.for_a_run(cache, scratch, scratch_bytes)
-    how = _How(into, max_shard_bytes, memory, device, workers, room, resume=resume, overwrite=overwrite, quiet=quiet)
+    how = _How(into, max_shard_bytes, memory, device, workers, pool, room, resume=resume, overwrite=overwrite, quiet=quiet)
     results, told = dict[str, Merged](), set[str]()
     todo = _ordered(_opened(_recipes(recipes, allow_code, results), how, results))
     _check_room(todo, into)
@@ -111,6 +114,7 @@ class _How:
     memory: int | None
     device: str
     workers: int | None
+    pool: Pool
     room: Room
     resume: bool
     overwrite: bool
@@ -178,7 +182,7 @@ def _opened(recipes: Mapping[str, Recipe], how: _How, results: dict[str, Merged]
     told: set[str] = set()
     for name, recipe in recipes.items():
         try:
-            place = place_of(inside(how.into, name), recipe.storage, overwrite=how.overwrite)
+            place = place_of(inside(how.into, name), recipe.storage, overwrite=how.overwrite, beside=recipe.folder)
             before = merged_before(recipe, place, how.max_shard_bytes) if how.resume else ()
             if isinstance(before, Receipt):
                 results[name] = Merged(before, before=True)
@@ -216,7 +220,7 @@ def _ordered(todo: Sequence[_One]) -> list[_One]:
     """Those that read the same one after another: a session forgets what it has found when it goes on to other models."""
     groups: list[tuple[object, list[_One]]] = []
     for one in todo:
-        read = what_is_read(one.plan)
+        read = one.plan.reads
         group = next((group for of_group, group in groups if of_group == read), None)
         if group is None:
             groups.append((read, group := []))
@@ -274,10 +278,11 @@ def _with_room(todo: Sequence[_One], how: _How, results: dict[str, Merged]) -> l
     found = []
     for one in todo:
         try:
-            device = choose_device(how.device)
+            device = choose_device(how.device, how.pool)
             beside = writer_bytes(one.plan, one.place, how.room.scratch)
             needed = worker_bytes(one.plan, choose_block(one.plan, device, how.memory, beside)) + beside
-            choose_workers(how.workers, device, needed, one.plan.chunks)
+            if not autoscales():
+                choose_workers(how.workers, Needs(device, needed, how.pool), one.plan.chunks)
         except RequestError as error:
             results[one.name] = _given_up(one, error)
         else:
@@ -295,9 +300,10 @@ def _merge_all(todo: Sequence[_One], how: _How, results: dict[str, Merged], star
                 workers=how.workers,
                 device=how.device,
                 memory=how.memory,
+                pool=how.pool,
                 beside=max(writer_bytes(one.plan, one.place, how.room.scratch) for one in left),
                 writes_to=lambda: _state_of(left[0]).place,
-                room=how.room if any(one.plan.is_remote for one in left) else None,
+                room=how.room if any(needs_room(one.plan, one.place) for one in left) else None,
                 quiet=how.quiet,
             ) as session:
                 if earlier is not None:

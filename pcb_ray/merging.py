@@ -19,6 +19,7 @@ from pcb_ray.files.room import Room
 from pcb_ray.files.store import is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.methods import Known
+from pcb_ray.nodes import Pool
 from pcb_ray.output.companions import check_side_files, side_files
 from pcb_ray.output.place import place_of
 from pcb_ray.output.state import Place, State, asked_of
@@ -27,7 +28,7 @@ from pcb_ray.questions import shown_digest
 from pcb_ray.receipt import Receipt, Sweep
 from pcb_ray.recipe import Recipe
 from pcb_ray.relation import Relation, notes_on
-from pcb_ray.session import Session, what_is_read
+from pcb_ray.session import Session
 from pcb_ray.steps import ARITHMETIC, Spent, placed, publish, write_from
 from pcb_ray.tied import Apart
 
@@ -43,6 +44,8 @@ def merge(
     address: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     memory: int | None = None,
+    labels: Mapping[str, str] | None = None,
+    resources: Mapping[str, float] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     cache: int | None = None,
@@ -60,6 +63,9 @@ def merge(
     worker), `device` nor a lost worker shows in them. A directory appears only when whole; what lies in a store is whole when its
     receipt is there. A run that was killed goes on with `resume=True`.
 
+    Without `workers` there is one for each core (GPU) of the cluster, and more as nodes join. `labels` say which nodes may work,
+    with values as Ray's label selectors have them; `resources` are what of custom ones each worker takes.
+
     What is fetched from object stores each node keeps for later sweeps: in `cache` bytes of memory (None: half of what is free),
     then in at most `scratch_bytes` of the folder `scratch`, if one is named.
 
@@ -69,7 +75,7 @@ def merge(
     Raises RequestError if the request or an input is wrong (before anything is written), RunError if the run can't be finished.
     """
     start = time.monotonic()
-    recipe = Recipe.of(recipe, allow_code=allow_code)
+    recipe, pool = Recipe.of(recipe, allow_code=allow_code), Pool(labels or {}, resources or {})
     place = place_of(out, recipe.storage, overwrite=overwrite, state=state, beside=recipe.folder, pull_request=pull_request)
     check_cluster(address)
     before = merged_before(recipe, place, max_shard_bytes) if resume else ()
@@ -88,7 +94,7 @@ def merge(
         choose_block(plan, "cpu", memory, beside)  # a wrong bound is told before a cluster starts
     for note in () if resume and place.is_unfinished else plan.notes:  # told when it began
         log.warning("note: %s", note)
-    room = Room.for_a_run(cache, scratch, scratch_bytes) if plan.is_remote or place.files.startswith(HUB_SCHEME) else None
+    room = Room.for_a_run(cache, scratch, scratch_bytes) if needs_room(plan, place) else None
     stamps = plan.stamps
     asked, files = asked_of(plan, ARITHMETIC, stamps), [file.name for file in plan.files]
     with (
@@ -99,6 +105,7 @@ def merge(
             workers=workers,
             device=device,
             memory=memory,
+            pool=pool,
             beside=beside,
             writes_to=lambda: place,
             room=room,
@@ -161,7 +168,7 @@ def opened(
     inputs = like[0] if like else open_inputs(recipe)
     plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
     check(plan)
-    if like and (relation := like[1].relation) and what_is_read(plan) == what_is_read(like[1]):
+    if like and (relation := like[1].relation) and plan.reads == like[1].reads:
         return inputs, replace(plan, relation=relation, notes=(*plan.notes, *notes_on(plan, relation)))
     if inputs.on_hub and not like:
         inputs = fetched(recipe, inputs)
@@ -183,6 +190,11 @@ def settled(session: Session, inputs: Inputs, replan: Callable[[Inputs], Plan]) 
             if note not in before.notes:
                 log.warning("note: %s", note)
     return inputs
+
+
+def needs_room(plan: Plan, place: Place) -> bool:
+    """Whether machines keep anything for a while: what they have fetched, or a file that is yet to be sent to the Hub."""
+    return plan.is_remote or place.files.startswith(HUB_SCHEME)
 
 
 def writer_bytes(plan: Plan, place: Place, scratch: str) -> int:

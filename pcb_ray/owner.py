@@ -93,6 +93,8 @@ class Owner:
         self._check_files(writes_to)
         dtypes = [plan.dtypes_of(source) for source in range(plan.N + 1)]
         self._readers = [Reader(store, self.block_elements, of_source, self.device) if of_source else None for of_source in dtypes]
+        self.then: Sequence[int] | None = None
+        """What is asked for next; None: probably the items that follow."""
         self._read_apart = 0  # bytes that no reader has read: what is copied or only digested
         self.peak_bytes, self._noted = 0, -math.inf
 
@@ -363,13 +365,13 @@ class Owner:
         return self._ahead(parts, len(self.plan.parts), lambda number: self.plan.parts[number].segments)
 
     def _ahead(self, items: Sequence[int], end: int, segments_of: Callable[[int], Sequence[Segment | Copied]]) -> Iterator[int]:
-        """The items one after another, while what they and the next ones are made from is on its way. After the last one those
-        follow that are probably asked for next."""
+        """The items one after another, while what they and the next ones are made from is on its way."""
         if not self.plan.is_remote:
             yield from items
             return
         ahead = self.plan.ahead
-        run = [*items, *(range(items[-1] + 1, min(items[-1] + 1 + ahead, end)) if items else ())]
+        following = range(items[-1] + 1, min(items[-1] + 1 + ahead, end)) if items else ()
+        run = [*items, *(following if self.then is None else self.then)]
         for k, item in enumerate(items):
             coming = itertools.chain.from_iterable(segments_of(one) for one in run[k : k + 1 + ahead])
             self.store.expect(self.plan.ranges_of(coming))

@@ -273,6 +273,11 @@ class Plan:
         return sum(c.read_bytes for c in self.copies)
 
     @property
+    def reads(self) -> object:
+        """Plans of which this is equal share what is found out about the models, and what was fetched of them."""
+        return self.inputs, [(tensor.first, tensor.sources) for tensor in self.tensors], self.bounds
+
+    @property
     def repeated_bytes(self) -> int:
         """What is read once more: for copies in the output, and to compare the stored copies of the inputs whole."""
         again = sum(t.nbytes for one in self.again for t in self.tensors[one.tensor].sources if t is not None)
@@ -313,11 +318,21 @@ class Plan:
         """The segments of a chunk, one for each of its tensors."""
         return list(self.segments(self.bounds[chunk], self.bounds[chunk + 1]))
 
+    def chunks_of_file(self, number: int) -> Iterator[int]:
+        """The same of a whole file."""
+        for part in self.parts_of(number):
+            yield from self.chunks_of_part(part)
+
+    def chunks_of_part(self, number: int) -> Iterator[int]:
+        """The chunks that a part of the output is made from, one for each of its cells."""
+        for segment in self.parts[number].segments:
+            if isinstance(segment, Segment):
+                yield self._chunk_at(self.tensors[segment.tensor].first + segment.start)
+
     def cell_of(self, segment: Segment) -> int:
         """The number of the first element of the cell that holds this segment."""
         tensor = self.tensors[segment.tensor]
-        chunk = bisect.bisect_right(self.bounds, tensor.first + segment.start) - 1
-        return max(tensor.first, self.bounds[chunk])
+        return max(tensor.first, self.bounds[self._chunk_at(tensor.first + segment.start)])
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -377,9 +392,13 @@ class Plan:
                     itemsize = DTYPE_BYTES[merged.dtype]
                     yield Range(merged.file, merged.start + one.start * itemsize, merged.start + one.stop * itemsize)
 
+    def _chunk_at(self, element: int) -> int:
+        """The chunk that holds this element of the model."""
+        return bisect.bisect_right(self.bounds, element) - 1
+
     def _cells_of_tensor(self, index: int) -> Iterator[Segment]:
         tensor = self.tensors[index]
-        chunk, at = bisect.bisect_right(self.bounds, tensor.first) - 1, 0
+        chunk, at = self._chunk_at(tensor.first), 0
         while at < tensor.numel:
             stop = min(self.bounds[chunk + 1] - tensor.first, tensor.numel)
             yield Segment(index, at, stop)

@@ -31,6 +31,10 @@ class Question(Protocol[Answer_co]):
         ...
 
 
+ChunksOf = Callable[[int], Iterable[int]]
+"""The chunks that an item is made from: who answers for it best is who had them before."""
+
+
 class Total(Protocol):
     """An answer that adds up: the sum over all items is the same in any order and any grouping."""
 
@@ -69,12 +73,23 @@ class Owners(Protocol):
         ...
 
     @property
+    def most(self) -> int:
+        """How many owners there were at most at a time."""
+        ...
+
+    @property
     def deaths(self) -> int:
         """How many owners of this plan were lost and replaced."""
         ...
 
     def ask(
-        self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True, usual_s: float | None = None
+        self,
+        question: Question[Answer],
+        items: Sequence[int],
+        chunks_of: ChunksOf | None = None,
+        *,
+        doubles: bool = True,
+        usual_s: float | None = None,
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """(some items, the answer about them), as answers come, in no order; each item once.
 
@@ -82,13 +97,13 @@ class Owners(Protocol):
         is known before the first answer."""
         ...
 
-    def fold(self, question: Question[TotalT], items: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
-        """The sum of the answers about all items. `done` is called with items as they are counted - again, if their owner was
-        lost."""
+    def fold(self, question: Question[TotalT], chunks: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
+        """The sum of the answers about all these chunks. `done` is called with chunks as they are counted - again, if their owner
+        was lost."""
         ...
 
     def store(
-        self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True
+        self, question: Question[Answer], items: Sequence[int], chunks_of: ChunksOf | None = None, *, doubles: bool = True
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and
         yielded, again. `doubles`: two may write the same at once, since they write the same bytes."""

@@ -5,7 +5,8 @@ does not matter. `fold` is for answers that add up: each owner keeps the sum of 
 tree, so that the driver receives one answer whatever their number. `store` is for questions that write: it ends when all is
 durable.
 
-An owner dies with its process or node, which Ray tells; or it is stopped, or waits for a file system that does not answer, which
+An owner dies with its process or node, which Ray tells. If Ray knows before that a node is about to go, what its owners hold is
+taken over while they live, and that is no failure. Or an owner is stopped, or waits for a file system that does not answer, which
 nobody tells. So every call has a deadline (`Patience`): an owner that is slow has its work done by idle ones too, one that is late
 is warned of, and one that is lost is killed and replaced. What it had at hand and what it alone held is asked for again."""
 
@@ -18,17 +19,17 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pcb_ray.cluster import nodes
 from pcb_ray.errors import RunError, reason_in
 from pcb_ray.files.objects import object_problem
 from pcb_ray.files.store import is_remote
+from pcb_ray.nodes import Needs, draining, nodes, shown_nodes
 from pcb_ray.planning import Plan
-from pcb_ray.questions import Answer, OwnerState, Question, TotalT
-from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, proved
+from pcb_ray.questions import Answer, ChunksOf, OwnerState, Question, TotalT
+from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, batches_of, proved
 
 if TYPE_CHECKING:
     from pcb_ray.files.objects import Fence
@@ -43,6 +44,7 @@ MAX_DEATHS_OF_BATCH = 3
 ASIDE = {"concurrency_group": "aside"}
 LEAVE_S = 10.0
 TICK_S = 1.0  # how often the driver looks who is late
+LOOK_S = 2.0  # and which nodes have come, or are about to go: of that some have 30 s notice
 ADVICE = "Fix: if they ran out of memory, lower --workers; finished work is kept: --resume goes on"
 ADVICE_ON_SILENCE = (
     "Fix: look whether the file systems of the inputs and the output answer on the nodes (a dead mount makes readers wait for "
@@ -84,9 +86,11 @@ class _Actor:
     def __init__(self) -> None:
         self.subtotal: Subtotal[Any] = Subtotal()
 
-    def where(self) -> str:
-        """How a person finds this process."""
-        return f"pid {os.getpid()} on {socket.gethostname()}"
+    def where(self) -> tuple[str, str]:
+        """How a person finds this process, and the node that it is on."""
+        import ray
+
+        return f"pid {os.getpid()} on {socket.gethostname()}", ray.get_runtime_context().get_node_id()
 
     def use(self, make: Callable[[Plan, Options], Owner], plan: Plan, options: Options) -> OwnerState:
         """Be the owner of this plan from now on."""
@@ -96,15 +100,17 @@ class _Actor:
             before.close()  # after the other has come, so that what both keep on this node stays
         return self.owner.state()
 
-    def ask(self, question: Question[Answer], items: Sequence[int]) -> tuple[Answer, OwnerState, float]:
-        """The answer, and how long it took."""
-        start = time.monotonic()
+    def ask(self, question: Question[Answer], items: Sequence[int], then: Sequence[int]) -> tuple[Answer, OwnerState, float]:
+        """The answer, and how long it took. `then` is what is asked for next."""
+        start, self.owner.then = time.monotonic(), then
         answer = question.answer(self.owner, items)
         return answer, self.owner.state(), time.monotonic() - start
 
-    def add(self, verdict: Verdict, batch: int, question: Question[Any], items: Sequence[int]) -> tuple[None, OwnerState, float]:
+    def add(
+        self, verdict: Verdict, batch: int, question: Question[Any], items: Sequence[int], then: Sequence[int]
+    ) -> tuple[None, OwnerState, float]:
         """Settle earlier answers, and keep this one apart until it is settled too."""
-        start = time.monotonic()
+        start, self.owner.then = time.monotonic(), then
         if self.subtotal.settle(verdict):
             self.subtotal.keep(verdict.number, batch, PartialTotal.of(items, question.answer(self.owner, items)))
         return None, self.owner.state(), time.monotonic() - start
@@ -132,6 +138,7 @@ class _Job:
 
     question: Any  # a reference to it: it travels once to each node, and not with each batch
     schedule: Schedule
+    chunks_of: ChunksOf | None
     adds_up: bool
     doubles: bool  # two owners may do the same batch
     pace: Pace = field(default_factory=Pace)
@@ -161,8 +168,10 @@ class _Worker:
     since_s: float = 0.0  # when it could begin the first of its calls
     calls: dict[Any, _Call] = field(default_factory=dict)  # by the reference to their results, in the order of its thread
     place: str = ""  # where it was placed
+    node: str = ""
     opening: int = 0  # how often it is yet to open its files
     warned: bool = False
+    leaves: bool = False  # its node is about to go, and another owner was placed for it
 
     def __str__(self) -> str:
         return f"worker {self.number} ({self.place or 'not yet placed'})"
@@ -180,27 +189,32 @@ class RayOwners:
         self,
         *,
         workers: int,
-        device: str,
-        worker_bytes: int,
+        needs: Needs,
+        at_most: int = 0,
         patience: Patience = Patience(),  # noqa: B008 - it is frozen
         room: Room | None = None,
         make_owner: Callable[[Plan, Options], Owner] = make_owner,
     ) -> None:
+        """`workers` to begin with, and up to `at_most` when nodes join that have room for them."""
         import ray
 
-        resources = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": 1}
         actor = ray.remote(concurrency_groups={"aside": 1})(_Actor)  # type: ignore[call-overload]  # its types lack it
-        self._remote = actor.options(scheduling_strategy="SPREAD", memory=worker_bytes, max_restarts=0, **resources)
-        self._device, self._make_owner, self._patience, self._room = device, make_owner, patience, room
+        self._remote = actor.options(scheduling_strategy="SPREAD", max_restarts=0, **needs.options)
+        self._needs, self._make_owner, self._patience, self._room = needs, make_owner, patience, room
+        self._at_most = max(workers, at_most)
+        self._most = 0
         self._arguments: Sequence[Any] = ()  # of `use`
         self._workers: dict[int, _Worker] = {}  # by number; a replacement has a new one
         self._states: dict[int, OwnerState] = {}
+        self._homes: dict[int, str] = {}  # chunk -> the node that answered for it last: there its bytes are
+        self._reads: object = None  # what these chunks are of
         self._numbers = itertools.count(1)  # of subtotals, in all owners
         self._born = 0
         self._deaths = 0
         self._fruitless = 0  # deaths since the last answer
         self._clock_s = 0.0  # how long the driver has waited
         self._last_sign_s = 0.0  # when it last heard of an owner
+        self._looked_s = 0.0  # and looked at the nodes, on the monotonic clock
         self._tick_s = min(TICK_S, patience.slow_least_s / 2)
         for _ in range(workers):
             self._place()
@@ -211,6 +225,11 @@ class RayOwners:
         return list(self._states.values())
 
     @property
+    def most(self) -> int:
+        """How many owners there were at most at a time."""
+        return self._most
+
+    @property
     def deaths(self) -> int:
         """How many owners of this plan were lost and replaced."""
         return self._deaths
@@ -219,9 +238,11 @@ class RayOwners:
         """All questions from now on are about this plan. The actors stay, and get new owners; so do their replacements."""
         import ray
 
-        options = Options(self._device, block_elements, writes_to, fence, self._room)
+        options = Options(self._needs.device, block_elements, writes_to, fence, self._room)
         self._arguments = (self._make_owner, ray.put(plan), options)
         self._states, self._deaths = {}, 0
+        if plan.reads != self._reads:
+            self._homes, self._reads = {}, plan.reads
         for worker in self._workers.values():
             self._open(worker)
 
@@ -246,37 +267,41 @@ class RayOwners:
     # --- questions ----------------------------------------------------------------------------------------------------------------
 
     def ask(
-        self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True, usual_s: float | None = None
+        self,
+        question: Question[Answer],
+        items: Sequence[int],
+        chunks_of: ChunksOf | None = None,
+        *,
+        doubles: bool = True,
+        usual_s: float | None = None,
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """(some items, the answer about them), as answers come, in no order; each item once.
 
         Raises what an owner raised, or RunError if items keep killing owners.
         """
-        job = self._job(question, items, keeps=False, doubles=doubles)
+        job = self._job(question, items, chunks_of, keeps=False, doubles=doubles)
         job.pace.expect(usual_s)
         yield from self._work(job)
 
     def store(
-        self, question: Question[Answer], items: Sequence[int], *, doubles: bool = True
+        self, question: Question[Answer], items: Sequence[int], chunks_of: ChunksOf | None = None, *, doubles: bool = True
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and
         yielded, again. `doubles`: two may write the same at once, since they write the same bytes."""
-        job = self._job(question, items, keeps=True, doubles=doubles)
+        job = self._job(question, items, chunks_of, keeps=True, doubles=doubles)
         schedule = job.schedule
         while not schedule.done:
             yield from self._work(job)
-            written_s = {n: job.pace.usual_s(schedule.items_held(n)) for n in schedule.holders()}
-            limits = {n: self._patience.sync_late_after(seconds) for n, seconds in written_s.items()}
-            syncs = {n: self._workers[n].actor.sync.options(**ASIDE).remote() for n in limits}
-            for number in self._aside(job, "make durable what it wrote", syncs, limits):
+            for number in self._synced(job, schedule.holders()):
                 schedule.safe(number)
 
-    def fold(self, question: Question[TotalT], items: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
-        """The sum of the answers about all items. `done` is called with items as they are counted - again, if their owner was lost.
+    def fold(self, question: Question[TotalT], chunks: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
+        """The sum of the answers about all these chunks. `done` is called with chunks as they are counted - again, if their owner
+        was lost.
 
         Raises as `ask` does.
         """
-        job = self._job(question, items, keeps=True, adds_up=True)
+        job = self._job(question, chunks, lambda chunk: (chunk,), keeps=True, adds_up=True)
         setbacks = 0
         while setbacks <= 3 * (len(self._workers) + 1):
             for batch, _ in self._work(job):
@@ -286,19 +311,34 @@ class RayOwners:
                 setbacks += self._add_up(job, holders)
                 continue
             part: PartialTotal[TotalT] | None = self._total_of(job, holders[0]) if holders else None
-            if part is not None or not items:
-                return proved(part, items)
+            if part is not None or not chunks:
+                return proved(part, chunks)
             setbacks += 1
         raise RunError(f"the workers: wanted the sum of what they had counted, found that {setbacks} additions failed. {ADVICE}")
 
     def _job(
-        self, question: Question[Any], items: Sequence[int], *, keeps: bool, adds_up: bool = False, doubles: bool = True
+        self,
+        question: Question[Any],
+        items: Sequence[int],
+        chunks_of: ChunksOf | None,
+        *,
+        keeps: bool,
+        adds_up: bool = False,
+        doubles: bool = True,
     ) -> _Job:
         import ray
 
         self._fruitless = 0
-        schedule = Schedule(items, list(self._workers), keeps=keeps, numbers=self._numbers)
-        return _Job(ray.put(question), schedule, adds_up, doubles)
+        self._look_at_nodes(None)
+        placed = {worker.number: worker.node for worker in self._workers.values() if worker.place}
+        homes = [self._home(chunks_of(item)) for item in items] if chunks_of else ()
+        schedule = Schedule(items, placed, homes, keeps=keeps, numbers=self._numbers)
+        return _Job(ray.put(question), schedule, chunks_of, adds_up, doubles)
+
+    def _home(self, chunks: Iterable[int]) -> str:
+        """The node where most of these chunks have their bytes."""
+        counted = collections.Counter(self._homes.get(chunk, "") for chunk in chunks)
+        return counted.most_common(1)[0][0] if counted else ""
 
     # --- the first thread of the owners: batches ----------------------------------------------------------------------------------
 
@@ -310,11 +350,11 @@ class RayOwners:
 
     def _hand_out(self, job: _Job) -> None:
         """Give each owner as much to do as it should have at hand. Those that find nothing left double what slow ones have."""
+        able = [one for one in self._workers.values() if one.ready and self._standing(one) < Standing.SLOW]
+        nodes_of = {worker.number: worker.node for worker in able}
         idle = []
-        for worker in self._workers.values():
-            if not worker.ready or len(worker.calls) >= IN_FLIGHT or self._standing(worker) >= Standing.SLOW:
-                continue
-            while len(worker.calls) < IN_FLIGHT and (batch := job.schedule.take(worker.number)) is not None:
+        for worker in able:
+            while len(worker.calls) < IN_FLIGHT and (batch := job.schedule.take(worker.number, nodes_of)) is not None:
                 self._send(job, worker, batch)
             if not worker.calls:
                 idle.append(worker)
@@ -327,8 +367,9 @@ class RayOwners:
 
     def _send(self, job: _Job, worker: _Worker, batch: int) -> None:
         items, verdict = job.schedule.batches[batch], job.schedule.verdict(worker.number)
-        actor, question = worker.actor, job.question
-        reference = actor.add.remote(verdict, batch, question, items) if job.adds_up else actor.ask.remote(question, items)
+        asked = job.question, items, job.schedule.following(worker.number)
+        actor = worker.actor
+        reference = actor.add.remote(verdict, batch, *asked) if job.adds_up else actor.ask.remote(*asked)
         self._expect(worker, reference, _Call(job, batch, verdict.number))
 
     def _turn(self, job: _Job | None) -> list[tuple[Sequence[int], Any]]:
@@ -356,7 +397,7 @@ class RayOwners:
             answer = ray.get(reference, timeout=self._patience.exchange_s)
         except ray.exceptions.RayError as error:  # a large answer is lost with the node that keeps it
             if _is_loss(error):
-                self._lose(worker, job, reason_in(error))
+                self._lose(worker, job, reason_in(error), preempted=_is_preempted(error))
                 return []
             if call.job is None or (call.job is job and not job.schedule.is_answered(call.batch)):
                 raise _ours(error) from None
@@ -376,9 +417,18 @@ class RayOwners:
             return []
         items = job.schedule.batches[call.batch]
         job.pace.learn(len(items), seconds)
+        if job.chunks_of is not None:
+            self._homes.update((chunk, worker.node) for item in items for chunk in job.chunks_of(item))
         return [(items, result)]
 
     # --- the second thread of the owners: totals and files ------------------------------------------------------------------------
+
+    def _synced(self, job: _Job, holders: Iterable[int]) -> set[int]:
+        """Have what these wrote made durable. Returns the numbers of those that did it; the lost are replaced."""
+        written_s = {number: job.pace.usual_s(job.schedule.items_held(number)) for number in holders}
+        limits = {number: self._patience.sync_late_after(seconds) for number, seconds in written_s.items()}
+        syncs = {number: self._workers[number].actor.sync.options(**ASIDE).remote() for number in limits}
+        return self._aside(job, "make durable what it wrote", syncs, limits)
 
     def _aside(self, job: _Job, what: str, calls: Mapping[int, Any], limits: Mapping[int, float]) -> set[int]:
         """Wait for calls to some owners. Returns the numbers of those that did it; the lost are replaced."""
@@ -395,7 +445,7 @@ class RayOwners:
                     if not _is_loss(error):
                         raise _ours(error) from None
                     if not isinstance(error, ray.exceptions.RayTaskError):  # else what it should have added was lost, and it lives
-                        self._lose(self._workers[number], job, reason_in(error))
+                        self._lose(self._workers[number], job, reason_in(error), preempted=_is_preempted(error))
                 else:
                     did.add(number)
             silent_s = self._clock_s - begin_s
@@ -414,8 +464,11 @@ class RayOwners:
         """One level of the tree: half of those who hold a total add another's to their own. Returns how many could not."""
         ordered = sorted(holders, key=lambda number: len(self._workers[number].calls))  # those still at work give theirs away
         half = (len(ordered) + 1) // 2
-        taker_of = dict(zip(ordered[half:], ordered[:half], strict=False))
-        limits = dict.fromkeys(ordered, self._patience.exchange_s)
+        return self._move(job, dict(zip(ordered[half:], ordered[:half], strict=False)))
+
+    def _move(self, job: _Job, taker_of: Mapping[int, int]) -> int:
+        """Have owners add others' totals to their own, each one. Returns how many could not."""
+        limits = dict.fromkeys([*taker_of, *taker_of.values()], self._patience.exchange_s)
         given, parts = {}, {}
         for giver in taker_of:
             given[giver], parts[giver] = self._give(job, self._workers[giver])
@@ -461,9 +514,63 @@ class RayOwners:
         worker = _Worker(self._born, self._remote.remote())
         self._born += 1
         self._workers[worker.number] = worker
+        self._most = max(self._most, sum(not one.leaves for one in self._workers.values()))
         self._expect(worker, worker.actor.where.remote(), _Call(None))
         if self._arguments:
             self._open(worker)
+
+    def _look_at_nodes(self, job: _Job | None) -> None:
+        self._let_leave(job)
+        self._grow()
+        self._looked_s = time.monotonic()
+
+    def _grow(self) -> None:
+        """Place more owners, if nodes have joined since."""
+        staying = sum(not worker.leaves for worker in self._workers.values())
+        if staying < self._at_most:
+            more = min(self._at_most, self._needs.places(nodes())) - staying
+            for _ in range(more):
+                self._place()
+            if more > 0:
+                log.info("nodes have joined: %d workers more", more)
+
+    def _let_leave(self, job: _Job | None) -> None:
+        """Replace owners whose nodes are about to go. As soon as there are others, these take over what they hold, and what they
+        have at hand is done by others: they may go."""
+        going = draining()
+        leaving = [worker for worker in self._workers.values() if worker.node in going]
+        for worker in leaving:
+            if not worker.leaves:
+                log.warning("%s leaves with its node; others take over what it has", worker)
+                worker.leaves = True
+                self._place()
+        staying = [worker.number for worker in self._workers.values() if worker.ready and worker.node not in going]
+        if not staying:
+            return  # it is better to work until the end than to wait
+        if job is not None:
+            self._take_over(job, [worker for worker in leaving if job.schedule.items_held(worker.number)], staying)
+        for worker in leaving:
+            if worker.number in self._workers:
+                self._dismiss(worker, job)
+
+    def _take_over(self, job: _Job, leaving: Sequence[_Worker], staying: Sequence[int]) -> None:
+        """Make sure of what these hold: in the totals of others, or in files that are durable."""
+        if job.adds_up:
+            for group in batches_of([worker.number for worker in leaving], len(staying)):
+                self._move(job, dict(zip(group, staying, strict=False)))
+            return
+        for number in self._synced(job, [worker.number for worker in leaving]):
+            job.schedule.safe(number)
+
+    def _dismiss(self, worker: _Worker, job: _Job | None) -> None:
+        """Let an owner go. What it has at hand, or still holds, is done again."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(worker.actor)  # a process that is stopped or stuck gets SIGKILL a few seconds later, and its place is free
+        del self._workers[worker.number]
+        if job is not None:
+            job.schedule.lost(worker.number)
 
     def _open(self, worker: _Worker) -> None:
         worker.opening += 1
@@ -471,7 +578,7 @@ class RayOwners:
 
     def _placed_or_opened(self, worker: _Worker, answer: Any) -> None:
         if not worker.place:
-            worker.place = answer
+            worker.place, worker.node = answer
         else:
             worker.opening -= 1
             self._states[worker.number] = answer
@@ -502,7 +609,9 @@ class RayOwners:
         return self._patience.standing(silent_s, call.usual_s)
 
     def _look_after(self, job: _Job | None) -> None:
-        """Warn of owners that are late, and replace those that are lost."""
+        """Warn of owners that are late, replace those that are lost, and see which nodes come and go."""
+        if time.monotonic() - self._looked_s > LOOK_S:
+            self._look_at_nodes(job)
         for worker in list(self._workers.values()):
             standing, silent_s = self._standing(worker), self._clock_s - worker.since_s
             if standing == Standing.LOST:
@@ -515,22 +624,23 @@ class RayOwners:
                     silent_s,
                 )
 
-    def _lose(self, worker: _Worker, job: _Job | None, reason: str, *, silent: bool = False) -> None:
+    def _lose(self, worker: _Worker, job: _Job | None, reason: str, *, silent: bool = False, preempted: bool = False) -> None:
         """Replace an owner that died or does not answer. Raises RunError if that happens too often."""
-        import ray
-
+        if preempted or worker.leaves:
+            log.warning("%s has left with its node; what it had is done again by another", worker)
+            self._dismiss(worker, job)
+            if not worker.leaves:
+                self._place()
+            return
         self._deaths, self._fruitless, self._last_sign_s = self._deaths + 1, self._fruitless + 1, self._clock_s
         log.warning("%s %s (%s); its part is done again by another", worker, "is given up" if silent else "died", reason)
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):
-            ray.kill(worker.actor)  # a process that is stopped or stuck gets SIGKILL a few seconds later, and its place is free
-        del self._workers[worker.number]
         same_part = 0
         if job is not None:
             first = next(iter(worker.calls.values()), None)
             if first is not None and first.job is job:
                 job.deaths[first.batch] += 1
                 same_part = job.deaths[first.batch]
-            job.schedule.lost(worker.number)
+        self._dismiss(worker, job)
         if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._workers) + 1):
             raise RunError(
                 f"{self._deaths} workers {'were lost' if silent else 'died'}, {same_part} of them on the same part of the model; "
@@ -542,8 +652,8 @@ class RayOwners:
         waited_s = self._clock_s - self._last_sign_s
         if waited_s > self._patience.placement_s:
             raise RunError(
-                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {nodes()}, and other jobs, or "
-                "workers that a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
+                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {shown_nodes(nodes())}; other "
+                "jobs, or workers that a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
             )
 
 
@@ -552,6 +662,13 @@ def _is_loss(error: Exception) -> bool:
     from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
 
     return isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError | GetTimeoutError)
+
+
+def _is_preempted(error: Exception) -> bool:
+    """Whether an owner died since its node was to go."""
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError) and error.preempted
 
 
 def _ours(error: Exception) -> Exception:

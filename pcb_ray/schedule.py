@@ -1,7 +1,8 @@
 """Who does which part of a sweep, whose answer counts, and who is late: decisions only, without Ray and without a clock.
 
-The items of a question are cut into batches. Each owner works through a contiguous run of them; one that is done takes from the end
-of the longest run left, and one that finds nothing left *doubles* what a slow owner has at hand. The first answer counts.
+The items of a question are cut into batches. Each owner works through a run of them whose bytes lie on its node, as far as that is
+known; one that is done takes from the end of the longest run left on its node, then of another, and one that finds nothing left
+*doubles* what a slow owner has at hand. The first answer counts.
 
 Answers that add up stay with the owners, and there a batch that two have answered must count once. So **nothing counts until the
 driver says so**: an owner keeps each answer apart (`Subtotal`) until it hears, with its next call, whether it counts. The driver
@@ -14,15 +15,20 @@ import collections
 import enum
 import itertools
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from pcb_ray.errors import RunError
 from pcb_ray.questions import TotalT
 
 BATCHES_PER_OWNER = 32  # an owner's run is asked for in about so many batches: progress, and work for those who finish early
 MAX_BATCH = 64
+WORTH_MOVING = 2  # on another node a batch takes about so much longer, since its bytes must get there first
+NOBODY = -1  # whose run it is before there are owners
+
+
+_Thing = TypeVar("_Thing")
 
 
 def batches_of(items: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -129,15 +135,25 @@ class Schedule:
     With `keeps`, answers stay with their owners (in totals, or in files that are not yet durable) and are lost with them. `numbers`
     are those of their subtotals: they grow from question to question."""
 
-    def __init__(self, items: Sequence[int], owners: Sequence[int], *, keeps: bool, numbers: Iterator[int]) -> None:
+    def __init__(
+        self, items: Sequence[int], owners: Mapping[int, str], homes: Sequence[str] = (), *, keeps: bool, numbers: Iterator[int]
+    ) -> None:
+        """`owners` and the nodes that they are on; `homes` are the nodes where the bytes of the items lie, empty where nobody knows
+        or cares."""
         size = max(1, min(MAX_BATCH, len(items) // max(1, len(owners) * BATCHES_PER_OWNER)))
         self.batches: list[Sequence[int]] = []
-        self._todo: dict[int, collections.deque[int]] = {}
-        cuts = [len(items) * k // len(owners) for k in range(len(owners) + 1)]
-        for owner, (start, stop) in zip(owners, itertools.pairwise(cuts), strict=True):
-            first = len(self.batches)
-            self.batches += batches_of(items[start:stop], size)
-            self._todo[owner] = collections.deque(range(first, len(self.batches)))
+        self._nodes = dict(owners)  # of all owners there were
+        self._todo: dict[int, collections.deque[int]] = {}  # by the owner whose run it is, who may be gone
+        of_node = _grouped(owners, owners.values())
+        known = [home if home in of_node else "" for home in homes] or [""] * len(items)
+        everyone = list(itertools.chain.from_iterable(of_node.values())) or [NOBODY]
+        for home, run in _grouped(items, known).items():
+            sharing = of_node[home] if home else everyone
+            cuts = [len(run) * k // len(sharing) for k in range(len(sharing) + 1)]
+            for owner, (start, stop) in zip(sharing, itertools.pairwise(cuts), strict=True):
+                first = len(self.batches)
+                self.batches += batches_of(run[start:stop], size)
+                self._todo.setdefault(owner, collections.deque()).extend(range(first, len(self.batches)))
         self._keeps, self._numbers = keeps, numbers
         self._news: dict[int, Verdict] = {}  # owner -> what it has not heard yet
         self._at: dict[int, set[int]] = {}  # batch -> the owners that have it at hand, if there are any
@@ -153,17 +169,34 @@ class Schedule:
         """Whether this batch has an answer that counts."""
         return batch in self._answered
 
-    def take(self, owner: int) -> int | None:
-        """The next batch of this owner's run, or the last one of the longest run: it is at its hand now."""
+    def take(self, owner: int, able: Mapping[int, str]) -> int | None:
+        """The next batch of this owner's run, or the last one of the longest run on its node, or else on a node that would not
+        begin it soon: for each owner there who is `able` to (they are given with their nodes) it has more than WORTH_MOVING left.
+        The batch is at its hand now."""
+        self._nodes[owner] = able[owner]
         if self._todo.get(owner):
             batch = self._todo[owner].popleft()
         else:
-            longest = max(self._todo.values(), key=len, default=None)
-            if not longest:
+            longest = max(self._runs_for(owner, able), key=len, default=None)
+            if longest is None:
                 return None
             batch = longest.pop()
         self._at[batch] = {owner}
         return batch
+
+    def following(self, owner: int) -> Sequence[int]:
+        """What this owner is asked for next, as far as that is known."""
+        run = self._todo.get(owner)
+        return self.batches[run[0]] if run else ()
+
+    def _runs_for(self, owner: int, able: Mapping[int, str]) -> list[collections.deque[int]]:
+        """The runs from which this owner may take."""
+        left = {whose: run for whose, run in self._todo.items() if run}
+        of_node = _grouped(left.values(), [self._nodes.get(whose, "") for whose in left])
+        if here := of_node.get(able[owner]):
+            return here
+        there = collections.Counter(able.values())
+        return [run for node, runs in of_node.items() if sum(map(len, runs)) > WORTH_MOVING * there[node] for run in runs]
 
     def double(self, owner: int, slow: Collection[int]) -> int | None:
         """A batch that only slow owners have at hand: now this owner has it as well. The one goes first that the fewest have."""
@@ -215,7 +248,7 @@ class Schedule:
 
     def moved(self, giver: int, taker: int) -> None:
         """What one owner held is now held by another."""
-        self._held[taker] += self._held.pop(giver)
+        self._held.setdefault(taker, []).extend(self._held.pop(giver))
 
     def holders(self) -> list[int]:
         """The owners that hold something."""
@@ -255,6 +288,14 @@ class Schedule:
     def _put_back(self, owner: int, batch: int) -> None:
         if batch not in self._answered and batch not in self._at:
             self._todo.setdefault(owner, collections.deque()).appendleft(batch)
+
+
+def _grouped(things: Iterable[_Thing], keys: Iterable[str]) -> dict[str, list[_Thing]]:
+    """The things that have the same key, in their order."""
+    found: dict[str, list[_Thing]] = {}
+    for thing, key in zip(things, keys, strict=True):
+        found.setdefault(key, []).append(thing)
+    return found
 
 
 # --- totals -----------------------------------------------------------------------------------------------------------------------
@@ -330,6 +371,8 @@ class Subtotal(Generic[TotalT]):
     def absorb(self, number: int, part: PartialTotal[TotalT] | None) -> None:
         """Add what another owner has counted. Raises RunError if there is nothing to add, or no subtotal to add it to."""
         with self._lock:
+            if number > self._number:
+                self._begin(number)
             if part is None or number != self._number:
                 raise _miscounted("two subtotals to add up, found one at most")
             self._add(part)

@@ -28,15 +28,14 @@ class Session:
         plan: Plan,
         owners_for: Callable[[Plan], Owners],
         *,
-        workers: int = 0,
         worker_bytes: int = 0,
         quiet: bool = True,
         relate: bool = False,
     ) -> None:
         """`relate`: the first sweep also finds how the models stand to the base, for a receipt."""
         self._owners_for, self.quiet, self._relate = owners_for, quiet, relate
-        self.workers, self.worker_bytes = workers, worker_bytes
-        """How many there are, and the memory that each was announced to take."""
+        self.worker_bytes = worker_bytes
+        """The memory that each worker was announced to take."""
         self.plan, self.owners = plan, owners_for(plan)
         self.sweeps: list[Sweep] = []
         """Of the plan that was begun last."""
@@ -51,13 +50,13 @@ class Session:
         """Go on with another plan."""
         if plan is self.plan:
             return
-        if what_is_read(plan) != what_is_read(self.plan):
+        if plan.reads != self.plan.reads:
             self.inputs, self.relation, self.found = (), None, {}
         self.plan, self.owners, self.sweeps = plan, self._owners_for(plan), []
 
     def take_over(self, earlier: Session) -> None:
         """Know what an earlier session has found out, if its plan was about the same models."""
-        if what_is_read(earlier.plan) == what_is_read(self.plan):
+        if earlier.plan.reads == self.plan.reads:
             self.inputs, self.relation, self.found = earlier.inputs, earlier.relation, earlier.found
 
     # --- sweeps -------------------------------------------------------------------------------------------------------------------
@@ -74,7 +73,7 @@ class Session:
         """The answers about these parts of the output, as they come. What is read for a part are its inputs, unless it is told how
         many bytes that are."""
         with _Sweep(self, name, parts, bytes_of or self._bytes_of_part) as sweep:
-            for batch, answer in self.owners.ask(question, parts):
+            for batch, answer in self.owners.ask(question, parts, self.plan.chunks_of_part):
                 sweep.advance(batch)
                 yield batch, answer
 
@@ -82,9 +81,10 @@ class Session:
         self, name: str, question: Question[Answer], items: Sequence[int], bytes_of: Callable[[int], int] | None = None
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """The same for questions that write: about parts, unless it is told how many bytes are read for an item."""
+        doubles = self.plan.method.tolerance == 0  # else it may write other bits over those whose digest counts
+        chunks_of = self.plan.chunks_of_part if bytes_of is None else None
         with _Sweep(self, name, items, bytes_of or self._bytes_of_part) as sweep:
-            # A method that does not promise the same bits may write others over those whose digest counts.
-            for batch, answer in self.owners.store(question, items, doubles=self.plan.method.tolerance == 0):
+            for batch, answer in self.owners.store(question, items, chunks_of, doubles=doubles):
                 sweep.advance(batch)
                 yield batch, answer
 
@@ -92,14 +92,15 @@ class Session:
         """The same about whole files of the output: each has one writer at a time."""
         with _Sweep(self, name, files, self._bytes_of_file) as sweep:
             largest = max(map(self._bytes_of_file, files), default=0)
-            for batch, answer in self.owners.ask(question, files, doubles=False, usual_s=self._usual_s(largest)):
+            usual_s = self._usual_s(largest)
+            for batch, answer in self.owners.ask(question, files, self.plan.chunks_of_file, doubles=False, usual_s=usual_s):
                 sweep.advance(batch)
                 yield batch, answer
 
     def _usual_s(self, read: int) -> float:
         """How long one worker takes for what reads so many bytes, by the last sweep."""
         last = next((one for one in reversed(self.sweeps) if one.bytes and one.elapsed_s), None)
-        return 2 * (read / UNKNOWN_RATE if last is None else read * last.elapsed_s * max(1, self.workers) / last.bytes)
+        return 2 * (read / UNKNOWN_RATE if last is None else read * last.elapsed_s * max(1, self.owners.most) / last.bytes)
 
     def _bytes_of_file(self, number: int) -> int:
         return sum(map(self._bytes_of_part, self.plan.parts_of(number)))
@@ -144,11 +145,6 @@ class Session:
         ]
         if problems:
             raise InputError(problems)
-
-
-def what_is_read(plan: Plan) -> object:
-    """Plans of which this is equal share what is found out about the models."""
-    return plan.inputs, [(tensor.first, tensor.sources) for tensor in plan.tensors], plan.bounds
 
 
 class _Sweep:

@@ -30,12 +30,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 
 from pcb_ray.budget import choose_block, worker_bytes
-from pcb_ray.cluster import choose_device, choose_workers
 from pcb_ray.errors import InputError, RunError
 from pcb_ray.files.objects import is_object
 from pcb_ray.files.room import Room
 from pcb_ray.files.store import Pins, Stamp, Store, changed, is_remote
 from pcb_ray.methods import Known
+from pcb_ray.nodes import Needs, Pool, choose_device, choose_workers, enough_nodes
 from pcb_ray.output.companions import CARD, SideFile, model_card, write_side_files
 from pcb_ray.output.state import Place, State
 from pcb_ray.planning import Plan
@@ -71,6 +71,7 @@ def placed(
     workers: int | None,
     device: str = "cpu",
     memory: int | None = None,
+    pool: Pool = Pool(),  # noqa: B008 - it is frozen
     beside: int = 0,
     writes_to: Callable[[], Place],
     room: Room | None = None,
@@ -82,29 +83,31 @@ def placed(
     Raises RequestError if the cluster has no room for them."""
     from pcb_ray.runtime import RayOwners  # and Ray
 
-    device = choose_device(device)
+    device = choose_device(device, pool)
     blocks = {id(plan): choose_block(plan, device, memory, beside) for plan in plans}
     needed = max(worker_bytes(plan, blocks[id(plan)]) for plan in plans) + beside
-    chosen = choose_workers(workers, device, needed, max(plan.chunks for plan in plans))
-    log.info("%d workers on %s, at most %s each", chosen, device, readable_bytes(needed))
-    owners = RayOwners(workers=chosen, device=device, worker_bytes=needed, room=room)
+    needs, chunks = Needs(device, needed, pool), max(plan.chunks for plan in plans)
+    with enough_nodes(workers, needs):
+        chosen = choose_workers(workers, needs, chunks)
+        log.info("%d workers on %s, at most %s each", chosen, device, readable_bytes(needed))
+        owners = RayOwners(workers=chosen, needs=needs, at_most=workers or chunks, room=room)
 
-    def owners_for(plan: Plan) -> RayOwners:
-        place = writes_to()
-        owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), place.tried, place.fence)
-        return owners
+        def owners_for(plan: Plan) -> RayOwners:
+            place = writes_to()
+            owners.use(plan, blocks.get(id(plan)) or choose_block(plan, device, memory, beside), place.tried, place.fence)
+            return owners
 
-    try:
-        session = Session(plans[0], owners_for, workers=chosen, worker_bytes=needed, quiet=quiet, relate=True)
-        owners.wait_until_ready()
-        announced: dict[str, int] = {}
-        if room is not None and plans[0].is_remote:
-            announced = {state.node: state.room for state in owners.states}
-            _tell_of_room(plans[0], announced)
-        yield session
-        _tell_of_full_nodes(announced, owners.states)
-    finally:
-        owners.close()
+        try:
+            session = Session(plans[0], owners_for, worker_bytes=needed, quiet=quiet, relate=True)
+            owners.wait_until_ready()
+            announced: dict[str, int] = {}
+            if room is not None and plans[0].is_remote:
+                announced = {state.node: state.room for state in owners.states}
+                _tell_of_room(plans[0], announced)
+            yield session
+            _tell_of_full_nodes(announced, owners.states)
+        finally:
+            owners.close()
 
 
 def _tell_of_room(plan: Plan, of_node: Mapping[str, int]) -> None:
@@ -343,7 +346,7 @@ def publish(
         bytes_fetched=spent.bytes_fetched,
         retries=spent.retries,
         bytes_written=plan.written_bytes,
-        workers=session.workers,
+        workers=session.owners.most,
         workers_lost=spent.workers_lost,
         announced_worker_bytes=session.worker_bytes,
         peak_worker_bytes=spent.peak_worker_bytes,

@@ -131,8 +131,9 @@ BIN = Path(sys.executable).parent
 
 
 @contextlib.contextmanager
-def head_node(cpus: int = 2, path: str = "", **variables: str) -> Iterator[Head]:
-    """`ray start --head` on ports of its own, with these variables; `path` comes before the PATH of an activated environment."""
+def head_node(cpus: int = 2, path: str = "", start: Sequence[Any] = (), **variables: str) -> Iterator[Head]:
+    """`ray start --head` on ports of its own, with more arguments and these variables; `path` comes before the PATH of an activated
+    environment."""
     folder = Path(tempfile.mkdtemp(prefix="pcb"))  # Ray's sockets lie in it, and their names may have 107 characters
     token = secrets.token_hex(32)
     (folder / "token").write_text(token)
@@ -146,7 +147,7 @@ def head_node(cpus: int = 2, path: str = "", **variables: str) -> Iterator[Head]
     gcs, dashboard, client = free_ports(3)
     own = ["--port", gcs, "--dashboard-port", dashboard, "--ray-client-server-port", client, "--temp-dir", folder / "ray"]
     try:
-        with node_of(["--head", "--dashboard-host", "127.0.0.1", *own], cpus, environment, folder / "head.log") as process:
+        with node_of(["--head", "--dashboard-host", "127.0.0.1", *own, *start], cpus, environment, folder / "head.log") as process:
             url = f"http://127.0.0.1:{dashboard}"
             log = folder / "head.log"
             await_that(f"a head node starts ({log})", lambda: wants_token(url) or process.poll() is not None, timeout_s=90)
@@ -157,10 +158,34 @@ def head_node(cpus: int = 2, path: str = "", **variables: str) -> Iterator[Head]
 
 
 @contextlib.contextmanager
-def node_of(start: Sequence[Any], cpus: int, environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`ray start --block` with these arguments."""
+def joining_node(
+    head: Head, name: str, *start: Any, cpus: int = 1, before: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A node that has joined."""
+    log = head.folder / f"{name}.log"
+    with node_of(["--address", head.address, *start], cpus, head.environment, log, before) as node:
+        await_that(f"{name} joins ({log})", lambda: "Ray runtime started" in log.read_text(), timeout_s=90)
+        yield node
+
+
+def node_apart(head: Head, name: str, *start: Any, cpus: int = 1) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """One that shares no memory with others of this machine, and has a name of its own: `/dev/shm` is another one there."""
+    apart = ["unshare", "--mount", "--uts", "sh", "-c", f'mount -t tmpfs none /dev/shm && hostname {name} && exec "$0" "$@"']
+    return joining_node(head, name, *start, cpus=cpus, before=apart)
+
+
+def can_be_apart() -> bool:
+    """Whether this user may make namespaces here."""
+    return subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True, check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def node_of(
+    start: Sequence[Any], cpus: int, environment: Mapping[str, str], log: Path, before: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start --block` with these arguments, as the command that `before` runs."""
     agent, agent_grpc, metrics, environments = free_ports(4)
-    command = [BIN / "ray", "start", "--block", "--disable-usage-stats", "--num-cpus", cpus, *start]
+    command = [*before, BIN / "ray", "start", "--block", "--disable-usage-stats", "--num-cpus", cpus, *start]
     command += ["--node-ip-address", "127.0.0.1", "--object-store-memory", 80 << 20, "--dashboard-agent-listen-port", agent]
     command += ["--dashboard-agent-grpc-port", agent_grpc, "--metrics-export-port", metrics]
     command += ["--runtime-env-agent-port", environments, "--min-worker-port", 0, "--max-worker-port", 0]

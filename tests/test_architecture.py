@@ -107,7 +107,7 @@ def test_the_driver_has_no_torch() -> None:
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("ray", ("runtime", "cluster", "submitting", "searching")),
+        ("ray", ("runtime", "cluster", "nodes", "submitting", "searching")),
         ("nevergrad", ("searching.tune",)),
         ("matplotlib", ("searching.plots",)),
     ],

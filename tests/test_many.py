@@ -21,6 +21,7 @@ from families import Family, merged_to
 from pcb_ray import Merged, Recipe, RequestError, RunError, cli, many, merge_many, merging, verify
 from pcb_ray.files.store import LocalStore
 from pcb_ray.local import LocalOwners
+from pcb_ray.nodes import Needs
 from pcb_ray.output.folder import Folder
 from pcb_ray.output.state import Place, State
 from pcb_ray.planning import Plan
@@ -50,8 +51,9 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> Pools:
 
     monkeypatch.setattr(many, "placed", placed)
     monkeypatch.setattr(many, "cluster", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(many, "choose_device", lambda device: device)
+    monkeypatch.setattr(many, "choose_device", lambda device, _pool: device)
     monkeypatch.setattr(many, "choose_workers", lambda *_: 1)
+    monkeypatch.setattr(many, "autoscales", lambda: False)
     return made
 
 
@@ -207,8 +209,8 @@ def test_all_together_must_fit_on_the_disk(family, pools, tmp_path, monkeypatch)
 
 
 def test_what_the_cluster_has_no_room_for_is_told_and_the_others_are_merged(family, pools, tmp_path, monkeypatch):
-    def choose(_workers: object, _device: str, needed: int, _chunks: int) -> int:
-        if needed == largest:
+    def choose(_workers: object, needs: Needs, _chunks: int) -> int:
+        if needs.memory == largest:
             raise RequestError("the cluster: wanted room, found none. Fix: lower --memory.")
         return 1
 

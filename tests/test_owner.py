@@ -47,11 +47,13 @@ class OneOwner:
     def __init__(self, owner: Owner) -> None:
         self.owner, self.states = owner, []
 
-    def ask(self, question: Any, items: Sequence[int]) -> Iterator[tuple[Sequence[int], Any]]:
+    def ask(self, question: Any, items: Sequence[int], chunks_of: Any = None) -> Iterator[tuple[Sequence[int], Any]]:
         for item in items:
             yield [item], question.answer(self.owner, [item])
 
-    def store(self, question: Any, items: Sequence[int], *, doubles: bool = True) -> Iterator[tuple[Sequence[int], Any]]:
+    def store(
+        self, question: Any, items: Sequence[int], chunks_of: Any = None, *, doubles: bool = True
+    ) -> Iterator[tuple[Sequence[int], Any]]:
         return self.ask(question, items)
 
     def fold(self, question: Any, items: Sequence[int], done: Callable[[Sequence[int]], None]) -> Any:

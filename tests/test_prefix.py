@@ -191,7 +191,8 @@ def test_many_merges_go_below_one_prefix(
 
     monkeypatch.setattr(many, "placed", merging.placed)
     monkeypatch.setattr(many, "cluster", merging.cluster)
-    monkeypatch.setattr(many, "choose_device", lambda device: device)
+    monkeypatch.setattr(many, "choose_device", lambda device, _: device)
+    monkeypatch.setattr(many, "autoscales", lambda: False)
     monkeypatch.setattr(many, "choose_workers", lambda *_: 1)
     recipe = one.recipe(grid={"lambda": [0.5, 1.0]})
     for before in (False, True):

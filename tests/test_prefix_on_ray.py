@@ -82,6 +82,7 @@ def test_a_merge_between_stores_survives_its_workers_and_its_driver(server: Obje
     await_end(owners_under(os.getpid()))
 
 
+@pytest.mark.very_slow
 def test_a_node_that_may_not_write_is_named_before_the_work(server: ObjectServer, tmp_path: Path) -> None:
     one = Family(tmp_path / "family", *families.fine_tuned(2))
     with FaultProxy(server) as proxy:

@@ -41,6 +41,7 @@ from pcb_ray.budget import MIN_BLOCK, choose_block, worker_bytes
 from pcb_ray.files.store import LocalStore
 from pcb_ray.local import LocalOwners
 from pcb_ray.methods import METHODS as RECORDS
+from pcb_ray.nodes import Needs
 from pcb_ray.planning import plan
 from pcb_ray.questions import LARGEST_KEY, CountKeys
 from pcb_ray.recipe import Recipe
@@ -409,7 +410,7 @@ def test_totals_lost_while_they_are_added_up_are_found_again(
     killed."""
     made = plan(Recipe.from_dict(recipe_of(family)))
     question = CountKeys(0, {}, ((Bracket(0, 1 << 29), Bracket(1 << 29, 1 << 30)),) * made.N)
-    owners = RayOwners(workers=3, device="cpu", worker_bytes=worker_bytes(made, MIN_BLOCK))
+    owners = RayOwners(workers=3, needs=Needs("cpu", worker_bytes(made, MIN_BLOCK)))
     add_up, levels, counted = owners._add_up, list[int](), set[int]()
 
     def kill(number: int) -> None:
@@ -490,12 +491,13 @@ from pcb_ray.cluster import cluster
 from pcb_ray.planning import plan
 from pcb_ray.questions import CountKeys
 from pcb_ray.recipe import Recipe
+from pcb_ray.nodes import Needs
 from pcb_ray.runtime import RayOwners
 from pcb_ray.selection import Bracket
 
 made = plan(Recipe.from_file(Path(sys.argv[2])))
 with cluster(sys.argv[1]):
-    owners = RayOwners(workers=2, device="cpu", worker_bytes=worker_bytes(made, 1 << 15))
+    owners = RayOwners(workers=2, needs=Needs("cpu", worker_bytes(made, 1 << 15)))
     owners.use(made, 1 << 15)
     owners.wait_until_ready()
     everything = ((Bracket(0, (1 << 31) - 1),),) * made.N  # answers of many keys, so that they stay on the node that found them

@@ -434,9 +434,7 @@ def test_a_piece_is_fetched_once_by_two_that_want_it_at_once(server: ObjectServe
         store.close()
 
 
-@pytest.mark.parametrize(
-    "out", ["hf://org/name", "http://127.0.0.1/out", "s3://bucket", "s3://bucket/", "s3://key:secret@bucket/a"]
-)
+@pytest.mark.parametrize("out", ["hf://org", "http://127.0.0.1/out", "s3://bucket", "s3://bucket/", "s3://key:secret@bucket/a"])
 def test_an_output_where_none_can_be_written_is_refused_and_no_folder_of_that_name_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:

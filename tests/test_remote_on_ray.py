@@ -109,6 +109,7 @@ def environment_of(hub: Hub, home: Path) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.front.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
 
 
+@pytest.mark.very_slow
 def test_a_merge_in_place_from_the_hub_survives_faults_and_a_killed_worker_fetches_once_and_may_be_run_again(
     hub: Hub, tmp_path: Path
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_merge_in_place_from_the_hub_survives_faults_and_a_killed_worker_fetch
     await_end(owners_under(os.getpid()))
 
 
+@pytest.mark.very_slow
 def test_the_token_of_the_driver_is_not_sent_to_a_cluster_whose_nodes_have_none(hub: Hub, tmp_path: Path) -> None:
     one, recipe = Family(tmp_path / "family", *families.fine_tuned(1)), tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(hub.put(one)))

@@ -38,8 +38,11 @@ class Count:
             self.of_item[item] = self.of_item.get(item, 0) + times
 
 
+HERE = dict.fromkeys(range(3), "here")  # owners that all are on one node
+
+
 def schedule_of(items: Sequence[int], owners: Sequence[int], *, keeps: bool) -> Schedule:
-    return Schedule(items, owners, keeps=keeps, numbers=itertools.count(1))
+    return Schedule(items, {owner: HERE[owner] for owner in owners}, keeps=keeps, numbers=itertools.count(1))
 
 
 # --- who is late ------------------------------------------------------------------------------------------------------------------
@@ -78,21 +81,21 @@ def test_batches_are_runs_of_a_shard_and_cover_all_items() -> None:
     schedule = schedule_of(range(1000), [0, 1, 2], keeps=False)
     assert [item for batch in schedule.batches for item in batch] == list(range(1000))
     assert max(map(len, schedule.batches)) <= MAX_BATCH
-    first = [schedule.batches[schedule.take(owner) or 0] for owner in range(3)]
+    first = [schedule.batches[schedule.take(owner, HERE) or 0] for owner in range(3)]
     assert [batch[0] for batch in first] == [0, 333, 666]
 
 
 def test_an_owner_without_work_takes_from_the_end_of_the_longest_run() -> None:
     schedule = schedule_of(range(8), [0, 1], keeps=False)
     for _ in range(4):
-        schedule.take(0)
-    assert schedule.take(0) == len(schedule.batches) - 1
-    assert schedule.take(1) == 4
+        schedule.take(0, HERE)
+    assert schedule.take(0, HERE) == len(schedule.batches) - 1
+    assert schedule.take(1, HERE) == 4
 
 
 def test_only_what_none_but_slow_owners_have_is_doubled_and_the_first_answer_counts() -> None:
     schedule = schedule_of(range(3), [0, 1, 2], keeps=True)
-    assert [schedule.take(owner) for owner in range(3)] == [0, 1, 2]
+    assert [schedule.take(owner, HERE) for owner in range(3)] == [0, 1, 2]
     assert schedule.answered(2, 2, schedule.number_of(2))
     assert schedule.double(2, slow=[]) is None
     assert schedule.double(2, slow=[1]) == 1
@@ -111,7 +114,7 @@ def test_only_what_none_but_slow_owners_have_is_doubled_and_the_first_answer_cou
 def test_what_a_lost_owner_held_is_done_again_and_what_was_safe_is_not() -> None:
     schedule = schedule_of(range(4), [0, 1], keeps=True)
     for owner in (0, 0, 1, 1):
-        batch = schedule.take(owner)
+        batch = schedule.take(owner, HERE)
         assert batch is not None
         assert schedule.answered(owner, batch, schedule.number_of(owner))
     schedule.safe(0)
@@ -121,19 +124,83 @@ def test_what_a_lost_owner_held_is_done_again_and_what_was_safe_is_not() -> None
     assert schedule.items_held(1) == 2
     schedule.lost(1)
     assert not schedule.done
-    assert {schedule.take(0), schedule.take(0)} == {2, 3}
-    assert schedule.take(0) is None
+    assert {schedule.take(0, HERE), schedule.take(0, HERE)} == {2, 3}
+    assert schedule.take(0, HERE) is None
 
 
 def test_what_another_still_has_at_hand_is_not_given_out_when_its_answer_is_lost() -> None:
     schedule = schedule_of(range(1), [0, 1], keeps=True)
-    assert schedule.take(0) == 0
+    assert schedule.take(0, HERE) == 0
     assert schedule.double(1, slow=[0]) == 0
     assert schedule.answered(1, 0, schedule.number_of(1))
     schedule.lost(1)
-    assert schedule.take(1) is None
+    assert schedule.take(1, HERE) is None
     schedule.in_vain(0, 0)
-    assert schedule.take(1) == 0
+    assert schedule.take(1, HERE) == 0
+
+
+# --- on which node ----------------------------------------------------------------------------------------------------------------
+
+
+def test_items_stay_on_the_nodes_of_their_bytes_and_others_are_for_everyone() -> None:
+    nodes = {0: "a", 1: "b", 2: "a"}
+    homes = ["a"] * 4 + ["b"] * 4 + ["gone", ""] + ["a"] * 2
+    schedule = Schedule(range(12), nodes, homes, keeps=False, numbers=itertools.count(1))
+    taken: dict[int, list[int]] = {owner: [] for owner in nodes}
+    for owner in 3 * [0, 1, 2]:
+        batch = schedule.take(owner, nodes)
+        assert batch is not None
+        taken[owner] += schedule.batches[batch]
+    assert taken == {0: [0, 1, 2], 1: [4, 5, 6], 2: [3, 10, 11]}
+
+
+def test_work_of_another_node_is_taken_last_and_only_what_it_would_not_begin_soon() -> None:
+    nodes = {0: "a", 1: "a", 2: "b", 3: "b"}
+    schedule = Schedule(range(10), nodes, ["a"] * 4 + ["b"] * 6, keeps=False, numbers=itertools.count(1))
+    assert [schedule.take(0, nodes) for _ in range(4)] == [0, 1, 3, 2], "its own, then from the end of its neighbour's"
+    assert [schedule.take(0, nodes) for _ in range(3)] == [6, 9, None]
+    assert schedule.take(0, {0: "a", 2: "b"}) == 5, "one of the two who should begin it is stuck"
+    assert [schedule.take(0, {0: "a", 2: "b"}) for _ in range(2)] == [8, None]
+    assert schedule.take(0, {0: "a"}) == 4, "nobody is there to do it"
+
+
+def test_an_owner_is_told_what_comes_next_of_its_own_run() -> None:
+    schedule = schedule_of(range(6), [0, 1], keeps=False)
+    assert [(schedule.take(0, HERE), schedule.following(0)) for _ in range(4)] == [
+        (0, [1]),
+        (1, [2]),
+        (2, ()),
+        (5, ()),  # of the other's run, from its end
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 700), st.integers(0, 1 << 32))
+def test_owners_of_one_speed_leave_the_work_of_other_nodes_alone(owners_of: list[int], items: int, seed: int) -> None:
+    """Each answers a batch a round, in any order; in later sweeps all is answered again where it was answered first."""
+    choose = random.Random(seed)
+    names = [f"n{k}" for k, count in enumerate(owners_of) for _ in range(count)]
+    nodes = dict(enumerate(names))
+    homes, before = [""] * items, None
+    for _ in range(3):
+        schedule = Schedule(range(items), nodes, homes, keeps=False, numbers=itertools.count(1))
+        hands: dict[int, list[int]] = {owner: [] for owner in nodes}
+        for _ in range(10_000):
+            for owner in choose.sample(list(nodes), len(nodes)):
+                while len(hands[owner]) < IN_FLIGHT and (batch := schedule.take(owner, nodes)) is not None:
+                    hands[owner].append(batch)
+                    homes[schedule.batches[batch][0] : schedule.batches[batch][-1] + 1] = [nodes[owner]] * len(
+                        schedule.batches[batch]
+                    )
+            for owner, hand in hands.items():
+                if hand:
+                    assert schedule.answered(owner, hand.pop(0), schedule.number_of(owner))
+            if schedule.done:
+                break
+        assert schedule.done
+        assert before in (None, homes)
+        assert [node for node, _ in itertools.groupby(homes)] == [f"n{k}" for k in range(len(owners_of)) if f"n{k}" in homes]
+        before = list(homes)
 
 
 # --- whose answer counts ----------------------------------------------------------------------------------------------------------
@@ -141,14 +208,14 @@ def test_what_another_still_has_at_hand_is_not_given_out_when_its_answer_is_lost
 
 def test_an_answer_to_a_subtotal_that_was_given_away_is_of_no_use() -> None:
     schedule = schedule_of(range(2), [0], keeps=True)
-    first, second = schedule.take(0), schedule.take(0)
+    first, second = schedule.take(0, HERE), schedule.take(0, HERE)
     assert first is not None
     assert second is not None
     number = schedule.number_of(0)
     assert schedule.answered(0, first, number)
     assert schedule.last_verdict(0) == (number, [first], [])
     assert not schedule.answered(0, second, number)
-    assert schedule.take(0) == second
+    assert schedule.take(0, HERE) == second
 
 
 def test_nothing_counts_until_the_driver_says_so() -> None:
@@ -222,11 +289,15 @@ class Simulation:
 
     def __init__(self, owners: int, deaths: int, choose: random.Random) -> None:
         self.owners = {number: SimulatedOwner() for number in range(owners)}
+        self.nodes = {number: choose.choice("abc") for number in self.owners}
+        self.homes: dict[int, str] = {}
         self.numbers, self.names = itertools.count(1), itertools.count(owners)
         self.deaths, self.choose = deaths, choose
 
     def fold(self, items: Sequence[int]) -> Count:
-        schedule = Schedule(items, list(self.owners), keeps=True, numbers=self.numbers)
+        known = {number: node for number, node in self.nodes.items() if self.choose.random() < 0.9}  # the others come late
+        homes = [self.homes.get(item, "") for item in items]
+        schedule = Schedule(items, known, homes, keeps=True, numbers=self.numbers)
         for _ in range(100_000):
             if self.deaths and self.choose.random() < 0.02:
                 self.deaths -= 1
@@ -245,7 +316,8 @@ class Simulation:
         owner = self.owners[number]
         if len(owner.calls) + len(owner.replies) == IN_FLIGHT:
             return
-        batch = schedule.take(number)
+        able = {n: node for n, node in self.nodes.items() if n == number or self.choose.random() < 0.8}
+        batch = schedule.take(number, able)
         if batch is None:
             batch = schedule.double(number, [n for n in self.owners if self.choose.random() < 0.7])
         if batch is not None:
@@ -255,12 +327,13 @@ class Simulation:
         replies = self.owners[number].replies
         if replies:
             of, verdict, batch = replies.pop(0)
-            if of is schedule:
-                schedule.answered(number, batch, verdict.number)
+            if of is schedule and schedule.answered(number, batch, verdict.number):
+                self.homes |= dict.fromkeys(schedule.batches[batch], self.nodes[number])
 
     def die(self, schedule: Schedule, number: int) -> None:
-        del self.owners[number]
-        self.owners[next(self.names)] = SimulatedOwner()
+        del self.owners[number], self.nodes[number]
+        born = next(self.names)
+        self.owners[born], self.nodes[born] = SimulatedOwner(), self.choose.choice("abcd")
         schedule.lost(number)
 
     def add_up(self, schedule: Schedule, giver: int, taker: int) -> None:

@@ -25,6 +25,7 @@ from clusters import DEADLINE_S, await_end, await_that, ray_address
 
 from pcb_ray.cluster import cluster
 from pcb_ray.errors import RequestError, RunError
+from pcb_ray.nodes import Needs
 from pcb_ray.questions import OwnerState
 from pcb_ray.runtime import RayOwners
 from pcb_ray.schedule import Patience
@@ -55,6 +56,7 @@ class Folder:
     """Stands for a plan: a folder that all processes see."""
 
     path: str
+    reads = None  # the same for all of them
 
     def claim(self, name: object) -> bool:
         """Whether the caller is the first one that asks for this."""
@@ -179,7 +181,7 @@ class Failing:
 
 @contextlib.contextmanager
 def owners_of(folder: Folder, patience: Patience, workers: int = 2) -> Iterator[RayOwners]:
-    owners = RayOwners(workers=workers, device="cpu", worker_bytes=1 << 20, patience=patience, make_owner=make_fake)
+    owners = RayOwners(workers=workers, needs=Needs("cpu", 1 << 20), patience=patience, make_owner=make_fake)
     try:
         owners.use(folder, 1)  # type: ignore[arg-type]
         owners.wait_until_ready()

@@ -221,7 +221,6 @@ def test_exit_codes_are_those_of_the_job(head: Head) -> None:
 
 
 @pytest.mark.very_slow
-@pytest.mark.very_slow
 def test_a_log_that_is_no_text_does_not_keep_the_exit_code(head: Head) -> None:
     job_that(head, "no-text", "echo first; printf '\\377\\n'; exit 3")
     run = submit(head, "--follow", "no-text")
@@ -326,7 +325,6 @@ def test_without_a_terminal_an_interrupted_submit_leaves_its_job(head: Head, tmp
 
 
 @pytest.mark.very_slow
-@pytest.mark.very_slow
 def test_a_job_that_nobody_waits_for_is_followed_later(head: Head, recipe: Path, merged: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     sent = submit(head, "merge", recipe, out, "--no-wait")
@@ -423,7 +421,6 @@ def test_lost_connections_lose_no_line_and_show_none_twice(head: Head, tmp_path:
 
 
 @pytest.mark.very_slow
-@pytest.mark.very_slow
 def test_a_connection_that_breaks_while_a_merge_is_submitted_starts_it_once(
     head: Head, recipe: Path, merged: dict[str, str], tmp_path: Path, proxy: Proxy
 ) -> None:
@@ -439,7 +436,6 @@ def test_a_connection_that_breaks_while_a_merge_is_submitted_starts_it_once(
     assert sum(one["submission_id"] == job for one in details(head)) == 1
 
 
-@pytest.mark.very_slow
 @pytest.mark.very_slow
 def test_a_cluster_that_stays_away_is_told_after_the_stated_time(head: Head, tmp_path: Path, proxy: Proxy) -> None:
     job = waiting_job(head, "away", tmp_path / "gate")
@@ -469,7 +465,6 @@ def test_a_cluster_that_stays_away_is_told_after_the_stated_time(head: Head, tmp
 # --- the token -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.very_slow
 @pytest.mark.very_slow
 def test_another_token_or_none_is_refused_with_a_way_to_mend_it(head: Head, recipe: Path) -> None:
     for change, found in ({"RAY_AUTH_MODE": "disabled"}, "none sent"), ({"RAY_AUTH_TOKEN": "0" * 64}, "another one here"):

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pcb_ray.cluster import nodes
 from pcb_ray.errors import RequestError, RunError, reason_in, with_place
+from pcb_ray.nodes import nodes, shown_nodes
 from pcb_ray.output.state import Place, State
 from pcb_ray.progress import CountBar
 from pcb_ray.schedule import Patience
@@ -176,7 +176,7 @@ class _Scorers:
             elif time.monotonic() - last_sign > PATIENCE.placement_s:
                 raise RunError(
                     f"search.resources_per_trial: wanted a process with {self._waits_for}, found no place for it in "
-                    f"{PATIENCE.placement_s:.0f} s: other jobs may hold what the cluster has ({nodes()}). "
+                    f"{PATIENCE.placement_s:.0f} s: other jobs may hold what the cluster has ({shown_nodes(nodes())}). "
                     "Fix: free some, then go on with --resume."
                 )
             for answer in ready:

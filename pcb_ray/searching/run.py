@@ -30,6 +30,7 @@ from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.merging import Kept, opened, settled
 from pcb_ray.methods import Known
+from pcb_ray.nodes import Pool
 from pcb_ray.output.companions import RECIPE, SideFile, check_side_files, side_files, write_side_files
 from pcb_ray.output.folder import Folder
 from pcb_ray.output.place import folder_of
@@ -65,6 +66,8 @@ def search(
     workers: int | None = None,
     address: str | None = None,
     memory: int | None = None,
+    labels: Mapping[str, str] | None = None,
+    resources: Mapping[str, float] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     resume: bool = False,
     overwrite: bool = False,
@@ -74,8 +77,8 @@ def search(
     """Search the coefficients that the recipe's `search:` section opens, and merge the best candidate into the directory `out`.
 
     `evaluator` is an object with `load` and `score` (see `searching.evaluators`), instead of the one that the recipe names.
-    `workers`, `address` and `memory` are for the analysis, as in `merge`; `allow_code` counts for the evaluator too. `out` also
-    holds best_recipe.yaml, trials.parquet, report.html and the Tune experiment.
+    `workers`, `address`, `memory`, `labels` and `resources` are for the analysis, as in `merge`; `allow_code` counts for the
+    evaluator too. `out` also holds best_recipe.yaml, trials.parquet, report.html and the Tune experiment.
 
     Raises RequestError if the request, an input or the evaluator is wrong (before the first trial, unless an input is edited
     later), RunError if the run can't be finished; `resume` goes on with it.
@@ -83,7 +86,7 @@ def search(
     start = time.monotonic()
     recipe, place = Recipe.of(recipe, allow_code=allow_code), Folder(folder_of(out), overwrite=overwrite)
     request = Search.of(recipe, has_evaluator=evaluator is not None)
-    how = _How(workers, address, memory, max_shard_bytes, resume, overwrite, quiet)
+    how = _How(workers, address, memory, Pool(labels or {}, resources or {}), max_shard_bytes, resume, overwrite, quiet)
     report, tune = _tools()
     variants = request.variants or (_variant(recipe),)
     with _prepared(recipe, request, place, variants, evaluator, how, model=True) as run:
@@ -118,6 +121,8 @@ def sweep(
     workers: int | None = None,
     address: str | None = None,
     memory: int | None = None,
+    labels: Mapping[str, str] | None = None,
+    resources: Mapping[str, float] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     allow_code: bool = False,
@@ -133,7 +138,7 @@ def sweep(
     asked = Search.of(recipe, has_evaluator=evaluator is not None)
     # Without an optimizer there are no generations: all points are one. And nothing is reported on a split of its own.
     request = dataclasses.replace(asked, parameters={}, variants=(), optimizer="", population=len(points), report_split="")
-    how = _How(workers, address, memory, DEFAULT_SHARD_BYTES, resume, overwrite, quiet)
+    how = _How(workers, address, memory, Pool(labels or {}, resources or {}), DEFAULT_SHARD_BYTES, resume, overwrite, quiet)
     report, tune = _tools()
     variants = tuple(dict.fromkeys(p.get("variant", _variant(recipe)) for p in points))
     largest = max((p[request.share] for p in points if request.share in p), default=None)
@@ -175,6 +180,7 @@ class _How:
     workers: int | None
     address: str | None
     memory: int | None
+    pool: Pool
     max_shard_bytes: int
     resume: bool
     overwrite: bool
@@ -399,7 +405,9 @@ def _with_bases(arms: Mapping[str, Arm], state: State[Folder], scored: bool, how
     for arm in arms.values():
         Path(arm.folder).mkdir(exist_ok=True)
     beside = max(writer_bytes(plan, scored) for plan in plans)
-    place = placed(plans, workers=how.workers, memory=how.memory, beside=beside, writes_to=lambda: state.place, quiet=how.quiet)
+    place = placed(
+        plans, workers=how.workers, memory=how.memory, pool=how.pool, beside=beside, writes_to=lambda: state.place, quiet=how.quiet
+    )
     with place as session:
         return {variant: _with_basis(arm, session, state, variant, scored) for variant, arm in arms.items()}
 
@@ -534,7 +542,9 @@ def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
         state.found["winner"] = label
         state.save()
     store = open_store(plan.stamps, winner.storage)
-    with placed([plan], workers=how.workers, memory=how.memory, writes_to=lambda: state.place, quiet=how.quiet) as session:
+    with placed(
+        [plan], workers=how.workers, memory=how.memory, pool=how.pool, writes_to=lambda: state.place, quiet=how.quiet
+    ) as session:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
         with _trials_kept(state, "the winner could not be merged"):
             files = side_files(winner, plan, run.inputs.base, run.inputs.tokenizer)

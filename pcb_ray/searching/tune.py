@@ -458,21 +458,20 @@ class StayingTrials(FIFOScheduler):
 
 def check_resources(search: Search) -> int:
     """How many trials run at a time: what the recipe says, or the cluster holds. Raises RequestError if it is none."""
-    from pcb_ray.cluster import nodes
+    from pcb_ray.nodes import nodes, shown_nodes
 
     found = nodes()
     fits = [
         min(
-            int(n[kind] // asked) if asked else 1 << 20
+            int(n.has(kind) // asked) if asked else 1 << 20
             for kind, asked in (("CPU", search.cpu), ("GPU", search.gpu), ("memory", search.memory))
         )
         for n in found
     ]
     if sum(fits) == 0:
         raise RequestError(
-            f"search.resources_per_trial: wanted a node with {shown_resources(search)}, found "
-            + "; ".join(_shown(n["CPU"], n["GPU"], n["memory"]) for n in found)
-            + ". Fix: ask for less (memory: by default the model in float32), or join a cluster that has them by --address."
+            f"search.resources_per_trial: wanted a node with {shown_resources(search)}, found {shown_nodes(found)}. Fix: ask for "
+            "less (memory: by default the model in float32), or join a cluster that has them by --address."
         )
     return min(sum(fits), search.concurrency or sum(fits))
 
