@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -173,7 +174,8 @@ def opened(
     if inputs.on_hub and not like:
         inputs = fetched(recipe, inputs)
         plan = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
-    return inputs, related(plan, open_store(storage=recipe.storage))
+    with contextlib.closing(open_store(storage=recipe.storage)) as store:
+        return inputs, related(plan, store)
 
 
 def settled(session: Session, inputs: Inputs, replan: Callable[[Inputs], Plan]) -> Inputs:

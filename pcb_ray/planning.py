@@ -15,6 +15,7 @@ them, and the output's bytes, into pieces that depend on nothing else:
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -580,7 +581,10 @@ def plan(
     recipe = Recipe.of(recipe, allow_code=allow_code)
     inputs = open_inputs(recipe)
     made = plan_of(recipe, inputs, max_shard_bytes=max_shard_bytes)
-    return made if inputs.on_hub else related(made, open_store(storage=recipe.storage))
+    if inputs.on_hub:
+        return made
+    with contextlib.closing(open_store(storage=recipe.storage)) as store:
+        return related(made, store)
 
 
 def related(plan: Plan, store: Store) -> Plan:

@@ -192,7 +192,10 @@ class _Handler(BaseHTTPRequestHandler):
             files[value["path"]] = self.server_hub.blobs[value["oid"]] if key == "lfsFile" else base64.b64decode(value["content"])
         commit = commit_of(f"{repo} {branch} {before}")
         is_request = "create_pr=1" in urlsplit(self.path).query
-        model.commits[commit], model.dates[commit] = files, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        model.commits[commit], model.dates[commit] = (
+            files,
+            datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        )
         model.revisions["refs/pr/1" if is_request else branch] = commit
         url = f"{self.server_hub.endpoint}/{repo}"
         more = {"pullRequestUrl": f"{url}/discussions/1"} if is_request else {}

@@ -22,6 +22,7 @@ from pcb_ray.cli import main, parser
 from pcb_ray.files.room import Room
 from pcb_ray.grid import points_of
 from pcb_ray.many import _How, _opened, _recipes
+from pcb_ray.nodes import Pool
 from pcb_ray.planning import plan
 from pcb_ray.searching.evaluators import check_evaluator
 from pcb_ray.searching.request import Search, Space
@@ -306,6 +307,17 @@ def test_announced_once_for_many_merges(places: Path, family: MakeFamily, caplog
     recipes = [recipe_in(places, one, merge_method="own.py:own")]
     recipes.append(Path(shutil.copy(recipes[0], places / "recipes" / "again.yaml")))
     caplog.set_level(logging.WARNING)
-    how = _How(places / "outs", 10**9, None, "cpu", 1, Room.for_a_run(None, "", None), resume=False, overwrite=False, quiet=True)
+    how = _How(
+        str(places / "outs"),
+        10**9,
+        None,
+        "cpu",
+        1,
+        Pool(),
+        Room.for_a_run(None, "", None),
+        resume=False,
+        overwrite=False,
+        quiet=True,
+    )
     assert len(_opened(_recipes(recipes, False, {}), how, {})) == 2
     assert sum("merge_method runs code of" in line for line in caplog.messages) == 1

@@ -181,6 +181,10 @@ class HubFiles:
         """Requests that were made again."""
         return self._retries.count
 
+    def close(self) -> None:
+        """Make no request again any more."""
+        self._retries.end()
+
     def head(self, uri: str) -> Stamp:
         """What a file is. Raises OSError."""
         stamp = self._retries.ask(uri, lambda: self._link(uri)).stamp

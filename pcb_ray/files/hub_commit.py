@@ -136,7 +136,7 @@ class Branch:
         from huggingface_hub import HfApi
 
         made = self._patiently(lambda: HfApi().list_repo_commits(self.repo, revision=self.name)[0].created_at)
-        return int(made.timestamp()) * 10**9
+        return int(made.timestamp() * 1000) * 10**6
 
     def _patiently(self, ask: Callable[[], _T], patience_s: float = objects.PATIENCE_S) -> _T:
         def attempt() -> _T:

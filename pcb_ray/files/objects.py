@@ -109,6 +109,8 @@ class Retries:
 
     def __init__(self, patience_s: float) -> None:
         self.patience_s, self._lock = patience_s, threading.Lock()
+        self._random = random.Random()  # not the one of the module, which a user may have seeded
+        self._ended = threading.Event()
         self.count = 0
 
     def ask(self, uri: str, attempt: Callable[[], _T]) -> _T:
@@ -120,11 +122,15 @@ class Retries:
                 return attempt()
             except Passing as failure:
                 left = self.patience_s - (time.monotonic() - begin)
-                if left <= 0:
+                if left <= 0 or self._ended.is_set():
                     raise Busy(errno.ETIMEDOUT, f"no answer in {self.patience_s:.0f} s ({failure})", uri) from None
                 self.note()
-                time.sleep(min(left, pause * random.uniform(0.5, 1.0)))
+                self._ended.wait(min(left, pause * self._random.uniform(0.5, 1.0)))
                 pause = min(2 * pause, longest)
+
+    def end(self) -> None:
+        """Make no request again any more: nobody waits for the answer."""
+        self._ended.set()
 
     def note(self) -> None:
         """Count one that is made again otherwise."""
@@ -180,6 +186,10 @@ class Objects:
     def retries(self) -> int:
         """Requests that were made again."""
         return self._retries.count
+
+    def close(self) -> None:
+        """Make no request again any more."""
+        self._retries.end()
 
     def head(self, uri: str) -> Stamp:
         """What an object is. Raises OSError."""
@@ -417,7 +427,10 @@ def _of_boto3() -> Any:
 def _stamp(meta: Mapping[str, Any]) -> Stamp:
     """What tells an object from what it may become: its ETag, or where a store has none its version or time."""
     modified = meta["last_modified"]
-    return Stamp(meta["size"], int(modified.timestamp()) * 10**9, 0, meta.get("e_tag") or meta.get("version") or str(modified))
+    # In whole seconds: what was written in the same one counts as older.
+    return Stamp(
+        meta["size"], int(modified.timestamp() + 1) * 10**9 - 1, 0, meta.get("e_tag") or meta.get("version") or str(modified)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- uploads

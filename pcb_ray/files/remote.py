@@ -130,6 +130,8 @@ class RemoteStore:
         pass
 
     def close(self) -> None:
+        self._objects.close()
+        self._hub.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._kept is not None:
             self._kept.close()
