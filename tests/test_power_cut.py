@@ -30,6 +30,7 @@ def seen(_: Request) -> None:
     """It goes on to the server as it is."""
 
 
+@pytest.mark.very_slow
 def test_a_merge_whose_driver_lost_its_machine_is_resumed_from_another(server: ObjectServer, tmp_path: Path) -> None:
     one = Family(tmp_path / "family", *families.fine_tuned(2, scale=1000))
     wanted = families.merge_locally(plan(one.recipe(), max_shard_bytes=18_000_000), tmp_path / "wanted").files
