@@ -168,6 +168,7 @@ def test_without_a_cluster_to_join_there_is_advice_and_no_state(job: Job, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.very_slow
 def test_a_temporary_folder_too_long_for_sockets_is_told_before_anything_and_the_advice_helps(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
 

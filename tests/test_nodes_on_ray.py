@@ -110,6 +110,7 @@ with cluster(sys.argv[1]):
 """
 
 
+@pytest.mark.very_slow
 @pytest.mark.skipif(not can_be_apart(), reason="no right to make namespaces here")
 def test_chunks_stay_on_the_node_that_has_their_bytes_when_owners_come_and_go(server: ObjectServer, tmp_path: Path) -> None:
     """Two nodes, neither of which sees what the other keeps. Owners are killed between sweeps, so that the order of all owners is

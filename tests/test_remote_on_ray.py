@@ -173,6 +173,7 @@ def test_the_token_of_the_driver_is_not_sent_to_a_cluster_whose_nodes_have_none(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.very_slow
 def test_a_merge_from_the_hub_to_the_hub_is_one_commit_and_a_node_that_may_not_write_is_named(hub: Hub, tmp_path: Path) -> None:
     one = Family(tmp_path / "family", *families.fine_tuned(2, scale=64))
     wanted = families.merge_locally(plan(one.recipe(), max_shard_bytes=1_500_000), tmp_path / "wanted").files

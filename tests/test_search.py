@@ -311,6 +311,7 @@ def test_a_scorer_of_the_references_that_dies_is_replaced(family, tmp_path, capl
         assert all("near" in metrics for metrics in found.scores[name].values())
 
 
+@pytest.mark.very_slow
 def test_a_search_that_fails_too_often_stops_with_the_reason_and_goes_on_when_its_evaluator_is_mended(family, tmp_path, caplog):
     out, mine = tmp_path / "out", tmp_path / "mine.py"
     mine.write_text(EVALUATORS.read_text())
