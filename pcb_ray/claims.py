@@ -10,7 +10,7 @@ import itertools
 
 from pcb_ray.errors import RequestError, RunError, with_place
 from pcb_ray.files.hub_commit import Branch
-from pcb_ray.files.objects import HUB_SCHEME, object_problem
+from pcb_ray.files.objects import HUB_SCHEME, unreadable
 from pcb_ray.files.store import Store, is_remote
 from pcb_ray.files.stores import size_of_file
 from pcb_ray.local import LocalOwners
@@ -159,7 +159,7 @@ def wrong_files(store: Store, out: str, receipt: Receipt) -> list[str]:
             elif hashlib.sha256(_header(store, path, file.bytes)).hexdigest() != file.header_sha256:
                 problems.append(f"{path}: wanted the header that was written, found another. {FIX}")
     except OSError as error:
-        raise RequestError(object_problem(out, error)) from None
+        raise RequestError(unreadable(error.filename or out, error)) from None
     return problems
 
 

@@ -20,7 +20,7 @@ from pcb_ray.checks import shown, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.files.foreign import is_inside, strict_json
 from pcb_ray.files.hub import hub_id
-from pcb_ray.files.objects import object_problem
+from pcb_ray.files.objects import unreadable
 from pcb_ray.files.safetensors import File
 from pcb_ray.files.store import Store, is_remote
 from pcb_ray.files.stores import open_store, size_of_file
@@ -171,11 +171,7 @@ def read_small(out: str | os.PathLike[str], name: str, store: Store) -> bytes:
         data = bytearray(size)
         store.read(file, 0, memoryview(data))
     except OSError as error:
-        raise RequestError(
-            object_problem(file, error)
-            if is_remote(file)
-            else f"{file}: wanted to read it, found: {error.strerror}. Fix: check the file and its rights."
-        ) from None
+        raise RequestError(unreadable(file, error)) from None
     return bytes(data)
 
 

@@ -24,7 +24,7 @@ from pcb_ray.files.store import Store, is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.output.companions import RECIPE
-from pcb_ray.output.place import place_of
+from pcb_ray.output.place import reads_of
 from pcb_ray.questions import DigestParts, shown_digest, sum_of
 from pcb_ray.receipt import Receipt, Verified, read_small
 from pcb_ray.recipe import Recipe, read_yaml
@@ -44,7 +44,7 @@ def verify(
 
     Raises RequestError if OUT or its inputs can't be read at all, or `method` is missing or another one.
     """
-    out, store = place_of(out).reads, open_store()
+    out, store = reads_of(out), open_store()
     receipt = Receipt.of(out, store)
     if receipt.arithmetic != ARITHMETIC:
         raise RequestError(

@@ -16,7 +16,7 @@ from clusters import digests, flip, state_of
 from families import Family, merged_to
 from safetensors.torch import save_file
 
-from pcb_ray import Recipe, RequestError, merging
+from pcb_ray import Recipe, RequestError, merging, verify
 from pcb_ray.receipt import RECEIPT, Receipt
 
 
@@ -216,3 +216,10 @@ def test_a_run_that_was_killed_after_its_output_had_its_name_is_done(case):
     (state_of(out) / "state.json").write_text("{}")  # there is work of another run, which is to replace it
     with pytest.raises(RequestError, match="the unfinished run goes on"):
         merge(family.recipe(), out)
+
+
+def test_what_is_verified_may_be_named_by_a_relative_path_also_in_a_job(case, monkeypatch):
+    _, out = case
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.chdir(out.parent)
+    assert verify(out.name).ok

@@ -62,16 +62,29 @@ def check_into(into: str) -> None:
 
 def folder_of(out: str | os.PathLike[str]) -> Path:
     """The path of an output that must be a folder. Raises RequestError."""
+    path = _path_of(out)
+    if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise RequestError(
+            f"{path}: wanted an absolute path, found a relative output inside a Ray job, which would be written to the job's "
+            "temporary folder and lost. Fix: give an absolute path on storage that lasts."
+        )
+    return path
+
+
+def reads_of(out: str | os.PathLike[str]) -> str:
+    """Where an output that is there is read: what is written, and by whom, does not matter. Raises RequestError."""
+    name = os.fspath(out)
+    if name.startswith(HUB_SCHEME):
+        return Repository(Branch.of(name), Folder(".")).reads
+    return Prefix(name, None).reads if is_object(name) else str(_path_of(name))
+
+
+def _path_of(out: str | os.PathLike[str]) -> Path:
     name = os.fspath(out).removeprefix(_FILE)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
         raise RequestError(
             f"{without_credentials(name)}: wanted a folder (only a merge may go to s3://, gs://, az://, hf://), found a URI "
             "where this can't be written. Fix: name a folder that all nodes see, and copy it when it is whole."
-        )
-    if not os.path.isabs(name) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise RequestError(
-            f"{name}: wanted an absolute path, found a relative output inside a Ray job, which would be written to the job's "
-            "temporary folder and lost. Fix: give an absolute path on storage that lasts."
         )
     return Path(name)
 
