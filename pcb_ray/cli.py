@@ -277,7 +277,10 @@ def parser() -> argparse.ArgumentParser:
     merge.usage = "pcb-ray merge RECIPE OUT [options]\n       pcb-ray merge RECIPE [RECIPE ...] --into DIR [options]"
     merge.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
     merge.add_argument(
-        "more", metavar="OUT", nargs="*", help="the directory to make, which transformers loads; or a prefix, s3://bucket/name"
+        "more",
+        metavar="OUT",
+        nargs="*",
+        help="the directory to make, which transformers loads; or s3://bucket/name (gs, az), or hf://org/name",
     )
     merge.add_argument("--into", metavar="DIR", help="merge each recipe into DIR, to a directory that is named after it")
     merge.set_defaults(refuse=merge.error)
@@ -360,7 +363,9 @@ def parser() -> argparse.ArgumentParser:
         )
 
     verify = command("verify", "Check a merged directory: all digests, and a sample of parts recomputed from the inputs.", "")
-    verify.add_argument("out", metavar="OUT", help="a directory, or a prefix in an object store, that pcb-ray merge wrote")
+    verify.add_argument(
+        "out", metavar="OUT", help="what pcb-ray merge wrote: a directory, s3://bucket/name (gs, az), or hf://org/name"
+    )
     verify.add_argument(
         "--method",
         metavar="FILE[:NAME]",

@@ -57,12 +57,13 @@ def merge(
     pull_request: bool = False,
     quiet: bool = False,
 ) -> Receipt:
-    """Merge the recipe's models into `out` on Ray, a directory or a prefix in an object store (`s3://bucket/merged`), and return
-    the receipt (also in `out`/pcb_receipt.json).
+    """Merge the recipe's models into `out` on Ray, a directory, a prefix in an object store (`s3://bucket/merged`) or a repository
+    on the Hub (`hf://org/name@branch`), and return the receipt (also in `out`/pcb_receipt.json).
 
     The output's bytes are a function of the inputs and the recipe: neither `workers`, `memory` (bytes of anonymous memory per
     worker), `device` nor a lost worker shows in them. A directory appears only when whole; what lies in a store is whole when its
-    receipt is there. A run that was killed goes on with `resume=True`.
+    receipt is there; on the Hub it is one commit, or with `pull_request` a pull request. A run that was killed goes on with
+    `resume=True`. Its state lies beside `out`; of one to the Hub in `state`, a folder or a prefix (else in the recipe's folder).
 
     Without `workers` there is one for each core (GPU) of the cluster, and more as nodes join. `labels` say which nodes may work,
     with values as Ray's label selectors have them; `resources` are what of custom ones each worker takes.

@@ -37,7 +37,7 @@ def verify(
     out: str | os.PathLike[str], *, method: str | os.PathLike[str] | None = None, sample: int = SAMPLE, quiet: bool = False
 ) -> Verified:
     """Check a merge against its receipt: every file's digest, and `sample` parts recomputed from the inputs. `out` is a directory,
-    or a prefix in an object store.
+    a prefix in an object store, or a repository on the Hub.
 
     No code is run that OUT holds or names. For a merge by a method of one's own, `method` names the same code again: its file, or
     `file.py:object` or `module:object` as a recipe in this folder would.
