@@ -314,7 +314,11 @@ def parser() -> argparse.ArgumentParser:
             "--workers", type=count, metavar="N", help="workers of the analysis (default: one per core of the cluster)"
         )
         one.add_argument("--address", help="a Ray cluster to join, such as ray-head:6379 (default: start a local one)")
-        one.add_argument("--resume", action="store_true", help="go on with an unfinished run; what has a score is not scored again")
+        one.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on with an unfinished run; nothing is scored again, or done at all if OUT is this very one",
+        )
         one.add_argument("--overwrite", action="store_true", help="replace OUT if it exists, and forget an unfinished run")
 
     for one in merge, search, sweep:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,9 +169,9 @@ def make_model_dir(folder: Path, files: Mapping[str, SideFile], store: Store) ->
 class _Keeper:
     """Keeps what trials of its node have fetched, from the first to the last of them."""
 
-    def __init__(self, material: Material, reads: tuple[str, ...]) -> None:
+    def __init__(self, material: Material, reads: Sequence[str], check: Callable[[], None]) -> None:
         self._start = lambda: Nearby(material)
-        self._material, self._reads = material, reads
+        self._material, self._reads, self._check = material, reads, check
 
     def problem(self) -> tuple[str, str]:
         """This machine's name, and what is in the way of trials on it; empty if nothing is."""
@@ -182,6 +182,7 @@ class _Keeper:
             self._nearby = self._start()
             for file in self._reads:
                 self._look(file)
+            self._check()
         except RequestError as error:
             return error.problems[0]
         wanted, found = self._material.fetched_bytes, self._nearby.room
@@ -209,10 +210,11 @@ class _Keeper:
 
 
 @contextlib.contextmanager
-def kept_on(found: list[Node], material: Material, reads: tuple[str, ...]) -> Iterator[None]:
+def kept_on(found: Sequence[Node], material: Material, reads: Sequence[str], check: Callable[[], None]) -> Iterator[None]:
     """With what trials fetch kept on each of these nodes until the block ends, whichever processes come and go.
 
-    Raises RequestError, by node, if one can't read what trials `reads`, or has no room for what they fetch."""
+    Raises RequestError, by node, if one can't read a file that trials read, does not stand the `check`, or has no room for what is
+    fetched."""
     if material.room is None and len(found) == 1:  # the one that this process is on
         yield
         return
@@ -224,7 +226,7 @@ def kept_on(found: list[Node], material: Material, reads: tuple[str, ...]) -> It
         (node, keeper.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)))
         for node in found
     ]
-    made = [(node, options.remote(material, reads)) for node, options in made]
+    made = [(node, options.remote(material, reads, check)) for node, options in made]
     try:
         asked = {actor.problem.remote(): node for node, actor in made}
         waiting, problems = list(asked), list[str]()

@@ -33,7 +33,7 @@ from pcb_ray.merging import Kept, needs_room, opened, settled
 from pcb_ray.merging import writer_bytes as output_bytes
 from pcb_ray.methods import Known
 from pcb_ray.nodes import Pool, nodes
-from pcb_ray.output.companions import check_side_files, side_files, write_side_files
+from pcb_ray.output.companions import SideFile, check_side_files, side_files, write_side_files
 from pcb_ray.output.folder import STATE, Folder
 from pcb_ray.output.place import place_of_search
 from pcb_ray.output.prefix import Prefix
@@ -43,12 +43,13 @@ from pcb_ray.progress import readable_bytes
 from pcb_ray.questions import Written, inputs_of
 from pcb_ray.receipt import RECEIPT, Receipt
 from pcb_ray.recipe import Recipe
+from pcb_ray.searching import results
 from pcb_ray.searching.building import BuildVolumes, CheckLinear, DigestVolumes
-from pcb_ray.searching.evaluators import check_evaluator
+from pcb_ray.searching.evaluators import check_evaluator, check_here
 from pcb_ray.searching.nearby import Material, kept_on, make_model_dir, model_files
 from pcb_ray.searching.references import dry_score, known_of, references
 from pcb_ray.searching.request import Config, Search, Space, grid_of
-from pcb_ray.searching.results import Found, Scores, Swept
+from pcb_ray.searching.results import FOUND, Found, Scores, Swept
 from pcb_ray.searching.scorer import Arm, Job
 from pcb_ray.searching.volumes import basis_bytes, chunks_of_volume, volume_file, volumes_of, writer_bytes
 from pcb_ray.session import Session
@@ -57,7 +58,7 @@ from pcb_ray.user_code import UserCode
 
 log = logging.getLogger("pcb_ray")
 
-BEST, FOUND = "best_recipe.yaml", "pcb_search.json"
+BEST = "best_recipe.yaml"
 TUNE = "tune"
 PICKLED = ".pkl"  # what Tune leaves to go on with: it holds the evaluator's options, whatever these may be
 BLOCKS_LOOKED_AT = 4  # for whether a method is linear in the weights
@@ -112,7 +113,11 @@ def search(
     )
     report, tune = _tools()
     variants = request.variants or (_variant(recipe),)
-    with _prepared(recipe, request, place, variants, evaluator, how, model=True) as run:
+    asked = _asked(recipe, request, place, variants, evaluator, how, model=True)
+    if asked.record is not None:
+        log.warning("%s: is this very search already, and nothing was done", place.out)
+        return results.found_of(asked.record, request, asked.space, Receipt.of(place.reads, open_store(storage=recipe.storage)))
+    with _prepared(asked) as run:
         state, job = run.state, run.job
         progress, known = _progress(request.budget, job, state, quiet=quiet)
         records, best_trial = _tried(
@@ -131,7 +136,9 @@ def search(
             elapsed_s=time.monotonic() - start,
         )
         found = dataclasses.replace(found, notes=tuple(report.notes_of(found)))
-        receipt = _write_winner(run, winner, best, report.files_of_search(records, found))
+        files = report.files_of_search(records, found)
+        files |= {BEST: winner.resolved().to_yaml().encode(), FOUND: results.as_json(_record_of(asked), found)}
+        receipt = _write_winner(run, winner, best, files)
         state.commit()
     return dataclasses.replace(found, receipt=receipt)
 
@@ -162,9 +169,9 @@ def sweep(
     recipe = Recipe.of(recipe, allow_code=allow_code)
     place = place_of_search(out, recipe.storage, FOUND, overwrite=overwrite)
     points = grid_of(recipe)
-    asked = Search.of(recipe, has_evaluator=evaluator is not None)
+    asked_for = Search.of(recipe, has_evaluator=evaluator is not None)
     # Without an optimizer there are no generations: all points are one. And nothing is reported on a split of its own.
-    request = dataclasses.replace(asked, parameters={}, variants=(), optimizer="", population=len(points), report_split="")
+    request = dataclasses.replace(asked_for, parameters={}, variants=(), optimizer="", population=len(points), report_split="")
     how = _How(
         workers,
         address,
@@ -180,7 +187,11 @@ def sweep(
     variants = tuple(dict.fromkeys(p.get("variant", _variant(recipe)) for p in points))
     largest = max((p[request.share] for p in points if request.share in p), default=None)
     swept = recipe if largest is None else recipe.with_parameters({request.share: largest})
-    with _prepared(swept, request, place, variants, evaluator, how, model=False, scored=largest is not None) as run:
+    asked = _asked(swept, request, place, variants, evaluator, how, model=False, scored=largest is not None, points=points)
+    if asked.record is not None:
+        log.warning("%s: is this very sweep already, and nothing was done", place.out)
+        return results.swept_of(asked.record, request, asked.space)
+    with _prepared(asked) as run:
         state, job = run.state, run.job
         progress, known = _progress(len(points), job, state, quiet=quiet)
         records, best_trial = _tried(job, run.shelf, tune.Listed(points, request.mode, progress), progress, len(points), known)
@@ -191,11 +202,13 @@ def sweep(
             touched = check_unchanged(store, state.stamps)
         for file in touched:
             log.warning("%s: touched during the sweep, its time of writing apart: if its content was changed, sweep again", file)
+        found = Swept(job.search, best, winner, run.base, tuple(records))
         files = report.files_of_sweep(job.search, points, records, run.base) | {BEST: winner.resolved().to_yaml().encode()}
         write_side_files(state.place.beside, files, store)
         state.place.take_along(run.shelf / TUNE, but=PICKLED)
+        write_side_files(state.place.beside, {FOUND: results.as_json(_record_of(asked), found)}, store)  # it says that all is there
         state.commit()
-    return Swept(job.search, best, winner, run.base, tuple(records))
+    return found
 
 
 def _variant(recipe: Recipe) -> str:
@@ -245,8 +258,37 @@ class _Run:
     """The folder, on this machine, where Tune keeps its experiment."""
 
 
-@contextlib.contextmanager
-def _prepared(
+@dataclass(frozen=True)
+class _Asked:
+    """A search that can be run, and of which nothing is done yet."""
+
+    recipe: Recipe
+    request: Search
+    place: Lasting
+    how: _How
+    inputs: Inputs
+    plan: Plan
+    plans: Mapping[str, Plan]
+    """By variant."""
+    space: Space
+    files: Mapping[str, SideFile]
+    evaluator: Any
+    code: UserCode | None
+    scored: bool
+    """Whether the share that is kept differs."""
+    model: bool
+    """Whether the output is to have one."""
+    points: Sequence[Config]
+    """Of a sweep."""
+    record: Mapping[str, Any] | None
+    """What an earlier search has found that lies in OUT, whole, and was asked the same."""
+
+    @property
+    def basis_bytes(self) -> int:
+        return sum(basis_bytes(plan, self.scored) for plan in self.plans.values())
+
+
+def _asked(
     recipe: Recipe,
     request: Search,
     place: Lasting,
@@ -256,20 +298,22 @@ def _prepared(
     *,
     model: bool,
     scored: bool | None = None,
-) -> Iterator[_Run]:
-    """What searches and sweeps have in common: everything is checked, the base is scored, each variant has its basis.
+    points: Sequence[Config] = (),
+) -> _Asked:
+    """Everything is checked. `scored` says whether the share that is kept will differ, if the request does not say so.
 
-    `model` says whether the output is to have one, and `scored` whether the share that is kept will differ, if the request does
-    not say so."""
+    Raises RequestError with all that is wrong."""
     from pcb_ray.searching import tune
 
     scored = request.scored if scored is None else scored
     code, of_code = (None, []) if evaluator is not None else _code_of(request, recipe)
     check_cluster(how.address)
+    before = results.record_in(place, recipe.storage) if how.resume else None
 
-    def check(plan: Plan) -> None:
+    def check(plan: Plan, beside: int = 0) -> None:
         check_follows(plan)
-        place.check(plan, resume=how.resume, model=model)
+        if before is None:
+            place.check(plan, resume=how.resume, model=model, beside=beside)
 
     first = _analysed(recipe, request, variants[0])
     inputs, plan = opened(first, how.max_shard_bytes, check)
@@ -280,16 +324,21 @@ def _prepared(
         plan = session.plan
         check(plan)
     plans = {v: plan_of(_analysed(recipe, request, v), inputs, max_shard_bytes=how.max_shard_bytes) for v in variants}
-    beside = sum(basis_bytes(p, scored) for p in plans.values())
-    place.check(plan, resume=how.resume, model=model, beside=beside)
-    for one in plans.values():
-        choose_block(
-            one, "cpu", how.memory, writer_bytes(one, scored, place.notes)
-        )  # a wrong bound is told before a cluster starts
     space = Space.of(request, recipe, plan)
+    files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
+    asked = _Asked(recipe, request, place, how, inputs, plan, plans, space, files, evaluator, code, scored, model, points, before)
+    if before is not None:
+        if problems := results.differences(before, _record_of(asked), place, recipe.storage):
+            try:
+                place.check(plan, resume=how.resume, model=model)
+            except RequestError as error:
+                raise RequestError([*error.problems, *problems]) from None
+        return asked
+    check(plan, asked.basis_bytes)
+    for one in plans.values():  # a wrong bound is told before a cluster starts
+        choose_block(one, "cpu", how.memory, writer_bytes(one, scored, place.notes))
     tune.check_optimizer(request, space)
     _check_picklable(evaluator)
-    files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
     for note in (*plan.notes, *space.notes, *of_code):
         log.warning("note: %s", note)
     if len(space.groups) > 1:
@@ -297,30 +346,61 @@ def _prepared(
         log.info("groups: %s", ", ".join(f"{name} {sizes[k]} tensors" for k, name in enumerate(space.groups)))
     if request.optimizer == "CMA" and request.budget <= request.population:
         log.warning("note: the budget is one generation, which is spread over uniform coefficients: CMA-ES begins with the second")
-    stamps = plan.stamps
-    asked = {
-        **asked_of(plan, ARITHMETIC, stamps),
+    return asked
+
+
+def _fingerprint(asked: _Asked) -> dict[str, Any]:
+    """What decides which candidates are asked, and what their merges are."""
+    request = asked.request
+    return {
+        **asked_of(asked.plan, ARITHMETIC, asked.plan.stamps),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
     }
-    with State(place, asked, stamps, [file.name for file in plan.files] if model else (), resume=how.resume) as state:
-        material = _material(inputs, plan, files, place, beside, recipe, how.room)
+
+
+@contextlib.contextmanager
+def _prepared(asked: _Asked) -> Iterator[_Run]:
+    """What searches and sweeps have in common: the base is scored, each variant has its basis."""
+    from pcb_ray.searching import tune
+
+    recipe, request, place, how = asked.recipe, asked.request, asked.place, asked.how
+    names = [file.name for file in asked.plan.files] if asked.model else []
+    with State(place, _fingerprint(asked), asked.plan.stamps, names, resume=how.resume) as state:
+        material = _material(asked)
         with cluster(how.address):
             if request.memory is None and not request.gpu:
-                request = dataclasses.replace(request, memory=model_bytes(plan))
+                request = dataclasses.replace(request, memory=model_bytes(asked.plan))
             at_a_time = tune.check_resources(request, how.pool)
             shown = tune.shown_resources(request, how.pool)
             log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), shown)
             tune.check_loggers(request)
-            kind = "scored" if scored else "combined"
-            arms = {v: Arm(p, f"{place.notes}/basis-{v or 'only'}-{kind}", {}) for v, p in plans.items()}
-            scored_by = _identity(request, evaluator, code)
-            folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
-            job = Job(request, space, arms, material, str(folder), scored_by, evaluator, code, how.pool)
+            kind = "scored" if asked.scored else "combined"
+            arms = {v: Arm(p, f"{place.notes}/basis-{v or 'only'}-{kind}", {}) for v, p in asked.plans.items()}
+            scored_by = _identity(request, asked.evaluator, asked.code)
+            folder = str(recipe.folder.absolute() if asked.evaluator is None else Path.cwd())
+            job = Job(request, asked.space, arms, material, folder, scored_by, asked.evaluator, asked.code, how.pool)
             scoring = [node for node in nodes() if how.pool.places([node], request.amounts)]
-            reads = (f"{place.notes}/{STATE}", *(file.path for file in inputs.base.files))
-            with kept_on(scoring, material, reads), _shelf(place, how.room) as shelf:
+            reads = (f"{place.notes}/{STATE}", *(file.path for file in asked.inputs.base.files))
+            check = functools.partial(check_here, request.evaluator, request.options, folder)
+            with kept_on(scoring, material, reads, check), _shelf(place, how.room) as shelf:
                 base = dry_score(job, state, quiet=how.quiet)
-                yield _Run(how, state, _with_bases(job, state, scored, how), inputs, base, shelf)
+                yield _Run(how, state, _with_bases(job, state, asked.scored, how), asked.inputs, base, shelf)
+
+
+def _material(asked: _Asked) -> Material:
+    """What trials read. Where all of it is on a disk that all nodes see, it is made here once."""
+    recipe, place, stored = asked.recipe, asked.place, asked.inputs.base.files
+    model = model_files(asked.inputs.base, asked.files)
+    pins = {path: stamp for path, stamp in asked.plan.stamps.items() if is_remote(path)}
+    of_base = sum(file.size for file in stored if is_remote(file.path))
+    if isinstance(place, Folder) and not of_base:
+        made = place.folder / "model"
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        make_model_dir(made, model, open_store(storage=recipe.storage))
+        return Material(model, str(made.absolute()), pins, recipe.storage)
+    of_basis = asked.basis_bytes if isinstance(place, Prefix) else 0
+    return Material(model, "", pins, recipe.storage, asked.how.room, of_base + of_basis)
 
 
 @contextlib.contextmanager
@@ -331,22 +411,6 @@ def _shelf(place: Lasting, room: Room) -> Iterator[Path]:
         return
     with contextlib.closing(KeptHere(room)) as kept, kept.workplace() as folder:
         yield folder
-
-
-def _material(
-    inputs: Inputs, plan: Plan, files: Mapping[str, Any], place: Lasting, basis: int, recipe: Recipe, room: Room
-) -> Material:
-    """What trials read. Where all of it is on a disk that all nodes see, it is made here once."""
-    model, stored = model_files(inputs.base, files), inputs.base.files
-    pins = {path: stamp for path, stamp in plan.stamps.items() if is_remote(path)}
-    of_base = sum(file.size for file in stored if is_remote(file.path))
-    if isinstance(place, Folder) and not of_base:
-        made = place.folder / "model"
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        make_model_dir(made, model, open_store(storage=recipe.storage))
-        return Material(model, str(made.absolute()), pins, recipe.storage)
-    return Material(model, "", pins, recipe.storage, room, of_base + (basis if isinstance(place, Prefix) else 0))
 
 
 def check_follows(plan: Plan) -> None:
@@ -381,6 +445,8 @@ def announced(plan: Plan) -> dict[str, Any]:
     check_follows(plan)
     space = Space.of(request, recipe, plan)
     scored = request.scored
+    of_base = sum(file.size for file in plan.inputs[0].files if is_remote(file.path) and file.stamp is not None)
+    nearby = f"each node that runs trials fetches the base, {readable_bytes(of_base)}, and a basis whose OUT is in a store"
     recipes = [_analysed(recipe, request, variant) for variant in request.variants or (_variant(recipe),)]
     plans = [dataclasses.replace(plan, recipe=one) for one in recipes]
     return {
@@ -391,7 +457,17 @@ def announced(plan: Plan) -> dict[str, Any]:
         "basis_bytes": sum(basis_bytes(one, scored) for one in plans),
         "worker_bytes": max(worker_bytes(one, choose_block(one, "cpu", None)) + writer_bytes(one, scored) for one in plans),
         "trial_bytes": request.memory or (None if request.gpu else model_bytes(plan)),
-        "notes": [*space.notes, *of_code],
+        "notes": [*space.notes, *of_code, *([nearby] if of_base else [])],
+    }
+
+
+def _record_of(asked: _Asked) -> dict[str, Any]:
+    """What a search that is asked again must share with the one that has been done."""
+    return {
+        "asked": _fingerprint(asked),
+        "budget": asked.request.budget,
+        "points": list(asked.points),
+        "scored_by": _identity(asked.request, asked.evaluator, asked.code),
     }
 
 
@@ -654,7 +730,7 @@ def _write_winner(run: _Run, winner: Recipe, best: Config, report: Mapping[str, 
             files = side_files(winner, plan, run.inputs.base, run.inputs.tokenizer)
             check_side_files(files, store)
             output = write_from(state.stamps, session, store, known, place.files, state, label)
-            write_side_files(place.beside, {**report, BEST: winner.resolved().to_yaml().encode()}, store)
+            write_side_files(place.beside, report, store)
             place.take_along(run.shelf / TUNE, but=PICKLED)
             return publish(
                 session,

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +17,7 @@ from pcb_ray.errors import RequestError
 from pcb_ray.methods import Known
 from pcb_ray.nodes import Pool
 from pcb_ray.planning import Plan
-from pcb_ray.searching.evaluators import Evaluator, Metrics, check_splits, checked, make_evaluator, match
+from pcb_ray.searching.evaluators import Evaluator, Metrics, check_splits, checked, folder_here, make_evaluator, match
 from pcb_ray.searching.nearby import Material, Nearby
 from pcb_ray.searching.request import Candidate, Search, Space
 from pcb_ray.user_code import UserCode
@@ -79,7 +78,7 @@ class Scorer:
         self._bases: dict[str, Basis] = {}
         search = job.search
         self.evaluator: Evaluator = (
-            make_evaluator(search.evaluator, search.options, Path(job.folder), job.code)
+            make_evaluator(search.evaluator, search.options, folder_here(job.folder), job.code)
             if job.evaluator is None
             else checked(job.evaluator, "")
         )
