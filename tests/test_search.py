@@ -466,7 +466,7 @@ def test_an_output_that_appears_during_a_search_is_kept_and_no_score_is_lost(fam
     commit = State.commit
 
     def late(state: State) -> None:
-        if state.out == out:
+        if state.place.out == str(out):
             out.mkdir()
             (out / "precious").write_text("kept")
         commit(state)
