@@ -73,6 +73,11 @@ def searched(recipe: dict[str, Any], out: Path, **options: Any) -> Found:
     return package.search(recipe, out, workers=1, quiet=True, **options)
 
 
+def written_in(out: Path) -> dict[Path, tuple[int, int]]:
+    """When, and which file, each is."""
+    return {path: ((found := path.stat()).st_mtime_ns, found.st_ino) for path in out.rglob("*")}
+
+
 def near_of(out: Path, family: Family) -> float:
     """What `Near` says of the merged model in a folder."""
     hidden = families.load(family.folder / "hidden")
@@ -122,10 +127,10 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     assert len(list(out.glob("tune/*/events.out.tfevents*"))) == 80
 
     # To ask again for what is there does nothing; for anything else, or for what is not whole, is refused.
-    before = {path: path.stat() for path in out.rglob("*")}
+    before = written_in(out)
     again = searched(recipe, out, resume=True)
     assert again == dataclasses.replace(found, request=again.request)
-    assert {path: path.stat() for path in out.rglob("*")} == before
+    assert written_in(out) == before
     loads = len(log.read_text().splitlines())
     for change, complaint in (
         ({"budget": 88}, "budget was '80', now '88'"),
@@ -421,7 +426,9 @@ def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypat
     one."""
     import logging
 
-    from pcb_ray.searching import report, tune  # noqa: F401 - their libraries set variables when they are imported
+    import tensorboardX  # noqa: F401 - libraries of the search set variables when they are imported
+
+    from pcb_ray.searching import report, tune  # noqa: F401
 
     before, level = dict(os.environ), logging.getLogger("ray.tune").level
     (tmp_path / "beside.txt").write_text("here")
@@ -696,9 +703,9 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
     again = package.merge(out / "best_recipe.yaml", tmp_path / "best", workers=1, quiet=True)
     assert again.thresholds
     assert not state_of(out).exists()
-    before = {path: path.stat() for path in out.rglob("*")}
+    before = written_in(out)
     once_more = package.sweep(recipe, out, workers=1, resume=True, quiet=True)
     assert once_more == dataclasses.replace(found, request=once_more.request)
-    assert {path: path.stat() for path in out.rglob("*")} == before
+    assert written_in(out) == before
     with pytest.raises(RequestError, match="is not this very search: points"):
         package.sweep(recipe | {"sweep": grid | {"lambda": [0.8, 1.3]}}, out, workers=1, resume=True, quiet=True)

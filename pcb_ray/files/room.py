@@ -140,10 +140,14 @@ class KeptHere:
         finally:
             os.close(file)
 
-    def close(self) -> None:
-        """Leave the room; the last one to leave removes it."""
+    def close(self, patience_s: float = 0.0) -> None:
+        """Leave the room; the last one to leave removes it. With patience others are waited for, who are about to end."""
+        until = time.monotonic() + patience_s
         for tier in self._tiers:
             tier.close()
+            while tier.folder.exists() and time.monotonic() < until:
+                time.sleep(CLAIM_POLL_S)
+                _remove_if_free(tier.folder)
         self._tiers = []
 
 

@@ -25,6 +25,7 @@ from pcb_ray.progress import readable_bytes
 from pcb_ray.schedule import Patience
 
 PATIENCE = Patience()
+LEAVE_S = 5.0
 READ_AT_ONCE, READ_AHEAD = 8 << 20, 8
 _INDEX = ".index.json"
 
@@ -121,11 +122,11 @@ class Nearby:
 
         return Path(self._whole("the base as an evaluator loads it", size, make))
 
-    def close(self) -> None:
-        """Let go of what this machine keeps."""
+    def close(self, patience_s: float = 0.0) -> None:
+        """Let go of what this machine keeps; it goes with the last that does. With patience others are waited for."""
         self.store.close()
         if self._kept is not None:
-            self._kept.close()
+            self._kept.close(patience_s)
 
     def _pin(self, file: str) -> Stamp:
         return self._material.pins.get(file) or self.store.stamp(file)
@@ -194,6 +195,10 @@ class _Keeper:
             )
         return ""
 
+    def leave(self) -> None:
+        """Nothing stays on this node, once the trials that are just ending have ended."""
+        self._nearby.close(LEAVE_S)
+
     def _look(self, file: str) -> None:
         try:
             if is_remote(file):
@@ -247,5 +252,7 @@ def kept_on(found: Sequence[Node], material: Material, reads: Sequence[str], che
             raise RequestError(problems)
         yield
     finally:
+        left = [actor.leave.remote() for _, actor in made]
+        ray.wait(left, num_returns=len(left), timeout=2 * LEAVE_S)
         for _, actor in made:
             ray.kill(actor)
