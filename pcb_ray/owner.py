@@ -27,7 +27,7 @@ from pcb_ray.budget import MIN_BLOCK, choose_block
 from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.files.hub import hub_id
 from pcb_ray.files.hub_commit import Branch
-from pcb_ray.files.objects import HUB_SCHEME, CutOff, container_of, object_problem
+from pcb_ray.files.objects import HUB_SCHEME, UPLOAD_TRIES, CutOff, container_of, object_problem
 from pcb_ray.files.store import PartWriter, Range, Store, is_remote
 from pcb_ray.kernels import choose_kernel
 from pcb_ray.kernels.reference import Loaded, keys
@@ -63,7 +63,6 @@ PassT = TypeVar("PassT", Ranks, Extrema, Sums)
 SUM_RUN = 1 << 12
 COPIED_AT_ONCE = 1 << 20
 TRIED = b"written to see whether this machine may write here\n"
-FILE_TRIES = 3  # uploads that a store may lose of one file
 NOTE_MEMORY_S = 0.02  # to ask the system takes up to a millisecond
 
 
@@ -197,7 +196,7 @@ class Owner:
     def write_files(self, files: Sequence[int], question: WriteFiles) -> dict[int, Written]:
         return {number: self._write_file(number, question) for number in files}
 
-    def _write_file(self, number: int, question: WriteFiles, tries: int = FILE_TRIES) -> Written:
+    def _write_file(self, number: int, question: WriteFiles, tries: int = UPLOAD_TRIES) -> Written:
         """One file of the output, by one upload; it is begun anew if it was lost on the way."""
         file = self.plan.files[number]
         path = os.path.join(question.folder, file.name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -182,6 +183,7 @@ class Objects:
         self._stores: dict[tuple[str, bool], Any] = {}
         self._lock = threading.Lock()
 
+        self._untold: set[str] = set()  # containers whose tags tell nothing of the content
     @property
     def retries(self) -> int:
         """Requests that were made again."""
@@ -282,16 +284,20 @@ class Objects:
     @contextlib.contextmanager
     def upload(self, uri: str, size: int, fence: Fence | None) -> Iterator[Callable[[memoryview], object]]:
         """Write an object of this size: the block is given what takes the bytes, front to back. The object is there when the block
-        has ended, and not before; not if the block raises, and not if the fence names another run by then.
+        has ended, and not before; not if the block raises, and not if the fence names another run by then. It is held against the
+        digest of what was sent, where the store tells one.
 
-        Raises CutOff if the upload was lost on the way and may be begun anew, RunError for a run that has lost the right to write,
-        OSError."""
+        Raises CutOff if the upload was lost or spoilt on the way and may be begun anew, RunError for a run that has lost the right
+        to write, OSError."""
         if size <= UPLOAD_PIECE:
             whole = bytearray()
             yield whole.extend
-            self._check(fence, uri)
-            self.put(uri, whole)
-            return
+            for _ in range(UPLOAD_TRIES):
+                self._check(fence, uri)
+                if self._arrived(uri, self.put(uri, whole).e_tag, [_md5(whole)], UPLOAD_PIECE, size):
+                    return
+                self._retries.note()
+            raise OSError(errno.EIO, _SPOILT, uri)
         self._check(fence, uri)  # which also waits for credentials, where the last try has met expired ones
         store, key = self.store_of(uri, patient=True)
         upload = _Upload(store, key, uri, size)
@@ -299,7 +305,9 @@ class Objects:
             yield upload.write
             upload.flush()
             self._check(fence, uri)
-            upload.finish()
+            tag = upload.finish()
+            if not self._arrived(uri, tag, upload.digests, upload.piece, size):
+                raise CutOff(errno.EIO, _SPOILT, uri)
         except BaseException as error:
             upload.abort(error)
             if isinstance(error, CutOff):
@@ -309,6 +317,23 @@ class Objects:
 
     def _check(self, fence: Fence | None, uri: str) -> None:
         if fence is not None and not self.holds(fence):
+    def _arrived(self, uri: str, tag: str | None, digests: Sequence[bytes], piece: int, size: int) -> bool:
+        """Whether an object is what was sent, in pieces of these digests, as far as its tag tells; what is not is removed."""
+        tag = (tag or "").strip('"').lower()
+        wanted = digests[0].hex() if "-" not in tag else f"{_md5(b''.join(digests)).hex()}-{len(digests)}"
+        if not size or tag == wanted or not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", tag) or container_of(uri) in self._untold:
+            return True
+        # A store that encrypts by a key of the user's own (KMS) has tags of this form that are no digests: what lies there decides.
+        ranges = [(start, min(start + piece, size)) for start in range(0, size, piece)]
+        try:
+            if all(_md5(self.get(uri, *one)[0]) == digest for one, digest in zip(ranges, digests, strict=True)):
+                self._untold.add(container_of(uri))
+                return True
+        except FileNotFoundError:
+            return False
+        self.delete(uri)
+        return False
+
             raise lost_place(uri)
 
     def store_of(self, uri: str, *, patient: bool = False) -> tuple[Any, str]:
@@ -443,6 +468,14 @@ UPLOADS = 4
 MAX_PIECES = 10_000
 
 
+UPLOAD_TRIES = 3
+"""How often a file is sent in all that does not arrive as it is."""
+_SPOILT = "that what arrived is not what was sent"
+
+
+def _md5(data: bytes | bytearray | memoryview) -> bytes:
+    """Not against forgery: it is what tags of stores are made of."""
+    return hashlib.md5(data, usedforsecurity=False).digest()
 def upload_bytes(largest: int) -> int:
     """The most memory that the upload of a file takes, of `largest` bytes: pieces under way, one that waits, and one that fills."""
     return min(largest, (UPLOADS + 2) * _piece_of(largest))
@@ -457,11 +490,11 @@ class _Upload:
 
     def __init__(self, store: Any, key: str, uri: str, size: int) -> None:
         self._store, self._key, self._uri, self._size = store, key, uri, size
-        self._piece = _piece_of(size)
-        self._filling = bytearray(min(self._piece, size))
+        self.piece, self.digests = _piece_of(size), list[bytes]()
+        self._filling = bytearray(min(self.piece, size))
         self._filled, self.written = 0, 0
         self._queue: queue.Queue[bytearray | BaseException | None] = queue.Queue(maxsize=1)
-        self._made: Future[None] = Future()
+        self._made: Future[str | None] = Future()
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
 
@@ -473,7 +506,7 @@ class _Upload:
             self._filled, self.written, data = self._filled + len(taken), self.written + len(taken), data[len(taken) :]
             if self._filled == len(self._filling):
                 self._hand_over(self._filling)
-                self._filling, self._filled = bytearray(min(self._piece, max(1, self._size - self.written))), 0
+                self._filling, self._filled = bytearray(min(self.piece, max(1, self._size - self.written))), 0
 
     def flush(self) -> None:
         """Hand over what is left."""
@@ -481,10 +514,10 @@ class _Upload:
             self._hand_over(self._filling[: self._filled])
             self._filled = 0
 
-    def finish(self) -> None:
-        """Make the object of it. Raises CutOff, OSError."""
+    def finish(self) -> str | None:
+        """Make the object of it; its tag. Raises CutOff, OSError."""
         self._hand_over(None)
-        self._made.result()
+        return self._made.result()
 
     def abort(self, error: BaseException) -> None:
         """Let nothing of it stay."""
@@ -508,18 +541,21 @@ class _Upload:
                 raise _Aborted
             yield piece
 
+            self.digests.append(_md5(piece))
     def _send(self) -> None:
         import obstore
 
         try:
-            obstore.put(self._store, self._key, self._pieces(), chunk_size=self._piece, max_concurrency=UPLOADS, use_multipart=True)
+            made = obstore.put(
+                self._store, self._key, self._pieces(), chunk_size=self.piece, max_concurrency=UPLOADS, use_multipart=True
+            )
         except BaseException as error:
             for_good = _for_good(error, self._uri) if isinstance(error, Exception) else error
             refused = isinstance(for_good, PermissionError | _Aborted) or not isinstance(for_good, OSError | None)
             told = f"the upload was cut off ({reason(error)})" if isinstance(error, Exception) else "interrupted"
             self._made.set_exception(for_good if refused and for_good else CutOff(errno.EIO, told, self._uri))
         else:
-            self._made.set_result(None)
+            self._made.set_result(made["e_tag"])
 
 
 _LOOK_S = 0.2  # how often a writer that waits looks whether its upload has failed
@@ -675,7 +711,7 @@ def _for_good(error: Exception, uri: str) -> Exception | None:
     status = re.search(r"status code: (4\d\d)", text)
     if status is not None and status[1] in ("401", "403"):  # of a list it says no more
         return PermissionError(errno.EACCES, f"access refused ({told})", uri)
-    if status is not None and status[1] not in ("408", "429") and "RequestTimeout" not in text:
+    if status is not None and status[1] not in ("408", "429") and re.search(_PASSING, text) is None:
         return OSError(errno.EIO, told, uri)
     hopeless = (exceptions.InvalidPathError, exceptions.NotSupportedError, exceptions.UnknownConfigurationKeyError)
     return OSError(errno.EINVAL, told, uri) if isinstance(error, hopeless) else None
@@ -707,3 +743,5 @@ def reason(error: Exception) -> str:
         if (found := re.search(pattern, text)) is not None:
             return words.format(*found.groups())
     return type(error).__name__
+_PASSING = r"RequestTimeout|BadDigest|(?:SHA256|Checksum|Md5|Crc64)Mismatch"
+"""Codes of answers to a request that did not arrive as it was sent, or not at all."""
