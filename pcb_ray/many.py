@@ -182,7 +182,7 @@ def _opened(recipes: Mapping[str, Recipe], how: _How, results: dict[str, Merged]
     told: set[str] = set()
     for name, recipe in recipes.items():
         try:
-            place = place_of(inside(how.into, name), recipe.storage, overwrite=how.overwrite, beside=recipe.folder)
+            place = place_of(inside(how.into, name), recipe.storage, overwrite=how.overwrite, beside=recipe.prefix or recipe.folder)
             before = merged_before(recipe, place, how.max_shard_bytes) if how.resume else ()
             if isinstance(before, Receipt):
                 results[name] = Merged(before, before=True)

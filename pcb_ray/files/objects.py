@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import posixpath
 import queue
 import random
 import re
@@ -666,6 +667,24 @@ def object_problem(uri: str, error: OSError, verb: str = "read") -> str:
         if isinstance(error, FileNotFoundError | PermissionError):
             fix = (
                 "give this machine a token that may read the model (HF_TOKEN, or `hf auth login`), and accept its terms on the Hub"
+def lies_there(uri: str, storage: Storage | None) -> bool:
+    """Whether there is an object of this name, or one below it, as far as this machine may know. Raises RequestError."""
+    objects = Objects(storage, patience_s=LOOKING_PATIENCE_S)
+    try:
+        return bool(objects.sizes(f"{uri}/", all_of_them=False)) or objects.head(uri).size >= 0
+    except (FileNotFoundError, PermissionError):
+        return False
+    except OSError as error:
+        raise RequestError(object_problem(uri, error)) from None
+
+
+def uri_beside(prefix: str, name: str) -> str:
+    """The URI of what a path names that is relative to a prefix, and can't lead out of its bucket."""
+    scheme, _, rest = prefix.partition("://")
+    bucket, _, key = rest.partition("/")
+    return f"{scheme}://{bucket}{posixpath.normpath(posixpath.join('/', key, name))}"
+
+
             )
     elif isinstance(error, FileNotFoundError):
         found, fix = "none", "check the name"
