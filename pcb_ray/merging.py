@@ -98,7 +98,6 @@ def merge(
         choose_block(plan, "cpu", memory, beside)  # a wrong bound is told before a cluster starts
     for note in () if resume and place.is_unfinished else plan.notes:  # told when it began
         log.warning("note: %s", note)
-    room = Room.for_a_run(cache, scratch, scratch_bytes) if needs_room(plan, place) else None
     stamps = plan.stamps
     asked, files = asked_of(plan, ARITHMETIC, stamps), [file.name for file in plan.files]
     with (
@@ -112,7 +111,7 @@ def merge(
             pool=pool,
             beside=beside,
             writes_to=lambda: place,
-            room=room,
+            room=room if needs_room(plan, place) else None,
             quiet=quiet,
         ) as session,
     ):

@@ -18,8 +18,6 @@ from pcb_ray.output.state import Place
 
 log = logging.getLogger("pcb_ray")
 
-_FILE = "file://"
-
 
 def place_of(
     out: str | os.PathLike[str],
@@ -81,7 +79,7 @@ def reads_of(out: str | os.PathLike[str]) -> str:
 
 
 def _path_of(out: str | os.PathLike[str]) -> Path:
-    name = os.fspath(out).removeprefix(_FILE)
+    name = as_path(os.fspath(out))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
         raise RequestError(
             f"{without_credentials(name)}: wanted a folder (only a merge may go to s3://, gs://, az://, hf://), found a URI "
