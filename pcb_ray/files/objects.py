@@ -163,7 +163,8 @@ def uri_problem(uri: str) -> str | None:
         fix = "write it without, and give credentials to each node by its role, its environment or its files"
         return mismatch("a URI without credentials", "one with a query, a fragment, or a user", fix)
     parts = address.path.split("/")[1:]
-    return _NO_URI if not address.netloc or any(part in (".", "..") for part in parts) or "" in parts[:-1] else None
+    has_place = address.netloc or address.scheme not in (*SCHEMES, "hf")  # that of hdfs:///data is in its own settings
+    return _NO_URI if not has_place or any(part in (".", "..") for part in parts) or "" in parts[:-1] else None
 
 
 _NO_URI = mismatch("SCHEME://BUCKET/NAME", "something else", "write the bucket, and a plain path in it")
@@ -182,9 +183,9 @@ class Objects:
     def __init__(self, storage: Storage | None = None, *, patience_s: float = PATIENCE_S) -> None:
         self._storage, self._retries = storage or {}, Retries(patience_s)
         self._stores: dict[tuple[str, bool], Any] = {}
+        self._untold: set[str] = set()  # containers whose tags tell nothing of the content
         self._lock = threading.Lock()
 
-        self._untold: set[str] = set()  # containers whose tags tell nothing of the content
     @property
     def retries(self) -> int:
         """Requests that were made again."""
@@ -316,8 +317,6 @@ class Objects:
                 self._forget(uri)  # its credentials may have expired
             raise
 
-    def _check(self, fence: Fence | None, uri: str) -> None:
-        if fence is not None and not self.holds(fence):
     def _arrived(self, uri: str, tag: str | None, digests: Sequence[bytes], piece: int, size: int) -> bool:
         """Whether an object is what was sent, in pieces of these digests, as far as its tag tells; what is not is removed."""
         tag = (tag or "").strip('"').lower()
@@ -335,6 +334,8 @@ class Objects:
         self.delete(uri)
         return False
 
+    def _check(self, fence: Fence | None, uri: str) -> None:
+        if fence is not None and not self.holds(fence):
             raise lost_place(uri)
 
     def store_of(self, uri: str, *, patient: bool = False) -> tuple[Any, str]:
@@ -467,8 +468,6 @@ UPLOAD_PIECE = 8 << 20
 UPLOADS = 4
 """Pieces of one object under way at once."""
 MAX_PIECES = 10_000
-
-
 UPLOAD_TRIES = 3
 """How often a file is sent in all that does not arrive as it is."""
 _SPOILT = "that what arrived is not what was sent"
@@ -477,6 +476,8 @@ _SPOILT = "that what arrived is not what was sent"
 def _md5(data: bytes | bytearray | memoryview) -> bytes:
     """Not against forgery: it is what tags of stores are made of."""
     return hashlib.md5(data, usedforsecurity=False).digest()
+
+
 def upload_bytes(largest: int) -> int:
     """The most memory that the upload of a file takes, of `largest` bytes: pieces under way, one that waits, and one that fills."""
     return min(largest, (UPLOADS + 2) * _piece_of(largest))
@@ -540,9 +541,9 @@ class _Upload:
         while (piece := self._queue.get()) is not None:
             if isinstance(piece, BaseException):
                 raise _Aborted
+            self.digests.append(_md5(piece))
             yield piece
 
-            self.digests.append(_md5(piece))
     def _send(self) -> None:
         import obstore
 
@@ -609,6 +610,12 @@ class Requests(Protocol):
     def get(self, uri: str, start: int, stop: int, tag: str = "") -> tuple[memoryview, Stamp]: ...
 
 
+class Listed(Requests, Protocol):
+    """Where models are found, too."""
+
+    def sizes(self, uri: str, *, all_of_them: bool = True) -> dict[str, int]: ...
+
+
 @dataclass(frozen=True)
 class ObjectModel:
     """The objects below a prefix. It is told apart from what it may become by what the first answer about each said."""
@@ -631,6 +638,8 @@ class ObjectModel:
                 self.stamps[name] = stamp
                 return b"", 0
             data, stamp = self.objects.get(uri, start, stop, before.tag if before else "")
+            if before is not None and before.content != stamp.content:
+                raise Changed
         except Changed:
             found = "another: it was changed meanwhile"
             raise RequestError(f"{uri}: {mismatch('the object as it was first seen', found, 'run again')}") from None
@@ -640,12 +649,11 @@ class ObjectModel:
         return bytes(data), stamp.size
 
 
-def find_objects(where: str, storage: Storage | None) -> ObjectModel:
+def find_objects(where: str, objects: Listed) -> ObjectModel:
     """List what lies below a prefix, or the object that lies there. Raises RequestError."""
     where = where.rstrip("/")
     if (problem := uri_problem(where)) is not None:
         raise RequestError(f"model {without_credentials(where)}: {problem}")
-    objects = Objects(storage, patience_s=LOOKING_PATIENCE_S)
     try:
         sizes = objects.sizes(f"{where}/")
         if not sizes and (folder := where.rpartition("/")[0]).count("/") > 2:  # else there is no object but the bucket
@@ -659,14 +667,6 @@ def find_objects(where: str, storage: Storage | None) -> ObjectModel:
     return ObjectModel(where, sizes, objects)
 
 
-def object_problem(uri: str, error: OSError, verb: str = "read") -> str:
-    """What to say of an object, or of the prefix of many, that can't be read or written."""
-    found = f"{error.strerror or type(error).__name__}"
-    if uri.startswith(HUB_SCHEME):
-        fix = "check HF_ENDPOINT, HF_HUB_OFFLINE and the network of this machine, and run again"
-        if isinstance(error, FileNotFoundError | PermissionError):
-            fix = (
-                "give this machine a token that may read the model (HF_TOKEN, or `hf auth login`), and accept its terms on the Hub"
 def lies_there(uri: str, storage: Storage | None) -> bool:
     """Whether there is an object of this name, or one below it, as far as this machine may know. Raises RequestError."""
     objects = Objects(storage, patience_s=LOOKING_PATIENCE_S)
@@ -685,9 +685,23 @@ def uri_beside(prefix: str, name: str) -> str:
     return f"{scheme}://{bucket}{posixpath.normpath(posixpath.join('/', key, name))}"
 
 
+def object_problem(uri: str, error: OSError, verb: str = "read") -> str:
+    """What to say of an object, or of the prefix of many, that can't be read or written."""
+    found = f"{error.strerror or type(error).__name__}"
+    if uri.startswith(HUB_SCHEME):
+        fix = "check HF_ENDPOINT, HF_HUB_OFFLINE and the network of this machine, and run again"
+        if isinstance(error, FileNotFoundError | PermissionError):
+            fix = (
+                "give this machine a token that may read the model (HF_TOKEN, or `hf auth login`), and accept its terms on the Hub"
             )
     elif isinstance(error, FileNotFoundError):
         found, fix = "none", "check the name"
+    elif not is_object(uri):
+        fix = (
+            "check its address, and that FileSystem.from_uri of pyarrow.fs opens it in Python on this machine (pip install pyarrow)"
+        )
+        if uri.startswith(("hdfs:", "viewfs:")):
+            fix += "; it takes a Java runtime and Hadoop's client: JAVA_HOME, HADOOP_HOME, `hadoop classpath --glob` as CLASSPATH"
     elif isinstance(error, PermissionError):
         fix = f"give this machine a role or credentials that may {verb} there"
         fix += ", or write `storage: {s3: {anonymous: true}}` (or gs, az)" if verb == "read" else ""
@@ -740,6 +754,8 @@ def _is_expired(error: Exception) -> bool:
     return re.search(r"ExpiredToken|TokenExpired|RequestExpired|token has expired", str(error)) is not None
 
 
+_PASSING = r"RequestTimeout|BadDigest|(?:SHA256|Checksum|Md5|Crc64)Mismatch"
+"""Codes of answers to a request that did not arrive as it was sent, or not at all."""
 _NO_CREDENTIALS = "no credentials"
 _REASONS = (
     (r"<Code>(\w+)</Code>", "{}"),
@@ -762,5 +778,3 @@ def reason(error: Exception) -> str:
         if (found := re.search(pattern, text)) is not None:
             return words.format(*found.groups())
     return type(error).__name__
-_PASSING = r"RequestTimeout|BadDigest|(?:SHA256|Checksum|Md5|Crc64)Mismatch"
-"""Codes of answers to a request that did not arrive as it was sent, or not at all."""
