@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -17,7 +18,7 @@ from object_servers import FaultProxy, ObjectServer, answer, s3_server
 from test_allowed_code import CODE, searching
 from test_remote import put_all
 
-from pcb_ray import Recipe, RequestError, many, merge, merging, verify
+from pcb_ray import Recipe, RequestError, many, merge, merge_many, merging, verify
 from pcb_ray.cli import main, parser
 from pcb_ray.files import remote
 from pcb_ray.files.room import Room
@@ -280,7 +281,9 @@ def test_commands_take_uris_of_recipes(at: str, server: ObjectServer, elsewhere:
 # --- file:// ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_may_be_a_uri_wherever_one_is_taken(one: Family, owners: None, tmp_path: Path) -> None:
+def test_a_path_may_be_a_uri_wherever_one_is_taken(
+    one: Family, owners: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spaced = tmp_path / "a b"
     spaced.mkdir()
     (spaced / "base").symlink_to(one.folder / "base")
@@ -299,6 +302,10 @@ def test_a_path_may_be_a_uri_wherever_one_is_taken(one: Family, owners: None, tm
     assert main(["merge", named, f"{there}/out", "--resume"]) == main(["verify", f"{there}/out"]) == 0
     assert {path.name for path in spaced.iterdir()} >= {"out", "merges"}
     assert (spaced / "merges" / "recipe").is_dir()
+    with monkeypatch.context() as full:
+        full.setattr(many.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        with pytest.raises(RequestError, match="the 1 merges need .* bytes, found 0 free"):
+            merge_many([named], f"{there}/more")
     assert Room.for_a_run(None, f"{there}/scratch", None).scratch == f"{spaced}/scratch"
     assert place_of("hf://org/merged", state=f"{there}/states").notes == f"{spaced}/states/.hf-org-merged-main.pcb-ray"
     assert folder_of(f"{there}/found") == spaced / "found", "of a search"
