@@ -303,7 +303,7 @@ def test_a_path_may_be_a_uri_wherever_one_is_taken(
     assert {path.name for path in spaced.iterdir()} >= {"out", "merges"}
     assert (spaced / "merges" / "recipe").is_dir()
     with monkeypatch.context() as full:
-        full.setattr(many.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        full.setattr(many, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0)))
         with pytest.raises(RequestError, match="the 1 merges need .* bytes, found 0 free"):
             merge_many([named], f"{there}/more")
     assert Room.for_a_run(None, f"{there}/scratch", None).scratch == f"{spaced}/scratch"

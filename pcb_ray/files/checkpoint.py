@@ -34,17 +34,7 @@ from pcb_ray.files.foreign import (
     some,
     strict_json,
 )
-from pcb_ray.files.objects import (
-    HUB_SCHEME,
-    LOOKING_PATIENCE_S,
-    SCHEMES,
-    ObjectModel,
-    Objects,
-    Storage,
-    find_objects,
-    is_object,
-    without_credentials,
-)
+from pcb_ray.files.objects import HUB_SCHEME, SCHEMES, ObjectModel, Storage, find_objects, is_object, without_credentials
 from pcb_ray.files.quantised import parts_of, quantisation_in, quantised
 from pcb_ray.files.safetensors import (
     DTYPE_BYTES,
@@ -150,9 +140,9 @@ def open_checkpoint(
     if source.startswith(HUB_SCHEME):
         return _open_hub(source, None, download)
     if is_object(source):
-        return _open_listed(source, find_objects(source, Objects(storage, patience_s=LOOKING_PATIENCE_S)))
+        return _open_listed(source, find_objects(source, storage))
     if is_arrow(source):
-        return _open_listed(source, find_objects(source, ArrowFiles()))
+        return _open_listed(source, find_objects(source, None, ArrowFiles()))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
         shown, fix = re.sub("//.*@", "//", source), "copy the model to a local folder"  # An address may carry a password.
         wanted = f"a path, a Hub id, or a URI of {', '.join(SCHEMES)}, hf, hdfs or file"

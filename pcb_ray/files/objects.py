@@ -649,8 +649,9 @@ class ObjectModel:
         return bytes(data), stamp.size
 
 
-def find_objects(where: str, objects: Listed) -> ObjectModel:
-    """List what lies below a prefix, or the object that lies there. Raises RequestError."""
+def find_objects(where: str, storage: Storage | None, objects: Listed | None = None) -> ObjectModel:
+    """List what lies below a prefix, or the object that lies there, by what is asked for it. Raises RequestError."""
+    objects = objects or Objects(storage, patience_s=LOOKING_PATIENCE_S)
     where = where.rstrip("/")
     if (problem := uri_problem(where)) is not None:
         raise RequestError(f"model {without_credentials(where)}: {problem}")
