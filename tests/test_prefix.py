@@ -278,6 +278,8 @@ def test_a_store_that_finds_so_itself_is_asked_again(
     rules = [proxy.fail(spoilt, 1, step="part", key=FILES[1]), proxy.fail(spoilt, 1, step="put", key="config.json")]
     merge_to(f"{server.uri}/refused", one)
     assert [rule.left for rule in rules] == [0, 0]
+    sent = [request.headers for step in ("part", "put") for request in proxy.about(step=step)]
+    assert all(re.fullmatch("[0-9a-f]{64}", headers["x-amz-content-sha256"]) for headers in sent)
     assert_whole(server, "refused", wanted)
 
 
