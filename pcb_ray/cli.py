@@ -310,42 +310,49 @@ def parser() -> argparse.ArgumentParser:
 
     search = command("search", "Search the coefficients of RECIPE, and merge the best into the directory OUT.", _search_help())
     sweep = command("sweep", "Score a grid of the method's parameters and variants.", _sweep_help())
-    for one, made in (search, "the directory to make: the merged winner and the report"), (sweep, "the directory to make"):
+    for one, made in (search, "the merged winner and the report"), (sweep, "the table and the report"):
         one.add_argument("recipe", metavar="RECIPE", type=recipe_name, help="the recipe, a YAML file, or its URI")
-        one.add_argument("out", metavar="OUT", help=made)
+        one.add_argument(
+            "out", metavar="OUT", help=f"the directory to make, that all nodes see; or s3://bucket/name (gs, az): {made}"
+        )
         one.add_argument(
             "--workers", type=count, metavar="N", help="workers of the analysis (default: one per core of the cluster)"
         )
         one.add_argument("--address", help="a Ray cluster to join, such as ray-head:6379 (default: start a local one)")
-        one.add_argument("--resume", action="store_true", help="go on with an unfinished run; what has a score is not scored again")
+        one.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on with an unfinished run; nothing is scored again, or done at all if OUT is this very one",
+        )
         one.add_argument("--overwrite", action="store_true", help="replace OUT if it exists, and forget an unfinished run")
 
-    merge.add_argument(
-        "--cache",
-        type=size,
-        metavar="SIZE",
-        help="memory of each node for what is fetched from object stores (default: half of it)",
-    )
-    merge.add_argument("--scratch", default="", metavar="DIR", help="a folder on a disk of each node for what does not fit there")
+    for one in merge, search, sweep:
+        one.add_argument(
+            "--cache",
+            type=size,
+            metavar="SIZE",
+            help="memory of each node for what is fetched from object stores (default: half of what is free)",
+        )
+        one.add_argument("--scratch", default="", metavar="DIR", help="a folder on a disk of each node for what does not fit there")
+        one.add_argument("--scratch-size", type=size, metavar="SIZE", help="bound on it (default: nine tenths of what is free)")
     merge.add_argument(
         "--state", default="", metavar="DIR", help="where the state of a run to hf:// lies: a folder (default: RECIPE's), or a URI"
     )
     merge.add_argument("--pull-request", action="store_true", help="end a merge to hf://org/name with a pull request")
-    merge.add_argument("--scratch-size", type=size, metavar="SIZE", help="bound on it (default: nine tenths of what is free)")
     for one in merge, search, sweep:
         one.add_argument(
             "--label",
             dest="labels",
             action=_Pairs,
             metavar="KEY=VALUE",
-            help="workers go to nodes with this label only (may be repeated): LABEL, !LABEL or in(LABEL,...)",
+            help="workers, and trials, go to nodes with this label only (may be repeated): LABEL, !LABEL or in(LABEL,...)",
         )
         one.add_argument(
             "--resource",
             dest="resources",
             action=_Pairs,
             metavar="NAME=AMOUNT",
-            help="a custom resource that each worker takes of its node (may be repeated)",
+            help="a custom resource that each worker, and each trial, takes of its node (may be repeated)",
         )
     for one in plan, merge, search:
         one.add_argument(
@@ -617,8 +624,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    room = {"cache": options.cache, "scratch": options.scratch, "scratch_bytes": options.scratch_size}
-    how = {**_shared(options), **room, "device": options.device, "max_shard_bytes": options.max_shard_size}
+    how = {**_shared(options), "device": options.device, "max_shard_bytes": options.max_shard_size}
     recipes, out = _recipes_and_out(options)
     if options.into is not None:
         return _merge_many(recipes, out, how)
@@ -690,7 +696,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _shared(options: argparse.Namespace) -> dict[str, Any]:
     names = ("workers", "address", "memory", "labels", "resources", "resume", "overwrite", "allow_code")
-    return {name: getattr(options, name) for name in names}
+    room = {"cache": options.cache, "scratch": options.scratch, "scratch_bytes": options.scratch_size}
+    return {name: getattr(options, name) for name in names} | room
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ twice."""
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import signal
@@ -119,6 +120,26 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     assert sorted(analysis.dataframe()["objective"]) == sorted(row["objective"] for row in rows)
     assert analysis.best_config["weight.model0"] == weights[0]
     assert len(list(out.glob("tune/*/events.out.tfevents*"))) == 80
+
+    # To ask again for what is there does nothing; for anything else, or for what is not whole, is refused.
+    before = {path: path.stat() for path in out.rglob("*")}
+    again = searched(recipe, out, resume=True)
+    assert again == dataclasses.replace(found, request=again.request)
+    assert {path: path.stat() for path in out.rglob("*")} == before
+    loads = len(log.read_text().splitlines())
+    for change, complaint in (
+        ({"budget": 88}, "budget was '80', now '88'"),
+        ({"seed": 1}, "asked.search.seed was '0', now '1'"),
+        ({"options": {"log": str(log), "note": "another"}}, "another evaluator has scored its candidates"),
+    ):
+        asked: dict[str, Any] = {"options": {"log": str(log), "note": TOKEN}, "budget": 80, "loggers": ["tensorboard"]}
+        with pytest.raises(RequestError, match="exists") as caught:
+            searched(recipe_of(family, **asked | {"concurrency": 2} | change), out, resume=True)
+        assert complaint in str(caught.value)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(RequestError, match="config.json: wanted sha256"):
+        searched(recipe, out, resume=True)
+    assert len(log.read_text().splitlines()) == loads
 
 
 def test_groups_lambda_density_and_variant_are_searched_and_the_recipe_reproduces_the_bytes(family, tmp_path):
@@ -673,3 +694,9 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
     again = package.merge(out / "best_recipe.yaml", tmp_path / "best", workers=1, quiet=True)
     assert again.thresholds
     assert not state_of(out).exists()
+    before = {path: path.stat() for path in out.rglob("*")}
+    once_more = package.sweep(recipe, out, workers=1, resume=True, quiet=True)
+    assert once_more == dataclasses.replace(found, request=once_more.request)
+    assert {path: path.stat() for path in out.rglob("*")} == before
+    with pytest.raises(RequestError, match="is not this very search: points"):
+        package.sweep(recipe | {"sweep": grid | {"lambda": [0.8, 1.3]}}, out, workers=1, resume=True, quiet=True)

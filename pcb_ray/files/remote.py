@@ -116,6 +116,13 @@ class RemoteStore:
             self._pins.pop(file, None)  # it is another object now
 
     @contextmanager
+    def whole(self, file: str, at_most: int) -> Iterator[PartWriter]:
+        with self._objects.upload(file, at_most, self._fence) as take:
+            yield _Part(file, at_most, take)
+        with self._lock:
+            self._pins.pop(file, None)
+
+    @contextmanager
     def _sent_ahead(self, file: str, size: int) -> Iterator[Callable[[memoryview], object]]:
         """A file for the Hub lies on this machine until it is whole and sent: its digest is asked for first."""
         at, _, name = file.removeprefix(HUB_SCHEME).partition("@")

@@ -85,6 +85,9 @@ class _Stores:
     def part(self, file: str, start: int, stop: int) -> AbstractContextManager[PartWriter]:
         return self._of(file).part(file, start, stop)
 
+    def whole(self, file: str, at_most: int) -> AbstractContextManager[PartWriter]:
+        return self._of(file).whole(file, at_most)
+
     def sync(self) -> None:
         self._local.sync()
         if self._opened is not None:

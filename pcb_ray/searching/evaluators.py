@@ -75,6 +75,17 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path, code: Us
     return checked(found, name)
 
 
+def folder_here(folder: str) -> Path:
+    """The folder of a recipe as this machine has it: where it is not, this is a job whose files lie where its processes work."""
+    return Path(folder) if os.path.isdir(folder) else Path.cwd()
+
+
+def check_here(name: str, options: Mapping[str, Any], folder: str) -> None:
+    """Whether this machine has what a built-in evaluator reads. Raises RequestError."""
+    if name in _BUILT_IN:
+        make_evaluator(name, options, folder_here(folder))
+
+
 def check_evaluator(
     name: str, options: Mapping[str, Any], folder: Path, splits: Mapping[str, str], *, allow_code: bool
 ) -> UserCode | None:

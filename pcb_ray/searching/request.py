@@ -213,6 +213,12 @@ class Search:
         return {place: split for place, split in named.items() if split}
 
     @property
+    def amounts(self) -> dict[str, float]:
+        """What a trial takes of its node, by Ray's names."""
+        asked = {"CPU": self.cpu, "GPU": self.gpu, "memory": self.memory or 0}
+        return {name: amount for name, amount in asked.items() if amount}
+
+    @property
     def scored(self) -> bool:
         """Whether candidates differ in the share that is kept."""
         return self.share in self.parameters
