@@ -371,8 +371,8 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--allow-code",
             action="store_true",
-            help="run a method or evaluator that RECIPE names also if it is a module, or a file outside of RECIPE's folder; and any if "
-            "RECIPE lies in a store",
+            help="run a method or evaluator that RECIPE names also if it is a module, or a file outside of RECIPE's folder; any "
+            "where RECIPE lies in a store",
         )
 
     verify = command("verify", "Check a merged directory: all digests, and a sample of parts recomputed from the inputs.", "")

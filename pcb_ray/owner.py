@@ -62,6 +62,7 @@ PassT = TypeVar("PassT", Ranks, Extrema, Sums)
 # Float sums are taken over fixed runs of this many elements and then exactly over the runs, so that no block size can show in them.
 SUM_RUN = 1 << 12
 COPIED_AT_ONCE = 1 << 20
+FILE_TRIES = UPLOAD_TRIES
 TRIED = b"written to see whether this machine may write here\n"
 NOTE_MEMORY_S = 0.02  # to ask the system takes up to a millisecond
 
@@ -196,7 +197,7 @@ class Owner:
     def write_files(self, files: Sequence[int], question: WriteFiles) -> dict[int, Written]:
         return {number: self._write_file(number, question) for number in files}
 
-    def _write_file(self, number: int, question: WriteFiles, tries: int = UPLOAD_TRIES) -> Written:
+    def _write_file(self, number: int, question: WriteFiles, tries: int = FILE_TRIES) -> Written:
         """One file of the output, by one upload; it is begun anew if it was lost on the way."""
         file = self.plan.files[number]
         path = os.path.join(question.folder, file.name)

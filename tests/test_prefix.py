@@ -311,6 +311,20 @@ def test_a_store_whose_tags_are_no_digests_is_read_once(
     assert proxy.fetched() == {f"kms/{size}-0": size}
 
 
+@pytest.mark.parametrize("size", [0, 1 << 20, 12 << 20])
+def test_what_turns_out_smaller_than_it_might_be_is_compared_too(server: ObjectServer, proxy: FaultProxy, size: int) -> None:
+    for k, at_most in enumerate((size, 4 << 20, 40 << 20)):
+        uri = f"{server.uri}/smaller/{size}-{k}"
+        rule = proxy.fail(flip(), 1, method="PUT", key=f"smaller/{size}-{k}")
+        with contextlib.suppress(objects.CutOff), open_store().whole(uri, max(size, at_most)) as part:
+            part.write(bytes(size))
+        assert not size or rule.left == 0
+        with open_store().whole(uri, max(size, at_most)) as part:
+            part.write(bytes(size))
+        assert server.get(f"smaller/{size}-{k}") == bytes(size)
+        proxy.heal()
+
+
 OLD, NEW = "AKIAOLD", "AKIANEW"
 
 

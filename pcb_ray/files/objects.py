@@ -296,7 +296,7 @@ class Objects:
             yield whole.extend
             for _ in range(UPLOAD_TRIES):
                 self._check(fence, uri)
-                if self._arrived(uri, self.put(uri, whole).e_tag, [_md5(whole)], UPLOAD_PIECE, size):
+                if self._arrived(uri, self.put(uri, whole).e_tag, [_md5(whole)], UPLOAD_PIECE, len(whole)):
                     return
                 self._retries.note()
             raise OSError(errno.EIO, _SPOILT, uri)
@@ -308,7 +308,7 @@ class Objects:
             upload.flush()
             self._check(fence, uri)
             tag = upload.finish()
-            if not self._arrived(uri, tag, upload.digests, upload.piece, size):
+            if not self._arrived(uri, tag, upload.digests, upload.piece, upload.written):
                 raise CutOff(errno.EIO, _SPOILT, uri)
         except BaseException as error:
             upload.abort(error)
@@ -320,8 +320,10 @@ class Objects:
     def _arrived(self, uri: str, tag: str | None, digests: Sequence[bytes], piece: int, size: int) -> bool:
         """Whether an object is what was sent, in pieces of these digests, as far as its tag tells; what is not is removed."""
         tag = (tag or "").strip('"').lower()
+        if not size:
+            return True
         wanted = digests[0].hex() if "-" not in tag else f"{_md5(b''.join(digests)).hex()}-{len(digests)}"
-        if not size or tag == wanted or not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", tag) or container_of(uri) in self._untold:
+        if tag == wanted or not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", tag) or container_of(uri) in self._untold:
             return True
         # A store that encrypts by a key of the user's own (KMS) has tags of this form that are no digests: what lies there decides.
         ranges = [(start, min(start + piece, size)) for start in range(0, size, piece)]
