@@ -305,7 +305,7 @@ def test_a_store_whose_tags_are_no_digests_is_read_once(
     monkeypatch.setattr(objects, "_md5", lambda data: hashlib.blake2b(data, digest_size=16).digest())  # so that no tag is one
     store = open_store()
     for k in range(2):
-        with store.part(f"{server.uri}/kms/{size}-{k}", 0, size) as part:
+        with store.whole(f"{server.uri}/kms/{size}-{k}", 3 * size) as part:
             part.write(bytes([k]) * size)
         assert server.get(f"kms/{size}-{k}") == bytes([k]) * size
     assert proxy.fetched() == {f"kms/{size}-0": size}
