@@ -421,6 +421,8 @@ def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypat
     one."""
     import logging
 
+    from pcb_ray.searching import report, tune  # noqa: F401 - their libraries set variables when they are imported
+
     before, level = dict(os.environ), logging.getLogger("ray.tune").level
     (tmp_path / "beside.txt").write_text("here")
     (tmp_path / "neighbour.py").write_text("from pathlib import Path\ndef read():\n    return Path('beside.txt').read_text()\n")
@@ -466,7 +468,7 @@ def test_an_output_that_appears_during_a_search_is_kept_and_no_score_is_lost(fam
     commit = State.commit
 
     def late(state: State) -> None:
-        if state.out == out:
+        if state.place.out == str(out):
             out.mkdir()
             (out / "precious").write_text("kept")
         commit(state)
