@@ -27,7 +27,7 @@ from pcb_ray.budget import MIN_BLOCK, choose_block
 from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.files.hub import hub_id
 from pcb_ray.files.hub_commit import Branch
-from pcb_ray.files.objects import HUB_SCHEME, CutOff, container_of, object_problem
+from pcb_ray.files.objects import HUB_SCHEME, UPLOAD_TRIES, CutOff, container_of, object_problem
 from pcb_ray.files.store import PartWriter, Range, Store, is_remote
 from pcb_ray.kernels import choose_kernel
 from pcb_ray.kernels.reference import Loaded, keys
@@ -62,8 +62,8 @@ PassT = TypeVar("PassT", Ranks, Extrema, Sums)
 # Float sums are taken over fixed runs of this many elements and then exactly over the runs, so that no block size can show in them.
 SUM_RUN = 1 << 12
 COPIED_AT_ONCE = 1 << 20
+FILE_TRIES = UPLOAD_TRIES
 TRIED = b"written to see whether this machine may write here\n"
-FILE_TRIES = 3  # uploads that a store may lose of one file
 NOTE_MEMORY_S = 0.02  # to ask the system takes up to a millisecond
 
 

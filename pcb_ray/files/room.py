@@ -24,7 +24,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pcb_ray.checks import without_secrets
 from pcb_ray.errors import RequestError
+from pcb_ray.files.foreign import mismatch
+from pcb_ray.files.store import as_path, is_remote
 
 MEMORY = Path("/dev/shm")
 SHARE_OF_MEMORY, SHARE_OF_DISK = 0.5, 0.9
@@ -48,7 +51,11 @@ class Room:
 
     @classmethod
     def for_a_run(cls, memory: int | None, scratch: str, scratch_bytes: int | None) -> Room:
-        return cls(secrets.token_hex(8), memory, scratch, scratch_bytes)
+        """Raises RequestError for a scratch that is no folder of a machine."""
+        if is_remote(folder := as_path(scratch)):
+            fix = "name a path on a disk of each node, or leave it out"
+            raise RequestError(f"--scratch {without_secrets(scratch)}: {mismatch('a folder', 'a URI', fix)}")
+        return cls(secrets.token_hex(8), memory, folder, scratch_bytes)
 
 
 class KeptHere:

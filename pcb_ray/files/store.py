@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,6 +147,12 @@ Pins = Mapping[str, Stamp]
 def is_remote(file: str) -> bool:
     """Whether a file is named by a URI, so that it lies in a store of its own."""
     return "://" in file
+
+
+def as_path(name: str) -> str:
+    """The path that a `file://` URI names; any other name as it is."""
+    start = next((start for start in ("file:///", "file://localhost/") if name.startswith(start)), "")
+    return unquote(name[len(start) - 1 :]) if start else name
 
 
 # ---------------------------------------------------------------------------------------------------- local files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable
@@ -37,6 +38,15 @@ def size_of_file(store: Store, file: str) -> int | None:
         return store.stamp(file).size
     except FileNotFoundError:
         return None
+
+
+def small_file(file: str, most: int, storage: Storage | None = None) -> bytes:
+    """What a file holds, wherever it lies; of a larger one than that the first `most` bytes and one more. Raises OSError."""
+    with contextlib.closing(open_store(storage=storage)) as store:
+        data = bytearray(min(store.stamp(file).size, most + 1))
+        if data:
+            store.read(file, 0, memoryview(data))
+    return bytes(data)
 
 
 class _Stores:

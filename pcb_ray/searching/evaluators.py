@@ -34,6 +34,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from pcb_ray import checks
 from pcb_ray.conversions import as_saved
 from pcb_ray.errors import RequestError
+from pcb_ray.files.store import as_path
 from pcb_ray.recipe import DTYPES
 from pcb_ray.user_code import UserCode, check_below, load_object, read_code
 
@@ -187,7 +188,7 @@ def _tasks(tasks: Any, where: str, problems: list[str]) -> dict[str, list[str]]:
 
 
 def _path(raw: Any, kind: str, folder: Path, where: str, problems: list[str]) -> Path:
-    name = checks.text(raw, where, problems, f"the path of a {kind}")
+    name = as_path(checks.text(raw, where, problems, f"the path of a {kind}"))
     is_there = os.path.isdir if kind == "folder" else os.path.isfile
     if name and not is_there(folder / name):
         problems.append(
