@@ -20,6 +20,7 @@ files, `volumes`: one owner writes each from its first byte to its last.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import json
 import math
@@ -306,12 +307,14 @@ def _bin_of(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
     return len(counts) - 1 - above, rank - int(at_least[above - 1] if above else 0)
 
 
-def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor], store: Store) -> None:
-    """Write the base (0) or a model (1..N) as its files hold it into `parameters`, in place, each in its own dtype."""
+def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor], store: Store, path: Callable[[str], str] = str) -> None:
+    """Write the base (0) or a model (1..N) as its files hold it into `parameters`, in place, each in its own dtype. `path` says
+    where a file of the base lies here."""
     reader = Reader(store, COPIED_AT_ONCE, plan.dtypes_of(source), torch.device("cpu"))
     for tensor in plan.tensors:
         held = tensor.sources[source]
         if held is not None and tensor.name in parameters:
+            held = held if source else dataclasses.replace(held, file=path(held.file))
             store.expect([Range(held.file, held.start, held.stop)])
             parameter = parameters[tensor.name].detach()
             whole = torch.empty(tensor.numel, dtype=DTYPES[held.dtype])

@@ -129,7 +129,7 @@ class Scorer:
 
         if self._held != source:
             self._held = None
-            copy_input(self._plan, source, self.parameters, self._nearby.store)
+            copy_input(self._plan, source, self.parameters, self._nearby.store, self._nearby.path)
             self._held = source
         self._update_twins()
         return self._metrics(split)
