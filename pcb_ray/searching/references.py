@@ -205,10 +205,16 @@ class _Scorers:
         import ray
 
         waiting, last_sign = [(one, True) for one in asked], time.monotonic()
+        readers: dict[str, Any] = {}  # name -> the scorer that has read it, for one split, and scores it on the other
         while waiting or self._busy:
-            while waiting and self._idle:
-                (one, again), scorer = waiting.pop(0), self._idle.pop()
-                self._busy[scorer.score.remote(asked[one], one[1])] = (scorer, one, again)
+            for scorer in list(self._idle):
+                if (
+                    k := next((k for k, (one, _) in enumerate(waiting) if readers.get(one[0], scorer) is scorer), None)
+                ) is not None:
+                    one, again = waiting.pop(k)
+                    readers[one[0]] = scorer
+                    self._idle.remove(scorer)
+                    self._busy[scorer.score.remote(asked[one], one[1])] = (scorer, one, again)
             ready, _ = ray.wait([*self._busy, *self._starting], timeout=5.0)
             if self._busy or ready:
                 last_sign = time.monotonic()
@@ -229,6 +235,7 @@ class _Scorers:
                     self._idle.append(scorer)
                     yield one, error.cause
                 except ray.exceptions.RayError as error:
+                    readers = {name: reader for name, reader in readers.items() if reader is not scorer}
                     self._add()
                     if again:
                         waiting.append((one, False))
