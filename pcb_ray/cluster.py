@@ -5,19 +5,32 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from pcb_ray.errors import RequestError, RunError, reason_in
+
+log = logging.getLogger("pcb_ray")
+
+_Answer = TypeVar("_Answer")
+
+AFTER_THE_HEAD = "Fix: start a cluster, this one or another, and run the same with --resume; finished work is kept"
 
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # near the smallest that Ray accepts; what does not fit goes to disk
 MAX_TMPDIR = 107 - len("/ray/session_2026-11-27_00-00-00_000000_4194304/sockets/plasma_store.1")
 """A socket's path has at most 107 bytes; the rest of it is Ray's."""
+HEAD_LOOK_S = 2.0
+HEAD_WAIT_S = 1.0
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""So long Ray waits for a head that is away, 60 s by default. Then it ends the process, with words of its own."""
+TO_END_S = 15.0  # what we need to end before that
 AUTH_MODE, ACCELERATORS = "RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 
 
@@ -43,7 +56,7 @@ def cluster(address: str | None) -> Iterator[None]:
     defaults = {ACCELERATORS: "0"}  # the coming default; silences a warning
     if address == "local" and "ray" not in sys.modules:
         defaults[AUTH_MODE] = "token"  # authentication on, and no warning about it; Ray reads it when imported
-    with _environment(defaults):
+    with _environment(defaults), _quiet_listeners():
         import ray
 
         _join(address)
@@ -51,6 +64,94 @@ def cluster(address: str | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+class Head:
+    """The head of the cluster that this process has joined, which may go away, and come back as another one. What Ray asks it for
+    meanwhile blocks; and if then another one answers, Ray aborts this process. So it is looked at by other means."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._address: str = ray.get_runtime_context().gcs_address
+        us: Any = ray._private.worker.global_worker
+        self._cluster = us.gcs_client.cluster_id
+        limit_s = float(os.environ.get(RECONNECT, "60"))
+        self._patience_s = max(limit_s / 2, limit_s - TO_END_S)
+        self._looked_s, self._away_since_s = -math.inf, math.inf
+        self._asking: threading.Thread | None = None
+
+    def ask(self, question: Callable[[], _Answer]) -> _Answer | None:
+        """What Ray asks it for; None while it is away. Raises RunError as `is_there` does, and what the question raises."""
+        if not self.is_there() or (self._asking is not None and self._asking.is_alive()):
+            return None
+        answers: list[_Answer] = []
+        failures: list[BaseException] = []
+
+        def answer() -> None:
+            try:
+                answers.append(question())
+            except BaseException as error:
+                failures.append(error)
+
+        self._asking = threading.Thread(target=answer, name="ask the head", daemon=True)  # it may be away before it has answered
+        self._asking.start()
+        while self._asking.is_alive():
+            self._asking.join(HEAD_WAIT_S)
+            if self._asking.is_alive() and not self.is_there():
+                return None
+        if failures:
+            raise failures[0]
+        return answers[0]
+
+    def look_at_times(self) -> None:
+        """Look whether it is there, if nobody has for a while. Raises RunError as `is_there` does."""
+        if time.monotonic() - self._looked_s >= HEAD_LOOK_S:
+            self.is_there()
+
+    def is_there(self) -> bool:
+        """Whether it answers now. Raises RunError if it has been away for too long, or is another one."""
+        was_away, self._looked_s = self._away_since_s < math.inf, time.monotonic()
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_WAIT_S).close()
+            is_another = was_away and self._is_another()
+        except OSError as error:
+            self._away_since_s = min(self._away_since_s, self._looked_s)
+            if not was_away:
+                log.warning(
+                    "the head of the cluster, %s, does not answer (%s); it is waited for %.0f s",
+                    self._address,
+                    error,
+                    self._patience_s,
+                )
+            elif (away_s := self._looked_s - self._away_since_s) > self._patience_s:
+                raise RunError(
+                    f"the cluster: wanted its head, {self._address}, to answer, found that it has not for {away_s:.0f} s; without "
+                    f"it the cluster is lost. {AFTER_THE_HEAD}"
+                ) from None
+            return False
+        if is_another:
+            raise RunError(
+                f"the cluster: wanted the head that was joined, found that another one was started at {self._address}, which knows "
+                f"nothing of this run. {AFTER_THE_HEAD}"
+            )
+        if was_away:
+            log.warning("the head of the cluster is back")
+        self._away_since_s = math.inf
+        return True
+
+    def _is_another(self) -> bool:
+        """Whether one answers that is not of the cluster that was joined. Raises OSError if it does not answer yet."""
+        import ray
+
+        try:
+            client: Any = ray._raylet.GcsClient(address=self._address)  # type: ignore[attr-defined]
+        except ray.exceptions.AuthenticationError:  # it wants another token
+            return True
+        except ray.exceptions.RayError as error:
+            raise OSError(reason_in(error)) from None
+        return bool(client.cluster_id != self._cluster)
 
 
 def is_same_cluster(address: str, running: str) -> bool:
@@ -130,6 +231,22 @@ def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = old
+
+
+@contextlib.contextmanager
+def _quiet_listeners() -> Iterator[None]:
+    """Ray has threads that listen to the head, and end with a traceback when it is lost; that it is we say ourselves."""
+    before = threading.excepthook
+
+    def hook(what: threading.ExceptHookArgs) -> None:
+        if what.thread is None or not what.thread.name.startswith("ray_"):
+            before(what)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _addresses_of(host: str) -> set[str]:

@@ -23,16 +23,17 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pcb_ray.budget import smaller_block
+from pcb_ray.cluster import Head
 from pcb_ray.errors import RunError, reason_in
 from pcb_ray.files.objects import object_problem
 from pcb_ray.files.store import is_remote
-from pcb_ray.nodes import Needs, draining, nodes, shown_nodes
+from pcb_ray.nodes import Needs, Node, draining, nodes, shown_nodes
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, ChunksOf, OwnerState, Question, TotalT
 from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, batches_of, proved
@@ -224,6 +225,7 @@ class RayOwners:
         self._remote = actor.options(scheduling_strategy="SPREAD", max_restarts=0, **needs.options)
         self._needs, self._make_owner, self._patience, self._room = needs, make_owner, patience, room
         self._at_most = max(workers, at_most)
+        self._head = Head()
         self._most = 0
         self._plan: Plan | None = None
         self._arguments: tuple[Any, ...] = ()  # of `use`
@@ -551,24 +553,25 @@ class RayOwners:
         self._expect(worker, worker.actor.where.remote(), _Call(None))
 
     def _look_at_nodes(self, job: _Job | None) -> None:
-        self._let_leave(job)
-        self._grow()
+        if (found := self._head.ask(lambda: (draining(), nodes()))) is not None:
+            going, there = found
+            self._let_leave(job, going)
+            self._grow(there)
         self._looked_s = time.monotonic()
 
-    def _grow(self) -> None:
+    def _grow(self, there: Sequence[Node]) -> None:
         """Place more owners, if nodes have joined since."""
         staying = sum(not worker.leaves for worker in self._workers.values())
         if staying < self._at_most:
-            more = min(self._at_most, self._needs.places(nodes())) - staying
+            more = min(self._at_most, self._needs.places(there)) - staying
             for _ in range(more):
                 self._place()
             if more > 0:
                 log.info("nodes have joined: %d workers more", more)
 
-    def _let_leave(self, job: _Job | None) -> None:
+    def _let_leave(self, job: _Job | None, going: Collection[str]) -> None:
         """Replace owners whose nodes are about to go. As soon as there are others, these take over what they hold, and what they
         have at hand is done by others: they may go."""
-        going = draining()
         leaving = [worker for worker in self._workers.values() if worker.node in going]
         for worker in leaving:
             if not worker.leaves:
@@ -632,6 +635,7 @@ class RayOwners:
         was."""
         import ray
 
+        self._head.look_at_times()
         begin = time.monotonic()
         ready, _ = ray.wait(references, num_returns=1, timeout=self._tick_s)
         self._clock_s += min(time.monotonic() - begin, 2 * self._tick_s)
@@ -728,8 +732,9 @@ class RayOwners:
     def _check_placement(self) -> None:
         waited_s = self._clock_s - self._last_sign_s
         if waited_s > self._patience.placement_s:
+            there = shown_nodes(self._head.ask(nodes) or ())
             raise RunError(
-                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {shown_nodes(nodes())}; other "
+                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {there}; other "
                 "jobs, or workers that a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
             )
 
