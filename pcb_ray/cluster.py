@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ipaddress
 import logging
@@ -21,12 +22,10 @@ log = logging.getLogger("pcb_ray")
 
 _Answer = TypeVar("_Answer")
 
-AFTER_THE_HEAD = "Fix: start a cluster, this one or another, and run the same with --resume; finished work is kept"
-
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # near the smallest that Ray accepts; what does not fit goes to disk
 MAX_TMPDIR = 107 - len("/ray/session_2026-11-27_00-00-00_000000_4194304/sockets/plasma_store.1")
 """A socket's path has at most 107 bytes; the rest of it is Ray's."""
-HEAD_LOOK_S = 2.0
+HEAD_LOOK_S = 0.25  # often: where the driver's own raylet goes with the head, Ray soon ends the process, silently
 HEAD_WAIT_S = 1.0
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """So long Ray waits for a head that is away, 60 s by default. Then it ends the process, with words of its own."""
@@ -60,15 +59,22 @@ def cluster(address: str | None) -> Iterator[None]:
         import ray
 
         _join(address)
+        Head.is_lost = False
         try:
             yield
         finally:
-            ray.shutdown()
+            if Head.is_lost:
+                atexit.register(_end_without_ray)
+            else:
+                ray.shutdown()
 
 
 class Head:
     """The head of the cluster that this process has joined, which may go away, and come back as another one. What Ray asks it for
     meanwhile blocks; and if then another one answers, Ray aborts this process. So it is looked at by other means."""
+
+    is_lost = False
+    """Whether it is gone for good: then nobody needs to be told that this process leaves, and Ray would wait for it."""
 
     def __init__(self) -> None:
         import ray
@@ -78,6 +84,7 @@ class Head:
         self._cluster = us.gcs_client.cluster_id
         limit_s = float(os.environ.get(RECONNECT, "60"))
         self._patience_s = max(limit_s / 2, limit_s - TO_END_S)
+        self._remembers = _storage_of_head() != b"memory"
         self._looked_s, self._away_since_s = -math.inf, math.inf
         self._asking: threading.Thread | None = None
 
@@ -118,28 +125,27 @@ class Head:
             is_another = was_away and self._is_another()
         except OSError as error:
             self._away_since_s = min(self._away_since_s, self._looked_s)
-            if not was_away:
-                log.warning(
-                    "the head of the cluster, %s, does not answer (%s); it is waited for %.0f s",
-                    self._address,
-                    error,
-                    self._patience_s,
-                )
-            elif (away_s := self._looked_s - self._away_since_s) > self._patience_s:
-                raise RunError(
-                    f"the cluster: wanted its head, {self._address}, to answer, found that it has not for {away_s:.0f} s; without "
-                    f"it the cluster is lost. {AFTER_THE_HEAD}"
-                ) from None
-            return False
+            away_s = self._looked_s - self._away_since_s
+            if self._remembers or not isinstance(error, ConnectionRefusedError):
+                if not was_away:
+                    told = "the head of the cluster, %s, does not answer (%s); it is waited for %.0f s"
+                    log.warning(told, self._address, error, self._patience_s)
+                if away_s <= self._patience_s:
+                    return False
+            raise self._loss(f"wanted its head, {self._address}, to answer, found that it has not for {away_s:.0f} s") from None
         if is_another:
-            raise RunError(
-                f"the cluster: wanted the head that was joined, found that another one was started at {self._address}, which knows "
-                f"nothing of this run. {AFTER_THE_HEAD}"
-            )
+            raise self._loss(f"wanted the head that was joined, found that another one was started at {self._address}")
         if was_away:
             log.warning("the head of the cluster is back")
         self._away_since_s = math.inf
         return True
+
+    def _loss(self, found: str) -> RunError:
+        Head.is_lost = True
+        return RunError(
+            f"the cluster: {found}; what it knew of this run is lost with it. Fix: start a cluster, this one or another, and run "
+            "the same with --resume; finished work is kept"
+        )
 
     def _is_another(self) -> bool:
         """Whether one answers that is not of the cluster that was joined. Raises OSError if it does not answer yet."""
@@ -231,6 +237,26 @@ def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = old
+
+
+def _end_without_ray() -> None:
+    """End this process as one that has failed. Ray's own way to end waits for the head; without it the interpreter breaks down."""
+    import ray
+
+    us: Any = ray._private.worker.global_worker
+    with contextlib.suppress(Exception):
+        us.node.kill_all_processes(check_alive=False, allow_graceful=False)  # those that it has started, if it has
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def _storage_of_head() -> object:
+    """Where the head keeps what it knows, as it notes for Ray's statistics: b"memory", or what outlives it."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _internal_kv_get("extra_usage_tag_gcs_storage", namespace="usage_stats")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pcb_ray.budget import smaller_block
-from pcb_ray.cluster import Head
+from pcb_ray.cluster import HEAD_LOOK_S, Head
 from pcb_ray.errors import RunError, reason_in
 from pcb_ray.files.objects import object_problem
 from pcb_ray.files.store import is_remote
@@ -288,6 +288,9 @@ class RayOwners:
         """Let the actors go; a local cluster ends with the driver, another one goes on."""
         import ray
 
+        if Head.is_lost:  # they go with their nodes
+            self._workers = {}
+            return
         if self._room is not None:
             leaving = [worker.actor.leave.options(**ASIDE).remote() for worker in self._workers.values() if worker.ready]
             ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)  # what stays behind, the next run there removes
@@ -637,7 +640,7 @@ class RayOwners:
 
         self._head.look_at_times()
         begin = time.monotonic()
-        ready, _ = ray.wait(references, num_returns=1, timeout=self._tick_s)
+        ready, _ = ray.wait(references, num_returns=1, timeout=min(self._tick_s, HEAD_LOOK_S))
         self._clock_s += min(time.monotonic() - begin, 2 * self._tick_s)
         return list(ray.wait(references, num_returns=len(references), timeout=0.0)[0]) if ready else []
 
