@@ -132,7 +132,8 @@ class Head:
                     log.warning(told, self._address, error, self._patience_s)
                 if away_s <= self._patience_s:
                     return False
-            raise self._loss(f"wanted its head, {self._address}, to answer, found that it has not for {away_s:.0f} s") from None
+            found = f"that it has not for {away_s:.0f} s" if was_away else "that nothing listens there any more"
+            raise self._loss(f"wanted its head, {self._address}, to answer, found {found}") from None
         if is_another:
             raise self._loss(f"wanted the head that was joined, found that another one was started at {self._address}")
         if was_away:

@@ -59,7 +59,9 @@ def resumed(merge: Merge, out: Path, head: Head) -> None:
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["gone", "started anew"])
-def test_a_run_whose_head_is_lost_ends_with_an_error_and_is_resumed_on_another(merge: Merge, anew: bool, tmp_path: Path) -> None:
+def test_a_run_whose_head_is_lost_ends_with_an_error_and_may_be_resumed_on_another(
+    merge: Merge, anew: bool, tmp_path: Path
+) -> None:
     """`ray start --block` ends with its GCS, and takes the rest of the head node along, of which the driver is a client. One that
     is started at the same port is another cluster. Workers stand still meanwhile, so that there is something left to do."""
     out = tmp_path / "out"
@@ -77,9 +79,9 @@ def test_a_run_whose_head_is_lost_ends_with_an_error_and_is_resumed_on_another(m
             assert head.process.wait(timeout=DEADLINE_S) == 1
             if anew:
                 port = head.address.rpartition(":")[2]
-                another = stack.enter_context(head_node(cpus=0, start=("--port", port)))
+                stack.enter_context(head_node(cpus=0, start=("--port", port)))
             assert run.finish() == 1, run.text
-        told = r"(to answer, found that it has not for \d+ s|another one was started at)"
+        told = r"(to answer, found that nothing listens there any more|another one was started at)"
         assert re.search(rf"^pcb-ray: the cluster: wanted .*{told}.*--resume; finished work is kept", run.text, flags=re.MULTILINE)
         assert "Traceback" not in run.text
         assert "StackTrace" not in run.text
@@ -91,8 +93,7 @@ def test_a_run_whose_head_is_lost_ends_with_an_error_and_is_resumed_on_another(m
                 process.kill()
         await_end(of_node)
         if not anew:
-            another = stack.enter_context(head_node(cpus=0))
-        resumed(merge, out, another)
+            resumed(merge, out, stack.enter_context(head_node(cpus=0)))
 
 
 @contextlib.contextmanager
