@@ -21,7 +21,7 @@ from pcb_ray.checks import size_of, without_secrets
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.estimate import EXAMPLE, SHARE_OF_WORKERS, Cluster, Estimate, estimate
 from pcb_ray.files.objects import object_problem
-from pcb_ray.files.store import is_remote
+from pcb_ray.files.store import as_path, is_remote
 from pcb_ray.methods import METHODS, Method, Parameter, names, variants_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Plan
 from pcb_ray.progress import readable_bytes
@@ -196,6 +196,11 @@ def size(text: str) -> int:
     return value
 
 
+def recipe_name(text: str) -> str | Path:
+    name = as_path(text)
+    return name if is_remote(name) else Path(name)
+
+
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -263,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=form)
 
     plan = command("plan", "Tell what a merge will do, from headers and samples, in seconds; nothing is written.", _recipe_help())
-    plan.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
+    plan.add_argument("recipe", metavar="RECIPE", type=recipe_name, help="the recipe, a YAML file, or its URI")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument(
         "--cluster",
@@ -275,7 +280,7 @@ def parser() -> argparse.ArgumentParser:
 
     merge = command("merge", "Merge the models of RECIPE into the directory OUT.", MERGE_HELP + "\n" + _recipe_help())
     merge.usage = "pcb-ray merge RECIPE OUT [options]\n       pcb-ray merge RECIPE [RECIPE ...] --into DIR [options]"
-    merge.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
+    merge.add_argument("recipe", metavar="RECIPE", type=recipe_name, help="the recipe, a YAML file, or its URI")
     merge.add_argument(
         "more",
         metavar="OUT",
@@ -305,42 +310,49 @@ def parser() -> argparse.ArgumentParser:
 
     search = command("search", "Search the coefficients of RECIPE, and merge the best into the directory OUT.", _search_help())
     sweep = command("sweep", "Score a grid of the method's parameters and variants.", _sweep_help())
-    for one, made in (search, "the directory to make: the merged winner and the report"), (sweep, "the directory to make"):
-        one.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe, a YAML file")
-        one.add_argument("out", metavar="OUT", help=made)
+    for one, made in (search, "the merged winner and the report"), (sweep, "the table and the report"):
+        one.add_argument("recipe", metavar="RECIPE", type=recipe_name, help="the recipe, a YAML file, or its URI")
+        one.add_argument(
+            "out", metavar="OUT", help=f"the directory to make, that all nodes see; or s3://bucket/name (gs, az): {made}"
+        )
         one.add_argument(
             "--workers", type=count, metavar="N", help="workers of the analysis (default: one per core of the cluster)"
         )
         one.add_argument("--address", help="a Ray cluster to join, such as ray-head:6379 (default: start a local one)")
-        one.add_argument("--resume", action="store_true", help="go on with an unfinished run; what has a score is not scored again")
+        one.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on with an unfinished run; nothing is scored again, or done at all if OUT is this very one",
+        )
         one.add_argument("--overwrite", action="store_true", help="replace OUT if it exists, and forget an unfinished run")
 
-    merge.add_argument(
-        "--cache",
-        type=size,
-        metavar="SIZE",
-        help="memory of each node for what is fetched from object stores (default: half of it)",
-    )
-    merge.add_argument("--scratch", default="", metavar="DIR", help="a folder on a disk of each node for what does not fit there")
+    for one in merge, search, sweep:
+        one.add_argument(
+            "--cache",
+            type=size,
+            metavar="SIZE",
+            help="memory of each node for what is fetched from object stores (default: half of what is free)",
+        )
+        one.add_argument("--scratch", default="", metavar="DIR", help="a folder on a disk of each node for what does not fit there")
+        one.add_argument("--scratch-size", type=size, metavar="SIZE", help="bound on it (default: nine tenths of what is free)")
     merge.add_argument(
         "--state", default="", metavar="DIR", help="where the state of a run to hf:// lies: a folder (default: RECIPE's), or a URI"
     )
     merge.add_argument("--pull-request", action="store_true", help="end a merge to hf://org/name with a pull request")
-    merge.add_argument("--scratch-size", type=size, metavar="SIZE", help="bound on it (default: nine tenths of what is free)")
     for one in merge, search, sweep:
         one.add_argument(
             "--label",
             dest="labels",
             action=_Pairs,
             metavar="KEY=VALUE",
-            help="workers go to nodes with this label only (may be repeated): LABEL, !LABEL or in(LABEL,...)",
+            help="workers, and trials, go to nodes with this label only (may be repeated): LABEL, !LABEL or in(LABEL,...)",
         )
         one.add_argument(
             "--resource",
             dest="resources",
             action=_Pairs,
             metavar="NAME=AMOUNT",
-            help="a custom resource that each worker takes of its node (may be repeated)",
+            help="a custom resource that each worker, and each trial, takes of its node (may be repeated)",
         )
     for one in plan, merge, search:
         one.add_argument(
@@ -359,7 +371,8 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--allow-code",
             action="store_true",
-            help="run a method or evaluator that RECIPE names also if it is a module, or a file outside of RECIPE's folder",
+            help="run a method or evaluator that RECIPE names also if it is a module, or a file outside of RECIPE's folder; any "
+            "where RECIPE lies in a store",
         )
 
     verify = command("verify", "Check a merged directory: all digests, and a sample of parts recomputed from the inputs.", "")
@@ -611,8 +624,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    room = {"cache": options.cache, "scratch": options.scratch, "scratch_bytes": options.scratch_size}
-    how = {**_shared(options), **room, "device": options.device, "max_shard_bytes": options.max_shard_size}
+    how = {**_shared(options), "device": options.device, "max_shard_bytes": options.max_shard_size}
     recipes, out = _recipes_and_out(options)
     if options.into is not None:
         return _merge_many(recipes, out, how)
@@ -628,16 +640,16 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _recipes_and_out(options: argparse.Namespace) -> tuple[list[Path], str]:
+def _recipes_and_out(options: argparse.Namespace) -> tuple[list[str | Path], str]:
     """Of a merge: what is to be merged, and where to. Ends the process if there is neither OUT nor --into, or too much."""
     if options.into is not None:
-        return [options.recipe, *map(Path, options.more)], options.into
+        return [options.recipe, *map(recipe_name, options.more)], options.into
     if len(options.more) != 1:
         options.refuse(f"wanted RECIPE and OUT, or --into DIR, found {_number(1 + len(options.more), 'name')} and no --into")
     return [options.recipe], options.more[0]
 
 
-def _merge_many(recipes: Sequence[Path], into: str, how: Mapping[str, Any]) -> int:
+def _merge_many(recipes: Sequence[str | Path], into: str, how: Mapping[str, Any]) -> int:
     from pcb_ray.many import merge_many
 
     found = merge_many(recipes, into, **how)
@@ -684,7 +696,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _shared(options: argparse.Namespace) -> dict[str, Any]:
     names = ("workers", "address", "memory", "labels", "resources", "resume", "overwrite", "allow_code")
-    return {name: getattr(options, name) for name in names}
+    room = {"cache": options.cache, "scratch": options.scratch, "scratch_bytes": options.scratch_size}
+    return {name: getattr(options, name) for name in names} | room
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -704,13 +717,14 @@ def _submit(options: argparse.Namespace) -> int:
     if options.follow is not None:
         return submitting.follow(submitting.Cluster(options.address), options.follow)
     of_job = options.submitted
-    recipes: list[Path] = [of_job.recipe] if "recipe" in of_job else []
+    recipes: list[str | Path] = [of_job.recipe] if "recipe" in of_job else []
     out: str | None = of_job.out if "out" in of_job else None
     if options.words[0] == "merge":
         recipes, out = _recipes_and_out(of_job)
     method = of_job.method if "method" in of_job else None
     code = [] if method is None else _files_of_code(method)
-    package = submitting.gather(recipes, options.include, code, allow_code="allow_code" in of_job and of_job.allow_code)
+    sent = [one for one in recipes if isinstance(one, Path)]  # what lies in a store the job reads there
+    package = submitting.gather(sent, options.include, code, allow_code="allow_code" in of_job and of_job.allow_code)
     return submitting.run(options.words, package, out, options.address, wait=not options.no_wait)
 
 

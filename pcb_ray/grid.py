@@ -13,7 +13,7 @@ from pcb_ray import methods
 from pcb_ray.checks import nearest, shown, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.methods.method import SHARED_PARAMETERS
-from pcb_ray.recipe import Recipe, read_file
+from pcb_ray.recipe import Read, Recipe, read_file
 from pcb_ray.user_code import names_code
 
 GRID, METHOD, VARIANT = "grid", "method", "variant"
@@ -35,17 +35,18 @@ def points_of(
     it knows. Raises RequestError if the recipe can't be read, or the grid is none."""
     if isinstance(recipe, Recipe):
         return {"": recipe}
-    mapping, folder = (recipe, Path.cwd()) if isinstance(recipe, Mapping) else read_file(recipe)
+    read = Read(recipe, Path.cwd()) if isinstance(recipe, Mapping) else read_file(recipe, allow_code=allow_code)
+    mapping, folder, prefix = read
     allow_code = allow_code or isinstance(recipe, Mapping)  # the caller's own
     if not isinstance(mapping, Mapping) or mapping.get(GRID) is None:
-        return {"": Recipe.from_dict(mapping, folder, allow_code=allow_code)}
+        return {"": Recipe.from_dict(mapping, folder, allow_code=allow_code, prefix=prefix)}
     named = mapping.get("merge_method", Recipe.merge_method)
     axes = _axes(mapping[GRID], named)
     found: dict[str, Recipe | RequestError] = {}
     for point in _points(axes, named):
         name = ",".join(f"{key}={_text(value)}" for key, value in sorted(point.items()))
         try:
-            found[name] = Recipe.from_dict(_at(mapping, point), folder, allow_code=allow_code)
+            found[name] = Recipe.from_dict(_at(mapping, point), folder, allow_code=allow_code, prefix=prefix)
         except RequestError as error:
             found[name] = error
     return found

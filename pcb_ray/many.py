@@ -21,7 +21,7 @@ from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.errors import RequestError, RunError
 from pcb_ray.files.foreign import some
 from pcb_ray.files.room import Room
-from pcb_ray.files.store import is_remote
+from pcb_ray.files.store import as_path, is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.grid import MAX_POINTS, points_of
 from pcb_ray.merging import merged, merged_before, needs_room, opened, writer_bytes
@@ -89,7 +89,7 @@ def merge_many(
     start = time.monotonic()
     if isinstance(recipes, str | os.PathLike):
         recipes = [recipes]
-    into, pool = os.fspath(into), Pool(labels or {}, resources or {})
+    into, pool = as_path(os.fspath(into)), Pool(labels or {}, resources or {})
     check_into(into)
     check_cluster(address)
     room = Room.for_a_run(cache, scratch, scratch_bytes)
@@ -182,7 +182,7 @@ def _opened(recipes: Mapping[str, Recipe], how: _How, results: dict[str, Merged]
     told: set[str] = set()
     for name, recipe in recipes.items():
         try:
-            place = place_of(inside(how.into, name), recipe.storage, overwrite=how.overwrite, beside=recipe.folder)
+            place = place_of(inside(how.into, name), recipe.storage, overwrite=how.overwrite, beside=recipe.prefix or recipe.folder)
             before = merged_before(recipe, place, how.max_shard_bytes) if how.resume else ()
             if isinstance(before, Receipt):
                 results[name] = Merged(before, before=True)

@@ -63,7 +63,7 @@ def merge(
     The output's bytes are a function of the inputs and the recipe: neither `workers`, `memory` (bytes of anonymous memory per
     worker), `device` nor a lost worker shows in them. A directory appears only when whole; what lies in a store is whole when its
     receipt is there; on the Hub it is one commit, or with `pull_request` a pull request. A run that was killed goes on with
-    `resume=True`. Its state lies beside `out`; of one to the Hub in `state`, a folder or a prefix (else in the recipe's folder).
+    `resume=True`. Its state lies beside `out`; of one to the Hub in `state`, a folder or a prefix (else beside the recipe).
 
     Without `workers` there is one for each core (GPU) of the cluster, and more as nodes join. `labels` say which nodes may work,
     with values as Ray's label selectors have them; `resources` are what of custom ones each worker takes.
@@ -78,7 +78,9 @@ def merge(
     """
     start = time.monotonic()
     recipe, pool = Recipe.of(recipe, allow_code=allow_code), Pool(labels or {}, resources or {})
-    place = place_of(out, recipe.storage, overwrite=overwrite, state=state, beside=recipe.folder, pull_request=pull_request)
+    near = recipe.prefix or recipe.folder
+    place = place_of(out, recipe.storage, overwrite=overwrite, state=state, beside=near, pull_request=pull_request)
+    room = Room.for_a_run(cache, scratch, scratch_bytes)
     check_cluster(address)
     before = merged_before(recipe, place, max_shard_bytes) if resume else ()
     if isinstance(before, Receipt):
@@ -96,7 +98,6 @@ def merge(
         choose_block(plan, "cpu", memory, beside)  # a wrong bound is told before a cluster starts
     for note in () if resume and place.is_unfinished else plan.notes:  # told when it began
         log.warning("note: %s", note)
-    room = Room.for_a_run(cache, scratch, scratch_bytes) if needs_room(plan, place) else None
     stamps = plan.stamps
     asked, files = asked_of(plan, ARITHMETIC, stamps), [file.name for file in plan.files]
     with (
@@ -110,7 +111,7 @@ def merge(
             pool=pool,
             beside=beside,
             writes_to=lambda: place,
-            room=room,
+            room=room if needs_room(plan, place) else None,
             quiet=quiet,
         ) as session,
     ):

@@ -95,6 +95,14 @@ class Pool:
         """Whether its labels are as wanted."""
         return all(_selects(value, node.labels.get(key)) for key, value in self.labels.items())
 
+    def places(self, found: Iterable[Node], amounts: Mapping[str, float]) -> int:
+        """How many processes these nodes hold that each take so much of them (and of what the pool asks for), if nobody else uses
+        them."""
+        taken = {**amounts, **self.resources}
+        return sum(
+            min(int(node.has(name) / amount + LEAST) for name, amount in taken.items()) for node in found if self.admits(node)
+        )
+
 
 def _selects(selector: str, label: str | None) -> bool:
     found = _SELECTOR.fullmatch(selector)
@@ -131,11 +139,7 @@ class Needs:
 
     def places(self, found: Iterable[Node]) -> int:
         """How many workers these nodes hold, if nobody else uses them."""
-        return sum(
-            min(int(node.has(name) / amount + LEAST) for name, amount in self.amounts.items())
-            for node in found
-            if self.pool.admits(node)
-        )
+        return self.pool.places(found, self.amounts)
 
 
 def autoscales() -> bool:

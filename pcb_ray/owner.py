@@ -27,7 +27,7 @@ from pcb_ray.budget import MIN_BLOCK, choose_block
 from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.files.hub import hub_id
 from pcb_ray.files.hub_commit import Branch
-from pcb_ray.files.objects import HUB_SCHEME, CutOff, container_of, object_problem
+from pcb_ray.files.objects import HUB_SCHEME, UPLOAD_TRIES, CutOff, container_of, object_problem
 from pcb_ray.files.store import PartWriter, Range, Store, is_remote
 from pcb_ray.kernels import choose_kernel
 from pcb_ray.kernels.reference import Loaded, keys
@@ -62,8 +62,8 @@ PassT = TypeVar("PassT", Ranks, Extrema, Sums)
 # Float sums are taken over fixed runs of this many elements and then exactly over the runs, so that no block size can show in them.
 SUM_RUN = 1 << 12
 COPIED_AT_ONCE = 1 << 20
+FILE_TRIES = UPLOAD_TRIES
 TRIED = b"written to see whether this machine may write here\n"
-FILE_TRIES = 3  # uploads that a store may lose of one file
 NOTE_MEMORY_S = 0.02  # to ask the system takes up to a millisecond
 
 
@@ -127,7 +127,7 @@ class Owner:
     def sample(self, chunks: Sequence[int], question: SampleKeys) -> Sampled:
         quantity = self._pass(question.step, Ranks).quantity
         samples = [Sample(SAMPLE_SHIFT[quantity.bits]) for _ in range(self.plan.N)]
-        for segments, runs in self._sample_blocks(self._chunks_ahead(chunks)):
+        for segments, runs in self._sample_blocks(self.chunks_ahead(chunks)):
             values_NB = self.kernel.values(self.load(segments), quantity, question.known)
             for sample, x_B in zip(samples, values_NB, strict=True):
                 sample.add(keys(x_B, quantity.magnitude).cpu().numpy(), runs)
@@ -137,7 +137,7 @@ class Owner:
         quantity, entries = self._pass(question.step, Ranks).quantity, self.plan.sizes.tally_entries
         tallies = [[Tally(b, entries) for b in of_model] for of_model in question.brackets]
         largest, digests, gram = [-(1 << 63)] * self.plan.N, self._digests(), self._gram(question.relate)
-        for segments in itertools.chain.from_iterable(map(self.blocks, self._chunks_ahead(chunks))):
+        for segments in itertools.chain.from_iterable(map(self.blocks, self.chunks_ahead(chunks))):
             loaded = self.load(segments, digests)
             self._relate(loaded, gram)
             of_block, counted = self.kernel.count(loaded, quantity, question.known, question.brackets)
@@ -154,7 +154,7 @@ class Owner:
         wanted, digests, gram = self._pass(question.step, Extrema), self._digests(), self._gram(question.relate)
         smallest: list[float] = []
         largest: list[float] = []
-        for segments in itertools.chain.from_iterable(map(self.blocks, self._chunks_ahead(chunks))):
+        for segments in itertools.chain.from_iterable(map(self.blocks, self.chunks_ahead(chunks))):
             loaded = self.load(segments, digests)
             self._relate(loaded, gram)
             if not self.kernel.extremes(loaded, wanted, question.known, smallest, largest):
@@ -166,7 +166,7 @@ class Owner:
         wanted, digests, gram = self._pass(question.step, Sums), self._digests(), self._gram(question.relate)
         is_first = question.step == 0  # then nobody has looked at the inputs yet
         of_piece: dict[int, tuple[float, ...]] = {}
-        for chunk in self._chunks_ahead(chunks):
+        for chunk in self.chunks_ahead(chunks):
             pieces = {chunk: self.blocks(chunk)}
             if wanted.per == "tensor":
                 pieces = {self.plan.cell_of(cell): self._cut([cell]) for cell in self.plan.cells_of(chunk)}
@@ -358,7 +358,7 @@ class Owner:
 
     # --- what is needed next ------------------------------------------------------------------------------------------------------
 
-    def _chunks_ahead(self, chunks: Sequence[int]) -> Iterator[int]:
+    def chunks_ahead(self, chunks: Sequence[int]) -> Iterator[int]:
         return self._ahead(chunks, self.plan.chunks, self.plan.cells_of)
 
     def _parts_ahead(self, parts: Sequence[int]) -> Iterator[int]:

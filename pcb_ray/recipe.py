@@ -14,14 +14,25 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from pcb_ray import methods
 from pcb_ray.checks import choice, flag, nearest, number, present, section, shown, text, wrong
 from pcb_ray.errors import RequestError
-from pcb_ray.files.objects import HUB_SCHEME, SCHEMES, Access, is_object, uri_problem, without_credentials
+from pcb_ray.files.objects import (
+    SCHEMES,
+    Access,
+    is_object,
+    lies_there,
+    unreadable,
+    uri_beside,
+    uri_problem,
+    without_credentials,
+)
+from pcb_ray.files.store import as_path, is_remote
+from pcb_ray.files.stores import small_file
 from pcb_ray.methods import Method, Parameter
 from pcb_ray.methods.method import SHARED_PARAMETERS
 from pcb_ray.user_code import UserCode, names_code, read_code
@@ -112,6 +123,8 @@ class Recipe:
     sweep: Mapping[str, Any] | None = field(default=None, compare=False)
     folder: Path = field(default=Path("."), compare=False)
     """Relative paths are resolved against it."""
+    prefix: str = field(default="", compare=False)
+    """Of a recipe that lies in a store, the URI that it lies below."""
     code: UserCode | None = field(default=None, repr=False)
     """Of a method of the user's own, as it was read when the recipe was made."""
     allow_code: bool = field(default=True, repr=False, compare=False)
@@ -199,10 +212,10 @@ class Recipe:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, allow_code: bool = False) -> Recipe:
-        """The recipe in the file; relative paths in it are resolved against its folder. Code of the user's own must be a file in or
-        below that folder, unless `allow_code`. Raises RequestError."""
-        mapping, folder = read_file(path)
-        return cls.from_dict(mapping, folder, allow_code=allow_code)
+        """The recipe in the file, or in the object of this URI; relative paths in it are of its folder, or its prefix. Code of the
+        user's own must be a file in or below that folder, unless `allow_code`. Raises RequestError."""
+        mapping, folder, prefix = read_file(path, allow_code=allow_code)
+        return cls.from_dict(mapping, folder, allow_code=allow_code, prefix=prefix)
 
     @classmethod
     def from_yaml(cls, text: str | bytes, folder: str | os.PathLike[str] = ".", *, allow_code: bool = False) -> Recipe:
@@ -218,9 +231,10 @@ class Recipe:
         *,
         allow_code: bool = True,
         code: UserCode | None = None,
+        prefix: str = "",
     ) -> Recipe:
-        """The recipe in a mapping of the YAML file's layout. `code` is that of its method, if it has been read already. Raises
-        RequestError."""
+        """The recipe in a mapping of the YAML file's layout, as `read_file` gives it. `code` is that of its method, if it has been
+        read already. Raises RequestError."""
         # Here only keys and sections are looked at, and what they mean in mergekit: the constructor checks the values.
         if not isinstance(mapping, Mapping):
             raise RequestError(wrong("recipe", "`key: value` lines", mapping, "start with `merge_method: pcb`"))
@@ -262,6 +276,7 @@ class Recipe:
             "models": models,
             "dtype": top.get("out_dtype", top.get("dtype")),
             "folder": Path(folder),
+            "prefix": prefix,
             "code": code,
             "allow_code": allow_code,
             "notes": tuple(notes),
@@ -538,7 +553,11 @@ def sources_in(mapping: Mapping[str, Any]) -> dict[str, str]:
     """By their places, the models that a mapping of the YAML file's layout names; what is wrong there is left out."""
     models = mapping.get("models")
     entries = models if isinstance(models, list | tuple) else ()
-    named = {key: mapping.get(key) for key in ("base_model", "tokenizer_source") if mapping.get(key) not in (None, "base")}
+    named = {
+        key: mapping[key]
+        for key, word in (("base_model", None), ("tokenizer_source", "base"))
+        if mapping.get(key) not in (None, word)
+    }
     named |= {f"models[{i}]": entry.get("model") if isinstance(entry, Mapping) else entry for i, entry in enumerate(entries)}
     sources = {place: _source(raw, place, []) for place, raw in named.items()}
     return {place: source for place, source in sources.items() if isinstance(source, str) and source != "?"}
@@ -595,12 +614,12 @@ def _written_access(access: Access) -> dict[str, object]:
 
 
 def _place(raw: object, where: str, problems: list[str]) -> str:
-    """The source of a model as text: a path, a Hub id, or a URI without credentials; `file://` is a path."""
+    """The source of a model as text: a path, a Hub id, or a URI without credentials."""
     source = text(raw, where, problems)
-    if (is_object(source) or source.startswith(HUB_SCHEME)) and (problem := uri_problem(source)) is not None:
+    if is_remote(source := as_path(source)) and (problem := uri_problem(source)) is not None:
         problems.append(f"{where} {shown(without_credentials(source))}: {problem}")
         return ""
-    return source.removeprefix("file://") if source.startswith("file:///") else source
+    return source
 
 
 def _tokenizer_source(raw: object, models: Sequence[Model], base: str | None, folder: Path, problems: list[str]) -> str:
@@ -720,10 +739,23 @@ def _yaml_error(problem: str, at: Any) -> yaml.YAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[Any, Path]:
-    """The value of the only document in a file, and the folder against which relative paths in it are resolved. Raises
-    RequestError."""
-    file = Path(path).absolute()
+class Read(NamedTuple):
+    """What a recipe's file holds, and where it lies."""
+
+    value: Any
+    folder: Path
+    """Against which relative paths in it are resolved."""
+    prefix: str = ""
+    """What the file lies below in a store."""
+
+
+def read_file(path: str | os.PathLike[str], *, allow_code: bool = False) -> Read:
+    """The value of the only document in a file, or in the object of this URI. What a recipe in a store names by relative paths is
+    named by URIs then; it names no code, unless `allow_code`. Raises RequestError."""
+    name = as_path(os.fspath(path))
+    if is_remote(name):
+        return _read_far(name, allow_code)
+    file = Path(name).absolute()
     try:
         if not file.is_file():  # a pipe would be waited for
             raise RequestError(f"recipe {shown(str(path))}: not a regular file, or not there. Fix: name the YAML file.")
@@ -731,7 +763,84 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, Path]:
             data = stream.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
         raise RequestError(f"recipe {shown(str(path))}: {error.strerror}. Fix: check its path and rights.") from None
-    return read_yaml(data), file.parent
+    return Read(read_yaml(data), file.parent)
+
+
+def _read_far(uri: str, allow_code: bool) -> Read:
+    """A recipe in a store. How that is reached the usual variables say: the recipe's own `storage` is for what it names."""
+    shown_uri, prefix = shown(without_credentials(uri)), uri.rpartition("/")[0]
+    if not is_object(uri):
+        fix = f"name a file, or an object of {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
+        raise RequestError(f"recipe {shown_uri}: wanted one that can be read, found another URI. Fix: {fix}.")
+    if (problem := uri_problem(uri)) is not None or prefix.count("/") < 2:
+        raise RequestError(f"recipe {shown_uri}: {problem or 'wanted an object, found a bucket. Fix: name the YAML file in it.'}")
+    try:
+        value = read_yaml(small_file(uri, MAX_TEXT_BYTES))
+    except OSError as error:
+        raise RequestError(f"recipe {unreadable(uri, error)}") from None
+    if not isinstance(value, Mapping):
+        return Read(value, Path.cwd(), prefix)
+    problems: list[str] = []
+    value = _with_uris(value, prefix, allow_code, problems)
+    if problems:
+        raise RequestError(problems)
+    return Read(value, Path.cwd(), prefix)
+
+
+def _with_uris(mapping: Mapping[str, Any], prefix: str, allow_code: bool, problems: list[str]) -> dict[str, Any]:
+    """The recipe with URIs in the place of the relative paths that name models and code below a prefix."""
+    wrong_storage: list[str] = []
+    storage = _storage(mapping.get("storage") or {}, wrong_storage)
+
+    def model(source: str) -> str:
+        if source.startswith(("/", "~")) or is_remote(source) or wrong_storage:
+            return source
+        uri = uri_beside(prefix, source)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[^\s@]+)?", source) or lies_there(uri, storage):
+            return uri
+        if os.path.exists(source):  # as a path it would win over the model of the Hub
+            fix = "write the path out, or run this elsewhere"
+            problems.append(wrong(source, f"a model below {prefix}, or on the Hub", "neither, but a path of this machine", fix))
+        return source
+
+    def code(name: Any, where: str) -> Any:
+        if not names_code(name):
+            return name
+        if not allow_code:
+            problems.append(_code_from_afar(where, name))
+        source, _, found = name.rpartition(":")
+        relative = source.endswith(".py") and not source.startswith(("/", "~")) and not is_remote(source)
+        return f"{uri_beside(prefix, source)}:{found}" if relative else name
+
+    at = {place: model(source) for place, source in sources_in(mapping).items()}
+    made: dict[str, Any] = {**mapping, **{key: at[key] for key in ("base_model", "tokenizer_source") if key in at}}
+    if isinstance(entries := mapping.get("models"), list):
+        made["models"] = [
+            entry
+            if (source := at.get(f"models[{i}]")) is None
+            else {**entry, "model": source}
+            if isinstance(entry, Mapping)
+            else source
+            for i, entry in enumerate(entries)
+        ]
+    made |= {key: code(mapping[key], key) for key in ("merge_method",) if key in mapping}
+    if isinstance(grid := mapping.get("grid"), Mapping) and isinstance(named := grid.get("method"), list):
+        made["grid"] = {**grid, "method": [code(name, "grid.method") for name in named]}
+    if isinstance(search := mapping.get("search"), Mapping) and (evaluator := search.get("evaluator")) is not None:
+        where = "search.evaluator"
+        if isinstance(evaluator, Mapping):
+            tasks = evaluator.get("lm_eval")
+            if not allow_code and ("command" in evaluator or (isinstance(tasks, Mapping) and tasks.get("include_path"))):
+                problems.append(_code_from_afar(where, "command" if "command" in evaluator else "include_path"))
+            made["search"] = {**search, "evaluator": {code(name, where): options for name, options in evaluator.items()}}
+        else:
+            made["search"] = {**search, "evaluator": code(evaluator, where)}
+    return made
+
+
+def _code_from_afar(where: str, name: str) -> str:
+    fix = "read that code, and if it is to be run, give --allow-code (allow_code=True in Python)"
+    return wrong(where, "no code in a recipe that lies in a store, as long as nobody allows it", name, fix)
 
 
 def read_yaml(text: str | bytes) -> Any:

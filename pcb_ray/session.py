@@ -9,7 +9,7 @@ from pcb_ray.errors import InputError
 from pcb_ray.methods import Known
 from pcb_ray.planning import Copied, Plan
 from pcb_ray.progress import ByteBar
-from pcb_ray.questions import Answer, Digest, Gram, Owners, Question, TotalT
+from pcb_ray.questions import Answer, ChunksOf, Digest, Gram, Owners, Question, TotalT
 from pcb_ray.receipt import Sweep
 from pcb_ray.relation import Relation, relation_from
 
@@ -78,22 +78,34 @@ class Session:
                 yield batch, answer
 
     def store(
-        self, name: str, question: Question[Answer], items: Sequence[int], bytes_of: Callable[[int], int] | None = None
+        self,
+        name: str,
+        question: Question[Answer],
+        items: Sequence[int],
+        bytes_of: Callable[[int], int] | None = None,
+        chunks_of: ChunksOf | None = None,
     ) -> Iterator[tuple[Sequence[int], Answer]]:
-        """The same for questions that write: about parts, unless it is told how many bytes are read for an item."""
+        """The same for questions that write: about parts, unless it is told how many bytes, and which chunks, are read for an
+        item."""
         doubles = self.plan.method.tolerance == 0  # else it may write other bits over those whose digest counts
-        chunks_of = self.plan.chunks_of_part if bytes_of is None else None
         with _Sweep(self, name, items, bytes_of or self._bytes_of_part) as sweep:
-            for batch, answer in self.owners.store(question, items, chunks_of, doubles=doubles):
+            for batch, answer in self.owners.store(question, items, chunks_of or self.plan.chunks_of_part, doubles=doubles):
                 sweep.advance(batch)
                 yield batch, answer
 
-    def store_files(self, name: str, question: Question[Answer], files: Sequence[int]) -> Iterator[tuple[Sequence[int], Answer]]:
-        """The same about whole files of the output: each has one writer at a time."""
-        with _Sweep(self, name, files, self._bytes_of_file) as sweep:
-            largest = max(map(self._bytes_of_file, files), default=0)
-            usual_s = self._usual_s(largest)
-            for batch, answer in self.owners.ask(question, files, self.plan.chunks_of_file, doubles=False, usual_s=usual_s):
+    def store_files(
+        self,
+        name: str,
+        question: Question[Answer],
+        files: Sequence[int],
+        bytes_of: Callable[[int], int] | None = None,
+        chunks_of: ChunksOf | None = None,
+    ) -> Iterator[tuple[Sequence[int], Answer]]:
+        """The same for whole files, each of which has one writer at a time: those of the output, unless it is told."""
+        bytes_of, chunks_of = bytes_of or self._bytes_of_file, chunks_of or self.plan.chunks_of_file
+        with _Sweep(self, name, files, bytes_of) as sweep:
+            usual_s = self._usual_s(max(map(bytes_of, files), default=0))
+            for batch, answer in self.owners.ask(question, files, chunks_of, doubles=False, usual_s=usual_s):
                 sweep.advance(batch)
                 yield batch, answer
 

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 from pcb_ray.checks import shown, without_secrets
 from pcb_ray.errors import RequestError, RunError
+from pcb_ray.files.store import as_path
 from pcb_ray.progress import readable_bytes
 from pcb_ray.recipe import read_yaml, sources_in
 from pcb_ray.user_code import check_below, names_code
@@ -271,8 +272,8 @@ def command_line(words: Sequence[str], names: Mapping[Path, str], out: object = 
     in_job = {path: f"./{name}" if name.startswith("-") else name for path, name in names.items()}
 
     def there(word: str) -> str:
-        if Path(word) in in_job:
-            return in_job[Path(word)]
+        if (path := Path(as_path(word))) in in_job:
+            return in_job[path]
         option, equals, value = word.rpartition("=")  # --method=FILE:NAME
         file, colon, name = value.partition(":")
         return f"{option}{equals}{in_job[Path(file)]}{colon}{name}" if Path(file) in in_job else word

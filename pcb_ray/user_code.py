@@ -15,6 +15,12 @@ from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 from pcb_ray.checks import shown
 from pcb_ray.errors import RequestError, with_place
+from pcb_ray.files.objects import uri_problem, without_credentials
+from pcb_ray.files.store import as_path, is_remote
+from pcb_ray.files.stores import small_file
+
+MAX_CODE_BYTES = 1 << 20
+"""Of a file in a store."""
 
 
 class UserCode(NamedTuple):
@@ -22,12 +28,12 @@ class UserCode(NamedTuple):
 
     name: str
     file: str
-    """The file's path; where it lies on another machine does not matter."""
+    """The file's path or URI; where it lies on another machine does not matter."""
     text: str
     """Empty for a module, which each machine imports by itself."""
     sha256: str
     folder: str
-    """Of the recipe: what lies there can be imported."""
+    """Of the recipe: what lies there can be imported. Empty where the code lies in a store."""
 
     @property
     def told(self) -> str:
@@ -54,6 +60,8 @@ def check_allowed(name: str, folder: Path, where: str) -> None:
 
 def check_below(path: str, folder: Path, where: str) -> None:
     """Raises RequestError for a path that leads out of the folder, by links too."""
+    if is_remote(path):
+        _refuse(path, folder, where)
     found = os.path.realpath(folder / os.path.expanduser(path))
     if not Path(found).is_relative_to(os.path.realpath(folder)):
         _refuse(found, folder, where)
@@ -70,11 +78,13 @@ def read_code(name: str, folder: Path, where: str, *, allow_code: bool) -> UserC
     """The code that defines `name`, not run yet; `where` is the place in the recipe, whose folder is `folder`.
 
     Unless `allow_code`, it must be a file in or below that folder. Raises RequestError."""
-    source = name.rpartition(":")[0]
+    source = as_path(name.rpartition(":")[0])
     beside = str(folder.absolute())
     try:
         if not allow_code:
-            check_allowed(name, folder, where)
+            check_allowed(f"{source}:", folder, where)
+        if is_remote(source):
+            return _read_far(name, source, where)
         if source.endswith(".py"):
             path = (folder / Path(source).expanduser()).absolute()
             content = path.read_bytes()
@@ -91,6 +101,16 @@ def read_code(name: str, folder: Path, where: str, *, allow_code: bool) -> UserC
         reason = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else with_place(error)
         fix = f"write file.py:object with a path relative to {beside}, or module:object of a module that can be imported"
         raise RequestError(f"{where}: wanted code that can be read, found {name}: {reason}. Fix: {fix}.") from None
+
+
+def _read_far(name: str, uri: str, where: str) -> UserCode:
+    """The code in a file that lies in a store. Raises RequestError, OSError."""
+    if (problem := uri_problem(uri)) is not None:
+        raise RequestError(f"{where} {shown(without_credentials(uri))}: {problem}")
+    content = small_file(uri, MAX_CODE_BYTES)
+    if len(content) > MAX_CODE_BYTES:
+        raise RequestError(f"{where}: {uri}: wanted at most {MAX_CODE_BYTES:,} bytes of code, found more. Fix: check the name.")
+    return UserCode(name, uri, content.decode("utf-8"), hashlib.sha256(content).hexdigest(), "")
 
 
 def load_object(code: UserCode, where: str) -> Any:
@@ -121,7 +141,7 @@ _imports: dict[str, str] = {}
 
 def _find_beside(folder: str) -> None:
     """What lies beside the recipe can be imported, as what lies in the folder that `python` runs in."""
-    if folder not in sys.path:
+    if folder and folder not in sys.path:
         sys.path.insert(0, folder)
 
 

@@ -20,7 +20,7 @@ from pcb_ray.claims import (
     wrong_tensors,
 )
 from pcb_ray.errors import RequestError
-from pcb_ray.files.store import Store, is_remote
+from pcb_ray.files.store import Store, as_path, is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
 from pcb_ray.output.companions import RECIPE
@@ -90,9 +90,11 @@ def _recipe_in(out: str, receipt: Receipt, store: Store, method: str | None) -> 
             f"{out}: wanted the code of {named}, by which it was merged, found none given: what an output holds or names is "
             f"not run. Fix: give the file with sha256 {wanted} by --method FILE (method=FILE in Python)."
         )
-    source, _, name = method.rpartition(":") if names_code(method) else (method, "", named.rpartition(":")[2])
-    place = Path(source).absolute()  # what it imports is found beside it, as it was beside the recipe
-    code = read_code(f"{place.name}:{name}", place.parent, "--method", allow_code=True)
+    source, _, name = method.rpartition(":")
+    if not source or name.startswith("//"):  # the end of a URI
+        source, name = method, named.rpartition(":")[2]
+    place = Path(as_path(source)).absolute()  # what it imports is found beside it, as it was beside the recipe
+    code = read_code(f"{source if is_remote(as_path(source)) else place.name}:{name}", place.parent, "--method", allow_code=True)
     if code.sha256 != wanted:
         raise RequestError(
             f"--method {method}: wanted the code that merged {out}, with sha256 {wanted}, found {code.sha256}. "

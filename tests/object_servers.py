@@ -358,6 +358,11 @@ def swallow() -> Fault:
     return Fault("swallow")
 
 
+def flip() -> Fault:
+    """A write comes to the store with another byte than the client has sent."""
+    return Fault("flip")
+
+
 def meanwhile(act: Callable[[Request], None]) -> Fault:
     """`act` is called before the request goes to the store (to replace the object, to lose the upload), which then answers it."""
     return Fault("meanwhile", act=act)
@@ -536,7 +541,7 @@ class FaultProxy:
             raise _Over
         if "100-continue" in head.fields.get("expect", "").lower():
             client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if fault is not None and fault.kind != "meanwhile" and fault.after is None:
+        if fault is not None and fault.kind not in ("meanwhile", "flip") and fault.after is None:
             self._instead(fault, request, head, client, arriving)
             return
         if fault is not None and fault.act is not None:
@@ -546,6 +551,8 @@ class FaultProxy:
             store.sendall(head.without("connection", "expect", "keep-alive").and_("Connection: close").bytes)
             for block in head.body(arriving):
                 self._pace(len(block))
+                if fault is not None and fault.kind == "flip" and not request.received:
+                    block = bytes([block[0] ^ 1]) + block[1:]
                 request.received += len(head.payload(block))
                 store.sendall(block)
             while (heard := _Head.read(answering)) and heard.status == 100:

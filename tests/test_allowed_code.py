@@ -25,6 +25,7 @@ from pcb_ray.many import _How, _opened, _recipes
 from pcb_ray.nodes import Pool
 from pcb_ray.planning import plan
 from pcb_ray.searching.evaluators import check_evaluator
+from pcb_ray.searching.nearby import Material
 from pcb_ray.searching.request import Search, Space
 from pcb_ray.searching.scorer import Arm, Job
 from pcb_ray.submitting import command_line, gather
@@ -181,9 +182,8 @@ def test_an_evaluator_works_on_a_node_that_has_neither_the_file_nor_its_folder(f
     recipe = Recipe.from_dict(one.recipe(search={"evaluator": {"near.py:Near": {"target": target}}, "metric": "near"}), folder)
     made, search = plan(recipe), Search.of(recipe, has_evaluator=False)
     code = check_evaluator(search.evaluator, search.options, folder, {}, allow_code=False)
-    job = Job(
-        search, Space.of(search, recipe, made), {"pairwise": Arm(made, "", {})}, str(one.folder / "base"), str(folder), code=code
-    )
+    space, base = Space.of(search, recipe, made), Material({}, str(one.folder / "base"))
+    job = Job(search, space, {"pairwise": Arm(made, "", {})}, base, str(folder), code=code)
     (tmp_path / "job").write_bytes(pickle.dumps(job))
     shutil.rmtree(folder)
     script = (

@@ -31,10 +31,11 @@ from junk import junk, places, replaced
 from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.errors import with_place
 from pcb_ray.files.checkpoint import open_checkpoint
+from pcb_ray.files.stores import open_store
 from pcb_ray.planning import plan
 from pcb_ray.searching.evaluators import check_splits, make_evaluator, match, module_of
+from pcb_ray.searching.nearby import Material, make_model_dir, model_files
 from pcb_ray.searching.request import BUILT_IN, Search, Space
-from pcb_ray.searching.run import _make_model_dir
 from pcb_ray.searching.scorer import Arm, Job, Scorer
 from pcb_ray.user_code import read_code
 
@@ -72,7 +73,7 @@ def job_of(family: Family, evaluator: Any, metric: str = "near") -> Job:
     own = search.evaluator not in BUILT_IN
     code = read_code(search.evaluator, family.folder, "search.evaluator", allow_code=True) if own else None
     space = Space.of(search, made.recipe, made)
-    return Job(search, space, {"pairwise": arm}, str(family.folder / "base"), str(family.folder), code=code)
+    return Job(search, space, {"pairwise": arm}, Material({}, str(family.folder / "base")), str(family.folder), code=code)
 
 
 def made_of(name: str, folder: Path) -> Any:
@@ -501,7 +502,9 @@ def test_the_model_folder_of_a_base_with_shards_in_subfolders_is_loaded_as_the_b
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (base / "config.json").write_bytes((language_model / "config.json").read_bytes())
 
-    _make_model_dir(tmp_path / "model", open_checkpoint(str(base)), {"config.json": (base / "config.json").read_bytes()})
+    files = model_files(open_checkpoint(str(base)), {"config.json": (base / "config.json").read_bytes()})
+    (tmp_path / "model").mkdir()
+    make_model_dir(tmp_path / "model", files, open_store())
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
     evaluator = make_evaluator("command", {"run": "find {model} -name '*.safetensors' | wc -l"}, tmp_path)

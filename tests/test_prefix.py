@@ -4,6 +4,7 @@ the owners, which are threads."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import subprocess
@@ -24,6 +25,7 @@ from object_servers import (
     answer,
     az_server,
     azurite,
+    flip,
     gs_server,
     meanwhile,
     reset,
@@ -252,6 +254,75 @@ def test_a_store_that_fails_for_a_while_changes_no_byte(
     merge_to(f"{server.uri}/{key}", one)
     assert rule.left == 0
     assert_whole(server, key, wanted)
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+@pytest.mark.parametrize("name", [FILES[1], "model.safetensors.index.json"])
+def test_what_does_not_arrive_as_it_was_sent_is_sent_again(
+    one: Family, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, server: ObjectServer, kind: str, name: str
+) -> None:
+    with gs_server() if kind == "gs" else contextlib.nullcontext(server) as other, reached(other, monkeypatch) as proxy:
+        key = f"spoilt/{name}"
+        rule = proxy.fail(flip(), 1, method="PUT", key=f"{key}/{name}$")
+        receipt = merge_to(f"{other.uri}/{key}", one)
+        assert rule.left == 0
+        assert receipt.retries >= (name == FILES[1])  # the driver writes the other, when all is counted
+        assert writes(proxy, key).count(name) == 2
+        assert_whole(other, key, wanted)
+
+
+def test_a_store_that_finds_so_itself_is_asked_again(
+    one: Family, wanted: dict[str, bytes], server: ObjectServer, proxy: FaultProxy
+) -> None:
+    spoilt = answer(400, "XAmzContentSHA256Mismatch")  # S3 compares what comes with the digest that the request is signed with
+    rules = [proxy.fail(spoilt, 1, step="part", key=FILES[1]), proxy.fail(spoilt, 1, step="put", key="config.json")]
+    merge_to(f"{server.uri}/refused", one)
+    assert [rule.left for rule in rules] == [0, 0]
+    sent = [request.headers for step in ("part", "put") for request in proxy.about(step=step)]
+    assert all(re.fullmatch("[0-9a-f]{64}", headers["x-amz-content-sha256"]) for headers in sent)
+    assert_whole(server, "refused", wanted)
+
+
+@pytest.mark.parametrize("name", [FILES[1], "config.json"])
+def test_what_never_arrives_as_it_was_sent_ends_the_run_and_does_not_stay(
+    one: Family, wanted: dict[str, bytes], server: ObjectServer, proxy: FaultProxy, name: str
+) -> None:
+    key = f"never/{name}"
+    rule = proxy.fail(flip(), None, method="PUT", key=f"{key}/{name}$")
+    with pytest.raises((RunError, OSError), match="what arrived is not what was sent"):
+        merge_to(f"{server.uri}/{key}", one)
+    assert len(rule.struck) >= objects.UPLOAD_TRIES
+    assert not {name, "pcb_receipt.json"} & set(held(server, key))
+    proxy.heal()
+    merge_to(f"{server.uri}/{key}", one, resume=True)
+    assert_whole(server, key, wanted)
+
+
+@pytest.mark.parametrize("size", [1 << 20, 12 << 20])
+def test_a_store_whose_tags_are_no_digests_is_read_once(
+    server: ObjectServer, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(objects, "_md5", lambda data: hashlib.blake2b(data, digest_size=16).digest())  # so that no tag is one
+    store = open_store()
+    for k in range(2):
+        with store.whole(f"{server.uri}/kms/{size}-{k}", 3 * size) as part:
+            part.write(bytes([k]) * size)
+        assert server.get(f"kms/{size}-{k}") == bytes([k]) * size
+    assert proxy.fetched() == {f"kms/{size}-0": size}
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20, 12 << 20])
+def test_what_turns_out_smaller_than_it_might_be_is_compared_too(server: ObjectServer, proxy: FaultProxy, size: int) -> None:
+    for k, at_most in enumerate((size, 4 << 20, 40 << 20)):
+        uri = f"{server.uri}/smaller/{size}-{k}"
+        rule = proxy.fail(flip(), 1, method="PUT", key=f"smaller/{size}-{k}")
+        with contextlib.suppress(objects.CutOff), open_store().whole(uri, max(size, at_most)) as part:
+            part.write(bytes(size))
+        assert not size or rule.left == 0
+        with open_store().whole(uri, max(size, at_most)) as part:
+            part.write(bytes(size))
+        assert server.get(f"smaller/{size}-{k}") == bytes(size)
+        proxy.heal()
 
 
 OLD, NEW = "AKIAOLD", "AKIANEW"

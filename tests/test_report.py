@@ -18,7 +18,7 @@ import pytest
 
 from pcb_ray.cli import main
 from pcb_ray.recipe import Recipe
-from pcb_ray.searching.report import notes_of, notes_of_sweep, write_search, write_sweep
+from pcb_ray.searching.report import files_of_search, files_of_sweep, notes_of, notes_of_sweep
 from pcb_ray.searching.request import Bounds, Search, Space, weight_name
 from pcb_ray.searching.results import Found
 from pcb_ray.searching.tables import error_table, grid_table, scoreboard, shown_score, winner_tables
@@ -226,6 +226,19 @@ def test_the_command_prints_the_table_then_the_notes(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["accuracy", "base", "math", "code", "start", "winner", "note:", "out:"]
     assert "the winner is the start" in lines[-2]
+
+
+def write_search(folder, *found):
+    written(folder, files_of_search(*found))
+
+
+def write_sweep(folder, *found):
+    written(folder, files_of_sweep(*found))
+
+
+def written(folder, files):
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------------------

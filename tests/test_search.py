@@ -4,6 +4,7 @@ twice."""
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import signal
@@ -72,6 +73,11 @@ def searched(recipe: dict[str, Any], out: Path, **options: Any) -> Found:
     return package.search(recipe, out, workers=1, quiet=True, **options)
 
 
+def written_in(out: Path) -> dict[Path, tuple[int, int]]:
+    """When, and which file, each is."""
+    return {path: ((found := path.stat()).st_mtime_ns, found.st_ino) for path in out.rglob("*")}
+
+
 def near_of(out: Path, family: Family) -> float:
     """What `Near` says of the merged model in a folder."""
     hidden = families.load(family.folder / "hidden")
@@ -119,6 +125,26 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     assert sorted(analysis.dataframe()["objective"]) == sorted(row["objective"] for row in rows)
     assert analysis.best_config["weight.model0"] == weights[0]
     assert len(list(out.glob("tune/*/events.out.tfevents*"))) == 80
+
+    # To ask again for what is there does nothing; for anything else, or for what is not whole, is refused.
+    before = written_in(out)
+    again = searched(recipe, out, resume=True)
+    assert again == dataclasses.replace(found, request=again.request)
+    assert written_in(out) == before
+    loads = len(log.read_text().splitlines())
+    for change, complaint in (
+        ({"budget": 88}, "budget was '80', now '88'"),
+        ({"seed": 1}, "asked.search.seed was '0', now '1'"),
+        ({"options": {"log": str(log), "note": "another"}}, "another evaluator has scored its candidates"),
+    ):
+        asked: dict[str, Any] = {"options": {"log": str(log), "note": TOKEN}, "budget": 80, "loggers": ["tensorboard"]}
+        with pytest.raises(RequestError, match="exists") as caught:
+            searched(recipe_of(family, **asked | {"concurrency": 2} | change), out, resume=True)
+        assert complaint in str(caught.value)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(RequestError, match="config.json: wanted sha256"):
+        searched(recipe, out, resume=True)
+    assert len(log.read_text().splitlines()) == loads
 
 
 def test_groups_lambda_density_and_variant_are_searched_and_the_recipe_reproduces_the_bytes(family, tmp_path):
@@ -400,6 +426,10 @@ def test_the_process_of_the_caller_is_left_as_it_was(family, tmp_path, monkeypat
     one."""
     import logging
 
+    import tensorboardX  # noqa: F401 - libraries of the search set variables when they are imported
+
+    from pcb_ray.searching import report, tune  # noqa: F401
+
     before, level = dict(os.environ), logging.getLogger("ray.tune").level
     (tmp_path / "beside.txt").write_text("here")
     (tmp_path / "neighbour.py").write_text("from pathlib import Path\ndef read():\n    return Path('beside.txt').read_text()\n")
@@ -445,7 +475,7 @@ def test_an_output_that_appears_during_a_search_is_kept_and_no_score_is_lost(fam
     commit = State.commit
 
     def late(state: State) -> None:
-        if state.out == out:
+        if state.place.out == str(out):
             out.mkdir()
             (out / "precious").write_text("kept")
         commit(state)
@@ -673,3 +703,9 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
     again = package.merge(out / "best_recipe.yaml", tmp_path / "best", workers=1, quiet=True)
     assert again.thresholds
     assert not state_of(out).exists()
+    before = written_in(out)
+    once_more = package.sweep(recipe, out, workers=1, resume=True, quiet=True)
+    assert once_more == dataclasses.replace(found, request=once_more.request)
+    assert written_in(out) == before
+    with pytest.raises(RequestError, match="is not this very search: points"):
+        package.sweep(recipe | {"sweep": grid | {"lambda": [0.8, 1.3]}}, out, workers=1, resume=True, quiet=True)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pcb_ray.errors import RequestError
 from pcb_ray.files import hub
+from pcb_ray.files.arrow import ArrowFiles, is_arrow
 from pcb_ray.files.beside import CONFIG, Beside, beside, sizes_in
 from pcb_ray.files.foreign import (
     ANEW,
@@ -140,9 +141,11 @@ def open_checkpoint(
         return _open_hub(source, None, download)
     if is_object(source):
         return _open_listed(source, find_objects(source, storage))
+    if is_arrow(source):
+        return _open_listed(source, find_objects(source, None, ArrowFiles()))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
         shown, fix = re.sub("//.*@", "//", source), "copy the model to a local folder"  # An address may carry a password.
-        wanted = f"a path, a Hub id, or a URI of {', '.join(SCHEMES)}, hf or file"
+        wanted = f"a path, a Hub id, or a URI of {', '.join(SCHEMES)}, hf, hdfs or file"
         raise RequestError(f"model {shown}: {mismatch(wanted, 'another URI', fix)}")
     try:
         path = (relative_to / Path(source).expanduser()).absolute()

@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import hashlib
 import itertools
 import json
 import os
+import posixpath
 import queue
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -161,7 +163,8 @@ def uri_problem(uri: str) -> str | None:
         fix = "write it without, and give credentials to each node by its role, its environment or its files"
         return mismatch("a URI without credentials", "one with a query, a fragment, or a user", fix)
     parts = address.path.split("/")[1:]
-    return _NO_URI if not address.netloc or any(part in (".", "..") for part in parts) or "" in parts[:-1] else None
+    has_place = address.netloc or address.scheme not in (*SCHEMES, "hf")  # that of hdfs:///data is in its own settings
+    return _NO_URI if not has_place or any(part in (".", "..") for part in parts) or "" in parts[:-1] else None
 
 
 _NO_URI = mismatch("SCHEME://BUCKET/NAME", "something else", "write the bucket, and a plain path in it")
@@ -180,6 +183,7 @@ class Objects:
     def __init__(self, storage: Storage | None = None, *, patience_s: float = PATIENCE_S) -> None:
         self._storage, self._retries = storage or {}, Retries(patience_s)
         self._stores: dict[tuple[str, bool], Any] = {}
+        self._untold: set[str] = set()  # containers whose tags tell nothing of the content
         self._lock = threading.Lock()
 
     @property
@@ -282,16 +286,20 @@ class Objects:
     @contextlib.contextmanager
     def upload(self, uri: str, size: int, fence: Fence | None) -> Iterator[Callable[[memoryview], object]]:
         """Write an object of this size: the block is given what takes the bytes, front to back. The object is there when the block
-        has ended, and not before; not if the block raises, and not if the fence names another run by then.
+        has ended, and not before; not if the block raises, and not if the fence names another run by then. It is held against the
+        digest of what was sent, where the store tells one.
 
-        Raises CutOff if the upload was lost on the way and may be begun anew, RunError for a run that has lost the right to write,
-        OSError."""
+        Raises CutOff if the upload was lost or spoilt on the way and may be begun anew, RunError for a run that has lost the right
+        to write, OSError."""
         if size <= UPLOAD_PIECE:
             whole = bytearray()
             yield whole.extend
-            self._check(fence, uri)
-            self.put(uri, whole)
-            return
+            for _ in range(UPLOAD_TRIES):
+                self._check(fence, uri)
+                if self._arrived(uri, self.put(uri, whole).e_tag, [_md5(whole)], UPLOAD_PIECE, len(whole)):
+                    return
+                self._retries.note()
+            raise OSError(errno.EIO, _SPOILT, uri)
         self._check(fence, uri)  # which also waits for credentials, where the last try has met expired ones
         store, key = self.store_of(uri, patient=True)
         upload = _Upload(store, key, uri, size)
@@ -299,13 +307,34 @@ class Objects:
             yield upload.write
             upload.flush()
             self._check(fence, uri)
-            upload.finish()
+            tag = upload.finish()
+            if not self._arrived(uri, tag, upload.digests, upload.piece, upload.written):
+                raise CutOff(errno.EIO, _SPOILT, uri)
         except BaseException as error:
             upload.abort(error)
             if isinstance(error, CutOff):
                 self._retries.note()
                 self._forget(uri)  # its credentials may have expired
             raise
+
+    def _arrived(self, uri: str, tag: str | None, digests: Sequence[bytes], piece: int, size: int) -> bool:
+        """Whether an object is what was sent, in pieces of these digests, as far as its tag tells; what is not is removed."""
+        tag = (tag or "").strip('"').lower()
+        if not size:
+            return True
+        wanted = digests[0].hex() if "-" not in tag else f"{_md5(b''.join(digests)).hex()}-{len(digests)}"
+        if tag == wanted or not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", tag) or container_of(uri) in self._untold:
+            return True
+        # A store that encrypts by a key of the user's own (KMS) has tags of this form that are no digests: what lies there decides.
+        ranges = [(start, min(start + piece, size)) for start in range(0, size, piece)]
+        try:
+            if all(_md5(self.get(uri, *one)[0]) == digest for one, digest in zip(ranges, digests, strict=True)):
+                self._untold.add(container_of(uri))
+                return True
+        except FileNotFoundError:
+            return False
+        self.delete(uri)
+        return False
 
     def _check(self, fence: Fence | None, uri: str) -> None:
         if fence is not None and not self.holds(fence):
@@ -441,6 +470,14 @@ UPLOAD_PIECE = 8 << 20
 UPLOADS = 4
 """Pieces of one object under way at once."""
 MAX_PIECES = 10_000
+UPLOAD_TRIES = 3
+"""How often a file is sent in all that does not arrive as it is."""
+_SPOILT = "that what arrived is not what was sent"
+
+
+def _md5(data: bytes | bytearray | memoryview) -> bytes:
+    """Not against forgery: it is what tags of stores are made of."""
+    return hashlib.md5(data, usedforsecurity=False).digest()
 
 
 def upload_bytes(largest: int) -> int:
@@ -457,11 +494,11 @@ class _Upload:
 
     def __init__(self, store: Any, key: str, uri: str, size: int) -> None:
         self._store, self._key, self._uri, self._size = store, key, uri, size
-        self._piece = _piece_of(size)
-        self._filling = bytearray(min(self._piece, size))
+        self.piece, self.digests = _piece_of(size), list[bytes]()
+        self._filling = bytearray(min(self.piece, size))
         self._filled, self.written = 0, 0
         self._queue: queue.Queue[bytearray | BaseException | None] = queue.Queue(maxsize=1)
-        self._made: Future[None] = Future()
+        self._made: Future[str | None] = Future()
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
 
@@ -473,7 +510,7 @@ class _Upload:
             self._filled, self.written, data = self._filled + len(taken), self.written + len(taken), data[len(taken) :]
             if self._filled == len(self._filling):
                 self._hand_over(self._filling)
-                self._filling, self._filled = bytearray(min(self._piece, max(1, self._size - self.written))), 0
+                self._filling, self._filled = bytearray(min(self.piece, max(1, self._size - self.written))), 0
 
     def flush(self) -> None:
         """Hand over what is left."""
@@ -481,10 +518,10 @@ class _Upload:
             self._hand_over(self._filling[: self._filled])
             self._filled = 0
 
-    def finish(self) -> None:
-        """Make the object of it. Raises CutOff, OSError."""
+    def finish(self) -> str | None:
+        """Make the object of it; its tag. Raises CutOff, OSError."""
         self._hand_over(None)
-        self._made.result()
+        return self._made.result()
 
     def abort(self, error: BaseException) -> None:
         """Let nothing of it stay."""
@@ -506,20 +543,23 @@ class _Upload:
         while (piece := self._queue.get()) is not None:
             if isinstance(piece, BaseException):
                 raise _Aborted
+            self.digests.append(_md5(piece))
             yield piece
 
     def _send(self) -> None:
         import obstore
 
         try:
-            obstore.put(self._store, self._key, self._pieces(), chunk_size=self._piece, max_concurrency=UPLOADS, use_multipart=True)
+            made = obstore.put(
+                self._store, self._key, self._pieces(), chunk_size=self.piece, max_concurrency=UPLOADS, use_multipart=True
+            )
         except BaseException as error:
             for_good = _for_good(error, self._uri) if isinstance(error, Exception) else error
             refused = isinstance(for_good, PermissionError | _Aborted) or not isinstance(for_good, OSError | None)
             told = f"the upload was cut off ({reason(error)})" if isinstance(error, Exception) else "interrupted"
             self._made.set_exception(for_good if refused and for_good else CutOff(errno.EIO, told, self._uri))
         else:
-            self._made.set_result(None)
+            self._made.set_result(made["e_tag"])
 
 
 _LOOK_S = 0.2  # how often a writer that waits looks whether its upload has failed
@@ -572,6 +612,12 @@ class Requests(Protocol):
     def get(self, uri: str, start: int, stop: int, tag: str = "") -> tuple[memoryview, Stamp]: ...
 
 
+class Listed(Requests, Protocol):
+    """Where models are found, too."""
+
+    def sizes(self, uri: str, *, all_of_them: bool = True) -> dict[str, int]: ...
+
+
 @dataclass(frozen=True)
 class ObjectModel:
     """The objects below a prefix. It is told apart from what it may become by what the first answer about each said."""
@@ -594,6 +640,8 @@ class ObjectModel:
                 self.stamps[name] = stamp
                 return b"", 0
             data, stamp = self.objects.get(uri, start, stop, before.tag if before else "")
+            if before is not None and before.content != stamp.content:
+                raise Changed
         except Changed:
             found = "another: it was changed meanwhile"
             raise RequestError(f"{uri}: {mismatch('the object as it was first seen', found, 'run again')}") from None
@@ -603,12 +651,12 @@ class ObjectModel:
         return bytes(data), stamp.size
 
 
-def find_objects(where: str, storage: Storage | None) -> ObjectModel:
-    """List what lies below a prefix, or the object that lies there. Raises RequestError."""
+def find_objects(where: str, storage: Storage | None, objects: Listed | None = None) -> ObjectModel:
+    """List what lies below a prefix, or the object that lies there, by what is asked for it. Raises RequestError."""
+    objects = objects or Objects(storage, patience_s=LOOKING_PATIENCE_S)
     where = where.rstrip("/")
     if (problem := uri_problem(where)) is not None:
         raise RequestError(f"model {without_credentials(where)}: {problem}")
-    objects = Objects(storage, patience_s=LOOKING_PATIENCE_S)
     try:
         sizes = objects.sizes(f"{where}/")
         if not sizes and (folder := where.rpartition("/")[0]).count("/") > 2:  # else there is no object but the bucket
@@ -622,6 +670,24 @@ def find_objects(where: str, storage: Storage | None) -> ObjectModel:
     return ObjectModel(where, sizes, objects)
 
 
+def lies_there(uri: str, storage: Storage | None) -> bool:
+    """Whether there is an object of this name, or one below it, as far as this machine may know. Raises RequestError."""
+    objects = Objects(storage, patience_s=LOOKING_PATIENCE_S)
+    try:
+        return bool(objects.sizes(f"{uri}/", all_of_them=False)) or objects.head(uri).size >= 0
+    except (FileNotFoundError, PermissionError):
+        return False
+    except OSError as error:
+        raise RequestError(object_problem(uri, error)) from None
+
+
+def uri_beside(prefix: str, name: str) -> str:
+    """The URI of what a path names that is relative to a prefix, and can't lead out of its bucket."""
+    scheme, _, rest = prefix.partition("://")
+    bucket, _, key = rest.partition("/")
+    return f"{scheme}://{bucket}{posixpath.normpath(posixpath.join('/', key, name))}"
+
+
 def object_problem(uri: str, error: OSError, verb: str = "read") -> str:
     """What to say of an object, or of the prefix of many, that can't be read or written."""
     found = f"{error.strerror or type(error).__name__}"
@@ -633,6 +699,12 @@ def object_problem(uri: str, error: OSError, verb: str = "read") -> str:
             )
     elif isinstance(error, FileNotFoundError):
         found, fix = "none", "check the name"
+    elif not is_object(uri):
+        fix = (
+            "check its address, and that FileSystem.from_uri of pyarrow.fs opens it in Python on this machine (pip install pyarrow)"
+        )
+        if uri.startswith(("hdfs:", "viewfs:")):
+            fix += "; it takes a Java runtime and Hadoop's client: JAVA_HOME, HADOOP_HOME, `hadoop classpath --glob` as CLASSPATH"
     elif isinstance(error, PermissionError):
         fix = f"give this machine a role or credentials that may {verb} there"
         fix += ", or write `storage: {s3: {anonymous: true}}` (or gs, az)" if verb == "read" else ""
@@ -675,7 +747,7 @@ def _for_good(error: Exception, uri: str) -> Exception | None:
     status = re.search(r"status code: (4\d\d)", text)
     if status is not None and status[1] in ("401", "403"):  # of a list it says no more
         return PermissionError(errno.EACCES, f"access refused ({told})", uri)
-    if status is not None and status[1] not in ("408", "429") and "RequestTimeout" not in text:
+    if status is not None and status[1] not in ("408", "429") and re.search(_PASSING, text) is None:
         return OSError(errno.EIO, told, uri)
     hopeless = (exceptions.InvalidPathError, exceptions.NotSupportedError, exceptions.UnknownConfigurationKeyError)
     return OSError(errno.EINVAL, told, uri) if isinstance(error, hopeless) else None
@@ -685,6 +757,8 @@ def _is_expired(error: Exception) -> bool:
     return re.search(r"ExpiredToken|TokenExpired|RequestExpired|token has expired", str(error)) is not None
 
 
+_PASSING = r"RequestTimeout|BadDigest|(?:SHA256|Checksum|Md5|Crc64)Mismatch"
+"""Codes of answers to a request that did not arrive as it was sent, or not at all."""
 _NO_CREDENTIALS = "no credentials"
 _REASONS = (
     (r"<Code>(\w+)</Code>", "{}"),

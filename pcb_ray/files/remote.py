@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pcb_ray.errors import InputError
+from pcb_ray.files.arrow import ArrowFiles, is_arrow
 from pcb_ray.files.hub import HubFiles
 from pcb_ray.files.hub_commit import Branch
 from pcb_ray.files.objects import HUB_SCHEME, LOOKING_PATIENCE_S, PATIENCE_S, Changed, Fence, Objects, Requests, Storage
@@ -39,6 +40,7 @@ class RemoteStore:
     def __init__(self, pins: Pins, storage: Storage | None, room: Room | None, fence: Fence | None = None) -> None:
         patience_s = PATIENCE_S if pins else LOOKING_PATIENCE_S
         self._objects, self._hub = Objects(storage, patience_s=patience_s), HubFiles(patience_s=patience_s)
+        self._others = ArrowFiles()
         self._pins = dict(pins)
         self._fence = fence
         self._sent: dict[str, Stamp] = {}  # files for the Hub, which no commit names yet
@@ -114,6 +116,13 @@ class RemoteStore:
             self._pins.pop(file, None)  # it is another object now
 
     @contextmanager
+    def whole(self, file: str, at_most: int) -> Iterator[PartWriter]:
+        with self._objects.upload(file, at_most, self._fence) as take:
+            yield _Part(file, at_most, take)
+        with self._lock:
+            self._pins.pop(file, None)
+
+    @contextmanager
     def _sent_ahead(self, file: str, size: int) -> Iterator[Callable[[memoryview], object]]:
         """A file for the Hub lies on this machine until it is whole and sent: its digest is asked for first."""
         at, _, name = file.removeprefix(HUB_SCHEME).partition("@")
@@ -137,7 +146,7 @@ class RemoteStore:
             self._kept.close()
 
     def _requests(self, file: str) -> Requests:
-        return self._hub if file.startswith(HUB_SCHEME) else self._objects
+        return self._others if is_arrow(file) else self._hub if file.startswith(HUB_SCHEME) else self._objects
 
     # --- pieces -------------------------------------------------------------------------------------------------------------------
 

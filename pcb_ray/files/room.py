@@ -11,18 +11,23 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import re
 import secrets
 import shutil
 import struct
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pcb_ray.checks import without_secrets
 from pcb_ray.errors import RequestError
+from pcb_ray.files.foreign import mismatch
+from pcb_ray.files.store import as_path, is_remote
 
 MEMORY = Path("/dev/shm")
 SHARE_OF_MEMORY, SHARE_OF_DISK = 0.5, 0.9
@@ -46,7 +51,11 @@ class Room:
 
     @classmethod
     def for_a_run(cls, memory: int | None, scratch: str, scratch_bytes: int | None) -> Room:
-        return cls(secrets.token_hex(8), memory, scratch, scratch_bytes)
+        """Raises RequestError for a scratch that is no folder of a machine."""
+        if is_remote(folder := as_path(scratch)):
+            fix = "name a path on a disk of each node, or leave it out"
+            raise RequestError(f"--scratch {without_secrets(scratch)}: {mismatch('a folder', 'a URI', fix)}")
+        return cls(secrets.token_hex(8), memory, folder, scratch_bytes)
 
 
 class KeptHere:
@@ -86,6 +95,13 @@ class KeptHere:
         return any(tier.put(key, data) for tier in self._tiers)
 
     @contextlib.contextmanager
+    def workplace(self) -> Iterator[Path]:
+        """A folder for small files of one process, which goes when the block ends: on the disk, if there is one."""
+        root = self._tiers[-1].folder if self._tiers else None
+        with tempfile.TemporaryDirectory(prefix="work-", dir=root, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+
+    @contextlib.contextmanager
     def staged(self, size: int) -> Iterator[Path | None]:
         """The name of a file of this size that goes when the block ends: on the disk, if there is one. None if it fits nowhere."""
         fits = (tier.folder for tier in reversed(self._tiers) if shutil.disk_usage(tier.folder).free > size)
@@ -98,8 +114,21 @@ class KeptHere:
         finally:
             path.unlink(missing_ok=True)
 
+    def whole(self, key: str, size: int, make: Callable[[Path], None]) -> str | None:
+        """The path of what is kept under the key: a file or a folder of this size, made under the name that `make` is given by one
+        process of this machine, while others wait. None if there is no room for it.
+
+        Raises what `make` raises."""
+        while True:
+            if (there := next(filter(os.path.exists, (tier.path(key) for tier in self._tiers)), None)) is not None:
+                return there
+            with self.claim(key, patience_s=math.inf):
+                if not self.has(key):
+                    made = (tier.make(key, size, make) for tier in self._tiers)
+                    return next((path for path in made if path is not None), None)
+
     @contextlib.contextmanager
-    def claim(self, key: str) -> Iterator[None]:
+    def claim(self, key: str, *, patience_s: float = CLAIM_S) -> Iterator[None]:
         """In here no other process fetches the same, as long as this one is not stuck."""
         if not self._tiers:
             yield
@@ -111,17 +140,21 @@ class KeptHere:
             yield
             return
         try:
-            until = time.monotonic() + CLAIM_S
+            until = time.monotonic() + patience_s
             while not _locked(file, fcntl.LOCK_EX) and time.monotonic() < until:
                 time.sleep(CLAIM_POLL_S)
             yield
         finally:
             os.close(file)
 
-    def close(self) -> None:
-        """Leave the room; the last one to leave removes it."""
+    def close(self, patience_s: float = 0.0) -> None:
+        """Leave the room; the last one to leave removes it. With patience others are waited for, who are about to end."""
+        until = time.monotonic() + patience_s
         for tier in self._tiers:
             tier.close()
+            while tier.folder.exists() and time.monotonic() < until:
+                time.sleep(CLAIM_POLL_S)
+                _remove_if_free(tier.folder)
         self._tiers = []
 
 
@@ -168,6 +201,23 @@ class _Tier:
             self.limit = min(self.limit, self._booked()[1])
             return False
 
+    def make(self, key: str, size: int, make: Callable[[Path], None]) -> str | None:
+        """The path of what `make` has made, which takes this name when it is whole; None if there is no room."""
+        if self._full or not self._take(size):
+            return None
+        path = self.path(key)
+        aside = Path(f"{path}.{secrets.token_hex(4)}")
+        try:
+            make(aside)
+            os.replace(aside, path)
+        except BaseException as error:
+            _remove(aside)
+            self._take(-size)
+            if not (isinstance(error, OSError) and error.errno in _FULL):
+                raise
+            return None
+        return path
+
     def _take(self, size: int) -> bool:
         with self._booking:  # a lock on a file excludes no thread that uses the same descriptor
             try:
@@ -195,6 +245,16 @@ class _Tier:
         _remove_if_free(self.folder)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 _BOOK = struct.Struct("qq")
 """What may be kept in all, and what is taken of it."""
 
@@ -217,7 +277,7 @@ def _tier(root: Path, run: str, limit: int) -> _Tier | None:
     try:
         return _Tier(root, run, limit)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _FULL:
             raise
         return None
 

@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +121,13 @@ class Store(Protocol):
         """
         ...
 
+    def whole(self, file: str, at_most: int) -> AbstractContextManager[PartWriter]:
+        """Write a file front to back whose size, at most this, is not known before. It is there, durably, when the block ends, and
+        until then there is what was there before.
+
+        Raises CutOff where an upload was lost on its way and may be begun anew."""
+        ...
+
     def sync(self) -> None:
         """Make durable all that was created, and all parts that were finished, before this call by whichever thread.
 
@@ -139,6 +147,12 @@ Pins = Mapping[str, Stamp]
 def is_remote(file: str) -> bool:
     """Whether a file is named by a URI, so that it lies in a store of its own."""
     return "://" in file
+
+
+def as_path(name: str) -> str:
+    """The path that a `file://` URI names; any other name as it is."""
+    start = next((start for start in ("file:///", "file://localhost/") if name.startswith(start)), "")
+    return unquote(name[len(start) - 1 :]) if start else name
 
 
 # ---------------------------------------------------------------------------------------------------- local files
@@ -234,6 +248,11 @@ class LocalStore:
             writer = _LocalPart(file, descriptor, start, stop)
             yield writer
             writer.check()
+
+    @contextmanager
+    def whole(self, file: str, at_most: int) -> Iterator[PartWriter]:  # noqa: ARG002
+        with written_aside(Path(file)) as target:
+            yield _Aside(file, target)
 
     def sync(self) -> None:
         # Linux reports a failed write-back to the descriptors that were open when it failed, to each once. A descriptor that is
@@ -367,6 +386,17 @@ class _LocalPart:
             raise wrong_count(self._file, self._start, self._stop, self._at)
 
 
+class _Aside:
+    def __init__(self, file: str, target: BinaryIO) -> None:
+        self._file, self._target = file, target
+
+    def write(self, data: bytes | memoryview | NDArray[Any]) -> None:
+        try:
+            self._target.write(as_bytes(data))
+        except OSError as error:
+            raise _named(error, self._file) from None
+
+
 # ---------------------------------------------------------------------------------------------------- arrays in memory
 
 
@@ -414,6 +444,12 @@ class MemoryStore:
         yield writer
         writer.check()
 
+    @contextmanager
+    def whole(self, file: str, at_most: int) -> Iterator[PartWriter]:
+        writer = _MemoryPart(file, np.zeros(at_most, dtype=np.uint8), 0, at_most)
+        yield writer
+        self.arrays[file] = writer.written
+
     def sync(self) -> None:
         pass
 
@@ -444,6 +480,10 @@ class _MemoryPart:
             raise wrong_count(self._file, self._start, self._stop, self._at + len(given))
         self._array.data[self._at : self._at + len(given)] = given
         self._at += len(given)
+
+    @property
+    def written(self) -> NDArray[np.uint8]:
+        return self._array[self._start : self._at]
 
     def check(self) -> None:
         if self._at != self._stop:

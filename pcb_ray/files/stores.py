@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable
@@ -39,6 +40,15 @@ def size_of_file(store: Store, file: str) -> int | None:
         return None
 
 
+def small_file(file: str, most: int, storage: Storage | None = None) -> bytes:
+    """What a file holds, wherever it lies; of a larger one than that the first `most` bytes and one more. Raises OSError."""
+    with contextlib.closing(open_store(storage=storage)) as store:
+        data = bytearray(min(store.stamp(file).size, most + 1))
+        if data:
+            store.read(file, 0, memoryview(data))
+    return bytes(data)
+
+
 class _Stores:
     """Hands each call on by how its file is named."""
 
@@ -74,6 +84,9 @@ class _Stores:
 
     def part(self, file: str, start: int, stop: int) -> AbstractContextManager[PartWriter]:
         return self._of(file).part(file, start, stop)
+
+    def whole(self, file: str, at_most: int) -> AbstractContextManager[PartWriter]:
+        return self._of(file).whole(file, at_most)
 
     def sync(self) -> None:
         self._local.sync()

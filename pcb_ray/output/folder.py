@@ -198,6 +198,21 @@ class Folder:
             else:
                 path.unlink(missing_ok=True)
 
+    # --- what else lies there -----------------------------------------------------------------------------------------------------
+
+    def take_along(self, folder: Path, *, but: str) -> None:
+        """Let a folder of the notes be part of the output, under its own name, `but` for files whose names end so."""
+        target = self.staging / folder.name
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier run that could not be committed
+        for path in folder.rglob(f"*{but}"):
+            path.unlink()
+        folder.rename(target)
+
+    def start_over(self) -> None:
+        """Remove what was written of the output so far."""
+        shutil.rmtree(self.staging)
+        self.staging.mkdir()
+
     # --- the end ------------------------------------------------------------------------------------------------------------------
 
     def holds(self, name: str, size: int, tag: str) -> bool:  # noqa: ARG002 - it has no tags, and is written in parts

@@ -10,14 +10,13 @@ from pathlib import Path
 from pcb_ray.errors import RequestError
 from pcb_ray.files.hub_commit import Branch
 from pcb_ray.files.objects import HUB_SCHEME, Storage, is_object, without_credentials
+from pcb_ray.files.store import as_path, is_remote
 from pcb_ray.output.folder import Folder
 from pcb_ray.output.prefix import Prefix
 from pcb_ray.output.repository import Repository
 from pcb_ray.output.state import Place
 
 log = logging.getLogger("pcb_ray")
-
-_FILE = "file://"
 
 
 def place_of(
@@ -26,18 +25,18 @@ def place_of(
     *,
     overwrite: bool = False,
     state: str = "",
-    beside: Path = Path("."),
+    beside: str | os.PathLike[str] = ".",
     pull_request: bool = False,
 ) -> Place:
-    """The place of an output. `storage` says how stores are reached; with `overwrite` a folder that is there is replaced. `state`
-    is a folder or a prefix for the notes of a run to the Hub (or else they lie in the folder `beside`), which with `pull_request`
-    ends with one.
+    """The place of a merge's output. `storage` says how stores are reached; with `overwrite` a folder that is there is replaced.
+    `state` is a folder or a prefix for the notes of a run to the Hub (or else they lie `beside`, in another one), which with
+    `pull_request` ends with one.
 
     Raises RequestError for a URI where no output can be written, and for a relative path inside a Ray job."""
     name = os.fspath(out)
     if name.startswith(HUB_SCHEME):
         branch = Branch.of(name)
-        if not state and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        if not state and not is_remote(os.fspath(beside)) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
             log.warning(
                 "note: %s: the state of this run lies in the job's folder, which goes with the job: without --state DIR (or "
                 "s3://bucket/states) what it has done can't be resumed",
@@ -52,6 +51,19 @@ def place_of(
         )
     if is_object(name):
         return Prefix(name, storage, overwrite=overwrite)
+    return Folder(folder_of(name), overwrite=overwrite)
+
+
+def place_of_search(out: str | os.PathLike[str], storage: Storage | None, mark: str, *, overwrite: bool = False) -> Folder | Prefix:
+    """The place of what a search finds, whole in a store when the object `mark` is there. Raises RequestError."""
+    name = os.fspath(out)
+    if name.startswith(HUB_SCHEME):
+        raise RequestError(
+            f"{without_credentials(name)}: wanted a folder or a prefix of an object store for what a search finds, found a "
+            "repository on the Hub. Fix: search to such as s3://bucket/found, and merge the best_recipe.yaml of that to the Hub."
+        )
+    if is_object(name):
+        return Prefix(name, storage, overwrite=overwrite, mark=mark)
     return Folder(folder_of(name), overwrite=overwrite)
 
 
@@ -80,11 +92,11 @@ def reads_of(out: str | os.PathLike[str]) -> str:
 
 
 def _path_of(out: str | os.PathLike[str]) -> Path:
-    name = os.fspath(out).removeprefix(_FILE)
+    name = as_path(os.fspath(out))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
         raise RequestError(
-            f"{without_credentials(name)}: wanted a folder (only a merge may go to s3://, gs://, az://, hf://), found a URI "
-            "where this can't be written. Fix: name a folder that all nodes see, and copy it when it is whole."
+            f"{without_credentials(name)}: wanted a folder, or s3://, gs://, az:// or (for a merge) hf://, found another URI. Fix: "
+            "name a folder that all nodes see, and copy it when it is whole."
         )
     return Path(name)
 

@@ -7,9 +7,12 @@ Beside `s3://bucket/a/OUT` lie the objects of `s3://bucket/a/.OUT.pcb-ray/`: the
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NoReturn
 
 from pcb_ray.errors import RequestError, RunError
@@ -33,12 +36,14 @@ from pcb_ray.receipt import RECEIPT
 log = logging.getLogger("pcb_ray")
 
 LEASE = "lease.json"
+AT_ONCE = 16
 
 
 class Prefix:
-    """A Place (see `state`) in an object store. Raises RequestError for what is no URI of one."""
+    """A Place (see `state`) in an object store, whole when the object `mark` is there. Raises RequestError for what is no URI of
+    one."""
 
-    def __init__(self, out: str, storage: Storage | None, *, overwrite: bool = False) -> None:
+    def __init__(self, out: str, storage: Storage | None, *, overwrite: bool = False, mark: str = RECEIPT) -> None:
         self.out = out.rstrip("/")
         if (problem := uri_problem(self.out)) is not None:
             raise RequestError(f"{without_credentials(self.out)}: {problem}")
@@ -48,7 +53,7 @@ class Prefix:
                 f"{self.out}: {mismatch('a prefix in a bucket', 'the bucket itself', f'write to {self.out}/merged or the like')}"
             )
         self.notes = f"{head}/.{name}.pcb-ray"
-        self._storage, self._overwrite = storage, overwrite
+        self._storage, self._overwrite, self._mark = storage, overwrite, mark
         self._looking, self._objects = Objects(storage, patience_s=LOOKING_PATIENCE_S), Objects(storage)
         self._texts: dict[str, bytes] = {}
         self._files: tuple[str, ...] = ()
@@ -87,7 +92,7 @@ class Prefix:
 
     @property
     def is_left_over(self) -> bool:
-        return self._has(f"{self.out}/{RECEIPT}") and self.is_unfinished
+        return self._has(f"{self.out}/{self._mark}") and self.is_unfinished
 
     def _has(self, uri: str) -> bool:
         try:
@@ -101,7 +106,7 @@ class Prefix:
     def _refuse(self, error: OSError) -> NoReturn:
         raise RequestError(object_problem(self.out, error)) from None
 
-    def check(self, plan: Plan, *, resume: bool) -> None:
+    def check(self, plan: Plan, *, resume: bool, model: bool = True, beside: int = 0) -> None:  # noqa: ARG002 - it never is full
         """Raises RequestError with all that is in the way of the output."""
         problems = self._taken(resume=resume)
         for one in plan.inputs:
@@ -155,7 +160,8 @@ class Prefix:
 
     def _abandon(self, goes_on: bool) -> None:
         """Let go of uploads that a killed worker has begun: they cost, and nobody sees them."""
-        found = abandon_uploads(f"{self.out}/", self._storage)
+        counts = [abandon_uploads(f"{where}/", self._storage) for where in (self.out, self.notes)]
+        found = None if None in counts else sum(filter(None, counts))
         if found:
             log.warning("%s: %d unfinished uploads of killed workers were aborted", self.out, found)
         elif found is None and goes_on:
@@ -186,6 +192,33 @@ class Prefix:
 
     def append(self, name: str, line: bytes) -> None:
         self.write(name, self._texts.get(name, b"") + line + b"\n")  # objects are written whole
+
+    # --- what else lies there -----------------------------------------------------------------------------------------------------
+
+    def take_along(self, folder: Path, *, but: str) -> None:
+        """Let a folder of small files be part of the output, under its own name, `but` for files whose names end so."""
+        paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(but)]
+
+        def put(path: Path) -> None:
+            self._objects.put(f"{self.out}/{folder.name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+        if self._lease is not None:
+            self._lease.check()
+        try:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                collections.deque(pool.map(put, paths), maxlen=0)
+        except OSError as error:
+            raise RunError(
+                f"{self.out}/{folder.name}: wanted to write it, found: {error.strerror}. Fix: mend that, then --resume."
+            ) from None
+
+    def start_over(self) -> None:
+        """Remove what was written of the output so far."""
+        self._delete(f"{self.out}/")
+
+    def _delete(self, prefix: str) -> None:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            collections.deque(pool.map(lambda name: self._objects.delete(f"{prefix}{name}"), self._objects.sizes(prefix)), maxlen=0)
 
     # --- the end ------------------------------------------------------------------------------------------------------------------
 

@@ -165,7 +165,7 @@ class State(Generic[PlaceT]):
                 f"{self.place.notes}/{STATE}: can't be read as it was written: wanted the state of a run, found {error!r}. "
                 f"Fix: start afresh{self._afresh}."
             ) from None
-        differences = list(_differences(asked, self._asked))
+        differences = list(differences_of(asked, self._asked))
         if differences:
             raise RequestError(
                 [f"--resume: this is not the merge that was begun: {d}" for d in differences]
@@ -223,13 +223,14 @@ class State(Generic[PlaceT]):
         self.close()
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+def differences_of(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """Where two JSON values differ, for people."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            yield from differences_of(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, f"{where}[{index}]")
+            yield from differences_of(a, b, f"{where}[{index}]")
     elif isinstance(old, str) and isinstance(new, str) and "\n" in old + new and old != new:
         changed = [(a, b) for a, b in zip(old.splitlines(), new.splitlines(), strict=False) if a != b] or [("", "")]
         yield f"{where} was {changed[0][0].strip()!r}, now {changed[0][1].strip()!r}"

@@ -20,6 +20,7 @@ files, `volumes`: one owner writes each from its first byte to its last.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import json
 import math
@@ -27,7 +28,6 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,15 +38,16 @@ from torch import Tensor
 
 from pcb_ray.errors import RunError
 from pcb_ray.files.checkpoint import DTYPE_BYTES
-from pcb_ray.files.store import written_aside
-from pcb_ray.files.stores import open_store
+from pcb_ray.files.objects import CutOff
+from pcb_ray.files.store import Range, Store, is_remote
 from pcb_ray.kernels.native import STRIP, KnownInC, load_native
 from pcb_ray.kernels.reference import keys
 from pcb_ray.methods import Known, Ranks
 from pcb_ray.methods.method import Scored
+from pcb_ray.owner import FILE_TRIES
 from pcb_ray.planning import Plan, Segment
 from pcb_ray.questions import SAMPLE_SHIFT, Written, value_of_key
-from pcb_ray.searching.volumes import chunks_of_volume, volume_file, volumes_of
+from pcb_ray.searching.volumes import chunks_of_volume, volume_bytes, volume_file, volumes_of
 from pcb_ray.selection import add_up
 from pcb_ray.sources import DTYPES, CellDigests, Reader, Wanted
 
@@ -152,31 +153,44 @@ class Writer:
         return arrays
 
 
-def build_volume(owner: Owner, volume: int, known: Known, scored: Scored | None, path: Path) -> Written:
-    """Gather the basis of a volume's chunks, write the file aside and give it its name, durable. Raises OSError.
+def build_volume(owner: Owner, volume: int, known: Known, scored: Scored | None, file: str, tries: int = FILE_TRIES) -> Written:
+    """Gather the basis of a volume's chunks, and write the file, which is there, durably, when it is whole. Raises OSError.
 
     The file holds the chunks' arrays one after another; then, as JSON, dtype, shape and first byte of each; then the first byte
-    of that text."""
+    of that text. What a store calls it tells later whether it is still this one."""
     names = {np.dtype(kind): name for name, kind in ARRAYS.items()}
     digest, at, index = xxhash.xxh3_128(), 0, list[dict[str, Any]]()
     of_inputs = [CellDigests() for _ in range(owner.plan.N + 1)]
-    with written_aside(path) as file:
+    try:
+        with owner.store.whole(file, volume_bytes(owner.plan, scored is not None)) as target:
 
-        def put(data: Any) -> int:
-            file.write(data)
-            digest.update(data)
-            return memoryview(data).nbytes
+            def put(data: Any) -> int:
+                target.write(data)
+                digest.update(data)
+                return memoryview(data).nbytes
 
-        for chunk in chunks_of_volume(owner.plan, volume):
-            of_chunk = {}
-            for name, array in _gather(owner, chunk, known, scored, of_inputs).items():
-                of_chunk[name] = (names[array.dtype], array.shape, at)
-                at += put(np.ascontiguousarray(array))
-                at += put(bytes(-at % ALIGNMENT))
-            index.append(of_chunk)
-        put(json.dumps(index).encode())
-        put(np.array([at], dtype=np.int64))
-    return Written(digest.intdigest(), tuple(one.total() for one in of_inputs))
+            for chunk in owner.chunks_ahead(chunks_of_volume(owner.plan, volume)):
+                of_chunk = {}
+                for name, array in _gather(owner, chunk, known, scored, of_inputs).items():
+                    of_chunk[name] = (names[array.dtype], array.shape, at)
+                    at += put(np.ascontiguousarray(array))
+                    at += put(bytes(-at % ALIGNMENT))
+                index.append(of_chunk)
+            size = at + put(json.dumps(index).encode())
+            size += put(np.array([at], dtype=np.int64))
+    except CutOff:
+        if tries == 1:
+            raise
+        return build_volume(owner, volume, known, scored, file, tries - 1)
+    tag = ""
+    if is_remote(file):
+        stamp = owner.store.stamp(file)
+        if stamp.size != size:
+            raise RunError(
+                f"{file}: wanted {size} bytes, as they were sent, found {stamp.size}. Fix: let nothing else write there."
+            )
+        tag = stamp.tag
+    return Written(digest.intdigest(), tuple(one.total() for one in of_inputs), tag=tag)
 
 
 def _gather(
@@ -221,7 +235,7 @@ class _Mapped:
 
     Python's own map would hold a descriptor for each volume too, and a search may have several variants."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._size = os.fstat(descriptor).st_size
@@ -230,7 +244,7 @@ class _Mapped:
             os.close(descriptor)
         if self._address == ctypes.c_void_p(-1).value:
             self._size, code = 0, ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(path))
+            raise OSError(code, os.strerror(code), path)
         self.__array_interface__ = {"shape": (self._size,), "typestr": "|u1", "data": (self._address, True), "version": 3}
         self._unmap = _libc().munmap
 
@@ -239,7 +253,7 @@ class _Mapped:
             self._unmap(self._address, self._size)
 
 
-def _open_volume(path: Path, n: int) -> list[_Chunk]:
+def _open_volume(path: str, n: int) -> list[_Chunk]:
     """The chunks of a volume, mapped."""
     mapped = np.asarray(_Mapped(path))
     (at,) = np.frombuffer(mapped[-8:].tobytes(), dtype=np.int64).tolist()
@@ -293,34 +307,40 @@ def _bin_of(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
     return len(counts) - 1 - above, rank - int(at_least[above - 1] if above else 0)
 
 
-def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor]) -> None:
-    """Write the base (0) or a model (1..N) as its files hold it into `parameters`, in place, each in its own dtype."""
-    reader = Reader(open_store(), COPIED_AT_ONCE, plan.dtypes_of(source), torch.device("cpu"))
+def copy_input(plan: Plan, source: int, parameters: Mapping[str, Tensor], store: Store, path: Callable[[str], str] = str) -> None:
+    """Write the base (0) or a model (1..N) as its files hold it into `parameters`, in place, each in its own dtype. `path` says
+    where a file of the base lies here."""
+    reader = Reader(store, COPIED_AT_ONCE, plan.dtypes_of(source), torch.device("cpu"))
     for tensor in plan.tensors:
         held = tensor.sources[source]
         if held is not None and tensor.name in parameters:
+            held = held if source else dataclasses.replace(held, file=path(held.file))
+            store.expect([Range(held.file, held.start, held.stop)])
             parameter = parameters[tensor.name].detach()
             whole = torch.empty(tensor.numel, dtype=DTYPES[held.dtype])
             for start in range(0, tensor.numel, COPIED_AT_ONCE):
                 stop = min(start + COPIED_AT_ONCE, tensor.numel)
                 whole[start:stop] = reader.block([Wanted(held, start, stop, cell=-1)])
             parameter.copy_(whole.view(parameter.shape))
+    store.expect(())
 
 
 class Basis:
     """The basis in `folder`, made for `plan`'s inputs and what was `known` of them; read-only, and shared with all who map it on
-    this machine."""
+    this machine. `path` says where a file, of it and of the base, lies here."""
 
-    def __init__(self, plan: Plan, folder: str | os.PathLike[str], known: Known) -> None:
+    def __init__(self, plan: Plan, folder: str, known: Known, path: Callable[[str], str] = str) -> None:
         self.plan, self.made_for = plan, known
-        self._chunks = [chunk for volume in range(volumes_of(plan)) for chunk in _open_volume(volume_file(folder, volume), plan.N)]
+        volumes = (path(volume_file(folder, volume)) for volume in range(volumes_of(plan)))
+        self._chunks = [chunk for volume in volumes for chunk in _open_volume(volume, plan.N)]
         self.entries = sum(c.entries for c in self._chunks)
         self.nbytes = sum(c.nbytes for c in self._chunks)
         self.scored = self._chunks[0].scores is not None
         if any((c.scores is not None) != self.scored for c in self._chunks):
             raise RunError(f"{folder}: wanted files of one basis, found two kinds. Fix: start afresh with --overwrite.")
         self._base = {
-            tensor.file: np.memmap(tensor.file, dtype=np.uint8, mode="r") for t in plan.tensors if (tensor := t.sources[0])
+            file: np.memmap(path(file), dtype=np.uint8, mode="r")
+            for file in {t.sources[0].file for t in plan.tensors if t.sources[0] is not None}
         }
         self._known: dict[float, Known] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import xxhash
 
 from pcb_ray.methods import Known
 from pcb_ray.questions import Digest, Written
-from pcb_ray.searching.volumes import volume_file
+from pcb_ray.searching.volumes import chunks_of_volume, volume_file
 
 if TYPE_CHECKING:
     from pcb_ray.owner import Owner
@@ -20,7 +21,7 @@ READ_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class BuildVolumes:
-    """Build these volumes of the basis in `folder`, with scores if it is to serve several densities.
+    """Build these volumes of the basis in `folder`, or below a prefix of a store, with scores if it is to serve several densities.
 
     The volumes are durable when they are answered."""
 
@@ -32,14 +33,17 @@ class BuildVolumes:
         from pcb_ray.searching.basis import build_volume  # and torch
 
         scored = owner.plan.method.scored if self.scored else None
-        built = {v: build_volume(owner, v, self.known, scored, volume_file(self.folder, v)) for v in items}
+        then, built = owner.then or (), dict[int, Written]()
+        for k, volume in enumerate(items):
+            owner.then = [chunk for later in (*items[k + 1 :], *then) for chunk in chunks_of_volume(owner.plan, later)]
+            built[volume] = build_volume(owner, volume, self.known, scored, volume_file(self.folder, volume))
         owner.note_memory()
         return built
 
 
 @dataclass(frozen=True)
 class DigestVolumes:
-    """The digests of those of these volumes that are there."""
+    """The digests of those of these volumes that are there, in a folder."""
 
     folder: str
 
@@ -47,9 +51,9 @@ class DigestVolumes:
         found = {}
         for volume in items:
             path = volume_file(self.folder, volume)
-            if path.is_file():
+            if os.path.isfile(path):
                 digest = xxhash.xxh3_128()
-                with path.open("rb") as file:
+                with open(path, "rb") as file:
                     while data := file.read(READ_AT_ONCE):
                         digest.update(data)
                 found[volume] = digest.intdigest()

@@ -34,6 +34,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from pcb_ray import checks
 from pcb_ray.conversions import as_saved
 from pcb_ray.errors import RequestError
+from pcb_ray.files.store import as_path
 from pcb_ray.recipe import DTYPES
 from pcb_ray.user_code import UserCode, check_below, load_object, read_code
 
@@ -72,6 +73,17 @@ def make_evaluator(name: str, options: Mapping[str, Any], folder: Path, code: Us
             f"{where}: wanted no options for the object {name}, found {', '.join(options)}. Fix: remove them, or name its class."
         )
     return checked(found, name)
+
+
+def folder_here(folder: str) -> Path:
+    """The folder of a recipe as this machine has it: where it is not, this is a job whose files lie where its processes work."""
+    return Path(folder) if os.path.isdir(folder) else Path.cwd()
+
+
+def check_here(name: str, options: Mapping[str, Any], folder: str) -> None:
+    """Whether this machine has what a built-in evaluator reads. Raises RequestError."""
+    if name in _BUILT_IN:
+        make_evaluator(name, options, folder_here(folder))
 
 
 def check_evaluator(
@@ -176,7 +188,7 @@ def _tasks(tasks: Any, where: str, problems: list[str]) -> dict[str, list[str]]:
 
 
 def _path(raw: Any, kind: str, folder: Path, where: str, problems: list[str]) -> Path:
-    name = checks.text(raw, where, problems, f"the path of a {kind}")
+    name = as_path(checks.text(raw, where, problems, f"the path of a {kind}"))
     is_there = os.path.isdir if kind == "folder" else os.path.isfile
     if name and not is_there(folder / name):
         problems.append(

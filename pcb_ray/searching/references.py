@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pcb_ray.errors import RequestError, RunError, reason_in, with_place
+from pcb_ray.methods import Known
 from pcb_ray.nodes import nodes, shown_nodes
 from pcb_ray.output.state import Place, State
 from pcb_ray.progress import CountBar
@@ -23,6 +24,7 @@ from pcb_ray.searching.scorer import Job
 log = logging.getLogger("pcb_ray")
 
 PATIENCE = Patience()
+MOST_TRIES = 3
 _One = tuple[str, str]
 """What is scored by its name, and the split."""
 
@@ -82,7 +84,8 @@ def references(
     }
     left = {one: what for one, what in asked.items() if one not in found}
     bar = CountBar("scores to compare with", len(left), "scores", quiet=quiet)
-    with contextlib.closing(bar), contextlib.closing(_Scorers(job, min(tune.check_resources(request), len(left)))) as scorers:
+    at_a_time = min(tune.check_resources(request, job.pool), len(left))
+    with contextlib.closing(bar), contextlib.closing(_Scorers(job, at_a_time)) as scorers:
         for one, metrics in scorers.score(left):
             bar.advance(" on ".join(one))
             if isinstance(metrics, Exception):
@@ -97,6 +100,44 @@ def references(
     if request.better * of_start >= request.better * best["objective"]:
         return scores | {"winner": scores["start"]}, space.start
     return scores | {"winner": {split: found["winner", split] for split in splits}}, dict(best["config"])
+
+
+def known_of(job: Job, best: Config) -> Known:
+    """What is known at the density of a candidate, found where the basis is. Raises RunError."""
+    import ray
+
+    task = ray.remote(_known_of).options(**_options(job), max_retries=MOST_TRIES)
+    try:
+        found: Known = ray.get(task.remote(job, best), timeout=PATIENCE.start_s)
+    except ray.exceptions.GetTimeoutError:
+        raise RunError(
+            f"search: wanted the thresholds of the winner within {PATIENCE.start_s:.0f} s, found no answer. Fix: see what holds "
+            "the cluster's nodes, then go on with --resume."
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise RunError(
+            f"search: wanted the thresholds of the winner, found: {reason_in(error)}. Fix: go on with --resume."
+        ) from error
+    return found
+
+
+def _known_of(job: Job, best: Config) -> Known:
+    from pcb_ray.searching.nearby import Nearby
+    from pcb_ray.searching.scorer import basis_of
+
+    candidate = job.space.candidate(best)
+    variant = candidate.variant or job.space.recipe.parameters.get("variant", "")
+    with contextlib.closing(Nearby(job.material)) as nearby:
+        return basis_of(job, variant, nearby).known(candidate.density, threads=max(1, int(job.search.cpu)))
+
+
+def _options(job: Job) -> dict[str, Any]:
+    """What scorers take of their nodes, for Ray."""
+    search, pool = job.search, job.pool
+    found = {"num_cpus": search.cpu, "num_gpus": search.gpu, "memory": search.memory, "resources": dict(pool.resources)}
+    return found | ({"label_selector": dict(pool.labels)} if pool.labels else {})
 
 
 def _key(what: int | Config) -> str:
@@ -143,11 +184,9 @@ class _Scorers:
 
         from pcb_ray.searching.tune import shown_resources
 
-        self._actor: Any = ray.remote(_ScorerActor).options(
-            num_cpus=job.search.cpu, num_gpus=job.search.gpu, memory=job.search.memory
-        )
+        self._actor: Any = ray.remote(_ScorerActor).options(**_options(job))
         self._job = ray.put(job)
-        self._waits_for = shown_resources(job.search)
+        self._waits_for = shown_resources(job.search, job.pool)
         self._starting: dict[Any, Any] = {}  # what tells that it is there -> scorer
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, _One, bool]] = {}  # answer -> scorer, what it scores, whether it may be asked again

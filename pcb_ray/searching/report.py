@@ -6,7 +6,6 @@ import base64
 import html
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pcb_ray.searching import plots
@@ -20,10 +19,11 @@ from pcb_ray.searching.tables import (
     grid_table,
     scoreboard,
     shown_score,
+    table_of,
     winner_tables,
-    write_table,
 )
 
+PAGE = "report.html"
 AT_BOUND = 0.02  # of a range: CMA-ES comes near a bound, and seldom to it
 MOST_NAMED = 4  # coefficients in one note
 
@@ -47,10 +47,9 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
 """
 
 
-def write_search(folder: Path, records: Sequence[Record], found: Found) -> None:
+def files_of_search(records: Sequence[Record], found: Found) -> dict[str, bytes]:
     """trials.parquet, the plots as PNG, and report.html."""
     request, space = found.request, found.space
-    write_table(folder / "trials.parquet", records)
     best, scores, split = found.best, found.scores, request.search_split
     count = f"{found.trials} candidates" + (f", {found.failed} of them failed" if found.failed else "")
     on_split = ", ".join(
@@ -73,8 +72,6 @@ def write_search(folder: Path, records: Sequence[Record], found: Found) -> None:
             f"A line for each of {count}, across its {len(best)} coefficients and its score; the winner's stands out.",
         ),
     }
-    for name, (_, data, _) in told.items():
-        (folder / name).write_bytes(data)
     board, errors = scoreboard(request, scores), error_table(records)
     sections = [
         f"<p>{html.escape(f'{count}, in {_duration(found.elapsed_s)}; {request.metric} on {split} decided.')}</p>",
@@ -86,17 +83,16 @@ def write_search(folder: Path, records: Sequence[Record], found: Found) -> None:
         *_errors(errors),
         f"<h2>Recipe of the winner</h2><pre>{html.escape(found.recipe.to_yaml())}</pre>",
     ]
-    _write_page(folder, "Search of merge coefficients", sections)
+    plotted = {name: data for name, (_, data, _) in told.items()}
+    return {"trials.parquet": table_of(records), **plotted, PAGE: _page("Search of merge coefficients", sections)}
 
 
-def write_sweep(
-    folder: Path, request: Search, points: Sequence[Config], records: Sequence[Record], base: Mapping[str, Any]
-) -> None:
+def files_of_sweep(
+    request: Search, points: Sequence[Config], records: Sequence[Record], base: Mapping[str, Any]
+) -> dict[str, bytes]:
     """sweep.parquet, sweep.png (a heat map, or lines for one axis), and report.html."""
-    write_table(folder / "sweep.parquet", records)
     on_base = base[request.search_split][request.metric]
     plot = plots.sweep(request, records, on_base)
-    (folder / "sweep.png").write_bytes(plot)
     table, errors = grid_table(request, records), error_table(records)
     failed = sum(bool(r["error"]) for r in records)
     count = f"{len(records)} points over {', '.join(points[0])}" + (f", {failed} of them failed" if failed else "")
@@ -111,7 +107,7 @@ def write_sweep(
         table.as_html(),
         *_errors(errors),
     ]
-    _write_page(folder, "Sweep", sections)
+    return {"sweep.parquet": table_of(records), "sweep.png": plot, PAGE: _page("Sweep", sections)}
 
 
 # --- what to know -----------------------------------------------------------------------------------------------------------------
@@ -207,8 +203,8 @@ def _image(png: bytes, alt: str) -> str:
     return f"<div class=wide><img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'></div>"
 
 
-def _write_page(folder: Path, title: str, sections: Sequence[str]) -> None:
+def _page(title: str, sections: Sequence[str]) -> bytes:
     """One file that needs no other, and no network."""
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'><title>{title}</title>"
     page = f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body><h1>{title}</h1>"
-    (folder / "report.html").write_text(page + "\n".join(sections) + "</body></html>\n", encoding="utf-8")
+    return (page + "\n".join(sections) + "</body></html>\n").encode()

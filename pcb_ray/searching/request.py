@@ -213,6 +213,12 @@ class Search:
         return {place: split for place, split in named.items() if split}
 
     @property
+    def amounts(self) -> dict[str, float]:
+        """What a trial takes of its node, by Ray's names."""
+        asked = {"CPU": self.cpu, "GPU": self.gpu, "memory": self.memory or 0}
+        return {name: amount for name, amount in asked.items() if amount}
+
+    @property
     def scored(self) -> bool:
         """Whether candidates differ in the share that is kept."""
         return self.share in self.parameters
@@ -265,7 +271,7 @@ def _evaluator(raw: object, has_evaluator: bool, problems: list[str]) -> tuple[s
             options = given
         elif given is not None:
             problems.append(wrong(f"search.evaluator.{raw}", "`option: value` lines", given, "write its options below its name"))
-    if not (isinstance(raw, str) and (raw in BUILT_IN or re.fullmatch(r"[^:]+:[A-Za-z_][\w.]*", raw))):
+    if not (isinstance(raw, str) and (raw in BUILT_IN or re.fullmatch(r"(?:[a-z0-9]+://)?[^:]+:[A-Za-z_][\w.]*", raw))):
         wanted = f"{' | '.join(BUILT_IN)}, file.py:object or module:object"
         problems.append(
             wrong("search.evaluator", wanted, raw, "name one, with its options below: `causal_lm: {data: {val: val.txt}}`")

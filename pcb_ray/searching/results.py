@@ -1,14 +1,26 @@
-"""What searches and sweeps return."""
+"""What searches and sweeps return, and the record of it that lies in their output: by that a search that is asked again knows that
+it is done."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pcb_ray.receipt import Receipt
+from pcb_ray.claims import wrong_files
+from pcb_ray.errors import RequestError
+from pcb_ray.files.objects import Storage
+from pcb_ray.files.stores import open_store, size_of_file
+from pcb_ray.output.folder import Folder
+from pcb_ray.output.prefix import Prefix
+from pcb_ray.output.state import differences_of
+from pcb_ray.receipt import RECEIPT, Receipt, read_small
 from pcb_ray.recipe import Recipe
 from pcb_ray.searching.request import Config, Search, Space
+
+FOUND = "pcb_search.json"
 
 Scores = dict[str, dict[str, Any]]
 """Metrics by split."""
@@ -46,3 +58,90 @@ class Swept:
     base: Scores
     records: tuple[dict[str, Any], ...]
     """What became of each point, in order."""
+
+
+# --- the record -------------------------------------------------------------------------------------------------------------------
+
+
+def as_json(asked: Mapping[str, Any], found: Found | Swept) -> bytes:
+    """The record: what was asked, as JSON values, and what was found."""
+    if isinstance(found, Found):
+        own = {"scores": found.scores, "trials": found.trials, "failed": found.failed, "notes": found.notes}
+        own |= {"elapsed_s": found.elapsed_s}
+    else:
+        own = {"scores": {"base": found.base}, "records": found.records}
+    return (json.dumps({**asked, "found": _without_nan({"best": found.best, **own})}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def found_of(record: Mapping[str, Any], request: Search, space: Space, receipt: Receipt) -> Found:
+    found = _with_nan(record["found"])
+    return Found(
+        request=request,
+        space=space,
+        best=found["best"],
+        recipe=space.recipe_of(space.candidate(found["best"])),
+        scores=found["scores"],
+        trials=found["trials"],
+        failed=found["failed"],
+        elapsed_s=found["elapsed_s"],
+        notes=tuple(found["notes"]),
+        receipt=receipt,
+    )
+
+
+def swept_of(record: Mapping[str, Any], request: Search, space: Space) -> Swept:
+    found = _with_nan(record["found"])
+    winner = space.recipe_of(space.candidate(found["best"]))
+    return Swept(request, found["best"], winner, found["scores"]["base"], tuple(found["records"]))
+
+
+def record_in(place: Folder | Prefix, storage: Storage) -> dict[str, Any] | None:
+    """The record of an output that is whole; None if there is none. What a killed run has left beside it goes."""
+    if not place.is_there or (place.is_unfinished and not place.is_left_over):
+        return None
+    store = open_store(storage=storage)
+    if size_of_file(store, f"{place.reads}/{FOUND}") is None:
+        return None
+    try:
+        record = dict(json.loads(read_small(place.reads, FOUND, store)))
+        complete = {"asked", "budget", "points", "scored_by", "found"} <= record.keys()
+    except (ValueError, TypeError):
+        complete = False
+    if not complete:
+        raise RequestError(
+            f"{place.reads}/{FOUND}: can't be read as it was written: wanted the record of a search. Fix: choose another OUT."
+        )
+    if place.is_left_over:
+        place.tidy()
+    return record
+
+
+def differences(record: Mapping[str, Any], asked: Mapping[str, Any], place: Folder | Prefix, storage: Storage) -> list[str]:
+    """Why what lies in the output is not what is asked for, or not whole."""
+    out, store = place.reads, open_store(storage=storage)
+    asked = json.loads(json.dumps(asked))
+    if record["scored_by"] != asked["scored_by"]:
+        return [f"--resume: {out} is not this very search: another evaluator has scored its candidates. Fix: choose another OUT."]
+    found = list(differences_of({k: record[k] for k in asked}, asked))
+    if found:
+        return [f"--resume: {out} is not this very search: {one}. Fix: ask for the same, or choose another OUT." for one in found]
+    if size_of_file(store, f"{out}/{RECEIPT}") is None:
+        return []  # a sweep has no model
+    return [f"--resume: {one}" for one in wrong_files(store, out, Receipt.of(out, store))]
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(one) for one in value]
+    return math.nan if value is None else value

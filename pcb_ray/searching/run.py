@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -14,6 +15,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,38 +24,43 @@ from pcb_ray import checks
 from pcb_ray.budget import choose_block, worker_bytes
 from pcb_ray.cluster import check_cluster, cluster
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
-from pcb_ray.files.beside import WEIGHT_SUFFIXES
-from pcb_ray.files.checkpoint import Checkpoint
 from pcb_ray.files.foreign import some
-from pcb_ray.files.objects import HUB_SCHEME
+from pcb_ray.files.room import KeptHere, Room
+from pcb_ray.files.store import Stamp, Store, is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.local import LocalOwners
-from pcb_ray.merging import Kept, opened, settled
+from pcb_ray.merging import Kept, needs_room, opened, settled
+from pcb_ray.merging import writer_bytes as output_bytes
 from pcb_ray.methods import Known
-from pcb_ray.nodes import Pool
-from pcb_ray.output.companions import RECIPE, SideFile, check_side_files, side_files, write_side_files
-from pcb_ray.output.folder import Folder
-from pcb_ray.output.place import folder_of
+from pcb_ray.nodes import Pool, nodes
+from pcb_ray.output.companions import SideFile, check_side_files, side_files, write_side_files
+from pcb_ray.output.folder import STATE, Folder
+from pcb_ray.output.place import place_of_search
+from pcb_ray.output.prefix import Prefix
 from pcb_ray.output.state import State, asked_of
 from pcb_ray.planning import DEFAULT_SHARD_BYTES, Inputs, Plan, plan_of
 from pcb_ray.progress import readable_bytes
-from pcb_ray.questions import inputs_of
-from pcb_ray.receipt import Receipt
+from pcb_ray.questions import Written, inputs_of
+from pcb_ray.receipt import RECEIPT, Receipt
 from pcb_ray.recipe import Recipe
+from pcb_ray.searching import results
 from pcb_ray.searching.building import BuildVolumes, CheckLinear, DigestVolumes
-from pcb_ray.searching.evaluators import check_evaluator
-from pcb_ray.searching.references import dry_score, references
+from pcb_ray.searching.evaluators import check_evaluator, check_here
+from pcb_ray.searching.nearby import Material, kept_on, make_model_dir, model_files
+from pcb_ray.searching.references import dry_score, known_of, references
 from pcb_ray.searching.request import Config, Search, Space, grid_of
-from pcb_ray.searching.results import Found, Scores, Swept
+from pcb_ray.searching.results import FOUND, Found, Scores, Swept
 from pcb_ray.searching.scorer import Arm, Job
 from pcb_ray.searching.volumes import basis_bytes, chunks_of_volume, volume_file, volumes_of, writer_bytes
 from pcb_ray.session import Session
-from pcb_ray.steps import ARITHMETIC, check_unchanged, placed, publish, write_from
+from pcb_ray.steps import ARITHMETIC, AT_ONCE, check_unchanged, placed, publish, write_from
 from pcb_ray.user_code import UserCode
 
 log = logging.getLogger("pcb_ray")
 
 BEST = "best_recipe.yaml"
+TUNE = "tune"
+PICKLED = ".pkl"  # what Tune leaves to go on with: it holds the evaluator's options, whatever these may be
 BLOCKS_LOOKED_AT = 4  # for whether a method is linear in the weights
 LINEAR_WITHIN = 1e-4  # of the largest change: far more than rounding in float32 gives
 
@@ -71,31 +78,53 @@ def search(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     resume: bool = False,
     overwrite: bool = False,
+    cache: int | None = None,
+    scratch: str = "",
+    scratch_bytes: int | None = None,
     allow_code: bool = False,
     quiet: bool = False,
 ) -> Found:
-    """Search the coefficients that the recipe's `search:` section opens, and merge the best candidate into the directory `out`.
+    """Search the coefficients that the recipe's `search:` section opens, and merge the best candidate into `out`, a directory that
+    all nodes see or a prefix in an object store.
 
     `evaluator` is an object with `load` and `score` (see `searching.evaluators`), instead of the one that the recipe names.
-    `workers`, `address`, `memory`, `labels` and `resources` are for the analysis, as in `merge`; `allow_code` counts for the
-    evaluator too. `out` also holds best_recipe.yaml, trials.parquet, report.html and the Tune experiment.
+    `workers`, `address` and `memory` are for the analysis, as in `merge`; `labels` and `resources` hold for workers and trials;
+    `allow_code` counts for the evaluator too. What trials read of a store, the base and the basis, each node fetches once, and
+    keeps as `cache`, `scratch` and `scratch_bytes` say. `out` also holds best_recipe.yaml, trials.parquet, report.html and the Tune
+    experiment.
 
     Raises RequestError if the request, an input or the evaluator is wrong (before the first trial, unless an input is edited
-    later), RunError if the run can't be finished; `resume` goes on with it.
+    later), RunError if the run can't be finished; `resume` goes on with it, from any machine that sees `out`.
     """
     start = time.monotonic()
-    recipe, place = Recipe.of(recipe, allow_code=allow_code), Folder(folder_of(out), overwrite=overwrite)
+    recipe = Recipe.of(recipe, allow_code=allow_code)
+    place = place_of_search(out, recipe.storage, RECEIPT, overwrite=overwrite)
     request = Search.of(recipe, has_evaluator=evaluator is not None)
-    how = _How(workers, address, memory, Pool(labels or {}, resources or {}), max_shard_bytes, resume, overwrite, quiet)
+    how = _How(
+        workers,
+        address,
+        memory,
+        Pool(labels or {}, resources or {}),
+        max_shard_bytes,
+        resume,
+        overwrite,
+        Room.for_a_run(cache, scratch, scratch_bytes),
+        quiet,
+    )
     report, tune = _tools()
     variants = request.variants or (_variant(recipe),)
-    with _prepared(recipe, request, place, variants, evaluator, how, model=True) as run:
+    asked = _asked(recipe, request, place, variants, evaluator, how, model=True)
+    if asked.record is not None:
+        log.warning("%s: is this very search already, and nothing was done", place.out)
+        return results.found_of(asked.record, request, asked.space, Receipt.of(place.reads, open_store(storage=recipe.storage)))
+    with _prepared(asked) as run:
         state, job = run.state, run.job
         progress, known = _progress(request.budget, job, state, quiet=quiet)
-        records, best_trial = _tried(job, state, tune.Generations(job.search, job.space, progress), progress, request.budget, known)
+        records, best_trial = _tried(
+            job, run.shelf, tune.Generations(job.search, job.space, progress), progress, request.budget, known
+        )
         scores, best = references(job, state, run.base, records, best_trial, quiet=quiet)
         winner = job.space.recipe_of(job.space.candidate(best))
-        receipt = _write_winner(run, winner, best)
         found = Found(
             request=job.search,
             space=job.space,
@@ -105,12 +134,13 @@ def search(
             trials=len(records),
             failed=sum(bool(r["error"]) for r in records),
             elapsed_s=time.monotonic() - start,
-            receipt=receipt,
         )
         found = dataclasses.replace(found, notes=tuple(report.notes_of(found)))
-        report.write_search(state.place.staging, records, found)
-        _commit(state, winner)
-    return found
+        files = report.files_of_search(records, found)
+        files |= {BEST: winner.resolved().to_yaml().encode(), FOUND: results.as_json(_record_of(asked), found)}
+        receipt = _write_winner(run, winner, best, files)
+        state.commit()
+    return dataclasses.replace(found, receipt=receipt)
 
 
 def sweep(
@@ -125,37 +155,60 @@ def sweep(
     resources: Mapping[str, float] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    cache: int | None = None,
+    scratch: str = "",
+    scratch_bytes: int | None = None,
     allow_code: bool = False,
     quiet: bool = False,
 ) -> Swept:
     """Score the grid of the recipe's `sweep:` section by the evaluator of its `search:` section.
 
     There is one analysis per variant, and nothing is read again.
-    `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Raises as `search` does.
+    `out` gets sweep.parquet, a table, a heat map and best_recipe.yaml. Arguments and errors are those of `search`.
     """
-    recipe, place = Recipe.of(recipe, allow_code=allow_code), Folder(folder_of(out), overwrite=overwrite)
+    recipe = Recipe.of(recipe, allow_code=allow_code)
+    place = place_of_search(out, recipe.storage, FOUND, overwrite=overwrite)
     points = grid_of(recipe)
-    asked = Search.of(recipe, has_evaluator=evaluator is not None)
+    asked_for = Search.of(recipe, has_evaluator=evaluator is not None)
     # Without an optimizer there are no generations: all points are one. And nothing is reported on a split of its own.
-    request = dataclasses.replace(asked, parameters={}, variants=(), optimizer="", population=len(points), report_split="")
-    how = _How(workers, address, memory, Pool(labels or {}, resources or {}), DEFAULT_SHARD_BYTES, resume, overwrite, quiet)
+    request = dataclasses.replace(asked_for, parameters={}, variants=(), optimizer="", population=len(points), report_split="")
+    how = _How(
+        workers,
+        address,
+        memory,
+        Pool(labels or {}, resources or {}),
+        DEFAULT_SHARD_BYTES,
+        resume,
+        overwrite,
+        Room.for_a_run(cache, scratch, scratch_bytes),
+        quiet,
+    )
     report, tune = _tools()
     variants = tuple(dict.fromkeys(p.get("variant", _variant(recipe)) for p in points))
     largest = max((p[request.share] for p in points if request.share in p), default=None)
     swept = recipe if largest is None else recipe.with_parameters({request.share: largest})
-    with _prepared(swept, request, place, variants, evaluator, how, model=False, scored=largest is not None) as run:
+    asked = _asked(swept, request, place, variants, evaluator, how, model=False, scored=largest is not None, points=points)
+    if asked.record is not None:
+        log.warning("%s: is this very sweep already, and nothing was done", place.out)
+        return results.swept_of(asked.record, request, asked.space)
+    with _prepared(asked) as run:
         state, job = run.state, run.job
         progress, known = _progress(len(points), job, state, quiet=quiet)
-        records, best_trial = _tried(job, state, tune.Listed(points, request.mode, progress), progress, len(points), known)
+        records, best_trial = _tried(job, run.shelf, tune.Listed(points, request.mode, progress), progress, len(points), known)
         best = best_trial["config"]
         winner = job.space.recipe_of(job.space.candidate(best))
+        store = _store_of(run)
         with _trials_kept(state, "the sweep is worth nothing, since its models did not stay what they were"):
-            touched = check_unchanged(open_store(), state.stamps)
+            touched = check_unchanged(store, state.stamps)
         for file in touched:
             log.warning("%s: touched during the sweep, its time of writing apart: if its content was changed, sweep again", file)
-        report.write_sweep(state.place.staging, job.search, points, records, run.base)
-        _commit(state, winner)
-    return Swept(job.search, best, winner, run.base, tuple(records))
+        found = Swept(job.search, best, winner, run.base, tuple(records))
+        files = report.files_of_sweep(job.search, points, records, run.base) | {BEST: winner.resolved().to_yaml().encode()}
+        write_side_files(state.place.beside, files, store)
+        state.place.take_along(run.shelf / TUNE, but=PICKLED)
+        write_side_files(state.place.beside, {FOUND: results.as_json(_record_of(asked), found)}, store)  # it says that all is there
+        state.commit()
+    return found
 
 
 def _variant(recipe: Recipe) -> str:
@@ -184,7 +237,12 @@ class _How:
     max_shard_bytes: int
     resume: bool
     overwrite: bool
+    room: Room
     quiet: bool
+
+
+Lasting = Folder | Prefix
+"""Where a search goes."""
 
 
 @dataclass(frozen=True)
@@ -192,48 +250,73 @@ class _Run:
     """A search whose bases are made: all that is left is to try candidates."""
 
     how: _How
-    state: State[Folder]
+    state: State[Lasting]
     job: Job
     inputs: Inputs
     base: Scores
+    shelf: Path
+    """The folder, on this machine, where Tune keeps its experiment."""
 
 
-@contextlib.contextmanager
-def _prepared(
+@dataclass(frozen=True)
+class _Asked:
+    """A search that can be run, and of which nothing is done yet."""
+
+    recipe: Recipe
+    request: Search
+    place: Lasting
+    how: _How
+    inputs: Inputs
+    plan: Plan
+    plans: Mapping[str, Plan]
+    """By variant."""
+    space: Space
+    files: Mapping[str, SideFile]
+    evaluator: Any
+    code: UserCode | None
+    scored: bool
+    """Whether the share that is kept differs."""
+    model: bool
+    """Whether the output is to have one."""
+    points: Sequence[Config]
+    """Of a sweep."""
+    record: Mapping[str, Any] | None
+    """What an earlier search has found that lies in OUT, whole, and was asked the same."""
+
+    @property
+    def basis_bytes(self) -> int:
+        return sum(basis_bytes(plan, self.scored) for plan in self.plans.values())
+
+
+def _asked(
     recipe: Recipe,
     request: Search,
-    place: Folder,
+    place: Lasting,
     variants: tuple[str, ...],
     evaluator: Any,
     how: _How,
     *,
     model: bool,
     scored: bool | None = None,
-) -> Iterator[_Run]:
-    """What searches and sweeps have in common: everything is checked, the base is scored, each variant has its basis.
+    points: Sequence[Config] = (),
+) -> _Asked:
+    """Everything is checked. `scored` says whether the share that is kept will differ, if the request does not say so.
 
-    `model` says whether the output is to have one, and `scored` whether the share that is kept will differ, if the request does
-    not say so."""
+    Raises RequestError with all that is wrong."""
     from pcb_ray.searching import tune
 
     scored = request.scored if scored is None else scored
     code, of_code = (None, []) if evaluator is not None else _code_of(request, recipe)
     check_cluster(how.address)
+    before = results.record_in(place, recipe.storage) if how.resume else None
 
-    def check(plan: Plan) -> None:
+    def check(plan: Plan, beside: int = 0) -> None:
         check_follows(plan)
-        place.check(plan, resume=how.resume, model=model)
+        if before is None:
+            place.check(plan, resume=how.resume, model=model, beside=beside)
 
     first = _analysed(recipe, request, variants[0])
     inputs, plan = opened(first, how.max_shard_bytes, check)
-    if inputs.base.prefix is not None:
-        source, fix = inputs.base.source, "copy the base to a folder"
-        if inputs.base.commit is not None:
-            fix = f"write {source.removeprefix(HUB_SCHEME)}, which is downloaded into the Hub's cache"
-        raise RequestError(
-            f"base_model {source}: wanted a base on a disk, which trials map, found one in a store. "
-            f"Fix: {fix}; the models may stay where they are."
-        )
     if not all(twin.declared for twin in plan.twins):  # what they are decides what a candidate is
         store = open_store(plan.stamps, recipe.storage)
         session = Session(plan, lambda plan: LocalOwners(plan, store), quiet=how.quiet)
@@ -241,14 +324,21 @@ def _prepared(
         plan = session.plan
         check(plan)
     plans = {v: plan_of(_analysed(recipe, request, v), inputs, max_shard_bytes=how.max_shard_bytes) for v in variants}
-    beside = sum(basis_bytes(p, scored) for p in plans.values())
-    place.check(plan, resume=how.resume, model=model, beside=beside)
-    for one in plans.values():
-        choose_block(one, "cpu", how.memory, writer_bytes(one, scored))  # a wrong bound is told before a cluster starts
     space = Space.of(request, recipe, plan)
+    files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
+    asked = _Asked(recipe, request, place, how, inputs, plan, plans, space, files, evaluator, code, scored, model, points, before)
+    if before is not None:
+        if problems := results.differences(before, _record_of(asked), place, recipe.storage):
+            try:
+                place.check(plan, resume=how.resume, model=model)
+            except RequestError as error:
+                raise RequestError([*error.problems, *problems]) from None
+        return asked
+    check(plan, asked.basis_bytes)
+    for one in plans.values():  # a wrong bound is told before a cluster starts
+        choose_block(one, "cpu", how.memory, writer_bytes(one, scored, place.notes))
     tune.check_optimizer(request, space)
     _check_picklable(evaluator)
-    files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
     for note in (*plan.notes, *space.notes, *of_code):
         log.warning("note: %s", note)
     if len(space.groups) > 1:
@@ -256,29 +346,71 @@ def _prepared(
         log.info("groups: %s", ", ".join(f"{name} {sizes[k]} tensors" for k, name in enumerate(space.groups)))
     if request.optimizer == "CMA" and request.budget <= request.population:
         log.warning("note: the budget is one generation, which is spread over uniform coefficients: CMA-ES begins with the second")
-    stamps = plan.stamps
-    asked = {
-        **asked_of(plan, ARITHMETIC, stamps),
+    return asked
+
+
+def _fingerprint(asked: _Asked) -> dict[str, Any]:
+    """What decides which candidates are asked, and what their merges are."""
+    request = asked.request
+    return {
+        **asked_of(asked.plan, ARITHMETIC, asked.plan.stamps),
         "search": {k: v for k, v in asdict(request).items() if k not in _may_differ(request)},
     }
-    with State(place, asked, stamps, resume=how.resume) as state:
-        model_dir = state.place.folder / "model"
-        _make_model_dir(model_dir, inputs.base, files)
+
+
+@contextlib.contextmanager
+def _prepared(asked: _Asked) -> Iterator[_Run]:
+    """What searches and sweeps have in common: the base is scored, each variant has its basis."""
+    from pcb_ray.searching import tune
+
+    recipe, request, place, how = asked.recipe, asked.request, asked.place, asked.how
+    names = [file.name for file in asked.plan.files] if asked.model else []
+    with State(place, _fingerprint(asked), asked.plan.stamps, names, resume=how.resume) as state:
+        material = _material(asked)
         with cluster(how.address):
             if request.memory is None and not request.gpu:
-                request = dataclasses.replace(request, memory=model_bytes(plan))
-            at_a_time = tune.check_resources(request)
-            shown = tune.shown_resources(request)
+                request = dataclasses.replace(request, memory=model_bytes(asked.plan))
+            at_a_time = tune.check_resources(request, how.pool)
+            shown = tune.shown_resources(request, how.pool)
             log.info("trials: up to %d at a time, each with %s", min(at_a_time, request.population), shown)
             tune.check_loggers(request)
-            kind = "scored" if scored else "combined"
-            arms = {v: Arm(p, str(state.place.folder / f"basis-{v or 'only'}-{kind}"), {}) for v, p in plans.items()}
-            scored_by = _identity(request, evaluator, code)
-            folder = recipe.folder.absolute() if evaluator is None else Path.cwd()
-            job = Job(request, space, arms, str(model_dir.absolute()), str(folder), scored_by, evaluator, code)
-            base = dry_score(job, state, quiet=how.quiet)
-            job = dataclasses.replace(job, arms=_with_bases(arms, state, scored, how))
-            yield _Run(how, state, job, inputs, base)
+            kind = "scored" if asked.scored else "combined"
+            arms = {v: Arm(p, f"{place.notes}/basis-{v or 'only'}-{kind}", {}) for v, p in asked.plans.items()}
+            scored_by = _identity(request, asked.evaluator, asked.code)
+            folder = str(recipe.folder.absolute() if asked.evaluator is None else Path.cwd())
+            job = Job(request, asked.space, arms, material, folder, scored_by, asked.evaluator, asked.code, how.pool)
+            scoring = [node for node in nodes() if how.pool.places([node], request.amounts)]
+            reads = (f"{place.notes}/{STATE}", *(file.path for file in asked.inputs.base.files))
+            check = functools.partial(check_here, request.evaluator, request.options, folder)
+            with kept_on(scoring, material, reads, check), _shelf(place, how.room) as shelf:
+                base = dry_score(job, state, quiet=how.quiet)
+                yield _Run(how, state, _with_bases(job, state, asked.scored, how), asked.inputs, base, shelf)
+
+
+def _material(asked: _Asked) -> Material:
+    """What trials read. Where all of it is on a disk that all nodes see, it is made here once."""
+    recipe, place, stored = asked.recipe, asked.place, asked.inputs.base.files
+    model = model_files(asked.inputs.base, asked.files)
+    pins = {path: stamp for path, stamp in asked.plan.stamps.items() if is_remote(path)}
+    of_base = sum(file.size for file in stored if is_remote(file.path))
+    if isinstance(place, Folder) and not of_base:
+        made = place.folder / "model"
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        make_model_dir(made, model, open_store(storage=recipe.storage))
+        return Material(model, str(made.absolute()), pins, recipe.storage)
+    of_basis = asked.basis_bytes if isinstance(place, Prefix) else 0
+    return Material(model, "", pins, recipe.storage, asked.how.room, of_base + of_basis)
+
+
+@contextlib.contextmanager
+def _shelf(place: Lasting, room: Room) -> Iterator[Path]:
+    """A folder on this machine: trials leave nothing in it themselves."""
+    if isinstance(place, Folder):
+        yield place.folder
+        return
+    with contextlib.closing(KeptHere(room)) as kept, kept.workplace() as folder:
+        yield folder
 
 
 def check_follows(plan: Plan) -> None:
@@ -313,6 +445,8 @@ def announced(plan: Plan) -> dict[str, Any]:
     check_follows(plan)
     space = Space.of(request, recipe, plan)
     scored = request.scored
+    of_base = sum(file.size for file in plan.inputs[0].files if is_remote(file.path) and file.stamp is not None)
+    nearby = f"each node that runs trials fetches the base, {readable_bytes(of_base)}, and a basis whose OUT is in a store"
     recipes = [_analysed(recipe, request, variant) for variant in request.variants or (_variant(recipe),)]
     plans = [dataclasses.replace(plan, recipe=one) for one in recipes]
     return {
@@ -323,7 +457,17 @@ def announced(plan: Plan) -> dict[str, Any]:
         "basis_bytes": sum(basis_bytes(one, scored) for one in plans),
         "worker_bytes": max(worker_bytes(one, choose_block(one, "cpu", None)) + writer_bytes(one, scored) for one in plans),
         "trial_bytes": request.memory or (None if request.gpu else model_bytes(plan)),
-        "notes": [*space.notes, *of_code],
+        "notes": [*space.notes, *of_code, *([nearby] if of_base else [])],
+    }
+
+
+def _record_of(asked: _Asked) -> dict[str, Any]:
+    """What a search that is asked again must share with the one that has been done."""
+    return {
+        "asked": _fingerprint(asked),
+        "budget": asked.request.budget,
+        "points": list(asked.points),
+        "scored_by": _identity(asked.request, asked.evaluator, asked.code),
     }
 
 
@@ -379,71 +523,107 @@ def _check_picklable(evaluator: Any) -> None:
         ) from error
 
 
-def _make_model_dir(folder: Path, base: Checkpoint, files: Mapping[str, SideFile]) -> None:
-    """The base as an evaluator loads it: its tensors by link, with the config and tokenizer that the merge will have."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    stored = [Path(f.path) for f in base.files]
-    if base.folder is None:
-        (folder / f"model{stored[0].suffix}").symlink_to(stored[0].absolute())
-    else:
-        parts = [Path(path) for path in files.values() if isinstance(path, str) and path.endswith(WEIGHT_SUFFIXES)]
-        for path in (*stored, *(base.folder / base.inner).glob("*.index.json"), *parts):
-            link = folder / path.relative_to(base.folder)  # where the index says; that may be in a subfolder
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path.absolute())
-    others = {name: content for name, content in files.items() if name != RECIPE and not (folder / name).is_symlink()}
-    write_side_files(folder, {name: content for name, content in others.items() if not name.endswith(".index.json")}, open_store())
-
-
 # --- the steps --------------------------------------------------------------------------------------------------------------------
 
 
-def _with_bases(arms: Mapping[str, Arm], state: State[Folder], scored: bool, how: _How) -> dict[str, Arm]:
-    """Each variant's arm with its basis: analysed and built, or taken from an earlier run."""
+def _with_bases(job: Job, state: State[Lasting], scored: bool, how: _How) -> Job:
+    """The job with the basis of each variant: analysed and built, or taken from an earlier run."""
+    arms = job.arms
     plans = [arm.plan for arm in arms.values()]
     for arm in arms.values():
-        Path(arm.folder).mkdir(exist_ok=True)
-    beside = max(writer_bytes(plan, scored) for plan in plans)
-    place = placed(
-        plans, workers=how.workers, memory=how.memory, pool=how.pool, beside=beside, writes_to=lambda: state.place, quiet=how.quiet
-    )
-    with place as session:
-        return {variant: _with_basis(arm, session, state, variant, scored) for variant, arm in arms.items()}
+        if not is_remote(arm.folder):
+            os.makedirs(arm.folder, exist_ok=True)
+    beside = max(writer_bytes(plan, scored, state.place.notes) for plan in plans)
+    with placed(
+        plans,
+        workers=how.workers,
+        memory=how.memory,
+        pool=how.pool,
+        beside=beside,
+        writes_to=lambda: state.place,
+        room=_room_for_reading(how.room) if plans[0].is_remote else None,
+        quiet=how.quiet,
+    ) as session:
+        built = {variant: _with_basis(arm, session, state, variant, scored) for variant, arm in arms.items()}
+    pins = {uri: stamp for _, stamps in built.values() for uri, stamp in stamps.items()}
+    material = dataclasses.replace(job.material, pins={**job.material.pins, **pins})
+    return dataclasses.replace(job, material=material, arms={variant: arm for variant, (arm, _) in built.items()})
 
 
-def _with_basis(arm: Arm, session: Session, state: State[Folder], variant: str, scored: bool) -> Arm:
-    plan, folder = arm.plan, Path(arm.folder)
+def _room_for_reading(room: Room) -> Room:
+    """As much room again, for what one merge or analysis fetches of the models: it goes when that has ended."""
+    return Room.for_a_run(room.memory, room.scratch, room.scratch_bytes)
+
+
+def _with_basis(arm: Arm, session: Session, state: State[Lasting], variant: str, scored: bool) -> tuple[Arm, dict[str, Stamp]]:
+    """And what its files in a store are."""
+    plan = arm.plan
     session.begin(plan)
     kept = Kept(state.found.setdefault("arms", {}).setdefault(variant, {}), session, time.monotonic())
     known = kept.analysed(state)
     if plan.recipe.code is not None:
         _check_linear(session, known, scored)
-    names = {volume: f"{folder.name} {volume}" for volume in range(volumes_of(plan))}
+    store = open_store(storage=plan.recipe.storage, pins=state.stamps)
+    names = {volume: f"{os.path.basename(arm.folder)} {volume}" for volume in range(volumes_of(plan))}
     claimed = state.claimed(names)
-    answers = session.owners.ask(DigestVolumes(arm.folder), list(claimed))
-    here = {volume: digest for _, answer in answers for volume, digest in answer.items()}
-    written = {volume: one for volume, one in claimed.items() if here.get(volume) == one.digest}
+    written = {volume: claimed[volume] for volume in _still_there(arm, session, claimed, store)}
 
     def bytes_of(volume: int) -> int:
         chunks = chunks_of_volume(plan, volume)
         return plan.sweep_bytes * (plan.bounds[chunks.stop] - plan.bounds[chunks.start]) // plan.D
 
     def build(volumes: Sequence[int]) -> None:
-        for _, built in session.store("basis", BuildVolumes(known, arm.folder, scored), volumes, bytes_of):
+        question = BuildVolumes(known, arm.folder, scored)
+        chunks_of = functools.partial(chunks_of_volume, plan)
+        ask = session.store_files if is_remote(arm.folder) else session.store
+        for _, built in ask("basis", question, volumes, bytes_of, chunks_of):
             written.update(built)
             state.wrote({names[volume]: one.to_text() for volume, one in built.items()})
         session.saw_inputs(inputs_of(written.values()), "basis")
 
     if missing := [volume for volume in names if volume not in written]:
         build(missing)
-        if touched := check_unchanged(open_store(), state.stamps):  # before trials take hours
+        if touched := check_unchanged(store, state.stamps):  # before trials take hours
             log.warning("%s: touched during the run, its time of writing apart: the basis is built again", touched[0])
             build(list(names))
         kept.keep_inputs(state)
-    size = sum(volume_file(folder, volume).stat().st_size for volume in names)
-    log.info("basis %s: %s for %d models of %d elements", plan.method.full_name, readable_bytes(size), plan.N, plan.D)
-    return dataclasses.replace(arm, known=known)
+    files = {volume: volume_file(arm.folder, volume) for volume in names}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        stamps = dict(zip(files.values(), pool.map(store.stamp, files.values()), strict=True))
+    log.info(
+        "basis %s: %s for %d models of %d elements",
+        plan.method.full_name,
+        readable_bytes(sum(stamp.size for stamp in stamps.values())),
+        plan.N,
+        plan.D,
+    )
+    store.close()
+    if not is_remote(arm.folder):
+        return dataclasses.replace(arm, known=known), {}
+    if lost := [files[volume] for volume in names if stamps[files[volume]].tag != written[volume].tag]:
+        raise RunError(
+            f"{arm.folder}: wanted the basis as it was written, found other objects in the place of {some(lost)}. "
+            "Fix: let nothing else write there, and go on with --resume."
+        )
+    return dataclasses.replace(arm, known=known), stamps
+
+
+def _still_there(arm: Arm, session: Session, claimed: Mapping[int, Written], store: Store) -> list[int]:
+    """Which of the volumes that an earlier run has written are what it wrote."""
+    if not is_remote(arm.folder):
+        answers = session.owners.ask(DigestVolumes(arm.folder), list(claimed))
+        here = {volume: digest for _, answer in answers for volume, digest in answer.items()}
+        return [volume for volume, one in claimed.items() if here.get(volume) == one.digest]
+
+    def tag_of(volume: int) -> str:
+        try:
+            return store.stamp(volume_file(arm.folder, volume)).tag
+        except FileNotFoundError:
+            return ""
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        tags = pool.map(tag_of, claimed)
+        return [volume for volume, tag in zip(claimed, tags, strict=True) if tag == claimed[volume].tag]
 
 
 def _check_linear(session: Session, known: Known, scored: bool) -> None:
@@ -462,13 +642,13 @@ def _check_linear(session: Session, known: Known, scored: bool) -> None:
 
 
 def _tried(
-    job: Job, state: State[Folder], asker: Any, progress: Any, total: int, known: Mapping[str, Any]
+    job: Job, shelf: Path, asker: Any, progress: Any, total: int, known: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The records of all trials, and the best. Raises RunError if there is none with a score."""
     from pcb_ray.searching import tune
 
-    shutil.rmtree(state.place.folder / "tune", ignore_errors=True)
-    records = tune.run_trials(job, asker, progress, total, storage=state.place.folder, known=known, name="tune")
+    shutil.rmtree(shelf / TUNE, ignore_errors=True)
+    records = tune.run_trials(job, asker, progress, total, shelf=shelf, known=known, name=TUNE)
     if progress.best is None:
         raise RunError(
             f"search: wanted a trial with a score, found none among {len(records)}; the last: {records[-1]['error']}. "
@@ -478,26 +658,21 @@ def _tried(
 
 
 @contextlib.contextmanager
-def _trials_kept(state: State[Folder], wanted: str) -> Iterator[None]:
+def _trials_kept(state: State[Lasting], wanted: str) -> Iterator[None]:
     """Inputs that prove wrong now cost no trials: they took long, and may tell what the user wants to know."""
     try:
         yield
     except InputError as error:
-        log.warning("%s; what the trials found is kept in %s", wanted, state.place.folder)
+        log.warning("%s; what the trials found is kept in %s", wanted, state.place.notes)
         raise RequestError(error.problems) from error
 
 
-def _commit(state: State[Folder], winner: Recipe) -> None:
-    """Add what search and sweep both leave, and give the output its name."""
-    (state.place.staging / BEST).write_text(winner.resolved().to_yaml())
-    for pickled in (state.place.folder / "tune").rglob("*.pkl"):
-        pickled.unlink()  # for Tune to go on with; they hold the evaluator's options, whatever these may be
-    shutil.rmtree(state.place.staging / "tune", ignore_errors=True)  # of an earlier run that could not be committed
-    (state.place.folder / "tune").rename(state.place.staging / "tune")
-    state.commit()
+def _store_of(run: _Run) -> Store:
+    """By which the driver reads inputs and writes the output."""
+    return open_store(run.state.stamps, run.job.material.storage, fence=run.state.place.fence)
 
 
-def _progress(total: int, job: Job, state: State[Folder], *, quiet: bool) -> tuple[Any, dict[str, Any]]:
+def _progress(total: int, job: Job, state: State[Lasting], *, quiet: bool) -> tuple[Any, dict[str, Any]]:
     """What keeps a record of each trial as it ends, and the records of an earlier run."""
     from pcb_ray.searching import tune
 
@@ -506,10 +681,11 @@ def _progress(total: int, job: Job, state: State[Folder], *, quiet: bool) -> tup
 
     known = _known_trials(job, state)
     base = state.found["base"]["scores"][job.search.search_split][job.search.metric]
-    return tune.Ledger(total, job.search, keep, known, base=base, room=tune.check_resources(job.search), quiet=quiet), known
+    room = tune.check_resources(job.search, job.pool)
+    return tune.Ledger(total, job.search, keep, known, base=base, room=room, quiet=quiet), known
 
 
-def _known_trials(job: Job, state: State[Folder]) -> dict[str, Any]:
+def _known_trials(job: Job, state: State[Lasting]) -> dict[str, Any]:
     """The trials of an earlier run that had a score, and those without one that later generations have been told of: scored now,
     they would change what was asked since. What the evaluator scored before it was changed is not known any more."""
     of_trials = {key: text for key, text in state.journal.items() if key.startswith("trial ")}
@@ -526,30 +702,36 @@ def _known_trials(job: Job, state: State[Folder]) -> dict[str, Any]:
     return known
 
 
-def _write_winner(run: _Run, winner: Recipe, best: Config) -> Receipt:
-    """Merge the winner into the staging folder, with what is known. A part that an interrupted run has written stays."""
-    from pcb_ray.searching.basis import Basis
-
+def _write_winner(run: _Run, winner: Recipe, best: Config, report: Mapping[str, bytes]) -> Receipt:
+    """Merge the winner, with what is known, and put the report and all else beside it. A part that an interrupted run has written
+    stays."""
     start, state, job, how = time.monotonic(), run.state, run.job, run.how
-    arm = job.arms[_variant(winner)]
-    density = job.space.candidate(best).density
-    known = arm.known if density is None else Basis(arm.plan, arm.folder, arm.known).known(density)
+    place, arm = state.place, job.arms[_variant(winner)]
+    known = arm.known if job.space.candidate(best).density is None else known_of(job, best)
     plan = plan_of(winner, run.inputs, max_shard_bytes=how.max_shard_bytes)
     label = "winner " + hashlib.sha256(json.dumps([winner.to_yaml(), known], sort_keys=True).encode()).hexdigest()[:16]
     if state.found.get("winner") != label:  # another one may have been written before the evaluator was changed
-        shutil.rmtree(state.place.staging)
-        state.place.staging.mkdir()
+        place.start_over()
         state.found["winner"] = label
         state.save()
-    store = open_store(plan.stamps, winner.storage)
+    store = _store_of(run)
     with placed(
-        [plan], workers=how.workers, memory=how.memory, pool=how.pool, writes_to=lambda: state.place, quiet=how.quiet
+        [plan],
+        workers=how.workers,
+        memory=how.memory,
+        pool=how.pool,
+        beside=output_bytes(plan, place, how.room.scratch),
+        writes_to=lambda: place,
+        room=_room_for_reading(how.room) if needs_room(plan, place) else None,
+        quiet=how.quiet,
     ) as session:
         kept = Kept(state.found["arms"][_variant(winner)], session, start)
         with _trials_kept(state, "the winner could not be merged"):
             files = side_files(winner, plan, run.inputs.base, run.inputs.tokenizer)
             check_side_files(files, store)
-            output = write_from(state.stamps, session, store, known, state.place.files, state, label)
+            output = write_from(state.stamps, session, store, known, place.files, state, label)
+            write_side_files(place.beside, report, store)
+            place.take_along(run.shelf / TUNE, but=PICKLED)
             return publish(
                 session,
                 state,

@@ -10,16 +10,20 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pcb_ray.errors import RequestError
 from pcb_ray.methods import Known
+from pcb_ray.nodes import Pool
 from pcb_ray.planning import Plan
-from pcb_ray.searching.evaluators import Evaluator, Metrics, check_splits, checked, make_evaluator, match
+from pcb_ray.searching.evaluators import Evaluator, Metrics, check_splits, checked, folder_here, make_evaluator, match
+from pcb_ray.searching.nearby import Material, Nearby
 from pcb_ray.searching.request import Candidate, Search, Space
 from pcb_ray.user_code import UserCode
+
+if TYPE_CHECKING:
+    from pcb_ray.searching.basis import Basis
 
 T = TypeVar("T")
 
@@ -29,7 +33,7 @@ WATCH = "time limit"  # the name of the thread that does so
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant of the method: its plan, and the basis in `folder`."""
+    """One variant of the method: its plan, and the basis in `folder`, or below a prefix of a store."""
 
     plan: Plan
     folder: str
@@ -44,8 +48,8 @@ class Job:
     space: Space
     arms: Mapping[str, Arm]
     """The arms by variant."""
-    model_dir: str
-    """The base as the evaluator loads it."""
+    material: Material
+    """Where the base lies, as the evaluator loads it, and what is fetched."""
     folder: str
     """The folder of the recipe, or of the Python code that gave the evaluator, which finds its relative paths from there."""
     scored_by: str = ""
@@ -54,21 +58,34 @@ class Job:
     """The evaluator that Python code gave; None stands for the one that the recipe names."""
     code: UserCode | None = None
     """Of the one that the recipe names, if it is the user's own."""
+    pool: Pool = Pool()  # noqa: RUF009 - it is frozen
+    """Which nodes may work."""
+
+
+def basis_of(job: Job, variant: str, nearby: Nearby) -> Basis:
+    """As this machine has it."""
+    from pcb_ray.searching.basis import Basis  # and torch
+
+    arm = job.arms[variant]
+    return Basis(arm.plan, arm.folder, arm.known, nearby.path)
 
 
 class Scorer:
     """Loads the model once; then each candidate is an update of it."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self._bases = job, dict[str, Any]()
+        self.job = job
+        self._bases: dict[str, Basis] = {}
         search = job.search
         self.evaluator: Evaluator = (
-            make_evaluator(search.evaluator, search.options, Path(job.folder), job.code)
+            make_evaluator(search.evaluator, search.options, folder_here(job.folder), job.code)
             if job.evaluator is None
             else checked(job.evaluator, "")
         )
         check_splits(self.evaluator, search.splits)
-        module = self.evaluator.load(Path(job.model_dir))
+        self._nearby = Nearby(job.material)
+        self._held: int | None = None  # the input whose tensors the module has
+        module = self.evaluator.load(self._nearby.model_dir())
         self._plan = next(iter(job.arms.values())).plan
         if not callable(getattr(module, "named_parameters", None)):
             raise RequestError(
@@ -90,25 +107,30 @@ class Scorer:
         """The metrics of a candidate, and how long applying and scoring took. Raises whatever the evaluator raises."""
         import torch
 
-        from pcb_ray.searching.basis import Basis
-
-        start = time.monotonic()
-        variant = candidate.variant or self.job.space.recipe.parameters.get("variant", "")
-        arm = self.job.arms[variant]
-        basis = self._bases.get(variant) or self._bases.setdefault(variant, Basis(arm.plan, arm.folder, arm.known))
-        threads = torch.get_num_threads()
+        start, threads = time.monotonic(), torch.get_num_threads()
+        basis = self._basis(candidate)
         known = basis.known(candidate.density, threads=threads)
+        self._held = None
         basis.apply(self.parameters, self.job.space.lambdas(candidate), candidate.lambda_, known, threads=threads)
         self._update_twins()
         applied = time.monotonic()
         metrics = self._metrics(split)
         return metrics, {"apply_s": applied - start, "score_s": time.monotonic() - applied}
 
+    def _basis(self, candidate: Candidate) -> Basis:
+        variant = candidate.variant or self.job.space.recipe.parameters.get("variant", "")
+        if variant not in self._bases:
+            self._bases[variant] = basis_of(self.job, variant, self._nearby)
+        return self._bases[variant]
+
     def score_input(self, source: int, split: str) -> Metrics:
         """The metrics of the base (0) or a model (1..N): its merged tensors in the base's place."""
         from pcb_ray.searching.basis import copy_input
 
-        copy_input(self._plan, source, self.parameters)
+        if self._held != source:
+            self._held = None
+            copy_input(self._plan, source, self.parameters, self._nearby.store, self._nearby.path)
+            self._held = source
         self._update_twins()
         return self._metrics(split)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
+import io
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +30,7 @@ _LOWER_IS_BETTER = re.compile(r"loss|perplexity|ppl|error|bits_per", re.IGNORECA
 _HIGHER_IS_BETTER = re.compile(r"acc|f1|exact_match|bleu|rouge|mcc", re.IGNORECASE)
 
 
-def write_table(path: Path, records: Sequence[Record]) -> None:
+def table_of(records: Sequence[Record]) -> bytes:
     """A row for each candidate, in parquet.
 
     number (int64, in the order asked), the coefficients by name (doubles; variant: text), metric.NAME for each that the evaluator
@@ -53,7 +53,9 @@ def write_table(path: Path, records: Sequence[Record]) -> None:
     columns = {name: [_no_nan(row.get(name)) for row in rows] for name in names}
     # Types by name: guessed from values, a column without any would have none, and one of 0 and 1 would be whole numbers.
     schema = pa.schema([(name, _TYPES.get(name, pa.float64())) for name in names])
-    pq.write_table(pa.table(columns, schema=schema), path)
+    written = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=schema), written)
+    return written.getvalue()
 
 
 def _no_nan(value: Any) -> Any:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.nevergrad import NevergradSearch
 
 from pcb_ray.errors import RequestError, RunError, reason_in
+from pcb_ray.nodes import Pool, autoscales, nodes, shown_nodes
 from pcb_ray.progress import readable_bytes
 from pcb_ray.searching.request import Config, Search, Space, key_of
 from pcb_ray.searching.scorer import Job
@@ -44,6 +46,7 @@ START_PATIENCE_S = 60.0  # how long idle trial processes wait for one more to st
 RETRY_S = 600.0  # after so long they try again
 GO_ON = "go on with --resume, which keeps what was scored"
 MOST_UNLOADED = 8  # processes that could not load, with no result between them
+WITH_ITS_NODE = re.compile(r"its node has died|preempted")
 MOST_DEATHS = 10  # of processes that were to score the same candidate, also of those that died before
 
 # --- who asks ---------------------------------------------------------------------------------------------------------------------
@@ -405,6 +408,8 @@ class StayingTrials(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         reason = reason_of(trial)
+        if WITH_ITS_NODE.search(reason):
+            self._progress.was_not_at_work(trial.trial_id)  # its candidate is not to blame
         if LOAD_FAILED in reason:
             self._unloaded += 1
             self._progress.was_not_at_work(trial.trial_id)
@@ -456,33 +461,27 @@ class StayingTrials(FIFOScheduler):
 # --- the run ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_resources(search: Search) -> int:
-    """How many trials run at a time: what the recipe says, or the cluster holds. Raises RequestError if it is none."""
-    from pcb_ray.nodes import nodes, shown_nodes
-
+def check_resources(search: Search, pool: Pool) -> int:
+    """How many trials run at a time: what the recipe says, or the cluster holds; where nodes are added on demand, a generation.
+    Raises RequestError if it is none."""
     found = nodes()
-    fits = [
-        min(
-            int(n.has(kind) // asked) if asked else 1 << 20
-            for kind, asked in (("CPU", search.cpu), ("GPU", search.gpu), ("memory", search.memory))
-        )
-        for n in found
-    ]
-    if sum(fits) == 0:
+    places = pool.places(found, search.amounts)
+    if places == 0 and not autoscales():
+        asked = " ".join(f"--label {key}={value}" for key, value in pool.labels.items())
         raise RequestError(
-            f"search.resources_per_trial: wanted a node with {shown_resources(search)}, found {shown_nodes(found)}. Fix: ask for "
-            "less (memory: by default the model in float32), or join a cluster that has them by --address."
+            f"search.resources_per_trial: wanted a node with {shown_resources(search, pool)}{asked and f' and {asked}'}, found "
+            f"{shown_nodes(found)}. Fix: ask for less (memory: by default the model in float32), or join a cluster that has them "
+            "by --address."
         )
-    return min(sum(fits), search.concurrency or sum(fits))
+    places = places if not autoscales() else max(places, search.population)
+    return min(places, search.concurrency or places)
 
 
-def shown_resources(search: Search) -> str:
+def shown_resources(search: Search, pool: Pool) -> str:
     """What a trial is given, for people."""
-    return _shown(search.cpu, search.gpu, search.memory)
-
-
-def _shown(cpu: float, gpu: float, memory: float | None) -> str:
-    return f"{cpu:g} CPUs, {gpu:g} GPUs" + (f" and {readable_bytes(int(memory))} of memory" if memory else "")
+    own = "".join(f", {name} {amount:g}" for name, amount in pool.resources.items())
+    memory = f" and {readable_bytes(search.memory)} of memory" if search.memory else ""
+    return f"{search.cpu:g} CPUs, {search.gpu:g} GPUs{own}{memory}"
 
 
 def run_trials(
@@ -491,17 +490,22 @@ def run_trials(
     progress: Ledger,
     total: int,
     *,
-    storage: Path,
+    shelf: Path,
     known: Mapping[str, Record],
     name: str,
 ) -> list[Record]:
-    """Have all candidates scored, as a Tune experiment in storage/name; their records in the order asked.
+    """Have all candidates scored, as a Tune experiment of this name in the folder `shelf`, which this process alone needs to see;
+    their records in the order asked.
 
     A candidate that is `known` is not scored again. Raises RunError if too many fail in a row."""
     search = job.search
+    labels: Any = {"bundle_label_selector": [dict(job.pool.labels)]} if job.pool.labels else {}
     trainable = tune.with_resources(
         tune.with_parameters(Trial, job=job, known=dict(known)),
-        {"cpu": search.cpu, "gpu": search.gpu, "memory": search.memory or 0},
+        tune.PlacementGroupFactory(
+            [{**search.amounts, **job.pool.resources}],
+            **labels,
+        ),
     )
     tuner = tune.Tuner(
         trainable,
@@ -517,7 +521,7 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=name,
-            storage_path=str(storage),
+            storage_path=str(shelf.absolute()),
             callbacks=[progress, *_loggers(search)],
             failure_config=tune.FailureConfig(max_failures=0),  # the asker gives a lost candidate to another process
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -6,13 +6,13 @@ is the unit of retry and of resume.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
+from pcb_ray.files.objects import upload_bytes
+from pcb_ray.files.store import is_remote
 from pcb_ray.methods import Method
 from pcb_ray.planning import Plan
 
 MOST_VOLUMES = 256
+_BOOKKEEPING = 256  # bytes of a segment's index, padding and all
 
 
 def volumes_of(plan: Plan) -> int:
@@ -26,18 +26,27 @@ def chunks_of_volume(plan: Plan, volume: int) -> range:
     return range(volume * plan.chunks // count, (volume + 1) * plan.chunks // count)
 
 
-def volume_file(folder: str | os.PathLike[str], volume: int) -> Path:
-    return Path(folder) / f"{volume:03d}.basis"
+def volume_file(folder: str, volume: int) -> str:
+    return f"{folder}/{volume:03d}.basis"
 
 
 # --- what it takes ----------------------------------------------------------------------------------------------------------------
 
 
-def writer_bytes(plan: Plan, scored: bool) -> int:
-    """The most memory that a worker takes beside, to gather the basis of one chunk, all of whose elements may be kept."""
+def writer_bytes(plan: Plan, scored: bool, folder: str = "") -> int:
+    """The most memory that a worker takes beside, to gather the basis of one chunk, all of whose elements may be kept, and to write
+    it to this folder, or below this prefix of a store."""
     score = _score_bytes(plan.method, scored)
     per_element = max(1 + 4 + score, 4 + 2 * score, 4 + 4 + score) + 0.25  # parts; scores, then values, in their parts and joined
-    return int(plan.N * _chunk_elements(plan) * per_element) + 2 * _histogram_bytes(plan, scored) + (8 << 20)
+    sent = upload_bytes(volume_bytes(plan, scored)) if is_remote(folder) else 0
+    return int(plan.N * _chunk_elements(plan) * per_element) + 2 * _histogram_bytes(plan, scored) + (8 << 20) + sent
+
+
+def volume_bytes(plan: Plan, scored: bool) -> int:
+    """The most that one volume can take, if all elements are kept."""
+    chunks = -(-plan.chunks // volumes_of(plan))
+    entries = int(plan.N * _chunk_elements(plan) * (4 + _score_bytes(plan.method, scored) + 0.125))
+    return chunks * (entries + _histogram_bytes(plan, scored) + _BOOKKEEPING * (1 + len(plan.tensors)) * (1 + plan.N))
 
 
 def basis_bytes(plan: Plan, scored: bool) -> int:
