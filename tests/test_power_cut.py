@@ -65,39 +65,3 @@ def test_a_merge_whose_driver_lost_its_machine_is_resumed_from_another(server: O
         assert SECRET not in run.text + done.text
         checked = second.pcb_ray("verify", out)
         assert checked.process.returncode == 0, checked.text
-
-
-@pytest.mark.very_slow
-def test_a_merge_whose_head_was_lost_with_its_driver_is_resumed_on_another_cluster(server: ObjectServer, tmp_path: Path) -> None:
-    """The machine with the driver is the head of the cluster, which is lost with it, in the write. Nothing of it is on the other
-    one but what lies in the store."""
-    one = Family(tmp_path / "family", *families.fine_tuned(2, scale=1000))
-    wanted = families.merge_locally(plan(one.recipe(), max_shard_bytes=18_000_000), tmp_path / "wanted").files
-    recipe, out = tmp_path / "recipe.yaml", f"{server.uri}/lost/out"
-    recipe.write_text(yaml.safe_dump(remote_recipe(put_all(server, one.folder, "of-lost"), 2)))
-    command = ("merge", recipe, out, "--max-shard-size", "18MB", "--workers", 1, "--cache", "30MB", "--resume")
-    with FaultProxy(server) as proxy:
-        noted = proxy.fail(meanwhile(seen), 1, step="put", key="journal.jsonl")
-        with (
-            machines(1, server.through(proxy)) as (address, (head, _)),
-            head.running(*command, "--address", address) as run,
-        ):
-            noted.wait(timeout=150)
-            head.cut_power()
-            run.finish()
-            assert not run.text.count("models merged")
-            there = held(server, "lost/out")
-            assert "pcb_receipt.json" not in there
-            assert any(name.endswith("lease.json") for name in there)
-
-        moved = tmp_path / "elsewhere.yaml"
-        moved.write_text(recipe.read_text())
-        with machines(1, server.through(proxy)) as (address, (_, other)):
-            done = other.pcb_ray("merge", moved, *command[2:], "--address", address)
-    assert done.process.returncode == 0, done.text
-    assert "if nothing is heard of it for 60 s it is taken over" in done.text
-    assert "ranks of" not in done.text  # what was found before is known
-    there = held(server, "lost/out")
-    assert {name: there[name] for name in wanted} == wanted
-    assert not [name for name in there if ".pcb-ray" in name]
-    assert server.uploads() == {}
