@@ -10,6 +10,7 @@ from pcb_ray.selection import adding_bytes, tally_bytes
 
 # Elements of a block: on a CPU what hides the cost of Python and system calls, on a GPU that of launching kernels.
 CPU_BLOCK, CUDA_BLOCK, MIN_BLOCK = 1 << 18, 1 << 23, 1 << 12
+SMALLER = 8  # so many times smaller is the block of a second attempt, since there is no third
 # Anonymous memory of a worker that has Python, torch and Ray loaded and no work yet.
 PROCESS_BYTES = 450 << 20
 
@@ -35,16 +36,28 @@ def _ahead_bytes(plan: Plan) -> int:
     return sum(width * window + 2 * PIECE for width in widths if width)
 
 
+def least_block(plan: Plan) -> int:
+    """Elements of the smallest block that its method can work with."""
+    if plan.method.unit != "tensor":
+        return MIN_BLOCK
+    largest = max(tensor.numel for tensor in plan.tensors)  # a block is a whole tensor
+    return -(-largest // MIN_BLOCK) * MIN_BLOCK
+
+
+def smaller_block(plan: Plan, block: int) -> int:
+    """Elements of a block for another attempt at what has run out of memory with this one; the same if it is the smallest."""
+    return max(least_block(plan), block // SMALLER // MIN_BLOCK * MIN_BLOCK)
+
+
 def choose_block(plan: Plan, device: str, memory: int | None, beside: int = 0) -> int:
     """Elements of a block: the most, up to what suits the device, with which a worker that takes `beside` more stays under `memory`
     bytes.
 
     Raises RequestError if the bound is too low."""
     block = CUDA_BLOCK if device == "cuda" else CPU_BLOCK
-    least = MIN_BLOCK
-    if plan.method.unit == "tensor":  # a block is a whole tensor
-        largest = max(tensor.numel for tensor in plan.tensors)
-        block = least = max(-(-largest // MIN_BLOCK) * MIN_BLOCK, block if memory is None else MIN_BLOCK)
+    least = least_block(plan)
+    if plan.method.unit == "tensor":
+        block = max(least, block) if memory is None else least
     while memory is not None and worker_bytes(plan, block) + beside > memory and block > least:
         block //= 2
     needed = worker_bytes(plan, block) + beside

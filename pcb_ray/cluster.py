@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from pcb_ray.errors import RequestError, RunError, reason_in
+
+log = logging.getLogger("pcb_ray")
+
+_Answer = TypeVar("_Answer")
 
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # near the smallest that Ray accepts; what does not fit goes to disk
 MAX_TMPDIR = 107 - len("/ray/session_2026-11-27_00-00-00_000000_4194304/sockets/plasma_store.1")
 """A socket's path has at most 107 bytes; the rest of it is Ray's."""
+HEAD_LOOK_S = 0.25  # often: where the driver's own raylet goes with the head, Ray soon ends the process, silently
+HEAD_WAIT_S = 1.0
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""So long Ray waits for a head that is away, 60 s by default. Then it ends the process, with words of its own."""
+TO_END_S = 15.0  # what we need to end before that
 AUTH_MODE, ACCELERATORS = "RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 
 
@@ -43,14 +55,110 @@ def cluster(address: str | None) -> Iterator[None]:
     defaults = {ACCELERATORS: "0"}  # the coming default; silences a warning
     if address == "local" and "ray" not in sys.modules:
         defaults[AUTH_MODE] = "token"  # authentication on, and no warning about it; Ray reads it when imported
-    with _environment(defaults):
+    with _environment(defaults), _quiet_listeners():
         import ray
 
         _join(address)
+        Head.is_lost = False
         try:
             yield
         finally:
-            ray.shutdown()
+            if Head.is_lost:
+                atexit.register(_end_without_ray)
+            else:
+                ray.shutdown()
+
+
+class Head:
+    """The head of the cluster that this process has joined, which may go away, and come back as another one. What Ray asks it for
+    meanwhile blocks; and if then another one answers, Ray aborts this process. So it is looked at by other means."""
+
+    is_lost = False
+    """Whether it is gone for good: then nobody needs to be told that this process leaves, and Ray would wait for it."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._address: str = ray.get_runtime_context().gcs_address
+        us: Any = ray._private.worker.global_worker
+        self._cluster = us.gcs_client.cluster_id
+        limit_s = float(os.environ.get(RECONNECT, "60"))
+        self._patience_s = max(limit_s / 2, limit_s - TO_END_S)
+        self._remembers = _storage_of_head() != b"memory"
+        self._looked_s, self._away_since_s = -math.inf, math.inf
+        self._asking: threading.Thread | None = None
+
+    def ask(self, question: Callable[[], _Answer]) -> _Answer | None:
+        """What Ray asks it for; None while it is away. Raises RunError as `is_there` does, and what the question raises."""
+        if not self.is_there() or (self._asking is not None and self._asking.is_alive()):
+            return None
+        answers: list[_Answer] = []
+        failures: list[BaseException] = []
+
+        def answer() -> None:
+            try:
+                answers.append(question())
+            except BaseException as error:
+                failures.append(error)
+
+        self._asking = threading.Thread(target=answer, name="ask the head", daemon=True)  # it may be away before it has answered
+        self._asking.start()
+        while self._asking.is_alive():
+            self._asking.join(HEAD_WAIT_S)
+            if self._asking.is_alive() and not self.is_there():
+                return None
+        if failures:
+            raise failures[0]
+        return answers[0]
+
+    def look_at_times(self) -> None:
+        """Look whether it is there, if nobody has for a while. Raises RunError as `is_there` does."""
+        if time.monotonic() - self._looked_s >= HEAD_LOOK_S:
+            self.is_there()
+
+    def is_there(self) -> bool:
+        """Whether it answers now. Raises RunError if it has been away for too long, or is another one."""
+        was_away, self._looked_s = self._away_since_s < math.inf, time.monotonic()
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_WAIT_S).close()
+            is_another = was_away and self._is_another()
+        except OSError as error:
+            self._away_since_s = min(self._away_since_s, self._looked_s)
+            away_s = self._looked_s - self._away_since_s
+            if self._remembers or not isinstance(error, ConnectionRefusedError):
+                if not was_away:
+                    told = "the head of the cluster, %s, does not answer (%s); it is waited for %.0f s"
+                    log.warning(told, self._address, error, self._patience_s)
+                if away_s <= self._patience_s:
+                    return False
+            found = f"that it has not for {away_s:.0f} s" if was_away else "that nothing listens there any more"
+            raise self._loss(f"wanted its head, {self._address}, to answer, found {found}") from None
+        if is_another:
+            raise self._loss(f"wanted the head that was joined, found that another one was started at {self._address}")
+        if was_away:
+            log.warning("the head of the cluster is back")
+        self._away_since_s = math.inf
+        return True
+
+    def _loss(self, found: str) -> RunError:
+        Head.is_lost = True
+        return RunError(
+            f"the cluster: {found}; what it knew of this run is lost with it. Fix: start a cluster, this one or another, and run "
+            "the same with --resume; finished work is kept"
+        )
+
+    def _is_another(self) -> bool:
+        """Whether one answers that is not of the cluster that was joined. Raises OSError if it does not answer yet."""
+        import ray
+
+        try:
+            client: Any = ray._raylet.GcsClient(address=self._address)  # type: ignore[attr-defined]
+        except ray.exceptions.AuthenticationError:  # it wants another token
+            return True
+        except ray.exceptions.RayError as error:
+            raise OSError(reason_in(error)) from None
+        return bool(client.cluster_id != self._cluster)
 
 
 def is_same_cluster(address: str, running: str) -> bool:
@@ -130,6 +238,42 @@ def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = old
+
+
+def _end_without_ray() -> None:
+    """End this process as one that has failed. Ray's own way to end waits for the head; without it the interpreter breaks down."""
+    import ray
+
+    us: Any = ray._private.worker.global_worker
+    with contextlib.suppress(Exception):
+        us.node.kill_all_processes(check_alive=False, allow_graceful=False)  # those that it has started, if it has
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def _storage_of_head() -> object:
+    """Where the head keeps what it knows, as it notes for Ray's statistics: b"memory", or what outlives it."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _internal_kv_get("extra_usage_tag_gcs_storage", namespace="usage_stats")
+
+
+@contextlib.contextmanager
+def _quiet_listeners() -> Iterator[None]:
+    """Ray has threads that listen to the head, and end with a traceback when it is lost; that it is we say ourselves."""
+    before = threading.excepthook
+
+    def hook(what: threading.ExceptHookArgs) -> None:
+        if what.thread is None or not what.thread.name.startswith("ray_"):
+            before(what)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _addresses_of(host: str) -> set[str]:

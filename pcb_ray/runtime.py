@@ -8,25 +8,32 @@ durable.
 An owner dies with its process or node, which Ray tells. If Ray knows before that a node is about to go, what its owners hold is
 taken over while they live, and that is no failure. Or an owner is stopped, or waits for a file system that does not answer, which
 nobody tells. So every call has a deadline (`Patience`): an owner that is slow has its work done by idle ones too, one that is late
-is warned of, and one that is lost is killed and replaced. What it had at hand and what it alone held is asked for again."""
+is warned of, and one that is lost is killed and replaced. What it had at hand and what it alone held is asked for again.
+
+An owner that runs out of memory says so, or Ray does, or the kernel counts on its node that it has killed somebody. What it had at
+hand is done again with smaller blocks, once, and owners that are placed from then on have smaller ones for everything."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import itertools
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pcb_ray.budget import smaller_block
+from pcb_ray.cluster import HEAD_LOOK_S, Head
 from pcb_ray.errors import RunError, reason_in
 from pcb_ray.files.objects import object_problem
 from pcb_ray.files.store import is_remote
-from pcb_ray.nodes import Needs, draining, nodes, shown_nodes
+from pcb_ray.nodes import Needs, Node, draining, nodes, shown_nodes
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, ChunksOf, OwnerState, Question, TotalT
 from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, batches_of, proved
@@ -46,6 +53,10 @@ LEAVE_S = 10.0
 TICK_S = 1.0  # how often the driver looks who is late
 LOOK_S = 2.0  # and which nodes have come, or are about to go: of that some have 30 s notice
 ADVICE = "Fix: if they ran out of memory, lower --workers; finished work is kept: --resume goes on"
+ADVICE_ON_MEMORY = (
+    "Fix: lower --workers, so that fewer share the memory of a node, or --memory, which bounds each, or give the nodes more; "
+    "finished work is kept: --resume goes on"
+)
 ADVICE_ON_SILENCE = (
     "Fix: look whether the file systems of the inputs and the output answer on the nodes (a dead mount makes readers wait for "
     "ever); finished work is kept: --resume goes on"
@@ -86,34 +97,43 @@ class _Actor:
     def __init__(self) -> None:
         self.subtotal: Subtotal[Any] = Subtotal()
 
-    def where(self) -> tuple[str, str]:
-        """How a person finds this process, and the node that it is on."""
+    def where(self) -> tuple[str, str, int]:
+        """How a person finds this process, the node that it is on, and how many processes its kernel has killed for memory."""
         import ray
 
-        return f"pid {os.getpid()} on {socket.gethostname()}", ray.get_runtime_context().get_node_id()
+        return f"pid {os.getpid()} on {socket.gethostname()}", ray.get_runtime_context().get_node_id(), _killed_for_memory()
 
     def use(self, make: Callable[[Plan, Options], Owner], plan: Plan, options: Options) -> OwnerState:
         """Be the owner of this plan from now on."""
         before = getattr(self, "owner", None)
-        self.owner = make(plan, options)
+        with _shortage_as_memory_error():
+            self.owner = make(plan, options)
         if before is not None:
             before.close()  # after the other has come, so that what both keep on this node stays
         return self.owner.state()
 
-    def ask(self, question: Question[Answer], items: Sequence[int], then: Sequence[int]) -> tuple[Answer, OwnerState, float]:
-        """The answer, and how long it took. `then` is what is asked for next."""
-        start, self.owner.then = time.monotonic(), then
-        answer = question.answer(self.owner, items)
+    def ask(
+        self, question: Question[Answer], items: Sequence[int], then: Sequence[int], block_elements: int
+    ) -> tuple[Answer, OwnerState, float]:
+        """The answer, and how long it took. `then` is what is asked for next; blocks are of so many elements."""
+        start = time.monotonic()
+        answer = self._answer(question, items, then, block_elements)
         return answer, self.owner.state(), time.monotonic() - start
 
     def add(
-        self, verdict: Verdict, batch: int, question: Question[Any], items: Sequence[int], then: Sequence[int]
+        self, verdict: Verdict, batch: int, question: Question[Any], items: Sequence[int], then: Sequence[int], block_elements: int
     ) -> tuple[None, OwnerState, float]:
         """Settle earlier answers, and keep this one apart until it is settled too."""
-        start, self.owner.then = time.monotonic(), then
+        start = time.monotonic()
         if self.subtotal.settle(verdict):
-            self.subtotal.keep(verdict.number, batch, PartialTotal.of(items, question.answer(self.owner, items)))
+            answer = self._answer(question, items, then, block_elements)
+            self.subtotal.keep(verdict.number, batch, PartialTotal.of(items, answer))
         return None, self.owner.state(), time.monotonic() - start
+
+    def _answer(self, question: Question[Answer], items: Sequence[int], then: Sequence[int], block_elements: int) -> Answer:
+        self.owner.then, self.owner.block_elements = then, block_elements
+        with _shortage_as_memory_error():
+            return question.answer(self.owner, items)
 
     def give(self, verdict: Verdict) -> tuple[bool, PartialTotal[Any] | None]:
         """The total of the answers that count; before it, alone, a word that it is there."""
@@ -143,6 +163,7 @@ class _Job:
     doubles: bool  # two owners may do the same batch
     pace: Pace = field(default_factory=Pace)
     deaths: collections.Counter[int] = field(default_factory=collections.Counter)  # of owners at work on a batch
+    short: dict[int, int] = field(default_factory=dict)  # batch -> elements of the blocks with which it ran out of memory
 
 
 @dataclass(frozen=True)
@@ -152,6 +173,7 @@ class _Call:
     job: _Job | None  # none: it is being placed, or opens its files
     batch: int = -1
     number: int = 0  # of the subtotal that the answer belongs to
+    block: int = 0  # elements of a block
 
     @property
     def usual_s(self) -> float | None:
@@ -169,6 +191,7 @@ class _Worker:
     calls: dict[Any, _Call] = field(default_factory=dict)  # by the reference to their results, in the order of its thread
     place: str = ""  # where it was placed
     node: str = ""
+    block: int = 0  # elements of the largest block that it has room for
     opening: int = 0  # how often it is yet to open its files
     warned: bool = False
     leaves: bool = False  # its node is about to go, and another owner was placed for it
@@ -202,8 +225,13 @@ class RayOwners:
         self._remote = actor.options(scheduling_strategy="SPREAD", max_restarts=0, **needs.options)
         self._needs, self._make_owner, self._patience, self._room = needs, make_owner, patience, room
         self._at_most = max(workers, at_most)
+        self._head = Head()
         self._most = 0
-        self._arguments: Sequence[Any] = ()  # of `use`
+        self._plan: Plan | None = None
+        self._arguments: tuple[Any, ...] = ()  # of `use`
+        self._shrunk = 0  # how often blocks were made smaller
+        self._killed: dict[str, int] = {}  # node -> processes that its kernel has killed for memory
+        self._unexplained: dict[str, tuple[_Job, _Call, str]] = {}  # node -> an owner that died there at work, nobody knows why
         self._workers: dict[int, _Worker] = {}  # by number; a replacement has a new one
         self._states: dict[int, OwnerState] = {}
         self._homes: dict[int, str] = {}  # chunk -> the node that answered for it last: there its bytes are
@@ -238,13 +266,16 @@ class RayOwners:
         """All questions from now on are about this plan. The actors stay, and get new owners; so do their replacements."""
         import ray
 
+        for _ in range(self._shrunk):
+            block_elements = smaller_block(plan, block_elements)
         options = Options(self._needs.device, block_elements, writes_to, fence, self._room)
-        self._arguments = (self._make_owner, ray.put(plan), options)
+        self._plan, self._arguments = plan, (self._make_owner, ray.put(plan), options)
         self._states, self._deaths = {}, 0
         if plan.reads != self._reads:
             self._homes, self._reads = {}, plan.reads
         for worker in self._workers.values():
-            self._open(worker)
+            if worker.place:  # else it does so when it has one
+                self._open(worker)
 
     def wait_until_ready(self) -> None:
         """Wait for all owners to have opened their files, but not for ever: `ask` works with those there are. Raises what an owner
@@ -257,6 +288,9 @@ class RayOwners:
         """Let the actors go; a local cluster ends with the driver, another one goes on."""
         import ray
 
+        if Head.is_lost:  # they go with their nodes
+            self._workers = {}
+            return
         if self._room is not None:
             leaving = [worker.actor.leave.options(**ASIDE).remote() for worker in self._workers.values() if worker.ready]
             ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)  # what stays behind, the next run there removes
@@ -366,11 +400,13 @@ class RayOwners:
                     self._send(job, worker, batch)
 
     def _send(self, job: _Job, worker: _Worker, batch: int) -> None:
-        items, verdict = job.schedule.batches[batch], job.schedule.verdict(worker.number)
-        asked = job.question, items, job.schedule.following(worker.number)
+        items, verdict, block = job.schedule.batches[batch], job.schedule.verdict(worker.number), worker.block
+        if batch in job.short and self._plan is not None:
+            block = min(block, smaller_block(self._plan, job.short[batch]))
+        asked = job.question, items, job.schedule.following(worker.number), block
         actor = worker.actor
         reference = actor.add.remote(verdict, batch, *asked) if job.adds_up else actor.ask.remote(*asked)
-        self._expect(worker, reference, _Call(job, batch, verdict.number))
+        self._expect(worker, reference, _Call(job, batch, verdict.number, block))
 
     def _turn(self, job: _Job | None) -> list[tuple[Sequence[int], Any]]:
         """Wait for a sign of any owner, but not long, and look who is late. Returns what was answered of this job and counts."""
@@ -396,8 +432,8 @@ class RayOwners:
         try:
             answer = ray.get(reference, timeout=self._patience.exchange_s)
         except ray.exceptions.RayError as error:  # a large answer is lost with the node that keeps it
-            if _is_loss(error):
-                self._lose(worker, job, reason_in(error), preempted=_is_preempted(error))
+            if _is_loss(error) or _is_shortage(error):
+                self._lose(worker, job, reason_in(error), preempted=_is_preempted(error), short=_is_shortage(error))
                 return []
             if call.job is None or (call.job is job and not job.schedule.is_answered(call.batch)):
                 raise _ours(error) from None
@@ -442,10 +478,12 @@ class RayOwners:
                 try:
                     ray.get(reference, timeout=self._patience.exchange_s)
                 except ray.exceptions.RayError as error:
-                    if not _is_loss(error):
+                    short = _is_shortage(error)
+                    if not _is_loss(error) and not short:
                         raise _ours(error) from None
-                    if not isinstance(error, ray.exceptions.RayTaskError):  # else what it should have added was lost, and it lives
-                        self._lose(self._workers[number], job, reason_in(error), preempted=_is_preempted(error))
+                    # What it should have added may be lost, while it lives.
+                    if short or not isinstance(error, ray.exceptions.RayTaskError):
+                        self._lose(self._workers[number], job, reason_in(error), preempted=_is_preempted(error), short=short)
                 else:
                     did.add(number)
             silent_s = self._clock_s - begin_s
@@ -516,28 +554,27 @@ class RayOwners:
         self._workers[worker.number] = worker
         self._most = max(self._most, sum(not one.leaves for one in self._workers.values()))
         self._expect(worker, worker.actor.where.remote(), _Call(None))
-        if self._arguments:
-            self._open(worker)
 
     def _look_at_nodes(self, job: _Job | None) -> None:
-        self._let_leave(job)
-        self._grow()
+        if (found := self._head.ask(lambda: (draining(), nodes()))) is not None:
+            going, there = found
+            self._let_leave(job, going)
+            self._grow(there)
         self._looked_s = time.monotonic()
 
-    def _grow(self) -> None:
+    def _grow(self, there: Sequence[Node]) -> None:
         """Place more owners, if nodes have joined since."""
         staying = sum(not worker.leaves for worker in self._workers.values())
         if staying < self._at_most:
-            more = min(self._at_most, self._needs.places(nodes())) - staying
+            more = min(self._at_most, self._needs.places(there)) - staying
             for _ in range(more):
                 self._place()
             if more > 0:
                 log.info("nodes have joined: %d workers more", more)
 
-    def _let_leave(self, job: _Job | None) -> None:
+    def _let_leave(self, job: _Job | None, going: Collection[str]) -> None:
         """Replace owners whose nodes are about to go. As soon as there are others, these take over what they hold, and what they
         have at hand is done by others: they may go."""
-        going = draining()
         leaving = [worker for worker in self._workers.values() if worker.node in going]
         for worker in leaving:
             if not worker.leaves:
@@ -574,11 +611,19 @@ class RayOwners:
 
     def _open(self, worker: _Worker) -> None:
         worker.opening += 1
-        self._expect(worker, worker.actor.use.remote(*self._arguments), _Call(None))
+        worker.block = self._arguments[-1].block_elements
+        self._expect(worker, worker.actor.use.remote(*self._arguments), _Call(None, block=worker.block))
 
     def _placed_or_opened(self, worker: _Worker, answer: Any) -> None:
         if not worker.place:
-            worker.place, worker.node = answer
+            worker.place, worker.node, killed = answer
+            dead, before = self._unexplained.pop(worker.node, None), self._killed.get(worker.node)
+            self._killed[worker.node] = killed
+            if dead is not None and before is not None and killed > before:
+                job, call, who = dead
+                self._ran_short(job, call, who, "the kernel of its node has killed a process for want of memory")
+            if self._arguments:
+                self._open(worker)
         else:
             worker.opening -= 1
             self._states[worker.number] = answer
@@ -593,8 +638,9 @@ class RayOwners:
         was."""
         import ray
 
+        self._head.look_at_times()
         begin = time.monotonic()
-        ready, _ = ray.wait(references, num_returns=1, timeout=self._tick_s)
+        ready, _ = ray.wait(references, num_returns=1, timeout=min(self._tick_s, HEAD_LOOK_S))
         self._clock_s += min(time.monotonic() - begin, 2 * self._tick_s)
         return list(ray.wait(references, num_returns=len(references), timeout=0.0)[0]) if ready else []
 
@@ -624,8 +670,18 @@ class RayOwners:
                     silent_s,
                 )
 
-    def _lose(self, worker: _Worker, job: _Job | None, reason: str, *, silent: bool = False, preempted: bool = False) -> None:
-        """Replace an owner that died or does not answer. Raises RunError if that happens too often."""
+    def _lose(
+        self,
+        worker: _Worker,
+        job: _Job | None,
+        reason: str,
+        *,
+        silent: bool = False,
+        preempted: bool = False,
+        short: bool = False,
+    ) -> None:
+        """Replace an owner that died (or ran out of memory: `short`) or does not answer. Raises RunError if that happens too
+        often."""
         if preempted or worker.leaves:
             log.warning("%s has left with its node; what it had is done again by another", worker)
             self._dismiss(worker, job)
@@ -633,14 +689,18 @@ class RayOwners:
                 self._place()
             return
         self._deaths, self._fruitless, self._last_sign_s = self._deaths + 1, self._fruitless + 1, self._clock_s
-        log.warning("%s %s (%s); its part is done again by another", worker, "is given up" if silent else "died", reason)
-        same_part = 0
-        if job is not None:
-            first = next(iter(worker.calls.values()), None)
-            if first is not None and first.job is job:
-                job.deaths[first.batch] += 1
-                same_part = job.deaths[first.batch]
+        short = short and worker.block > 0  # else it has not begun, and has no blocks
+        if not short:
+            log.warning("%s %s (%s); its part is done again by another", worker, "is given up" if silent else "died", reason)
+        first, same_part = next(iter(worker.calls.values()), None), 0
+        if job is not None and first is not None and first.job is job:
+            job.deaths[first.batch] += 1
+            same_part = job.deaths[first.batch]
+            if not silent and not short:
+                self._unexplained[worker.node] = job, first, str(worker)
         self._dismiss(worker, job)
+        if short:
+            self._ran_short(job, first or _Call(None, block=worker.block), str(worker), reason)
         if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._workers) + 1):
             raise RunError(
                 f"{self._deaths} workers {'were lost' if silent else 'died'}, {same_part} of them on the same part of the model; "
@@ -648,11 +708,36 @@ class RayOwners:
             )
         self._place()
 
+    def _ran_short(self, job: _Job | None, call: _Call, who: str, reason: str) -> None:
+        """An owner ran out of memory at this: owners to come get smaller blocks, and its batch is to be done with smaller ones by
+        whomever. Raises RunError if it was."""
+        if self._plan is None:
+            return
+        if job is not None and call.job is job and not job.schedule.is_answered(call.batch):
+            if call.batch in job.short:
+                raise RunError(
+                    f"the workers: wanted memory for a part of the model, found that one ran out of it with blocks of "
+                    f"{job.short[call.batch]:,} elements, and {who} with blocks of {call.block:,}: {reason}. {ADVICE_ON_MEMORY}"
+                )
+            job.short[call.batch] = call.block
+        make, plan, options = self._arguments
+        smaller = smaller_block(self._plan, call.block)
+        if smaller < options.block_elements:
+            self._arguments, self._shrunk = (make, plan, options._replace(block_elements=smaller)), self._shrunk + 1
+        log.warning(
+            "%s ran out of memory with blocks of %s elements (%s); its part is done again by another, with blocks of %s",
+            who,
+            f"{call.block:,}",
+            reason,
+            f"{smaller:,}" if smaller < call.block else "that size, which is the smallest",
+        )
+
     def _check_placement(self) -> None:
         waited_s = self._clock_s - self._last_sign_s
         if waited_s > self._patience.placement_s:
+            there = shown_nodes(self._head.ask(nodes) or ())
             raise RunError(
-                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {shown_nodes(nodes())}; other "
+                f"the cluster: wanted a place for a worker, found none in {waited_s:.0f} s: it has {there}; other "
                 "jobs, or workers that a dead mount keeps from ending, may hold its cores or memory. Fix: free some, then --resume"
             )
 
@@ -662,6 +747,34 @@ def _is_loss(error: Exception) -> bool:
     from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
 
     return isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError | GetTimeoutError)
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether an owner ran out of memory, as it says itself or as Ray does, which has killed it."""
+    from ray.exceptions import OutOfMemoryError, RayTaskError
+
+    return isinstance(error.cause if isinstance(error, RayTaskError) else error, OutOfMemoryError | MemoryError)
+
+
+@contextlib.contextmanager
+def _shortage_as_memory_error() -> Iterator[None]:
+    """What libraries raise where memory is short, as a plain MemoryError: torch has others, on a CPU and on a GPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:  # numpy's own can't be sent
+        is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if isinstance(error, MemoryError) or is_torchs or getattr(error, "errno", None) == errno.ENOMEM:
+            raise MemoryError(reason_in(error)) from None
+        raise
+
+
+def _killed_for_memory() -> int:
+    """How many processes the kernel here has killed for want of memory, in containers too; 0 where it doesn't tell."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def _is_preempted(error: Exception) -> bool:

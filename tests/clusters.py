@@ -181,12 +181,17 @@ def can_be_apart() -> bool:
 
 @contextlib.contextmanager
 def node_of(
-    start: Sequence[Any], cpus: int, environment: Mapping[str, str], log: Path, before: Sequence[str] = ()
+    start: Sequence[Any],
+    cpus: int,
+    environment: Mapping[str, str],
+    log: Path,
+    before: Sequence[str] = (),
+    host: str = "127.0.0.1",
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`ray start --block` with these arguments, as the command that `before` runs."""
+    """`ray start --block` with these arguments, as the command that `before` runs; `host` is its address."""
     agent, agent_grpc, metrics, environments = free_ports(4)
     command = [*before, BIN / "ray", "start", "--block", "--disable-usage-stats", "--num-cpus", cpus, *start]
-    command += ["--node-ip-address", "127.0.0.1", "--object-store-memory", 80 << 20, "--dashboard-agent-listen-port", agent]
+    command += ["--node-ip-address", host, "--object-store-memory", 80 << 20, "--dashboard-agent-listen-port", agent]
     command += ["--dashboard-agent-grpc-port", agent_grpc, "--metrics-export-port", metrics]
     command += ["--runtime-env-agent-port", environments, "--min-worker-port", 0, "--max-worker-port", 0]
     with log.open("wb") as stream:
