@@ -220,7 +220,7 @@ def kept_on(found: Sequence[Node], material: Material, reads: Sequence[str], che
 
     Raises RequestError, by node, if one can't read a file that trials read, does not stand the `check`, or has no room for what is
     fetched."""
-    if material.room is None and len(found) == 1:  # the one that this process is on
+    if not found or (material.room is None and len(found) == 1):  # the one that this process is on
         yield
         return
     import ray
