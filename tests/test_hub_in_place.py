@@ -12,7 +12,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from evaluators_of_tests import Near
 from families import Family, MakeFamily, merge_locally
 from hub_server import SIGNED, HubServer, Model, commit_of
 from huggingface_hub import constants
@@ -21,7 +20,7 @@ from safetensors.torch import save
 from test_hub import TOKEN, Job, nowhere, open_all, problem
 from test_remote import is_large, merged_from
 
-from pcb_ray import Recipe, RequestError, search
+from pcb_ray import Recipe, RequestError
 from pcb_ray.errors import InputError
 from pcb_ray.files import objects, room
 from pcb_ray.files.checkpoint import open_checkpoint
@@ -331,13 +330,6 @@ def test_a_worker_that_does_not_see_the_cache_of_the_hub_is_told_of_the_other_wa
     assert (
         "Fix: name it hf://org/base, so that each node reads it from the Hub itself, or let HF_HOME be" in caught.value.problems[0]
     )
-
-
-def test_a_search_from_a_base_in_place_is_told_of_the_other_way(family: MakeFamily, hub: Hub, tmp_path: Path) -> None:
-    recipe = hub.put(family(2)) | {"search": {"metric": "near", "budget": 4, "population": 4}}
-    with pytest.raises(RequestError) as caught:
-        search(recipe, tmp_path / "out", evaluator=Near(""), quiet=True)
-    assert "found one in a store. Fix: write org/base@v1, which is downloaded into the Hub's cache" in str(caught.value)
 
 
 # --- the cache, offline -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from families import Family
 from pcb_ray import Recipe, RequestError, RunError
 from pcb_ray.output import folder
 from pcb_ray.output.folder import Folder
-from pcb_ray.output.state import State, _differences, asked_of
+from pcb_ray.output.state import State, asked_of, differences_of
 from pcb_ray.planning import Plan, plan
 
 
@@ -236,18 +236,18 @@ def test_a_resume_of_another_merge_tells_every_difference(family, tmp_path):
         State(Folder(out), asked_of(planned(one), "a-2", {}), {}, resume=True)
 
 
-def test_differences_name_the_place_and_both_values():
+def testdifferences_of_name_the_place_and_both_values():
     old = {"a": 1, "b": {"c": [1, 2]}, "text": "x: 1\ny: 2", "gone": 0}
     new = {"a": 1, "b": {"c": [1, 3]}, "text": "x: 1\ny: 5", "here": 0}
-    assert list(_differences(old, new)) == [
+    assert list(differences_of(old, new)) == [
         "b.c[1] was '2', now '3'",
         "gone was '0', now 'None'",
         "here was 'None', now '0'",
         "text was 'y: 2', now 'y: 5'",
     ]
-    assert list(_differences(old, old)) == []
-    assert len(list(_differences({"text": "a\nb"}, {"text": "a\nb\nc"}))) == 1
-    assert list(_differences({"l": [1]}, {"l": [1, 2]})) == ["l was '[1]', now '[1, 2]'"]
+    assert list(differences_of(old, old)) == []
+    assert len(list(differences_of({"text": "a\nb"}, {"text": "a\nb\nc"}))) == 1
+    assert list(differences_of({"l": [1]}, {"l": [1, 2]})) == ["l was '[1]', now '[1, 2]'"]
 
 
 def test_an_unreadable_state_is_told(family, tmp_path):
