@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -202,3 +203,14 @@ class SeesGpus(Near):
             notes.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
         time.sleep(0.5)
         return super().score(split)
+
+
+class Indexed(Near):
+    """It loads what an index names."""
+
+    def load(self, model_dir: Path) -> torch.nn.Module:
+        files = set(json.loads((Path(model_dir) / "model.safetensors.index.json").read_text())["weight_map"].values())
+        self.wanted = load_file(self.target)
+        tensors = {name: t for file in files for name, t in load_file(Path(model_dir) / file).items()}
+        self.module = module_of({name: t.float() for name, t in tensors.items()})
+        return self.module

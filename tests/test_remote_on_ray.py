@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from test_hub import TOKEN
 from test_hub_in_place import NEW, OLD, Hub
 from test_remote import SECRET, fill, put_all, remote_recipe
 
+import pcb_ray as package
 from pcb_ray.files.remote import PIECE
 from pcb_ray.planning import plan
 
@@ -154,6 +156,29 @@ def test_a_merge_in_place_from_the_hub_survives_faults_and_a_killed_worker_fetch
     assert again.process.returncode == 0, again.text
     assert f"{out}: is this very merge already" in again.text
     await_end(owners_under(os.getpid()))
+
+
+@pytest.mark.very_slow
+def test_a_search_of_models_on_the_hub_loads_and_maps_a_copy_of_the_base(hub: Hub, tmp_path: Path) -> None:
+    """Of two files, which the evaluator finds by their index."""
+    one = Family(tmp_path / "family", *families.fine_tuned(2, scale=60), shards=2)
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    shutil.copy(Path(__file__).with_name("evaluators_of_tests.py"), tmp_path / "near.py")
+    target = families.write(tmp_path / "hidden", package.merge_state_dicts(one.base, one.models, weights=[1.4, 0.3]))
+    evaluator = {"near.py:Indexed": {"target": str(target / "model.safetensors")}}
+    search = {"evaluator": evaluator, "metric": "near", "budget": 8, "population": 4}
+    recipe.write_text(yaml.safe_dump(hub.put(one) | {"search": search}))
+    environment = environment_of(hub, tmp_path / "hf") | {"HF_TOKEN": TOKEN}
+    done = pcb_ray("search", recipe, out, "--workers", 1, "--scratch", tmp_path / "scratch", env=environment)
+    assert done.process.returncode == 0, done.text
+    best = (out / "best_recipe.yaml").read_text()
+    for name in ("base", "model0", "model1"):
+        best = best.replace(f"hf://org/{name}@{OLD}", str(one.folder / name)).replace(f"hf://org/{name}", str(one.folder / name))
+    local = yaml.safe_load(best.replace("@v1", ""))
+    wanted = families.merge_locally(plan(local), tmp_path / "wanted").files
+    assert {name: (out / name).read_bytes() for name in wanted} == wanted
+    assert not any(TOKEN in path.read_text() for path in out.iterdir() if path.suffix in (".json", ".yaml", ".html", ".md"))
+    assert not list((tmp_path / "scratch").glob("*/*"))
 
 
 @pytest.mark.very_slow
