@@ -84,7 +84,9 @@ class Head:
         self._cluster = us.gcs_client.cluster_id
         limit_s = float(os.environ.get(RECONNECT, "60"))
         self._patience_s = max(limit_s / 2, limit_s - TO_END_S)
-        self._remembers = _storage_of_head() != b"memory"
+        self._remembers = (
+            noted_by_head(b"extra_usage_tag_gcs_storage", b"usage_stats") != b"memory"
+        )  # as it notes for Ray's statistics
         self._looked_s, self._away_since_s = -math.inf, math.inf
         self._asking: threading.Thread | None = None
 
@@ -253,11 +255,13 @@ def _end_without_ray() -> None:
     os._exit(1)
 
 
-def _storage_of_head() -> object:
-    """Where the head keeps what it knows, as it notes for Ray's statistics: b"memory", or what outlives it."""
-    from ray.experimental.internal_kv import _internal_kv_get
+def noted_by_head(key: bytes, namespace: bytes | None = None) -> bytes | None:
+    """What Ray keeps at its head under a key. It has no public name for this."""
+    import ray
 
-    return _internal_kv_get("extra_usage_tag_gcs_storage", namespace="usage_stats")
+    us: Any = ray._private.worker.global_worker
+    found: bytes | None = us.gcs_client.internal_kv_get(key, namespace)
+    return found
 
 
 @contextlib.contextmanager

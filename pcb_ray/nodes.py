@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pcb_ray.cluster import noted_by_head
 from pcb_ray.errors import RequestError
 
 log = logging.getLogger("pcb_ray")
@@ -148,13 +149,12 @@ def autoscales() -> bool:
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
     from ray.autoscaler.v2.utils import is_autoscaler_v2
-    from ray.experimental.internal_kv import _internal_kv_get
 
     if is_autoscaler_v2():
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
         types = {node.node_id: node.ray_node_type_name for node in [*status.active_nodes, *status.idle_nodes]}
     else:
-        status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
+        status = json.loads(noted_by_head(b"__autoscaling_status") or "{}")
         types = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
     return any(kind != f"node_{node}" for node, kind in types.items())
 

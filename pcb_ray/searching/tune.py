@@ -473,7 +473,8 @@ def check_resources(search: Search, pool: Pool) -> int:
             f"{shown_nodes(found)}. Fix: ask for less (memory: by default the model in float32), or join a cluster that has them "
             "by --address."
         )
-    places = places if not autoscales() else max(places, search.population)
+    if places < search.population and autoscales():
+        places = search.population
     return min(places, search.concurrency or places)
 
 
