@@ -125,6 +125,7 @@ def test_an_owner_killed_in_each_sweep_changes_no_byte(job: Job, tmp_path: Path)
     assert_whole(out, job)
 
 
+@pytest.mark.very_slow
 def test_a_part_of_the_model_that_keeps_killing_owners_ends_the_run_with_advice(tmp_path: Path) -> None:
     # One chunk, and so one part, with so many pairs of models that an owner works on it for long enough to be caught.
     family, out = Family(tmp_path / "family", *families.fine_tuned(40, scale=3)), tmp_path / "out"
@@ -257,6 +258,7 @@ def test_a_driver_killed_in_each_sweep_is_resumed_to_the_same_bytes(
     assert_whole(out, job)
 
 
+@pytest.mark.very_slow
 def test_interrupts_leave_nothing_under_out_and_no_process(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
@@ -319,6 +321,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_resume_finishes_it(job: Job, smal
     assert_whole(out, job)
 
 
+@pytest.mark.very_slow
 def test_an_output_that_appears_during_a_merge_is_kept_and_resume_finishes_it(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running(*joined(job.recipe, out, "--workers", 2)) as run:
@@ -383,6 +386,7 @@ def test_resume_refuses_another_recipe(unfinished: tuple[Family, Path, Path]) ->
     assert "--overwrite" in told
 
 
+@pytest.mark.very_slow
 def test_resume_refuses_inputs_that_were_touched_or_changed(unfinished: tuple[Family, Path, Path]) -> None:
     family, recipe, out = unfinished
     path = family.folder / "model1" / "model.safetensors"
@@ -429,6 +433,7 @@ def test_a_folder_that_cannot_be_written_is_refused_within_seconds(job: Job, sma
     assert "can't write" in refused(job.recipe, small_disk / "out")
 
 
+@pytest.mark.very_slow
 def test_two_merges_to_one_out_cannot_run_at_once(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running(*joined(job.recipe, out, "--workers", 2)) as run:

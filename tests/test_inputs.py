@@ -77,6 +77,7 @@ def test_an_input_that_is_edited_during_the_run_ends_it_and_leaves_nothing(
     assert not state_of(out).exists(), "thresholds of other models are worth nothing"
 
 
+@pytest.mark.very_slow
 @pytest.mark.ray
 @pytest.mark.parametrize("killed_in", ["sample of beta", pytest.param("write", marks=pytest.mark.very_slow)])
 def test_an_input_that_is_edited_between_two_runs_of_a_merge_ends_the_second(tmp_path: Path, killed_in: str) -> None:
@@ -154,6 +155,7 @@ print("verify", cli.main(["verify", str(out)]))
 """
 
 
+@pytest.mark.very_slow
 @pytest.mark.ray
 def test_many_files_and_many_threads_need_few_descriptors(tmp_path: Path) -> None:
     """96 shards, 16 threads, and a limit of 120: merges in one process and `pcb-ray verify` read them all."""

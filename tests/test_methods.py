@@ -837,6 +837,7 @@ def test_a_sweep_by_the_example_scores_the_merges_of_its_grid(small: Family, tmp
         assert row["objective"] == pytest.approx(near_of(merged, small), abs=2e-6)
 
 
+@pytest.mark.very_slow
 @on_ray
 @pytest.mark.parametrize("what", [package.search, package.sweep])
 def test_a_method_that_is_not_linear_as_it_says_is_not_searched(what: Any, small: Family, tmp_path: Path) -> None:

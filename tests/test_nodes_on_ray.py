@@ -222,6 +222,7 @@ with cluster(address):
 """
 
 
+@pytest.mark.very_slow
 def test_what_owners_on_draining_nodes_hold_is_taken_over_and_nothing_is_done_twice(tmp_path: Path) -> None:
     """Two of three nodes are drained, one in a sweep and one in the write: totals move to another owner, what was written is made
     durable, and only what was at hand is begun again."""

@@ -31,6 +31,7 @@ def seen(_: Request) -> None:
     """It goes on to the server as it is."""
 
 
+@pytest.mark.very_slow
 def test_a_merge_between_stores_survives_its_workers_and_its_driver(server: ObjectServer, tmp_path: Path) -> None:
     one = Family(tmp_path / "family", *families.fine_tuned(2, scale=1000))
     (one.folder / "base" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')

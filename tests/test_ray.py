@@ -313,6 +313,7 @@ def test_models_of_the_hub_are_verified_at_the_commits_that_were_merged(family: 
     assert_same_tensors(families.load(out), state)
 
 
+@pytest.mark.very_slow
 @pytest.mark.parametrize("method", ["linear", pytest.param("pcb-pairwise", marks=pytest.mark.very_slow)])
 def test_an_input_that_no_merge_can_take_leaves_nothing_behind(tmp_path: Path, method: str) -> None:
     """linear meets it while it writes; once it is repaired, the same command merges."""
@@ -449,6 +450,7 @@ def test_totals_lost_while_they_are_added_up_are_found_again(
                 assert tally.select(rank, 0, LARGEST_KEY[32]) == other.select(rank, 0, LARGEST_KEY[32])
 
 
+@pytest.mark.very_slow
 @pytest.mark.slow
 def test_a_node_that_does_not_see_the_inputs_is_named_before_anything_is_read(
     three_nodes: Any, family: Family, tmp_path: Path

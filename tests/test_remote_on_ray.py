@@ -79,6 +79,7 @@ def test_a_merge_from_a_store_survives_faults_and_a_killed_worker_fetches_once_a
     await_end(owners_under(os.getpid()))
 
 
+@pytest.mark.very_slow
 @pytest.mark.parametrize("small_disk", ["128m"], indirect=True)
 def test_a_scratch_that_others_fill_is_done_without(server: ObjectServer, tmp_path: Path, small_disk: Path) -> None:
     one = Family(tmp_path / "family", *families.fine_tuned(2, scale=600))

@@ -147,6 +147,7 @@ def test_a_search_finds_hidden_coefficients_and_merges_them(family, tmp_path):
     assert len(log.read_text().splitlines()) == loads
 
 
+@pytest.mark.very_slow
 def test_groups_lambda_density_and_variant_are_searched_and_the_recipe_reproduces_the_bytes(family, tmp_path):
     out = tmp_path / "out"
     space = {

@@ -280,6 +280,7 @@ def last_of(run: Run) -> str:
     return next(line for line in reversed(run.lines) if line != "\x1b[0m")  # Ray leaves a terminal without colours
 
 
+@pytest.mark.very_slow
 def test_ctrl_c_asks_and_the_job_goes_on_or_is_stopped(head: Head, tmp_path: Path) -> None:
     job = waiting_job(head, "asked", tmp_path / "gate")
     with submitting(head, "--follow", job, keyboard=True) as run:
@@ -397,6 +398,7 @@ def proxy(head: Head) -> Iterator[Proxy]:
         made.cut()
 
 
+@pytest.mark.very_slow
 def test_lost_connections_lose_no_line_and_show_none_twice(head: Head, tmp_path: Path, proxy: Proxy) -> None:
     job = waiting_job(head, "cut", tmp_path / "gate")
     with submitting(head, "--follow", job, url=proxy.url) as run:
@@ -475,6 +477,7 @@ def test_another_token_or_none_is_refused_with_a_way_to_mend_it(head: Head, reci
         TOLD.append(run.text)
 
 
+@pytest.mark.very_slow
 def test_the_token_is_in_no_log_job_or_output(head: Head, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = submit(head, recipe, out)
