@@ -89,13 +89,15 @@ def test_trials_go_where_the_label_says_and_share_a_gpu(family: Family, tmp_path
     assert none.process.returncode == 2, none.text
     assert "wanted a node with 0.5 CPUs, 0.5 GPUs and 100 MB of memory and --label pool=none, found" in none.text
     tried = collections.Counter(line.split()[0] for line in seen.read_text().splitlines())
-    assert sum(1 for count in tried.values() if count >= 3) == 2, tried  # two processes tried candidates side by side
+    busiest = sorted(tried.values())[-2:]
+    assert sum(busiest) == 12
+    assert busiest[0] >= 3, "two processes tried candidates side by side"
 
 
 def test_a_node_that_is_drained_costs_its_trials_only(family: Family, tmp_path: Path) -> None:
     options = {"uneven_s": 1.0, "digits": 1}
     recipe, out = recipe_of(family, tmp_path / "recipes", "Near", options, budget=20), tmp_path / "out"
-    calm = package.search(recipe, tmp_path / "calm", workers=1, address="local", quiet=True)
+    package.search(recipe, tmp_path / "calm", workers=1, address="local", quiet=True)
     journal = state_of(out) / "journal.jsonl"
     with head_node(cpus=0) as head, ExitStack() as stack:
         stack.enter_context(joining_node(head, "staying"))
@@ -110,7 +112,7 @@ def test_a_node_that_is_drained_costs_its_trials_only(family: Family, tmp_path: 
     assert len(rows_of(out)) == 20
     configs = [{k: v for k, v in row.items() if k.startswith("weight")} for row in rows_of(out)]
     assert configs == [{k: v for k, v in row.items() if k.startswith("weight")} for row in rows_of(tmp_path / "calm")]
-    assert yaml.safe_load((out / "best_recipe.yaml").read_text())["models"] == calm.recipe.resolved().to_dict()["models"]
+    assert (out / "best_recipe.yaml").read_bytes() == (tmp_path / "calm" / "best_recipe.yaml").read_bytes()
 
 
 LABELLED = """
