@@ -277,6 +277,7 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield boto3.client("ec2", region_name=aws_config()["provider"]["region"])
 
 
+@pytest.mark.very_slow
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_simulated_aws_starts_nodes_of_each_type(aws):

@@ -319,6 +319,7 @@ def rates_of(family: MakeFamily, **changes: Any) -> tuple[Plan, Mapping[str, flo
     return made, measured_rates(made, 1 << 16)
 
 
+@pytest.mark.very_slow
 def test_rates_are_measured_for_the_sweeps_of_a_large_model(family: MakeFamily):
     made, rates = rates_of(family)
     large = dataclasses.replace(made, D=10**9)
@@ -363,6 +364,7 @@ def test_plan_shows_the_arithmetic_for_a_cluster_and_has_no_torch(recipe_70b, tm
         assert words in ended.stdout, ended.stdout
 
 
+@pytest.mark.very_slow
 def test_the_json_of_a_plan_has_the_numbers_for_a_cluster(family: MakeFamily, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(json.dumps(family(2).recipe()))
     assert main(["plan", str(tmp_path / "recipe.yaml"), "--json", "--cluster", "nodes=2,cores=4,mem=8GB,net=10Gb"]) == 0

@@ -531,6 +531,7 @@ def test_a_command_and_its_model_go_with_the_process_that_ran_it(language_model,
     await_that("its process ends", lambda: not lives(pid), DEADLINE_S)
 
 
+@pytest.mark.very_slow
 def test_lm_eval_scores_a_task_from_a_local_folder_as_transformers_would(language_model, tmp_path):
     """The harness itself, with a multiple-choice task in YAML; the oracle adds up the log-probabilities of each choice's tokens."""
     import transformers

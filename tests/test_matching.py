@@ -119,6 +119,7 @@ def test_a_prefix_is_found_though_one_side_has_a_head(tmp_path: Path, prefixed: 
     assert "3 tensors are taken under the base's names" in made.notes[0]
 
 
+@pytest.mark.very_slow
 def test_fifty_thousand_names_are_matched_and_complained_of() -> None:
     """In quadratic time it would take longer than a test may."""
 

@@ -664,6 +664,7 @@ except pcb_ray.RequestError as error:
 """
 
 
+@pytest.mark.very_slow
 def test_without_asserts_the_same_is_merged_and_refused() -> None:
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     plain, optimised = (

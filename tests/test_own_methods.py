@@ -423,6 +423,7 @@ print([__debug__, *(pcb_ray.verify(out, method=sys.argv[1], quiet=True, sample=1
 """
 
 
+@pytest.mark.very_slow
 def test_verify_finds_the_same_without_asserts(own_output: Callable[[str], Path], tmp_path: Path) -> None:
     out, damaged = own_output(trimmed()), tmp_path / "damaged"
     shutil.copytree(out, damaged)

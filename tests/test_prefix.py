@@ -49,6 +49,9 @@ from pcb_ray.session import Session
 SHARD = 16_000_000
 FILES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
+MORE = pytest.mark.very_slow
+"""One case of each kind of fault is enough for the first tier."""
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ObjectServer]:
@@ -170,6 +173,7 @@ def test_other_stores_hold_the_same(
     assert "conditional" not in caplog.text
 
 
+@pytest.mark.very_slow
 def test_models_and_output_may_lie_in_one_bucket(
     one: Family, wanted: dict[str, bytes], server: ObjectServer, proxy: FaultProxy
 ) -> None:
@@ -186,6 +190,7 @@ def test_models_and_output_may_lie_in_one_bucket(
     assert load(server.get(f"family-merged/{FILES[0]}"))
 
 
+@pytest.mark.very_slow
 def test_many_merges_go_below_one_prefix(
     one: Family, server: ObjectServer, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,12 +243,12 @@ def lose(server: ObjectServer) -> Callable[[Request], None]:
     ("fault", "times", "step"),
     [
         pytest.param(answer(503, "SlowDown"), 20, "part", id="busy"),
-        pytest.param(answer(503, "SlowDown"), 5, "start", id="busy-start"),
-        pytest.param(answer(503, "SlowDown"), 3, "complete", id="busy-end"),
-        pytest.param(reset(1 << 20), 3, "part", id="reset"),
-        pytest.param(reset(done=True), 1, "complete", id="lost-answer"),
+        pytest.param(answer(503, "SlowDown"), 5, "start", id="busy-start", marks=MORE),
+        pytest.param(answer(503, "SlowDown"), 3, "complete", id="busy-end", marks=MORE),
+        pytest.param(reset(1 << 20), 3, "part", id="reset", marks=MORE),
+        pytest.param(reset(done=True), 1, "complete", id="lost-answer", marks=MORE),
         pytest.param(answer(404, "NoSuchUpload"), 1, "part", id="lost-upload"),
-        pytest.param(answer(403, "ExpiredToken"), 1, "part", id="expired"),
+        pytest.param(answer(403, "ExpiredToken"), 1, "part", id="expired", marks=MORE),
     ],
 )
 def test_a_store_that_fails_for_a_while_changes_no_byte(
@@ -256,8 +261,8 @@ def test_a_store_that_fails_for_a_while_changes_no_byte(
     assert_whole(server, key, wanted)
 
 
-@pytest.mark.parametrize("kind", ["s3", "gs"])
-@pytest.mark.parametrize("name", [FILES[1], "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["s3", pytest.param("gs", marks=MORE)])
+@pytest.mark.parametrize("name", [FILES[1], pytest.param("model.safetensors.index.json", marks=MORE)])
 def test_what_does_not_arrive_as_it_was_sent_is_sent_again(
     one: Family, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, server: ObjectServer, kind: str, name: str
 ) -> None:
@@ -283,7 +288,7 @@ def test_a_store_that_finds_so_itself_is_asked_again(
     assert_whole(server, "refused", wanted)
 
 
-@pytest.mark.parametrize("name", [FILES[1], "config.json"])
+@pytest.mark.parametrize("name", ["config.json", pytest.param(FILES[1], marks=MORE)])
 def test_what_never_arrives_as_it_was_sent_ends_the_run_and_does_not_stay(
     one: Family, wanted: dict[str, bytes], server: ObjectServer, proxy: FaultProxy, name: str
 ) -> None:
@@ -344,7 +349,7 @@ def hold(profile: Path, key: str) -> None:
     written.replace(profile)
 
 
-@pytest.mark.parametrize("step", ["get", "start", "part", "complete", "put"])
+@pytest.mark.parametrize("step", ["part", *(pytest.param(step, marks=MORE) for step in ("get", "start", "complete", "put"))])
 def test_credentials_that_expire_are_waited_for_and_the_run_goes_on_with_the_new_ones(
     one: Family, wanted: dict[str, bytes], server: ObjectServer, proxy: FaultProxy, profile: Path, step: str
 ) -> None:
