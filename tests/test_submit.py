@@ -228,7 +228,8 @@ def test_a_log_that_is_no_text_does_not_keep_the_exit_code(head: Head) -> None:
     assert run.text.count("bytes that are no text") == 1
 
 
-@pytest.mark.parametrize("is_hung", [False, pytest.param(True, marks=pytest.mark.very_slow)], ids=["by itself", "killed after 3 s"])
+@pytest.mark.very_slow
+@pytest.mark.parametrize("is_hung", [False, True], ids=["by itself", "killed after 3 s"])
 def test_a_merge_that_is_stopped_leaves_nothing_half_written(
     head: Head, recipe: Path, merged: dict[str, str], tmp_path: Path, is_hung: bool
 ) -> None:
