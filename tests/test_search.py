@@ -710,3 +710,6 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
     assert written_in(out) == before
     with pytest.raises(RequestError, match="is not this very search: points"):
         package.sweep(recipe | {"sweep": grid | {"lambda": [0.8, 1.3]}}, out, workers=1, resume=True, quiet=True)
+    small = {"density": [0.05], "lambda": [0.8, 1.3]}
+    other = package.sweep(recipe | {"sweep": small}, out, workers=1, resume=True, overwrite=True, quiet=True)
+    assert [record["config"] for record in other.records] == [{"density": 0.05, "lambda": lambda_} for lambda_ in (0.8, 1.3)]

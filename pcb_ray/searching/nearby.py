@@ -104,8 +104,8 @@ class Nearby:
         """Where a file lies on this machine. Raises RunError if there is no room for it, InputError if it is another by now."""
         if not is_remote(file):
             return file
-        size, tag = self._pin(file).size, self._pin(file).tag
-        return self._whole(f"{file}\n{tag}", size, lambda target: self._fetch(file, size, target))
+        pin = self._pin(file)
+        return self._whole(f"{file}\n{pin.tag}", pin.size, lambda target: self._fetch(file, pin.size, target))
 
     def model_dir(self) -> Path:
         """The base as an evaluator loads it."""

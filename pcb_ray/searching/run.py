@@ -328,12 +328,14 @@ def _asked(
     files = side_files(recipe, plan, inputs.base, inputs.tokenizer)
     asked = _Asked(recipe, request, place, how, inputs, plan, plans, space, files, evaluator, code, scored, model, points, before)
     if before is not None:
-        if problems := results.differences(before, _record_of(asked), place, recipe.storage):
-            try:
-                place.check(plan, resume=how.resume, model=model)
-            except RequestError as error:
-                raise RequestError([*error.problems, *problems]) from None
-        return asked
+        problems = results.differences(before, _record_of(asked), place, recipe.storage)
+        if not problems:
+            return asked
+        before, asked = None, dataclasses.replace(asked, record=None)  # with --overwrite it may be replaced
+        try:
+            check(plan)
+        except RequestError as error:
+            raise RequestError([*error.problems, *problems]) from None
     check(plan, asked.basis_bytes)
     for one in plans.values():  # a wrong bound is told before a cluster starts
         choose_block(one, "cpu", how.memory, writer_bytes(one, scored, place.notes))
