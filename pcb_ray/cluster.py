@@ -163,6 +163,29 @@ class Head:
         return bool(client.cluster_id != self._cluster)
 
 
+@contextlib.contextmanager
+def watched_head() -> Iterator[None]:
+    """For where Ray's own libraries wait, whom nobody can wake: if the head is lost meanwhile, that is told and this process ends
+    with exit code 1. So it would too without this, a minute later, and with a traceback."""
+    head, is_over = Head(), threading.Event()
+
+    def watch() -> None:
+        try:
+            while not is_over.wait(HEAD_LOOK_S):
+                head.is_there()
+        except RunError as error:
+            print(f"\npcb-ray: {error}", file=sys.stderr)  # a progress bar may stand in this line
+            _end_without_ray()
+
+    watcher = threading.Thread(target=watch, name="watch the head", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+
+
 def is_same_cluster(address: str, running: str) -> bool:
     """Whether this address, as `--address` takes it, names the cluster whose address is `running` (host:port)."""
     if address == "auto":  # whichever runs

@@ -104,6 +104,11 @@ class Pool:
             min(int(node.has(name) / amount + LEAST) for name, amount in taken.items()) for node in found if self.admits(node)
         )
 
+    def options(self, amounts: Mapping[str, float]) -> dict[str, Any]:
+        """What such a process asks of its node, for Ray."""
+        found = {"num_cpus": amounts.get("CPU", 0), "num_gpus": amounts.get("GPU"), "memory": amounts.get("memory")}
+        return {**found, "resources": dict(self.resources)} | ({"label_selector": dict(self.labels)} if self.labels else {})
+
 
 def _selects(selector: str, label: str | None) -> bool:
     found = _SELECTOR.fullmatch(selector)
@@ -134,9 +139,7 @@ class Needs:
     @property
     def options(self) -> dict[str, Any]:
         """For Ray."""
-        units = {"num_gpus": 1, "num_cpus": 0} if self.unit == "GPU" else {"num_cpus": 1}
-        found = {**units, "memory": self.memory, "resources": dict(self.pool.resources)}
-        return found | ({"label_selector": dict(self.pool.labels)} if self.pool.labels else {})
+        return self.pool.options(self.amounts)
 
     def places(self, found: Iterable[Node]) -> int:
         """How many workers these nodes hold, if nobody else uses them."""

@@ -688,7 +688,9 @@ class RayOwners:
             if not worker.leaves:
                 self._place()
             return
-        self._deaths, self._fruitless, self._last_sign_s = self._deaths + 1, self._fruitless + 1, self._clock_s
+        self._fruitless, self._last_sign_s = self._fruitless + 1, self._clock_s
+        if worker.place:  # else it has never lived: Ray sends one to a node that has died while it doesn't know yet
+            self._deaths += 1
         short = short and worker.block > 0  # else it has not begun, and has no blocks
         if not short:
             log.warning("%s %s (%s); its part is done again by another", worker, "is given up" if silent else "died", reason)
@@ -703,8 +705,8 @@ class RayOwners:
             self._ran_short(job, first or _Call(None, block=worker.block), str(worker), reason)
         if same_part >= MAX_DEATHS_OF_BATCH or self._fruitless > 3 * (len(self._workers) + 1):
             raise RunError(
-                f"{self._deaths} workers {'were lost' if silent else 'died'}, {same_part} of them on the same part of the model; "
-                f"the last one was {worker}: {reason}. {ADVICE_ON_SILENCE if silent else ADVICE}"
+                f"{max(self._deaths, self._fruitless)} workers {'were lost' if silent else 'died'}, {same_part} of them on the "
+                f"same part of the model; the last one was {worker}: {reason}. {ADVICE_ON_SILENCE if silent else ADVICE}"
             )
         self._place()
 

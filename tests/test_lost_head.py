@@ -30,6 +30,7 @@ from clusters import (
     state_of,
 )
 from families import Family
+from test_search_on_nodes import made_in, recipe_of, rows_of
 
 from pcb_ray.planning import plan
 
@@ -94,6 +95,40 @@ def test_a_run_whose_head_is_lost_ends_with_an_error_and_may_be_resumed_on_anoth
         await_end(of_node)
         if not anew:
             resumed(merge, out, stack.enter_context(head_node(cpus=0)))
+
+
+def test_a_search_whose_head_is_lost_ends_with_an_error_and_goes_on_elsewhere(tmp_path: Path) -> None:
+    family, out = made_in(tmp_path / "family"), tmp_path / "out"
+    recipe = recipe_of(family, tmp_path / "recipes", "Near", {"uneven_s": 2.0, "digits": 1}, budget=12)
+    journal = state_of(out) / "journal.jsonl"
+    with contextlib.ExitStack() as stack:
+        head = stack.enter_context(head_node(cpus=0))
+        node = stack.enter_context(joining_node(head, "one", cpus=2))
+        (gcs,) = [process for process in descendants(head.process.pid) if process.name() == "gcs_server"]
+        with running("search", recipe, out, "--workers", 1, "--address", head.address, env=head.environment) as run:
+            await_that("three trials", lambda: journal.exists() and journal.read_text().count('"trial ') >= 3, DEADLINE_S)
+            of_node = descendants(node.pid)
+            gcs.kill()
+            assert run.finish() == 1, run.text
+        told = r"^pcb-ray: the cluster: wanted its head, .*, to answer, found .*--resume; finished work is kept"
+        assert re.search(told, run.text, flags=re.MULTILINE), run.text
+        assert "Traceback" not in run.text
+        assert "StackTrace" not in run.text
+        assert not (out / "best_recipe.yaml").exists()
+        tried = journal.read_text().count('"trial ')
+        node.kill()
+        for process in of_node:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        await_end(of_node)
+        head = stack.enter_context(head_node(cpus=0))
+        stack.enter_context(joining_node(head, "another", cpus=2))
+        command = ("search", recipe, out, "--workers", 1, "--address", head.address, "--resume")
+        done = pcb_ray(*command, env=head.environment)
+        assert done.process.returncode == 0, done.text
+    assert f"{tried} candidates were tried before and are not scored again" in done.text
+    assert all(row["error"] == "" for row in rows_of(out))
+    assert len(rows_of(out)) == 12
 
 
 @contextlib.contextmanager

@@ -711,5 +711,8 @@ def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
     with pytest.raises(RequestError, match="is not this very search: points"):
         package.sweep(recipe | {"sweep": grid | {"lambda": [0.8, 1.3]}}, out, workers=1, resume=True, quiet=True)
     small = {"density": [0.05], "lambda": [0.8, 1.3]}
+    (out / "pcb_search.json").write_text("{}")
+    with pytest.raises(RequestError, match="pcb_search.json: can't be read as it was written"):
+        package.sweep(recipe | {"sweep": small}, out, workers=1, resume=True, quiet=True)
     other = package.sweep(recipe | {"sweep": small}, out, workers=1, resume=True, overwrite=True, quiet=True)
     assert [record["config"] for record in other.records] == [{"density": 0.05, "lambda": lambda_} for lambda_ in (0.8, 1.3)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
@@ -216,9 +216,10 @@ class Prefix:
         """Remove what was written of the output so far."""
         self._delete(f"{self.out}/")
 
-    def _delete(self, prefix: str) -> None:
+    def _delete(self, prefix: str, *, but: Collection[str] = ()) -> None:
+        uris = [f"{prefix}{name}" for name in self._objects.sizes(prefix) if name not in but]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            collections.deque(pool.map(lambda name: self._objects.delete(f"{prefix}{name}"), self._objects.sizes(prefix)), maxlen=0)
+            collections.deque(pool.map(self._objects.delete, uris), maxlen=0)
 
     # --- the end ------------------------------------------------------------------------------------------------------------------
 
@@ -254,9 +255,8 @@ class Prefix:
         self._forget()
 
     def _forget(self) -> None:
-        for name in sorted(self._objects.sizes(f"{self.notes}/"), key=lambda name: name != STATE):
-            if name != LEASE:  # it goes last, with `close`
-                self._objects.delete(f"{self.notes}/{name}")
+        self._objects.delete(f"{self.notes}/{STATE}")  # first: what says that the run is unfinished
+        self._delete(f"{self.notes}/", but=(LEASE,))  # which goes last, with `close`
 
     def close(self) -> None:
         if self._lease is not None:

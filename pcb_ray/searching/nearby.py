@@ -111,14 +111,13 @@ class Nearby:
         """The base as an evaluator loads it."""
         if self._material.made:
             return Path(self._material.made)
-        links = {n: c for n, c in self._material.model.items() if isinstance(c, str) and (_is_weights(n) or _is_weights(c))}
-        others = {name: content for name, content in self._material.model.items() if name not in links}
-        paths = {name: self.path(content) for name, content in links.items()}
+        paths = {name: self.path(file) for name, file in weights_of(self._material.model).items()}
+        others = {name: content for name, content in self._material.model.items() if name not in paths}
         size = sum(len(content) if isinstance(content, bytes) else self.store.stamp(content).size for content in others.values())
 
         def make(folder: Path) -> None:
             folder.mkdir()
-            make_model_dir(folder, {**others, **paths}, self.store)
+            make_model_dir(folder, paths, others, self.store)
 
         return Path(self._whole("the base as an evaluator loads it", size, make))
 
@@ -154,14 +153,18 @@ class Nearby:
         self.store.expect(())
 
 
-def make_model_dir(folder: Path, files: Mapping[str, SideFile], store: Store) -> None:
+def weights_of(model: Mapping[str, SideFile]) -> dict[str, str]:
+    """Where the files lie that hold tensors, by name."""
+    return {n: c for n, c in model.items() if isinstance(c, str) and (_is_weights(n) or _is_weights(c))}
+
+
+def make_model_dir(folder: Path, weights: Mapping[str, str], others: Mapping[str, SideFile], store: Store) -> None:
     """Tensors by link, all else written."""
-    links = {n: c for n, c in files.items() if isinstance(c, str) and (_is_weights(n) or _is_weights(c))}
-    for name, path in links.items():
+    for name, path in weights.items():
         link = folder / name  # where the index says; that may be in a subfolder
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
-    write_side_files(folder, {name: content for name, content in files.items() if name not in links}, store)
+    write_side_files(folder, others, store)
 
 
 # --- on every node ----------------------------------------------------------------------------------------------------------------
@@ -171,47 +174,56 @@ class _Keeper:
     """Keeps what trials of its node have fetched, from the first to the last of them."""
 
     def __init__(self, material: Material, reads: Sequence[str], check: Callable[[], None]) -> None:
-        self._start = lambda: Nearby(material)
         self._material, self._reads, self._check = material, reads, check
+        self._nearby: Nearby | None = None
 
-    def problem(self) -> tuple[str, str]:
-        """This machine's name, and what is in the way of trials on it; empty if nothing is."""
-        return socket.gethostname(), self._problem()
+    def problems(self) -> tuple[str, list[str]]:
+        """This machine's name, and all that is in the way of trials on it."""
+        found = list[str]()
+        for look in (self._look_at_room, self._look_at_files, self._check):
+            try:
+                look()
+            except RequestError as error:
+                found += error.problems
+        return socket.gethostname(), found
 
-    def _problem(self) -> str:
-        try:
-            self._nearby = self._start()
-            for file in self._reads:
-                self._look(file)
-            self._check()
-        except RequestError as error:
-            return error.problems[0]
+    def leave(self) -> None:
+        """Nothing stays on this node, once the trials that are just ending have ended."""
+        if self._nearby is not None:
+            self._nearby.close(LEAVE_S)
+
+    def _look_at_room(self) -> None:
+        self._nearby = Nearby(self._material)
         wanted, found = self._material.fetched_bytes, self._nearby.room
         if wanted > found and self._material.room is not None:
-            return (
+            raise RequestError(
                 f"wanted room for {readable_bytes(wanted)}, the base and at most so much of a basis, found {readable_bytes(found)} "
                 "in memory and --scratch. Fix: give --scratch a folder on a large disk of each node, give --cache more, or search "
                 "at a smaller density."
             )
-        return ""
 
-    def leave(self) -> None:
-        """Nothing stays on this node, once the trials that are just ending have ended."""
-        self._nearby.close(LEAVE_S)
+    def _look_at_files(self) -> None:
+        with contextlib.closing(open_store(self._material.pins, self._material.storage)) as store:
+            if problems := [problem for file in self._reads if (problem := _problem_with(file, store))]:
+                raise RequestError(problems)
 
-    def _look(self, file: str) -> None:
-        try:
-            if is_remote(file):
-                self._nearby.store.read(file, 0, memoryview(bytearray(1)))
-            else:
-                os.stat(file)
-        except OSError as error:
-            if is_remote(file):
-                raise RequestError(object_problem(file, error)) from None
-            raise RequestError(
-                f"{file}: wanted what trials read there, found: {error.strerror}. Fix: let all nodes see one file system there, or "
-                "search with the models and OUT in a store (s3://bucket/best), from where each node fetches them."
-            ) from None
+
+def _problem_with(file: str, store: Store) -> str:
+    try:
+        if is_remote(file):
+            store.read(file, 0, memoryview(bytearray(1)))
+        else:
+            os.stat(file)
+    except OSError as error:
+        if is_remote(file):
+            return object_problem(file, error)
+        return (
+            f"{file}: wanted what trials read there, found: {error.strerror}. Fix: let all nodes see one file system there, or "
+            "search with the models and OUT in a store (s3://bucket/best), from where each node fetches them."
+        )
+    except RequestError as error:
+        return " ".join(error.problems)
+    return ""
 
 
 @contextlib.contextmanager
@@ -226,23 +238,23 @@ def kept_on(found: Sequence[Node], material: Material, reads: Sequence[str], che
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    keeper: Any = ray.remote(_Keeper)
-    made = [
-        (node, keeper.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)))
-        for node in found
-    ]
-    made = [(node, options.remote(material, reads, check)) for node, options in made]
+    keeper: Any = ray.remote(num_cpus=0)(_Keeper)
+
+    def made_on(node: Node) -> Any:
+        there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        return keeper.options(scheduling_strategy=there).remote(material, reads, check)
+
+    made = [(node, made_on(node)) for node in found]
     try:
-        asked = {actor.problem.remote(): node for node, actor in made}
+        asked = {actor.problems.remote(): node for node, actor in made}
         waiting, problems = list(asked), list[str]()
         ready, late = ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE.placement_s)
         for answer in ready:
             try:
-                host, problem = ray.get(answer, timeout=PATIENCE.exchange_s)
+                host, there = ray.get(answer, timeout=PATIENCE.exchange_s)
             except ray.exceptions.RayError as error:
-                host, problem = asked[answer].id[:12], f"wanted a process there, found that it died: {reason_in(error)}."
-            if problem:
-                problems.append(f"node {host}: {problem}")
+                host, there = asked[answer].id[:12], [f"wanted a process there, found that it died: {reason_in(error)}."]
+            problems += [f"node {host}: {problem}" for problem in there]
         problems += [
             f"node {asked[answer].id[:12]}: wanted an answer within {PATIENCE.placement_s:.0f} s, found none: it hangs, or "
             "others use it. Fix: see what holds it, or leave it out with --label."

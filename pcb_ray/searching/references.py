@@ -106,7 +106,7 @@ def known_of(job: Job, best: Config) -> Known:
     """What is known at the density of a candidate, found where the basis is. Raises RunError."""
     import ray
 
-    task = ray.remote(_known_of).options(**_options(job), max_retries=MOST_TRIES)
+    task = ray.remote(_known_of).options(**job.pool.options(job.search.amounts), max_retries=MOST_TRIES)
     try:
         found: Known = ray.get(task.remote(job, best), timeout=PATIENCE.start_s)
     except ray.exceptions.GetTimeoutError:
@@ -131,13 +131,6 @@ def _known_of(job: Job, best: Config) -> Known:
     variant = candidate.variant or job.space.recipe.parameters.get("variant", "")
     with contextlib.closing(Nearby(job.material)) as nearby:
         return basis_of(job, variant, nearby).known(candidate.density, threads=max(1, int(job.search.cpu)))
-
-
-def _options(job: Job) -> dict[str, Any]:
-    """What scorers take of their nodes, for Ray."""
-    search, pool = job.search, job.pool
-    found = {"num_cpus": search.cpu, "num_gpus": search.gpu, "memory": search.memory, "resources": dict(pool.resources)}
-    return found | ({"label_selector": dict(pool.labels)} if pool.labels else {})
 
 
 def _key(what: int | Config) -> str:
@@ -184,7 +177,7 @@ class _Scorers:
 
         from pcb_ray.searching.tune import shown_resources
 
-        self._actor: Any = ray.remote(_ScorerActor).options(**_options(job))
+        self._actor: Any = ray.remote(_ScorerActor).options(**job.pool.options(job.search.amounts))
         self._job = ray.put(job)
         self._waits_for = shown_resources(job.search, job.pool)
         self._starting: dict[Any, Any] = {}  # what tells that it is there -> scorer

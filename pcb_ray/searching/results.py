@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pcb_ray.claims import wrong_files
-from pcb_ray.errors import RequestError
 from pcb_ray.files.objects import Storage
 from pcb_ray.files.stores import open_store, size_of_file
 from pcb_ray.output.folder import Folder
@@ -96,7 +95,8 @@ def swept_of(record: Mapping[str, Any], request: Search, space: Space) -> Swept:
 
 
 def record_in(place: Folder | Prefix, storage: Storage) -> dict[str, Any] | None:
-    """The record of an output that is whole; None if there is none. What a killed run has left beside it goes."""
+    """The record of an output that is whole, empty if it can't be read; None if there is none. What a killed run has left beside it
+    goes."""
     if not place.is_there or (place.is_unfinished and not place.is_left_over):
         return None
     store = open_store(storage=storage)
@@ -107,18 +107,16 @@ def record_in(place: Folder | Prefix, storage: Storage) -> dict[str, Any] | None
         complete = {"asked", "budget", "points", "scored_by", "found"} <= record.keys()
     except (ValueError, TypeError):
         complete = False
-    if not complete:
-        raise RequestError(
-            f"{place.reads}/{FOUND}: can't be read as it was written: wanted the record of a search. Fix: choose another OUT."
-        )
     if place.is_left_over:
         place.tidy()
-    return record
+    return record if complete else {}
 
 
 def differences(record: Mapping[str, Any], asked: Mapping[str, Any], place: Folder | Prefix, storage: Storage) -> list[str]:
     """Why what lies in the output is not what is asked for, or not whole."""
     out, store = place.reads, open_store(storage=storage)
+    if not record:
+        return [f"{out}/{FOUND}: can't be read as it was written: wanted the record of a search. Fix: choose another OUT."]
     asked = json.loads(json.dumps(asked))
     if record["scored_by"] != asked["scored_by"]:
         return [f"--resume: {out} is not this very search: another evaluator has scored its candidates. Fix: choose another OUT."]

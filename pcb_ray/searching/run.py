@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 from pcb_ray import checks
 from pcb_ray.budget import choose_block, worker_bytes
-from pcb_ray.cluster import check_cluster, cluster
+from pcb_ray.cluster import check_cluster, cluster, watched_head
 from pcb_ray.errors import InputError, RequestError, RunError, with_place
 from pcb_ray.files.foreign import some
 from pcb_ray.files.room import KeptHere, Room
@@ -46,7 +46,7 @@ from pcb_ray.recipe import Recipe
 from pcb_ray.searching import results
 from pcb_ray.searching.building import BuildVolumes, CheckLinear, DigestVolumes
 from pcb_ray.searching.evaluators import check_evaluator, check_here
-from pcb_ray.searching.nearby import Material, kept_on, make_model_dir, model_files
+from pcb_ray.searching.nearby import Material, kept_on, make_model_dir, model_files, weights_of
 from pcb_ray.searching.references import dry_score, known_of, references
 from pcb_ray.searching.request import Config, Search, Space, grid_of
 from pcb_ray.searching.results import FOUND, Found, Scores, Swept
@@ -107,7 +107,6 @@ def search(
         Pool(labels or {}, resources or {}),
         max_shard_bytes,
         resume,
-        overwrite,
         Room.for_a_run(cache, scratch, scratch_bytes),
         quiet,
     )
@@ -123,7 +122,8 @@ def search(
         records, best_trial = _tried(
             job, run.shelf, tune.Generations(job.search, job.space, progress), progress, request.budget, known
         )
-        scores, best = references(job, state, run.base, records, best_trial, quiet=quiet)
+        with watched_head():
+            scores, best = references(job, state, run.base, records, best_trial, quiet=quiet)
         winner = job.space.recipe_of(job.space.candidate(best))
         found = Found(
             request=job.search,
@@ -179,7 +179,6 @@ def sweep(
         Pool(labels or {}, resources or {}),
         DEFAULT_SHARD_BYTES,
         resume,
-        overwrite,
         Room.for_a_run(cache, scratch, scratch_bytes),
         quiet,
     )
@@ -236,7 +235,6 @@ class _How:
     pool: Pool
     max_shard_bytes: int
     resume: bool
-    overwrite: bool
     room: Room
     quiet: bool
 
@@ -385,7 +383,8 @@ def _prepared(asked: _Asked) -> Iterator[_Run]:
             reads = (f"{place.notes}/{STATE}", *(file.path for file in asked.inputs.base.files))
             check = functools.partial(check_here, request.evaluator, request.options, folder)
             with kept_on(scoring, material, reads, check), _shelf(place, how.room) as shelf:
-                base = dry_score(job, state, quiet=how.quiet)
+                with watched_head():
+                    base = dry_score(job, state, quiet=how.quiet)
                 yield _Run(how, state, _with_bases(job, state, asked.scored, how), asked.inputs, base, shelf)
 
 
@@ -399,7 +398,9 @@ def _material(asked: _Asked) -> Material:
         made = place.folder / "model"
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
-        make_model_dir(made, model, open_store(storage=recipe.storage))
+        weights = weights_of(model)
+        others = {name: content for name, content in model.items() if name not in weights}
+        make_model_dir(made, weights, others, open_store(storage=recipe.storage))
         return Material(model, str(made.absolute()), pins, recipe.storage)
     of_basis = asked.basis_bytes if isinstance(place, Prefix) else 0
     return Material(model, "", pins, recipe.storage, asked.how.room, of_base + of_basis)
@@ -589,9 +590,7 @@ def _with_basis(arm: Arm, session: Session, state: State[Lasting], variant: str,
             log.warning("%s: touched during the run, its time of writing apart: the basis is built again", touched[0])
             build(list(names))
         kept.keep_inputs(state)
-    files = {volume: volume_file(arm.folder, volume) for volume in names}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        stamps = dict(zip(files.values(), pool.map(store.stamp, files.values()), strict=True))
+    stamps = _stamps_of(arm, names, store)
     log.info(
         "basis %s: %s for %d models of %d elements",
         plan.method.full_name,
@@ -602,12 +601,12 @@ def _with_basis(arm: Arm, session: Session, state: State[Lasting], variant: str,
     store.close()
     if not is_remote(arm.folder):
         return dataclasses.replace(arm, known=known), {}
-    if lost := [files[volume] for volume in names if stamps[files[volume]].tag != written[volume].tag]:
+    if lost := [volume_file(arm.folder, v) for v in names if v not in stamps or stamps[v].tag != written[v].tag]:
         raise RunError(
-            f"{arm.folder}: wanted the basis as it was written, found other objects in the place of {some(lost)}. "
+            f"{arm.folder}: wanted the basis as it was written, found other objects, or none, in the place of {some(lost)}. "
             "Fix: let nothing else write there, and go on with --resume."
         )
-    return dataclasses.replace(arm, known=known), stamps
+    return dataclasses.replace(arm, known=known), {volume_file(arm.folder, v): stamp for v, stamp in stamps.items()}
 
 
 def _still_there(arm: Arm, session: Session, claimed: Mapping[int, Written], store: Store) -> list[int]:
@@ -616,16 +615,21 @@ def _still_there(arm: Arm, session: Session, claimed: Mapping[int, Written], sto
         answers = session.owners.ask(DigestVolumes(arm.folder), list(claimed))
         here = {volume: digest for _, answer in answers for volume, digest in answer.items()}
         return [volume for volume, one in claimed.items() if here.get(volume) == one.digest]
+    return [volume for volume, stamp in _stamps_of(arm, claimed, store).items() if stamp.tag == claimed[volume].tag]
 
-    def tag_of(volume: int) -> str:
+
+def _stamps_of(arm: Arm, volumes: Iterable[int], store: Store) -> dict[int, Stamp]:
+    """Of those that are there."""
+
+    def stamp_of(volume: int) -> Stamp | None:
         try:
-            return store.stamp(volume_file(arm.folder, volume)).tag
+            return store.stamp(volume_file(arm.folder, volume))
         except FileNotFoundError:
-            return ""
+            return None
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        tags = pool.map(tag_of, claimed)
-        return [volume for volume, tag in zip(claimed, tags, strict=True) if tag == claimed[volume].tag]
+        found = dict(zip(volumes, pool.map(stamp_of, volumes), strict=True))
+    return {volume: stamp for volume, stamp in found.items() if stamp is not None}
 
 
 def _check_linear(session: Session, known: Known, scored: bool) -> None:
@@ -650,7 +654,8 @@ def _tried(
     from pcb_ray.searching import tune
 
     shutil.rmtree(shelf / TUNE, ignore_errors=True)
-    records = tune.run_trials(job, asker, progress, total, shelf=shelf, known=known, name=TUNE)
+    with watched_head():
+        records = tune.run_trials(job, asker, progress, total, shelf=shelf, known=known, name=TUNE)
     if progress.best is None:
         raise RunError(
             f"search: wanted a trial with a score, found none among {len(records)}; the last: {records[-1]['error']}. "
@@ -709,7 +714,8 @@ def _write_winner(run: _Run, winner: Recipe, best: Config, report: Mapping[str, 
     stays."""
     start, state, job, how = time.monotonic(), run.state, run.job, run.how
     place, arm = state.place, job.arms[_variant(winner)]
-    known = arm.known if job.space.candidate(best).density is None else known_of(job, best)
+    with watched_head():
+        known = arm.known if job.space.candidate(best).density is None else known_of(job, best)
     plan = plan_of(winner, run.inputs, max_shard_bytes=how.max_shard_bytes)
     label = "winner " + hashlib.sha256(json.dumps([winner.to_yaml(), known], sort_keys=True).encode()).hexdigest()[:16]
     if state.found.get("winner") != label:  # another one may have been written before the evaluator was changed
