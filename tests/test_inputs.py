@@ -52,7 +52,7 @@ def cut_short(path: Path) -> None:
             *("sample of beta", os.utime, "wanted the file as it was when the run began"), id="touched", marks=pytest.mark.very_slow
         ),
         pytest.param(
-            *("ranks of beta", cut_short, r"model1/model.safetensors: wanted data up to byte"),
+            *("ranks of beta", cut_short, "it was changed during the run"),
             id="cut short",
             marks=pytest.mark.very_slow,
         ),
