@@ -150,7 +150,7 @@ def head_node(cpus: int = 2, path: str = "", start: Sequence[Any] = (), **variab
         with node_of(["--head", "--dashboard-host", "127.0.0.1", *own, *start], cpus, environment, folder / "head.log") as process:
             url = f"http://127.0.0.1:{dashboard}"
             log = folder / "head.log"
-            await_that(f"a head node starts ({log})", lambda: wants_token(url) or process.poll() is not None, timeout_s=90)
+            await_that(f"a head node starts ({log})", lambda: wants_token(url) or process.poll() is not None, DEADLINE_S)
             assert process.poll() is None, log.read_text()
             yield Head(process, url, f"127.0.0.1:{gcs}", environment, folder, token)
     finally:
@@ -164,7 +164,7 @@ def joining_node(
     """A node that has joined."""
     log = head.folder / f"{name}.log"
     with node_of(["--address", head.address, *start], cpus, head.environment, log, before) as node:
-        await_that(f"{name} joins ({log})", lambda: "Ray runtime started" in log.read_text(), timeout_s=90)
+        await_that(f"{name} joins ({log})", lambda: "Ray runtime started" in log.read_text(), DEADLINE_S)
         yield node
 
 

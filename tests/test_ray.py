@@ -167,7 +167,9 @@ def test_a_merge_reads_its_inputs_three_times_and_a_sixteenth(family: Family, me
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("pcb-pairwise", "ties", "linear") else pytest.mark.very_slow) for n in METHODS]
+)
 def test_ray_merges_as_in_memory_and_as_the_oracle_says(family: Family, name: str, tmp_path: Path, merged: Path) -> None:
     out = merged
     if name != "pcb-pairwise":

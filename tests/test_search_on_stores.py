@@ -65,6 +65,7 @@ def table_in(run: Run) -> list[str]:
     return [line for line in run.lines if line.startswith(("base ", "model", "start ", "winner "))]
 
 
+@pytest.mark.very_slow
 def test_a_search_between_stores_merges_what_it_has_scored_and_leaves_nothing_else(
     server: ObjectServer, family: Family, tmp_path: Path
 ) -> None:

@@ -200,6 +200,7 @@ def test_a_search_and_a_sweep_are_submitted_with_their_evaluator(head: Head, rec
 # --- how a job ends --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.very_slow
 def test_exit_codes_are_those_of_the_job(head: Head) -> None:
     scripts = {
         "ends-0": ("echo done", 0, "done"),

@@ -389,6 +389,7 @@ def test_copies_that_differ_after_all_where_the_config_ties_them_are_refused(tmp
 
 
 @pytest.mark.ray
+@pytest.mark.very_slow
 def test_a_merge_plans_anew_and_verify_knows_it(tmp_path: Path) -> None:
     one = beyond_the_sample(tmp_path / "f", SILENT)
     receipt = pcb_ray.merge(one.recipe_file(parameters={"density": 0.3}), tmp_path / "out", workers=2, quiet=True)
