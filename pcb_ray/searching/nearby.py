@@ -111,13 +111,14 @@ class Nearby:
         """The base as an evaluator loads it."""
         if self._material.made:
             return Path(self._material.made)
-        paths = {name: self.path(file) for name, file in weights_of(self._material.model).items()}
-        others = {name: content for name, content in self._material.model.items() if name not in paths}
-        size = sum(len(content) if isinstance(content, bytes) else self.store.stamp(content).size for content in others.values())
+        model = self._material.model
+        paths = {name: self.path(file) for name, file in weights_of(model).items()}
+        others = [content for name, content in model.items() if name not in paths]
+        size = sum(len(content) if isinstance(content, bytes) else self.store.stamp(content).size for content in others)
 
         def make(folder: Path) -> None:
             folder.mkdir()
-            make_model_dir(folder, paths, others, self.store)
+            make_model_dir(folder, model, self.store, paths)
 
         return Path(self._whole("the base as an evaluator loads it", size, make))
 
@@ -158,13 +159,14 @@ def weights_of(model: Mapping[str, SideFile]) -> dict[str, str]:
     return {n: c for n, c in model.items() if isinstance(c, str) and (_is_weights(n) or _is_weights(c))}
 
 
-def make_model_dir(folder: Path, weights: Mapping[str, str], others: Mapping[str, SideFile], store: Store) -> None:
-    """Tensors by link, all else written."""
-    for name, path in weights.items():
+def make_model_dir(folder: Path, model: Mapping[str, SideFile], store: Store, paths: Mapping[str, str] | None = None) -> None:
+    """Tensors by link, all else written. `paths` says where the files with tensors lie here, if they lie elsewhere."""
+    weights = weights_of(model)
+    for name, path in (weights if paths is None else paths).items():
         link = folder / name  # where the index says; that may be in a subfolder
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
-    write_side_files(folder, others, store)
+    write_side_files(folder, {name: content for name, content in model.items() if name not in weights}, store)
 
 
 # --- on every node ----------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from pcb_ray.recipe import Recipe
 from pcb_ray.searching import results
 from pcb_ray.searching.building import BuildVolumes, CheckLinear, DigestVolumes
 from pcb_ray.searching.evaluators import check_evaluator, check_here
-from pcb_ray.searching.nearby import Material, kept_on, make_model_dir, model_files, weights_of
+from pcb_ray.searching.nearby import Material, kept_on, make_model_dir, model_files
 from pcb_ray.searching.references import dry_score, known_of, references
 from pcb_ray.searching.request import Config, Search, Space, grid_of
 from pcb_ray.searching.results import FOUND, Found, Scores, Swept
@@ -398,9 +398,7 @@ def _material(asked: _Asked) -> Material:
         made = place.folder / "model"
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
-        weights = weights_of(model)
-        others = {name: content for name, content in model.items() if name not in weights}
-        make_model_dir(made, weights, others, open_store(storage=recipe.storage))
+        make_model_dir(made, model, open_store(storage=recipe.storage))
         return Material(model, str(made.absolute()), pins, recipe.storage)
     of_basis = asked.basis_bytes if isinstance(place, Prefix) else 0
     return Material(model, "", pins, recipe.storage, asked.how.room, of_base + of_basis)
