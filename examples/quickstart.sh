@@ -27,7 +27,7 @@ fi
 
 # Installed once; again when what is installed or pinned has changed.
 stamp=.venv/.quickstart
-wanted=$(cat pyproject.toml cluster/constraints.txt pcb_ray/kernels/_native.c | cksum)
+wanted=$(cat pyproject.toml cluster/constraints.txt pcb_ray/*/*.c | cksum)
 if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
     echo "Installing pcb-ray and what it needs into .venv (some minutes the first time) ..."
     .venv/bin/python -m pip install -qq --disable-pip-version-check -c cluster/constraints.txt -e ".[examples]"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pcb_ray.errors import RequestError
 from pcb_ray.files.checkpoint import DTYPE_BYTES
 from pcb_ray.files.remote import PIECE
+from pcb_ray.matrices import together
+from pcb_ray.methods.svc import svc_bytes
 from pcb_ray.planning import Plan
 from pcb_ray.selection import adding_bytes, tally_bytes
 
@@ -24,7 +26,21 @@ def worker_bytes(plan: Plan, block_elements: int) -> int:
     if method.ranks:  # those of a task have a tally each: in the total of a sweep, and in two answers that may yet be dropped
         entries = plan.sizes.tally_entries
         tallies = 3 * method.ranks * n * tally_bytes(entries) + adding_bytes(entries)
-    return PROCESS_BYTES + block_elements * per_element + tallies + _ahead_bytes(plan)
+    return PROCESS_BYTES + block_elements * per_element + tallies + _ahead_bytes(plan) + _matrix_bytes(plan)
+
+
+def _matrix_bytes(plan: Plan) -> int:
+    """What the largest matrix takes that is merged or calibrated whole, however many models there are."""
+    method, largest = plan.method, 0
+    for views in plan.views:
+        for group in together(views):
+            hull = group[-1].stop - group[0].first
+            for view in group:
+                m, n = view.shape
+                own = method.matrix_bytes(m, n, plan.N) if method.of_matrix is not None else 0
+                calibrating = svc_bytes(m, n) if plan.recipe.calibrate else 0
+                largest = max(largest, 8 * hull + max(own, calibrating))  # the result and a task vector
+    return largest
 
 
 def _ahead_bytes(plan: Plan) -> int:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -476,6 +477,12 @@ def _plan(options: argparse.Namespace) -> int:
     if options.cluster is not None:
         from pcb_ray.rates import measured_rates
 
+        if made.views:
+            raise RequestError(
+                "--cluster: wanted a method that merges element by element, found one that works on whole matrices, whose time is "
+                "not reckoned yet. Fix: leave --cluster out; docs/methods.md has what such a method costs."
+            )
+
         found = estimate(made, options.cluster, memory["worker_bytes"], measured_rates(made, block))
     if options.json:
         more = ({"search": search} if search else {}) | ({"cluster": found.summary()} if found else {})
@@ -579,6 +586,7 @@ def describe(plan: Plan, worker: int, free: int) -> list[str]:
         if name == plan.method.scale and plan.recipe.lambda_by_tensor:
             values = dict.fromkeys(f"{value:g}" for value in sorted({t.lambda_ for t in plan.tensors}))
         lines.append(f"{name:10} {', '.join(_some_of(list(values)))}: {parameter.help}")
+    lines += _described_matrices(plan) if plan.views else []
     copied = [f"{number} {why}" for why, number in facts["tensors_copied"].items()]
     if copied:
         lines.append(f"copied     {', '.join(copied)} (from the base, as they are)")
@@ -609,6 +617,25 @@ def describe(plan: Plan, worker: int, free: int) -> list[str]:
         *(f"note: {note}" for note in plan.notes),
     ]
     return lines
+
+
+def _described_matrices(plan: Plan) -> list[str]:
+    """Which tensors are merged by matrices, which way round, and which are not."""
+    shapes = Counter(f"{view.rows} x {view.columns}" for views in plan.views for view in views)
+    shown = [f"{count} of {shape}" for shape, count in sorted(shapes.items(), key=lambda one: -one[1])]
+    of_matrices = [tensor.name for tensor, views in zip(plan.tensors, plan.views, strict=True) if views]
+    turned = [
+        t.name for t, views in zip(plan.tensors, plan.views, strict=True) if any(view.down == 1 < view.rows for view in views)
+    ]
+    rest = [tensor.name for tensor, views in zip(plan.tensors, plan.views, strict=True) if not views]
+    lines = [f"calibrate  {plan.recipe.calibrate}: singular values, after the merge"] if plan.recipe.calibrate else []
+    lines.append(
+        f"matrices   {shapes.total()} in {_number(len(of_matrices), 'tensor')}, outputs x inputs: {', '.join(_some_of(shown))}"
+    )
+    lines += [f"turned     {_number(len(turned), 'tensor')}, stored inputs x outputs"] if turned else []
+    lines += _some([f"  {name}" for name in turned])
+    lines += [f"rest       {_number(len(rest), 'tensor')}, not merged as matrices"] if rest else []
+    return lines + _some([f"  {name}" for name in rest])
 
 
 def _some(lines: Sequence[str]) -> list[str]:

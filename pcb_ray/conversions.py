@@ -7,12 +7,15 @@ places; where, is read off views of a model without data.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from pcb_ray.matrices import Layer
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +56,45 @@ def tied_weights_of(config: Mapping[str, Any] | None) -> dict[str, str] | None:
 def _tied_weights(module: Any) -> dict[str, str]:
     saved_as = _conversions(module).saved_as
     return {saved_as.get(name, name): saved_as.get(to, to) for name, to in module.all_tied_weights_keys.items()}
+
+
+def layers_of(config: Mapping[str, Any] | None) -> dict[str, Layer] | None:
+    """By the name in files of each tensor of the class of this config.json, how its layer stores it; None likewise."""
+    return _of_class(config, _layers)
+
+
+TURNED_EXPERTS = ("Llama4TextExperts",)
+"""Classes that store [expert, inputs, outputs] and don't say so."""
+
+
+def _layers(module: Any) -> dict[str, Layer]:
+    saved_as, pieces = (conversions := _conversions(module)).saved_as, conversions.pieces
+    ends = set()
+    for end in (module.get_input_embeddings, module.get_output_embeddings):
+        with contextlib.suppress(NotImplementedError, AttributeError):  # classes without one
+            ends.add(id(end().weight))
+    found: dict[str, Layer] = {}
+    for prefix, layer in module.named_modules():
+        for own_name, tensor in layer.named_parameters(recurse=False):
+            name = f"{prefix}.{own_name}" if prefix else own_name
+            kind: Layer = "none" if id(tensor) in ends else _layer(layer, own_name, tensor.ndim)
+            found[saved_as.get(name, name)] = kind
+            # Experts that files have one by one are matrices of their own, and so are layers that files have apart.
+            for piece, where in pieces.get(name, {}).items():
+                found[piece] = kind if len(where.shape) == tensor.ndim or kind == "none" else "rows"
+    for whole, parts in pieces.items():  # several in memory are one in files
+        kinds = {found[part] for part in parts if part in found}
+        if whole not in found and len(kinds) == 1:
+            found[whole] = kinds.pop()
+    return found
+
+
+def _layer(layer: Any, name: str, dimensions: int) -> Layer:
+    kind = type(layer).__name__
+    if kind.endswith("Experts") and dimensions == 3:
+        return "column stack" if getattr(layer, "is_transposed", False) or kind in TURNED_EXPERTS else "row stack"
+    is_weight = name in ("weight", "in_proj_weight") and dimensions >= 2 and "Embedding" not in kind
+    return ("columns" if kind == "Conv1D" or "ConvTranspose" in kind else "rows") if is_weight else "none"
 
 
 def _of_class(config: Mapping[str, Any] | None, told: Callable[[Any], _T]) -> _T | None:

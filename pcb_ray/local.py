@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, ChunksOf, OwnerState, Question, TotalT
-from pcb_ray.schedule import MAX_BATCH, PartialTotal, batches_of, proved
+from pcb_ray.schedule import MAX_BATCH, ExpectedS, PartialTotal, batches_of, proved
 
 if TYPE_CHECKING:
     from pcb_ray.files.store import Store
@@ -45,7 +45,7 @@ class LocalOwners:
         chunks_of: ChunksOf | None = None,  # noqa: ARG002 - all is in one place
         *,
         doubles: bool = True,  # noqa: ARG002 - it does everything once
-        usual_s: float | None = None,  # noqa: ARG002 - and waits for ever
+        expected_s: ExpectedS | None = None,  # noqa: ARG002 - and waits for ever
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """(some items, the answer about them), as answers come, in no order; each item once. Raises what an owner raises."""
         import torch
@@ -87,6 +87,7 @@ class LocalOwners:
         chunks_of: ChunksOf | None = None,  # noqa: ARG002
         *,
         doubles: bool = True,  # noqa: ARG002 - it does everything once
+        expected_s: ExpectedS | None = None,  # noqa: ARG002
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable."""
         yield from self.ask(question, items)

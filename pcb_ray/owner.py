@@ -23,6 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pcb_ray import by_matrix
 from pcb_ray.budget import MIN_BLOCK, choose_block
 from pcb_ray.errors import InputError, RequestError, RunError
 from pcb_ray.files.hub import hub_id
@@ -139,7 +140,7 @@ class Owner:
         largest, digests, gram = [-(1 << 63)] * self.plan.N, self._digests(), self._gram(question.relate)
         for segments in itertools.chain.from_iterable(map(self.blocks, self.chunks_ahead(chunks))):
             loaded = self.load(segments, digests)
-            self._relate(loaded, gram)
+            self.relate(loaded, gram)
             of_block, counted = self.kernel.count(loaded, quantity, question.known, question.brackets)
             for i in range(self.plan.N):
                 largest[i] = max(largest[i], of_block[i])
@@ -156,7 +157,7 @@ class Owner:
         largest: list[float] = []
         for segments in itertools.chain.from_iterable(map(self.blocks, self.chunks_ahead(chunks))):
             loaded = self.load(segments, digests)
-            self._relate(loaded, gram)
+            self.relate(loaded, gram)
             if not self.kernel.extremes(loaded, wanted, question.known, smallest, largest):
                 self.refuse_non_finite(segments, wanted.title)
         self.note_memory()
@@ -169,12 +170,12 @@ class Owner:
         for chunk in self.chunks_ahead(chunks):
             pieces = {chunk: self.blocks(chunk)}
             if wanted.per == "tensor":
-                pieces = {self.plan.cell_of(cell): self._cut([cell]) for cell in self.plan.cells_of(chunk)}
+                pieces = {self.plan.cell_of(cell): self.cut([cell]) for cell in self.plan.cells_of(chunk)}
             for piece, blocks in pieces.items():
                 runs: list[list[float]] = []
                 for segments in blocks:
                     loaded = self.load(segments, digests)
-                    self._relate(loaded, gram)
+                    self.relate(loaded, gram)
                     if is_first and not self.kernel.are_finite(loaded):
                         self.refuse_non_finite(segments, wanted.title)
                     found = [_sums_of_runs(x_B) for x_B in self.kernel.rows(loaded, wanted, question.known)]
@@ -283,16 +284,32 @@ class Owner:
                     yield from (
                         _Output(data, ()) for data in self._bytes_of(source.file, source.start + one.start, source.start + one.stop)
                     )
+            noted = (digests, gram) if again < 0 else (None, None)  # what is written twice is read twice, and counts once
             merged = [one for one in segments if isinstance(one, Segment)]
-            for block in self._cut(merged):
-                weights = self.plan.tensors[block[0].tensor].weights
-                is_first = again < 0  # what is written twice is read twice, and counts once
-                loaded = self.load(block, digests if is_first else None)
-                self._relate(loaded, gram if is_first else None)
-                rounded_B, finite = self.kernel.merge(loaded, known, weights, lambda_, DTYPES[dtype])
-                if not finite:
-                    self._refuse_output(block, rounded_B)
-                yield _Output(rounded_B.cpu().view(torch.uint8).numpy().data, block)
+            for has_matrices, alike in itertools.groupby(merged, self.plan.has_matrices):
+                made: Iterator[tuple[list[Segment], Tensor, bool]]
+                if has_matrices:
+                    made = (found for one in alike for found in by_matrix.merged(self, one, known, lambda_, DTYPES[dtype], *noted))
+                else:
+                    made = self._by_block(list(alike), known, lambda_, DTYPES[dtype], *noted)
+                for block, rounded_B, finite in made:
+                    if not finite:
+                        self._refuse_output(block, rounded_B)
+                    yield _Output(rounded_B.cpu().view(torch.uint8).numpy().data, block)
+
+    def _by_block(
+        self,
+        segments: Sequence[Segment],
+        known: Known,
+        lambda_: float,
+        dtype: torch.dtype,
+        digests: Sequence[CellDigests] | None,
+        gram: Gram | None,
+    ) -> Iterator[tuple[list[Segment], Tensor, bool]]:
+        for block in self.cut(segments):
+            loaded = self.load(block, digests)
+            self.relate(loaded, gram)
+            yield block, *self.kernel.merge(loaded, known, self.plan.tensors[block[0].tensor].weights, lambda_, dtype)
 
     def _mean(self, tensor: CopiedTensor, part: Copied) -> memoryview:
         """These bytes of the mean of statistics over the models."""
@@ -386,9 +403,9 @@ class Owner:
             for at in range(first, stop, self.block_elements):
                 yield list(self.plan.segments(at, min(at + self.block_elements, stop)))
         else:
-            yield from self._cut(self.plan.cells_of(chunk))
+            yield from self.cut(self.plan.cells_of(chunk))
 
-    def _cut(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    def cut(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
         """Segments in blocks; each of one tensor only if the method must know it."""
         shares = self.plan.method.unit == "element"
         block: list[Segment] = []
@@ -436,7 +453,7 @@ class Owner:
     def load(self, segments: Sequence[Segment], digests: Sequence[CellDigests] | None = None) -> Loaded:
         """A block as its files hold it: the base's elements [B] and each model's, in the file's dtype. It is valid until the next
         call."""
-        sources = [self._load_source(segments, k, digests[k] if digests else None) for k in range(self.plan.N + 1)]
+        sources = [self.load_source(segments, k, digests[k] if digests else None) for k in range(self.plan.N + 1)]
         if self.plan.method.unit == "element":
             return Loaded(sources)
         (segment,) = segments
@@ -444,7 +461,7 @@ class Owner:
         place = TensorPlace(tensor.name, tensor.shape, segment.tensor, segment.start)
         return Loaded(sources, tensor.first + segment.start, place)
 
-    def _load_source(self, segments: Sequence[Segment], source: int, digests: CellDigests | None) -> Tensor | None:
+    def load_source(self, segments: Sequence[Segment], source: int, digests: CellDigests | None) -> Tensor | None:
         reader = self._readers[source]
         if reader is None:
             return None
@@ -460,7 +477,7 @@ class Owner:
         n = self.plan.N
         return Gram(np.zeros((n + 1) * (n + 2) // 2), [0] * n) if relate else None
 
-    def _relate(self, loaded: Loaded, gram: Gram | None) -> None:
+    def relate(self, loaded: Loaded, gram: Gram | None) -> None:
         """Add a block to what is found of how the models stand to the base, if that is asked for."""
         if gram is not None:
             gram.merge(Gram(*self.kernel.gram(loaded)))
@@ -481,7 +498,7 @@ class Owner:
         problems = []
         for segment in segments:
             for source in range(self.plan.N + 1):
-                tensor, x_B = self.plan.tensors[segment.tensor].sources[source], self._load_source([segment], source, None)
+                tensor, x_B = self.plan.tensors[segment.tensor].sources[source], self.load_source([segment], source, None)
                 if tensor is None or x_B is None:
                     continue
                 bad = torch.nonzero(~torch.isfinite(x_B.float()))

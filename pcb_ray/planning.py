@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
+from pcb_ray.conversions import layers_of
 from pcb_ray.errors import RequestError
 from pcb_ray.files.beside import (
     CONFIG,
@@ -51,6 +52,7 @@ from pcb_ray.files.store import Range, Stamp, Store, is_remote
 from pcb_ray.files.stores import open_store
 from pcb_ray.files.vocabulary import check_vocabularies
 from pcb_ray.matching import match
+from pcb_ray.matrices import TURNED, View, layer_of, matches, split_problem, views_of
 from pcb_ray.methods import Method, Ranks, Settings
 from pcb_ray.recipe import DTYPES, Recipe, depths_of
 from pcb_ray.relation import Relation, notes_on, other_bases, relation_of
@@ -59,6 +61,9 @@ from pcb_ray.tied import Apart, Samples, Twin
 AHEAD_ELEMENTS = 1 << 22
 OPENED_AT_ONCE = 16
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as save_pretrained users expect
+OPERATIONS, SLOWEST_CORE, UNHURRIED = 30, 2e9, 50e6
+"""What a method on matrices takes for each model, times rows, columns and the smaller of both; what a slow core does of that in a
+second, and how many bytes it merges. Nothing but when a worker is late depends on them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +232,8 @@ class Plan:
     """Files beside the tensors that stay behind, and why."""
     relation: Relation | None = dataclasses.field(compare=False, default=None)
     """How the models stand to the base, on a sample; None until it was looked at."""
+    views: tuple[tuple[View, ...], ...] = ()
+    """The matrices of each merged tensor (none: it is of the rest), where they are merged or calibrated whole; else empty."""
     notes: tuple[str, ...] = dataclasses.field(compare=False, default=())
 
     @property
@@ -288,6 +295,10 @@ class Plan:
     def written_bytes(self) -> int:
         return sum(f.size for f in self.files)
 
+    def has_matrices(self, segment: Segment) -> bool:
+        """Whether its tensor is merged, or calibrated, by whole matrices."""
+        return bool(self.views and self.views[segment.tensor])
+
     def dtypes_of(self, source: int) -> set[str]:
         """The dtypes that merged tensors have in the base (0) or a model (1..N); none for a base that is not read."""
         return {t.dtype for tensor in self.tensors if (t := tensor.sources[source]) is not None}
@@ -303,7 +314,7 @@ class Plan:
         """Where chunks begin, and D: chunk k has elements bounds[k]..bounds[k + 1] - 1. For a method that must see whole tensors,
         none is cut."""
         size = self.sizes.chunk_elements
-        if self.method.unit != "tensor":
+        if self.method.unit != "tensor" and not self.views:
             return [*range(0, self.D, size), self.D]
         found = [0]
         for tensor in self.tensors:
@@ -379,6 +390,16 @@ class Plan:
         """What a part of the output takes."""
         return self.parts[number].stop - self.parts[number].start
 
+    def expected_s(self, number: int) -> float:
+        """How many seconds a core may take for a part of the output with matrices: by their operations, and by its bytes."""
+        operations = sum(
+            view.rows * view.columns * min(view.shape)
+            for one in self.parts[number].segments
+            if isinstance(one, Segment) and self.has_matrices(one)
+            for view in self.views[one.tensor]
+        )
+        return OPERATIONS * self.N * operations / SLOWEST_CORE + self.part_bytes(number) / UNHURRIED
+
     def ranges_of(self, segments: Iterable[Segment | Copied]) -> Iterator[Range]:
         """The bytes of the inputs that these segments are made from."""
         for one in segments:
@@ -430,7 +451,15 @@ class Plan:
         for tensor in self.tensors:
             places = [None if t is None else (os.path.basename(t.file), t.start, t.dtype) for t in tensor.sources]
             told.update(repr((tensor.name, tensor.first, tensor.numel, places)).encode())
+        if self.views:
+            told.update(repr(self.views).encode())
         return told.hexdigest()
+
+    def _matrices(self) -> list[dict[str, Any]]:
+        return [
+            {"tensor": tensor.name, "matrices": [list(view.shape) for view in views], "turned": any(v.down == 1 for v in views)}
+            for tensor, views in zip(self.tensors, self.views, strict=False)
+        ]
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the output's bytes, as JSON values: what a resumed run must share with the run it continues."""
@@ -478,6 +507,7 @@ class Plan:
             "relation": None if self.relation is None else json.loads(json.dumps(dataclasses.asdict(self.relation))),
             "files_along": [{"name": f.name, "bytes": f.size} for f in self.along],
             "files_left_out": [{"name": f.name, "bytes": f.size, "why": f.left_out} for f in self.left_out],
+            "matrices": self._matrices(),
             "output_files": [{"name": f.name, "bytes": f.size} for f in self.files],
             "chunks": self.chunks,
             "parts": len(self.parts),
@@ -650,6 +680,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
     notes += inputs.notes
     if inputs.problems:
         raise RequestError(inputs.problems)
+    views = _views(recipe, inputs.base, tensors, notes)
     made = Plan(
         recipe=recipe,
         inputs=tuple(Input(c.source, c.commit, c.files) for c in checkpoints),
@@ -671,6 +702,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
         library=inputs.base.library,
         along=along,
         left_out=left_out,
+        views=views,
         notes=tuple(notes),
     )
     problems = [
@@ -684,6 +716,39 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, max_shard_bytes: int = DEFAULT_SH
     if problems:
         raise RequestError(problems)
     return made
+
+
+def _views(recipe: Recipe, base: Checkpoint, tensors: Sequence[MergedTensor], notes: list[str]) -> tuple[tuple[View, ...], ...]:
+    """The matrices of each tensor, where the recipe has use for them. Raises RequestError for a split that does not add up."""
+    method, n = recipe.method, len(recipe.models)
+    if method.of_matrix is None and not recipe.calibrate:
+        return ()
+    known = layers_of(base.config)
+    found, too_small, problems = list[tuple[View, ...]](), [], []
+    for tensor in tensors:
+        layer = layer_of(tensor.name, tensor.shape, known)
+        if matches(tensor.name, recipe.rest_tensors):
+            layer = "none"
+        elif matches(tensor.name, recipe.transpose):
+            layer = TURNED[layer]
+        split = next((sizes for pattern, sizes in recipe.split if matches(tensor.name, (pattern,))), ())
+        views = views_of(tensor.shape, layer, split)
+        if split and views and (problem := split_problem(tensor.shape, layer, split)):
+            problems.append(f"split: {tensor.name}: {problem}")
+        if not all(method.fits(view.shape, n) for view in views):
+            too_small.append(tensor.name)
+            views = ()
+        found.append(views)
+    if problems:
+        raise RequestError(problems)
+    if known is None:
+        notes.append(
+            "which tensors are matrices, and that their rows are outputs, is taken from names and shapes, since transformers does "
+            "not know the model's class; `pcb-ray plan` lists them, `transpose` and `rest_tensors` change it"
+        )
+    if too_small:
+        notes.append(f"{some(too_small)}: too small for {method.full_name} of {n} models, and merged as what is no matrix is")
+    return tuple(found)
 
 
 def _beside(recipe: Recipe, inputs: Inputs, notes: list[str]) -> tuple[tuple[Along, ...], tuple[Beside, ...]]:

@@ -89,12 +89,12 @@ class Owners(Protocol):
         chunks_of: ChunksOf | None = None,
         *,
         doubles: bool = True,
-        usual_s: float | None = None,
+        expected_s: Callable[[int], float] | None = None,
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """(some items, the answer about them), as answers come, in no order; each item once.
 
-        `doubles`: two may be at the same item at once, when one of them is slow. `usual_s`: how long an item takes, as far as that
-        is known before the first answer."""
+        `doubles`: two may be at the same item at once, when one of them is slow. `expected_s`: how long an item may take,
+        where they differ much."""
         ...
 
     def fold(self, question: Question[TotalT], chunks: Sequence[int], done: Callable[[Sequence[int]], None]) -> TotalT:
@@ -103,7 +103,13 @@ class Owners(Protocol):
         ...
 
     def store(
-        self, question: Question[Answer], items: Sequence[int], chunks_of: ChunksOf | None = None, *, doubles: bool = True
+        self,
+        question: Question[Answer],
+        items: Sequence[int],
+        chunks_of: ChunksOf | None = None,
+        *,
+        doubles: bool = True,
+        expected_s: Callable[[int], float] | None = None,
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and
         yielded, again. `doubles`: two may write the same at once, since they write the same bytes."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from pcb_ray import methods
-from pcb_ray.checks import choice, flag, nearest, number, present, section, shown, text, wrong
+from pcb_ray.checks import choice, flag, nearest, number, present, section, shown, text, whole, wrong
 from pcb_ray.errors import RequestError
 from pcb_ray.files.objects import (
     SCHEMES,
@@ -53,7 +53,7 @@ MAX_DIGITS = 1 << 13  # 1:59:59 and so on is a number to YAML, and slow to read
 _TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "exclude", "tokenizer_source",
     "chat_template", "search", "sweep", "name",
-    "allow_unrelated", "storage",
+    "allow_unrelated", "storage", "transpose", "rest_tensors", "split",
 )  # fmt: skip
 _PARAMETERS = tuple(dict.fromkeys(name for method in methods.METHODS for name in (*method.parameters, "variant")))
 _HOMES = {
@@ -114,6 +114,14 @@ class Recipe:
     """A Jinja template; None: the one among the tokenizer files is copied."""
     lambda_by_tensor: tuple[Rule, ...] = ()
     """lambda by tensor name, as `weight` has it, in the place of the one number in `parameters`; empty where that is for all."""
+    calibrate: str = ""
+    """`svc`: singular values are calibrated after the merge; empty: they are not."""
+    transpose: tuple[str, ...] = ()
+    """fnmatch patterns of tensors that lie the other way round than their class says: of matrices, as the next two."""
+    rest_tensors: tuple[str, ...] = ()
+    """Patterns of tensors that are not merged as matrices."""
+    split: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """(pattern, outputs of each layer that is packed in such a tensor, or one number for all)."""
     allow_unrelated: bool = False
     """Whether models may be merged that are no fine-tunes of the base, as far as their weights tell."""
     storage: Mapping[str, Any] = field(default_factory=dict)
@@ -148,14 +156,17 @@ class Recipe:
         if base is None and method.has_base:
             problems.append(wrong("base_model", "the model that all others come from", None, "add `base_model: PATH`"))
         models = _models(self.models, base if method.has_base else None, folder, method, problems, notes)
-        exclude = self.exclude if isinstance(self.exclude, (list, tuple)) else [self.exclude]
         checked = {
             "models": models,
             "base_model": base,
             "merge_method": name,
             "parameters": parameters,
             "dtype": None if self.dtype is None else _dtype(self.dtype, problems),
-            "exclude": tuple(text(pattern, f"exclude[{i}]", problems) for i, pattern in enumerate(exclude)),
+            "exclude": _patterns(self.exclude, "exclude", problems),
+            "calibrate": _calibrate(self.calibrate, method, problems),
+            "transpose": _patterns(self.transpose, "transpose", problems),
+            "rest_tensors": _patterns(self.rest_tensors, "rest_tensors", problems),
+            "split": _split(self.split, problems),
             "tokenizer_source": _tokenizer_source(self.tokenizer_source, models, base, folder, problems),
             "chat_template": None if self.chat_template is None else _template(self.chat_template, problems),
             "lambda_by_tensor": by_tensor if method.scale else (),
@@ -246,7 +257,7 @@ class Recipe:
             problems.append(wrong("parameters", "`key: value` lines", raw, f"give some of {', '.join(_PARAMETERS)}"))
             raw = {}
         parameters = present(raw)
-        weight, int8_mask, normalize = (parameters.pop(key, None) for key in SHARED_PARAMETERS)
+        weight, int8_mask, normalize, calibrate = (parameters.pop(key, None) for key in SHARED_PARAMETERS)
         default = () if weight is None else _rules(weight, "parameters.weight", problems)
         models = top.get("models", ())
         if isinstance(models, (list, tuple)):
@@ -273,6 +284,7 @@ class Recipe:
         asked = {
             **top,
             "parameters": parameters,
+            "calibrate": calibrate,
             "models": models,
             "dtype": top.get("out_dtype", top.get("dtype")),
             "folder": Path(folder),
@@ -299,6 +311,7 @@ class Recipe:
             own: dict[str, object] = {"weight": _written(model.weight), **model.parameters}
             models.append({"model": model.source, "parameters": own})
         parameters = {**self.parameters, **({"lambda": _written(self.lambda_by_tensor)} if self.lambda_by_tensor else {})}
+        parameters |= {"calibrate": self.calibrate} if self.calibrate else {}
         layout = {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
@@ -308,6 +321,9 @@ class Recipe:
             "exclude": list(self.exclude),
             "tokenizer_source": self.tokenizer_source,
             "chat_template": self.chat_template,
+            "transpose": list(self.transpose) or None,
+            "rest_tensors": list(self.rest_tensors) or None,
+            "split": {pattern: list(sizes) for pattern, sizes in self.split} or None,
             "allow_unrelated": self.allow_unrelated or None,
             "storage": {kind: _written_access(access) for kind, access in self.storage.items()} or None,
         }
@@ -565,6 +581,35 @@ def sources_in(mapping: Mapping[str, Any]) -> dict[str, str]:
 
 def _matches_all(rules: tuple[Rule, ...]) -> bool:
     return bool(rules) and rules[-1][0] is None
+
+
+def _patterns(raw: object, where: str, problems: list[str]) -> tuple[str, ...]:
+    items = raw if isinstance(raw, (list, tuple)) else [raw]
+    return tuple(text(pattern, f"{where}[{i}]", problems) for i, pattern in enumerate(items))
+
+
+def _calibrate(raw: object, method: Method, problems: list[str]) -> str:
+    if raw in ("", "none", None):
+        return ""
+    found = choice(raw, "parameters.calibrate", ("svc", "none"), problems)
+    if found and (method.is_flat or not method.has_base):
+        why = "all singular values equal already" if method.is_flat else "no task vectors"
+        problems.append(f"parameters.calibrate: wanted none with {method.name}, which has {why}, found svc. Fix: remove it.")
+    return found
+
+
+def _split(raw: object, problems: list[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if isinstance(raw, tuple):  # it has been read
+        return raw
+    if not isinstance(raw, Mapping):
+        problems.append(wrong("split", "`pattern: [sizes]` lines", raw, 'write such as `"*.qkv_proj.weight": [4096, 1024, 1024]`'))
+        return ()
+    found = []
+    for key, value in raw.items():
+        pattern = text(key, "split", problems)
+        sizes = value if isinstance(value, list | tuple) else [value]
+        found.append((pattern, tuple(whole(size, f"split.{pattern}", 1, problems) for size in sizes)))
+    return tuple(found)
 
 
 def _dtype(raw: object, problems: list[str]) -> str:

@@ -36,7 +36,7 @@ from pcb_ray.files.store import is_remote
 from pcb_ray.nodes import Needs, Node, draining, nodes, shown_nodes
 from pcb_ray.planning import Plan
 from pcb_ray.questions import Answer, ChunksOf, OwnerState, Question, TotalT
-from pcb_ray.schedule import Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, batches_of, proved
+from pcb_ray.schedule import ExpectedS, Pace, PartialTotal, Patience, Schedule, Standing, Subtotal, Verdict, batches_of, proved
 
 if TYPE_CHECKING:
     from pcb_ray.files.objects import Fence
@@ -161,7 +161,7 @@ class _Job:
     chunks_of: ChunksOf | None
     adds_up: bool
     doubles: bool  # two owners may do the same batch
-    pace: Pace = field(default_factory=Pace)
+    pace: Pace
     deaths: collections.Counter[int] = field(default_factory=collections.Counter)  # of owners at work on a batch
     short: dict[int, int] = field(default_factory=dict)  # batch -> elements of the blocks with which it ran out of memory
 
@@ -178,7 +178,7 @@ class _Call:
     @property
     def usual_s(self) -> float | None:
         """How long it usually takes."""
-        return self.job.pace.usual_s(len(self.job.schedule.batches[self.batch])) if self.job else None
+        return self.job.pace.usual_s(self.job.schedule.batches[self.batch]) if self.job else None
 
 
 @dataclass
@@ -307,22 +307,27 @@ class RayOwners:
         chunks_of: ChunksOf | None = None,
         *,
         doubles: bool = True,
-        usual_s: float | None = None,
+        expected_s: ExpectedS | None = None,
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """(some items, the answer about them), as answers come, in no order; each item once.
 
         Raises what an owner raised, or RunError if items keep killing owners.
         """
-        job = self._job(question, items, chunks_of, keeps=False, doubles=doubles)
-        job.pace.expect(usual_s)
+        job = self._job(question, items, chunks_of, keeps=False, doubles=doubles, expected_s=expected_s)
         yield from self._work(job)
 
     def store(
-        self, question: Question[Answer], items: Sequence[int], chunks_of: ChunksOf | None = None, *, doubles: bool = True
+        self,
+        question: Question[Answer],
+        items: Sequence[int],
+        chunks_of: ChunksOf | None = None,
+        *,
+        doubles: bool = True,
+        expected_s: ExpectedS | None = None,
     ) -> Iterator[tuple[Sequence[int], Answer]]:
         """As `ask`, for questions that write: when it ends, all of that is durable. What a lost owner wrote is written, and
         yielded, again. `doubles`: two may write the same at once, since they write the same bytes."""
-        job = self._job(question, items, chunks_of, keeps=True, doubles=doubles)
+        job = self._job(question, items, chunks_of, keeps=True, doubles=doubles, expected_s=expected_s)
         schedule = job.schedule
         while not schedule.done:
             yield from self._work(job)
@@ -359,6 +364,7 @@ class RayOwners:
         keeps: bool,
         adds_up: bool = False,
         doubles: bool = True,
+        expected_s: ExpectedS | None = None,
     ) -> _Job:
         import ray
 
@@ -366,8 +372,8 @@ class RayOwners:
         self._look_at_nodes(None)
         placed = {worker.number: worker.node for worker in self._workers.values() if worker.place}
         homes = [self._home(chunks_of(item)) for item in items] if chunks_of else ()
-        schedule = Schedule(items, placed, homes, keeps=keeps, numbers=self._numbers)
-        return _Job(ray.put(question), schedule, chunks_of, adds_up, doubles)
+        schedule = Schedule(items, placed, homes, keeps=keeps, numbers=self._numbers, expected_s=expected_s)
+        return _Job(ray.put(question), schedule, chunks_of, adds_up, doubles, Pace(expected_s))
 
     def _home(self, chunks: Iterable[int]) -> str:
         """The node where most of these chunks have their bytes."""
@@ -452,7 +458,7 @@ class RayOwners:
         if call.job is not job or not job.schedule.answered(worker.number, call.batch, call.number):
             return []
         items = job.schedule.batches[call.batch]
-        job.pace.learn(len(items), seconds)
+        job.pace.learn(items, seconds)
         if job.chunks_of is not None:
             self._homes.update((chunk, worker.node) for item in items for chunk in job.chunks_of(item))
         return [(items, result)]

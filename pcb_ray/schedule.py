@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import collections
 import enum
+import heapq
 import itertools
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -34,6 +35,10 @@ _Thing = TypeVar("_Thing")
 def batches_of(items: Sequence[int], size: int) -> list[Sequence[int]]:
     """The items in runs of at most `size`."""
     return [items[at : at + size] for at in range(0, len(items), size)]
+
+
+ExpectedS = Callable[[int], float]
+"""How many seconds one owner may take for an item, where items differ much. Only the proportions must be about right."""
 
 
 # --- time -------------------------------------------------------------------------------------------------------------------------
@@ -98,24 +103,24 @@ class Patience:
 class Pace:
     """How long items of one question take."""
 
-    def __init__(self) -> None:
-        self._items, self._seconds = 0, 0.0
-        self._expected_s: float | None = None  # for one
+    def __init__(self, expected_s: ExpectedS | None = None) -> None:
+        self._expected_s = expected_s
+        self._learned_s, self._took_s = 0.0, 0.0
 
-    def expect(self, seconds: float | None) -> None:
-        """An item is expected to take so long, as long as nothing is learned."""
-        self._expected_s = seconds
+    def learn(self, items: Sequence[int], seconds: float) -> None:
+        """These items took so long."""
+        self._learned_s += self._expected(items)
+        self._took_s += seconds
 
-    def learn(self, items: int, seconds: float) -> None:
-        """So many items took so long."""
-        self._items += items
-        self._seconds += seconds
+    def usual_s(self, items: Sequence[int]) -> float | None:
+        """What these items take: as was expected of them, by how that was wrong of others. Where nothing was expected, items should
+        cost about alike, and before the first answer nothing is known."""
+        if self._learned_s:
+            return self._expected(items) * self._took_s / self._learned_s
+        return None if self._expected_s is None else self._expected(items)
 
-    def usual_s(self, items: int) -> float | None:
-        """What so many items take; nothing may be known before the first answer."""
-        if self._items:
-            return items * self._seconds / self._items
-        return None if self._expected_s is None else items * self._expected_s
+    def _expected(self, items: Sequence[int]) -> float:
+        return float(len(items)) if self._expected_s is None else sum(map(self._expected_s, items))
 
 
 # --- who does what ----------------------------------------------------------------------------------------------------------------
@@ -129,6 +134,20 @@ class Verdict(NamedTuple):
     dropping: list[int]
 
 
+def _shares(run: Sequence[int], count: int, expected_s: ExpectedS | None) -> list[Sequence[int]]:
+    """A run of items for each of so many owners: equal numbers, or about equal times, the longest first."""
+    if expected_s is None:
+        cuts = [len(run) * k // count for k in range(count + 1)]
+        return [run[start:stop] for start, stop in itertools.pairwise(cuts)]
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0.0, k) for k in range(count)]
+    for item in sorted(run, key=expected_s, reverse=True):
+        load, k = loads[0]
+        shares[k].append(item)
+        heapq.heapreplace(loads, (load + expected_s(item), k))
+    return list(shares)
+
+
 class Schedule:
     """Which batches of one question are to do, at hand, and answered; and by whom. Batches and owners are numbers.
 
@@ -136,11 +155,18 @@ class Schedule:
     are those of their subtotals: they grow from question to question."""
 
     def __init__(
-        self, items: Sequence[int], owners: Mapping[int, str], homes: Sequence[str] = (), *, keeps: bool, numbers: Iterator[int]
+        self,
+        items: Sequence[int],
+        owners: Mapping[int, str],
+        homes: Sequence[str] = (),
+        *,
+        keeps: bool,
+        numbers: Iterator[int],
+        expected_s: ExpectedS | None = None,
     ) -> None:
         """`owners` and the nodes that they are on; `homes` are the nodes where the bytes of the items lie, empty where nobody knows
-        or cares."""
-        size = max(1, min(MAX_BATCH, len(items) // max(1, len(owners) * BATCHES_PER_OWNER)))
+        or cares. Where it is said what items cost, the most costly come first, each to who has least to do."""
+        size = 1 if expected_s else max(1, min(MAX_BATCH, len(items) // max(1, len(owners) * BATCHES_PER_OWNER)))
         self.batches: list[Sequence[int]] = []
         self._nodes = dict(owners)  # of all owners there were
         self._todo: dict[int, collections.deque[int]] = {}  # by the owner whose run it is, who may be gone
@@ -149,10 +175,9 @@ class Schedule:
         everyone = list(itertools.chain.from_iterable(of_node.values())) or [NOBODY]
         for home, run in _grouped(items, known).items():
             sharing = of_node[home] if home else everyone
-            cuts = [len(run) * k // len(sharing) for k in range(len(sharing) + 1)]
-            for owner, (start, stop) in zip(sharing, itertools.pairwise(cuts), strict=True):
+            for owner, share in zip(sharing, _shares(run, len(sharing), expected_s), strict=True):
                 first = len(self.batches)
-                self.batches += batches_of(run[start:stop], size)
+                self.batches += batches_of(share, size)
                 self._todo.setdefault(owner, collections.deque()).extend(range(first, len(self.batches)))
         self._keeps, self._numbers = keeps, numbers
         self._news: dict[int, Verdict] = {}  # owner -> what it has not heard yet
@@ -254,9 +279,9 @@ class Schedule:
         """The owners that hold something."""
         return list(self._held)
 
-    def items_held(self, owner: int) -> int:
-        """How many items would be lost with this owner."""
-        return sum(len(self.batches[batch]) for batch in self._held.get(owner, ()))
+    def items_held(self, owner: int) -> list[int]:
+        """The items that would be lost with this owner."""
+        return [item for batch in self._held.get(owner, ()) for item in self.batches[batch]]
 
     def verdict(self, owner: int) -> Verdict:
         """What this owner is to hear with its next batch."""

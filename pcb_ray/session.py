@@ -89,7 +89,9 @@ class Session:
         item."""
         doubles = self.plan.method.tolerance == 0  # else it may write other bits over those whose digest counts
         with _Sweep(self, name, items, bytes_of or self._bytes_of_part) as sweep:
-            for batch, answer in self.owners.store(question, items, chunks_of or self.plan.chunks_of_part, doubles=doubles):
+            expected_s = self.plan.expected_s if bytes_of is None and self.plan.views else None
+            chunks_of = chunks_of or self.plan.chunks_of_part
+            for batch, answer in self.owners.store(question, items, chunks_of, doubles=doubles, expected_s=expected_s):
                 sweep.advance(batch)
                 yield batch, answer
 
@@ -104,10 +106,14 @@ class Session:
         """The same for whole files, each of which has one writer at a time: those of the output, unless it is told."""
         bytes_of, chunks_of = bytes_of or self._bytes_of_file, chunks_of or self.plan.chunks_of_file
         with _Sweep(self, name, files, bytes_of) as sweep:
-            usual_s = self._usual_s(max(map(bytes_of, files), default=0))
-            for batch, answer in self.owners.ask(question, files, chunks_of, doubles=False, usual_s=usual_s):
+            expected = {file: self._expected_s(file, bytes_of(file)) for file in files}
+            for batch, answer in self.owners.ask(question, files, chunks_of, doubles=False, expected_s=expected.__getitem__):
                 sweep.advance(batch)
                 yield batch, answer
+
+    def _expected_s(self, file: int, read: int) -> float:
+        """How long one worker takes for a file for which so many bytes are read: by the last sweep, and by what matrices cost."""
+        return self._usual_s(read) + (sum(map(self.plan.expected_s, self.plan.parts_of(file))) if self.plan.views else 0.0)
 
     def _usual_s(self, read: int) -> float:
         """How long one worker takes for what reads so many bytes, by the last sweep."""

@@ -6,9 +6,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
-if ! cmp -s .venv/installed-from <(cat pyproject.toml cluster/constraints.txt pcb_ray/kernels/_native.c); then
+if ! cmp -s .venv/installed-from <(cat pyproject.toml cluster/constraints.txt pcb_ray/*/*.c); then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c cluster/constraints.txt -e ".[dev]"
-    cat pyproject.toml cluster/constraints.txt pcb_ray/kernels/_native.c > .venv/installed-from
+    cat pyproject.toml cluster/constraints.txt pcb_ray/*/*.c > .venv/installed-from
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

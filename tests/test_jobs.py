@@ -55,6 +55,7 @@ def job_folder(tmp_path: Path, family: Family) -> Path:
     return folder
 
 
+@pytest.mark.very_slow
 def test_a_job_merges_on_the_cluster_that_it_was_submitted_to(head: Head, family: Family, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = submit(head, job_folder(tmp_path, family), "merge", "recipe.yaml", out)

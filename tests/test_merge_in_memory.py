@@ -17,7 +17,7 @@ from pcb_ray import RequestError, merge_state_dicts
 from pcb_ray.methods import METHODS as RECORDS
 from pcb_ray.planning import Sizes
 
-METHODS = tuple(record.full_name for record in RECORDS)
+METHODS = tuple(record.full_name for record in RECORDS if record.of_matrix is None)  # the others have tests of their own
 WITH_BASE = tuple(record.full_name for record in RECORDS if record.has_base)
 # A density decides what is kept; a score, what has a part in it: a task without one is warned of.
 KEEPING = tuple(record.full_name for record in RECORDS if "density" in record.parameters)

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from pcb_ray.methods import names
-
 GOLDEN = sorted((Path(__file__).parent / "data").glob("*_r*.safetensors"))
 VARIANTS = ["released", "pairwise", "paper"]
 CLIPPED = ["released", "pairwise"]
@@ -503,7 +501,7 @@ METHODS = {
 merge = partial(oracle.merge_state_dicts, density=0.3, lambda_=0.8)
 
 
-@pytest.mark.parametrize("method", names())
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
 def test_a_model_is_merged_as_one_float32_vector_and_rounded_once(method, dtype):
     base, models = family()

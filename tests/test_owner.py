@@ -26,7 +26,7 @@ from pcb_ray.questions import CompareParts, CountKeys, SampleKeys, WriteParts
 from pcb_ray.selection import Bracket
 from pcb_ray.session import Session
 
-METHODS = tuple(record.full_name for record in RECORDS)
+METHODS = tuple(record.full_name for record in RECORDS if record.of_matrix is None)  # the others: test_by_matrix.py
 
 
 def planned(recipe: dict[str, object], name: str, **changes: object) -> Plan:
@@ -52,7 +52,7 @@ class OneOwner:
             yield [item], question.answer(self.owner, [item])
 
     def store(
-        self, question: Any, items: Sequence[int], chunks_of: Any = None, *, doubles: bool = True
+        self, question: Any, items: Sequence[int], chunks_of: Any = None, **options: Any
     ) -> Iterator[tuple[Sequence[int], Any]]:
         return self.ask(question, items)
 

@@ -264,6 +264,7 @@ WITHOUT_EFFECT = {
     "ties": {"variant"},
     "task_arithmetic": {"variant", "density"},
     "linear": {"variant", "density", "lambda"},
+    **{name: {"variant", "density"} for name in ("iso_c", "iso_cts", "tsv_m", "wudi")},
 }
 
 
@@ -787,7 +788,8 @@ def weights(draw: st.DrawFn) -> tuple[tuple[str | None, float], ...]:
 def recipes(draw: st.DrawFn) -> Recipe:
     sources = draw(st.lists(TEXTS, min_size=2, max_size=5, unique_by=lambda text: str(Path(text)).rstrip("/")))
     method = draw(st.sampled_from([record for record in methods.METHODS if record.has_base]))
-    values = {"density": DENSITIES, "lambda": NUMBERS}
+    values = {"density": DENSITIES, "lambda": NUMBERS, "common": DENSITIES, "ridge": DENSITIES}
+    values["rest"] = st.sampled_from(["mean", "base"])
     parameters = {name: draw(values[name]) for name in method.parameters} | ({"variant": method.variant} if method.variant else {})
     own = st.fixed_dictionaries({}, optional={name: values[name] for name, known in method.parameters.items() if known.per_model})
     models = tuple(draw(st.builds(Model, st.just(source), weights(), own)) for source in sources[1:])
@@ -801,6 +803,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
         lambda_by_tensor=rules,
         dtype=draw(st.none() | st.sampled_from(list(DTYPES))),
         exclude=tuple(draw(st.lists(TEXTS, max_size=3))),
+        calibrate="" if method.is_flat else draw(st.sampled_from(["", "svc"])),
+        transpose=tuple(draw(st.lists(TEXTS, max_size=2))),
+        rest_tensors=tuple(draw(st.lists(TEXTS, max_size=2))),
+        split=tuple(draw(st.dictionaries(TEXTS, st.lists(st.integers(1, 10**6), min_size=1).map(tuple), max_size=2)).items()),
         tokenizer_source=draw(st.sampled_from(["base", *(source for source in sources[1:] if source != "union")])),
         chat_template=draw(st.none() | template.map(lambda text: text + "{{ x }}" + text)),
     )

@@ -180,9 +180,9 @@ def test_what_a_lost_owner_wrote_and_another_wrote_again_counts_once(tmp_path: P
     one = Family(tmp_path / "f", *families.fine_tuned(2, scale=3))
 
     class Twice(LocalOwners):
-        def store(self, question: Any, items: Any, chunks_of: Any = None, *, doubles: bool = True) -> Any:
+        def store(self, question: Any, items: Any, chunks_of: Any = None, **options: Any) -> Any:
             for _ in range(2):
-                yield from super().store(question, items, chunks_of, doubles=doubles)
+                yield from super().store(question, items, chunks_of, **options)
 
     made = plan(Recipe.from_dict(one.recipe(merge_method="task_arithmetic")))
     session = Session(made, lambda plan: Twice(plan, LocalStore()), relate=True)

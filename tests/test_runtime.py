@@ -50,13 +50,14 @@ def schedule_of(items: Sequence[int], owners: Sequence[int], *, keeps: bool) -> 
 
 def test_deadlines_follow_from_the_speed_measured_so_far() -> None:
     pace, patience = Pace(), Patience()
-    assert pace.usual_s(10) is None
-    assert patience.standing(patience.unknown_s - 1, pace.usual_s(10)) == Standing.PUNCTUAL
-    pace.learn(4, 100.0)
-    pace.learn(6, 200.0)
-    assert pace.usual_s(10) == 300.0
+    ten = range(10)
+    assert pace.usual_s(ten) is None
+    assert patience.standing(patience.unknown_s - 1, pace.usual_s(ten)) == Standing.PUNCTUAL
+    pace.learn(range(4), 100.0)
+    pace.learn(range(6), 200.0)
+    assert pace.usual_s(ten) == 300.0
     for silent_s, standing in ((599, Standing.PUNCTUAL), (600, Standing.SLOW), (3000, Standing.LATE), (9000, Standing.LOST)):
-        assert patience.standing(silent_s, pace.usual_s(10)) == standing
+        assert patience.standing(silent_s, pace.usual_s(ten)) == standing
 
 
 def test_fast_answers_leave_everyone_a_least_time() -> None:
@@ -66,6 +67,26 @@ def test_fast_answers_leave_everyone_a_least_time() -> None:
     assert patience.standing(patience.lost * patience.late_least_s - 0.01, 1e-6) == Standing.LATE
     assert patience.sync_late_after(1.0) == patience.sync_least_s
     assert patience.sync_late_after(10_000.0) == 20_000.0
+
+
+def test_items_that_differ_are_late_by_what_was_expected_of_them() -> None:
+    pace = Pace([1.0, 1.0, 1000.0].__getitem__)
+    assert pace.usual_s([2]) == 1000.0
+    pace.learn([0, 1], 0.02)
+    assert pace.usual_s([2]) == pytest.approx(10.0)
+
+
+def test_the_most_costly_items_come_first_and_owners_have_about_alike() -> None:
+    cost = [1.0, 9.0, 2.0, 8.0, 3.0, 7.0, 5.0, 5.0]
+    schedule = Schedule(range(8), {0: "a", 1: "a"}, keeps=False, numbers=itertools.count(1), expected_s=cost.__getitem__)
+    able = {0: "a", 1: "a"}
+    first = [schedule.take(owner, able) for owner in (0, 1)]
+    assert [list(schedule.batches[batch]) for batch in first if batch is not None] == [[1], [3]]
+    taken = {0: 9.0, 1: 8.0}
+    while (owner := min(taken, key=lambda one: taken[one])) in taken and (batch := schedule.take(owner, able)) is not None:
+        taken[owner] += cost[schedule.batches[batch][0]]
+    assert sum(taken.values()) == sum(cost)
+    assert abs(taken[0] - taken[1]) <= 2.0
 
 
 @given(st.floats(0, 1e5), st.floats(0, 1e5), st.one_of(st.none(), st.floats(0, 1e4)))
@@ -121,7 +142,7 @@ def test_what_a_lost_owner_held_is_done_again_and_what_was_safe_is_not() -> None
     schedule.lost(0)
     assert schedule.done
     assert schedule.holders() == [1]
-    assert schedule.items_held(1) == 2
+    assert len(schedule.items_held(1)) == 2
     schedule.lost(1)
     assert not schedule.done
     assert {schedule.take(0, HERE), schedule.take(0, HERE)} == {2, 3}

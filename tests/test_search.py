@@ -685,6 +685,7 @@ def test_a_winner_that_overflows_its_dtype_costs_no_trials(family, tmp_path, cap
 # --- the grid ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.very_slow
 def test_a_sweep_scores_the_merges_of_its_grid(family, tmp_path):
     out = tmp_path / "out"
     grid = {"density": [0.05, 0.2], "lambda": [0.8, 1.2], "variant": ["pairwise", "released"]}

@@ -122,6 +122,13 @@ class TorchKernel:
         rounded_B = merged_B.to(dtype)
         return rounded_B, bool(torch.isfinite(rounded_B).all())
 
+    def delta(self, loaded: Loaded, known: Known, weights: Sequence[float]) -> Tensor:
+        """What the merge adds to the base at lambda = 1 [B], float32."""
+        block, plain = self.load(loaded, weights), self._scaled_by(1.0)
+        if self._is_own and not self.method.linear:  # it may look at the base
+            return self._merged(block, known, plain) - block.theta
+        return self._merged(dataclasses.replace(block, theta=torch.zeros_like(block.theta)), known, plain)
+
     def basis(self, loaded: Loaded, known: Known) -> tuple[Tensor, bool]:
         """C [N, B], float32, of a linear method: row i is what the merge with the i-th unit vector adds to the base; and whether
         all are finite."""

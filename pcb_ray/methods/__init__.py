@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 
 from pcb_ray.errors import InputError, RequestError, with_place
 from pcb_ray.methods.ieee import exp, sum_over_tasks, tanh
+from pcb_ray.methods.iso import ISO_C, ISO_CTS
 from pcb_ray.methods.linear import LINEAR
 from pcb_ray.methods.method import (
     MAGNITUDE,
@@ -36,6 +37,8 @@ from pcb_ray.methods.method import (
 from pcb_ray.methods.pcb import PAIRWISE, PAPER, RELEASED
 from pcb_ray.methods.task_arithmetic import TASK_ARITHMETIC
 from pcb_ray.methods.ties import TIES, TIES_MEAN, TIES_SUM
+from pcb_ray.methods.tsv_m import TSV_M
+from pcb_ray.methods.wudi import WUDI
 from pcb_ray.user_code import UserCode, load_object
 
 __all__ = [
@@ -44,7 +47,10 @@ __all__ = [
     "sum_over_tasks", "tanh", "variants_of",
 ]  # fmt: skip
 
-METHODS: tuple[Method, ...] = (PAIRWISE, RELEASED, PAPER, TIES, TIES_MEAN, TIES_SUM, TASK_ARITHMETIC, LINEAR)
+METHODS: tuple[Method, ...] = (
+    PAIRWISE, RELEASED, PAPER, TIES, TIES_MEAN, TIES_SUM, TASK_ARITHMETIC, LINEAR,
+    ISO_C, ISO_CTS, TSV_M, WUDI,
+)  # fmt: skip
 
 
 def names() -> tuple[str, ...]:

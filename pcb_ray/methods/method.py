@@ -12,7 +12,7 @@ This module needs no torch: the driver reads records, the owners call their func
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +32,7 @@ Known = Mapping[str, tuple[float, ...]]
 """What the passes have found of the whole model, by the names that the method gave; mostly a number for each model."""
 
 
-SHARED_PARAMETERS = ("weight", "int8_mask", "normalize")
+SHARED_PARAMETERS = ("weight", "int8_mask", "normalize", "calibrate")
 """What a recipe may have below `parameters` for any method."""
 ARGUMENTS = ("variant", "base", "models", "method", "weights", "dtype", "exclude", "lambda_")
 """What a call of `merge_state_dicts` has for something else. None of either can be a method's own."""
@@ -74,7 +74,7 @@ def share_of_model(raw: object, where: str, problems: list[str]) -> float:
 
 def lambda_parameter(default: float = 1.0) -> Parameter:
     """`lambda`, for methods in which it multiplies the merged task vector."""
-    return Parameter(default, number, "scales the merged task vector", searched="scale", range=(0.0, 2.0))
+    return Parameter(default, number, "scales the merged task vector", searched="scale", range=(0.0, 2.0 * default))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +140,18 @@ class Block:
 
 
 Function = Callable[[Block, Known, Settings], "Tensor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A matrix of the model, m rows (outputs) and n columns (inputs): what `Method.of_matrix` sees."""
+
+    name: str
+    """Of its tensor."""
+    shape: tuple[int, int]
+    N: int
+    tasks: Callable[[], Iterator[NDArray[np.float32]]]
+    """T_i = lambda_i tau_i, [m, n], one model after another, as often as asked: only one is in memory at a time."""
 
 
 def column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -334,6 +346,14 @@ class Method:
     """C [N, B] of a linear method, where that is had in a better way than by merging with each unit vector."""
     scored: Scored | None = None
     native: Native | None = None
+    of_matrix: Callable[[Matrix, Settings], NDArray[Any]] | None = None
+    """Delta [m, n], float32 or float64, of a whole matrix, which becomes theta + lambda Delta. `merge` is then for all else."""
+    fits: Callable[[tuple[int, int], int], bool] = lambda _shape, _n: True
+    """Whether a matrix of this shape can be merged of so many models; else it is merged as what is no matrix."""
+    matrix_bytes: Callable[[int, int, int], int] = lambda _m, _n, _models: 0
+    """Memory of `of_matrix` beside one task vector and the result in float32, from m, n and N."""
+    is_flat: bool = False
+    """Whether all singular values of what it adds are equal: then there is nothing to calibrate."""
     refuse: Callable[[Known, Settings, Sequence[str]], list[str]] = lambda _known, _settings, _names: []
     """What is wrong with the inputs, as far as is known; asked after each pass. `names` are the models'."""
     warnings: Callable[[Known, Settings, Sequence[str]], list[str]] = lambda _known, _settings, _names: []

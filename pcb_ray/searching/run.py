@@ -423,6 +423,11 @@ def check_follows(plan: Plan) -> None:
             "embedding to which the base ties it. Fix: keep them tied, which loses what was trained there, with\n"
             f"exclude:\n{lines}"
         )
+    if plan.recipe.calibrate:
+        raise RequestError(
+            "search: wanted candidates that are the base with an update linear in their coefficients, found `calibrate: svc`. Fix: "
+            "remove it from `parameters`; merge the winner with it, whose lambda is then near 1."
+        )
     averaged = [copy.source.name for copy in plan.copies if copy.models]
     if averaged:
         lines = "\n".join(f"  - {json.dumps(line)}" for line in sorted({f"*.{name.rpartition('.')[2]}" for name in averaged}))
