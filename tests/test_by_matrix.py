@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -18,6 +19,8 @@ from pcb_ray.budget import worker_bytes
 from pcb_ray.errors import InputError, RequestError
 from pcb_ray.matrices import View, layer_of, views_of
 from pcb_ray.planning import plan
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("pcb_ray.methods._dense") is None, reason="installed without a C compiler")
 
 METHODS = ("iso_c", "iso_cts", "tsv_m", "wudi")
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 1, "n_embd": 12, "n_head": 2, "vocab_size": 40}

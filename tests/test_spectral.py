@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import spectral_oracle as oracle
@@ -14,6 +16,8 @@ from pcb_ray.methods.spectra import spectrum
 from pcb_ray.methods.svc import calibrated
 from pcb_ray.methods.tsv_m import tsv_m
 from pcb_ray.methods.wudi import wudi
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("pcb_ray.methods._dense") is None, reason="installed without a C compiler")
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (12, 12), (40, 9), (9, 40), (130, 70), (70, 131)]
 
